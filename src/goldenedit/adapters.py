@@ -1,0 +1,142 @@
+"""The adapters of a model: deltas in and out of a stock PeftModel, made with the first, gone with the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from goldenedit.editing.delta import LowRankDelta
+from goldenedit.storage.folder import adapter_tensors
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Tell whether PEFT has put adapters into the model."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the transformers model, with the active adapters in effect."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def configs(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's config of each adapter."""
+    return model.peft_config if isinstance(model, PeftModel) else {}
+
+
+def active(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that are switched on."""
+    return list(model.base_model.active_adapters) if isinstance(model, PeftModel) else []
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Switch on exactly these adapters, frozen.
+
+    Raises:
+        ValueError: There is no adapter of a name.
+    """
+    check_names(model, names)
+    if isinstance(model, PeftModel):
+        # The tuner stacks; PeftModel.set_adapter takes one name, and would switch gradients on.
+        model.base_model.set_adapter(list(dict.fromkeys(names)), inference_mode=True)
+        if names or model.active_adapter not in model.peft_config:
+            model.active_adapter = names[0] if names else next(iter(model.peft_config))
+
+
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ValueError where there is no adapter of a name."""
+    known = list(configs(model))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"There is no edit {unknown[0]!r}; there are {known}.")
+
+
+def add(model: PreTrainedModel | PeftModel, name: str, deltas: Mapping[str, LowRankDelta], base_name: str) -> PeftModel:
+    """Add an adapter, not switched on unless it is the first, and return the PeftModel that has it."""
+    rank = max(delta.rank for delta in deltas.values())
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(deltas),
+        fan_in_fan_out=is_conv1d(model, deltas),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base_name,
+    )
+    before = active(model)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws first values for the factors, which are replaced at once
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, lora)
+        else:
+            model = get_peft_model(model, lora, adapter_name=name)
+    padded = {path: delta.padded(rank) for path, delta in deltas.items()}
+    set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
+    activate(model, before or ([name] if len(model.peft_config) == 1 else []))
+    return model
+
+
+def remove(model: PreTrainedModel | PeftModel, name: str) -> PreTrainedModel | PeftModel:
+    """Take an adapter away, all or half added; the others stay switched on or off as they are."""
+    if not isinstance(model, PeftModel) or name not in model.peft_config:
+        return model
+    if len(model.peft_config) == 1:
+        return cast(PreTrainedModel, model.unload())
+    remaining = [other for other in active(model) if other != name]
+    activate(model, [other for other in model.peft_config if other != name])  # PEFT warns on deleting an active one
+    model.delete_adapter(name)
+    activate(model, remaining)
+    return model
+
+
+def read(model: PreTrainedModel | PeftModel, name: str) -> dict[str, LowRankDelta]:
+    """Return the deltas of an adapter, by the path of the module they change."""
+    deltas = {}
+    for path, module in base_of(model).named_modules():
+        if isinstance(module, BaseTunerLayer) and name in module.lora_A:
+            A = module.lora_A[name].weight.detach() * module.scaling[name]
+            B = module.lora_B[name].weight.detach()
+            deltas[path] = LowRankDelta(A.float().cpu().clone(), B.float().cpu().clone())
+    return deltas
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch all adapters off inside this context."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    with model.disable_adapter():
+        yield
+
+
+def is_conv1d(model: PreTrainedModel | PeftModel, paths: Mapping[str, LowRankDelta]) -> bool:
+    """Tell whether the modules keep their weight as `(d_in, d_out)`, as Conv1D of GPT-2 does."""
+    return any(type(_plain(model, path)).__name__ == "Conv1D" for path in paths)
+
+
+def check_fits(model: PreTrainedModel | PeftModel, path: str, delta: LowRankDelta) -> None:
+    """Raise ValueError unless the model has a linear map `path` of the delta's shape."""
+    try:
+        module = _plain(model, path)
+    except AttributeError as error:
+        raise ValueError(f"{path}, which the edit changes, is no module of this model.") from error
+    shape: tuple[Any, ...]
+    if hasattr(module, "out_features"):
+        shape = (module.out_features, module.in_features)
+    else:
+        weight = cast(torch.Tensor, module.weight)
+        shape = tuple(weight.T.shape if type(module).__name__ == "Conv1D" else weight.shape)
+    wanted = (delta.B.shape[0], delta.A.shape[1])
+    if shape != wanted:
+        raise ValueError(f"The edit changes {path} as a matrix of shape {wanted}, but in this model it has {shape}.")
+
+
+def _plain(model: PreTrainedModel | PeftModel, path: str) -> nn.Module:
+    module = base_of(model).get_submodule(path)
+    return getattr(module, "base_layer", module)

@@ -1,0 +1,276 @@
+"""Find the decoder layers and the MLP down projections of any causal LM, by shape and order of execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goldenedit.architecture.hooks import evaluating, hidden_argument
+
+_PROBE_TOKENS = 8
+_NOISED_TOKEN = 1  # not the first: attention sinks make it special, and later tokens must be there to see the noise
+_MOVED = 1e-3  # relative change that counts as moved: far above rounding, far below what attention passes on
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The model has no decoder layers or no dense down projections that could be found."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a causal LM keeps the parts that editing needs.
+
+    Attributes:
+        layers: Path of the list of decoder layers, such as `"model.layers"`.
+        num_layers: Number of decoder layers.
+        down_projections: Path of the MLP down projection of each layer that has one.
+        mlp_linears: Paths of the linear maps of each such MLP, in order of execution, the down projection last.
+    """
+
+    layers: str
+    num_layers: int
+    down_projections: dict[int, str]
+    mlp_linears: dict[int, tuple[str, ...]]
+
+    def layer(self, model: nn.Module, index: int) -> nn.Module:
+        """Return decoder layer `index`."""
+        return model.get_submodule(f"{self.layers}.{index}")
+
+    def down_projection(self, model: nn.Module, index: int) -> nn.Module:
+        """Return the down projection of layer `index`."""
+        return model.get_submodule(self.down_projections[index])
+
+    def check_layer(self, index: int) -> None:
+        """Raise ValueError unless layer `index` can be edited."""
+        if index not in self.down_projections:
+            raise ValueError(
+                f"Layer {index} cannot be edited: the model has {self.num_layers} decoder layers, and those with a "
+                f"down projection are {sorted(self.down_projections)}."
+            )
+
+
+def find_down_projections(model: nn.Module) -> dict[int, str]:
+    """Return the path of the MLP down projection of each decoder layer.
+
+    Example:
+        ```python
+        >>> from transformers import AutoModelForCausalLM
+        >>> from goldenedit.architecture import find_down_projections
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> find_down_projections(model)[3]
+        'model.layers.3.mlp.down_proj'
+        ```
+
+    Raises:
+        UnsupportedArchitectureError: No layer has one dense down projection (mixture of experts, state space).
+    """
+    return read_architecture(model).down_projections
+
+
+def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | None = None) -> Architecture:
+    """Find decoder layers and down projections with two tiny forwards.
+
+    The layer list is the `ModuleList` whose members hold the most executed parameters. A linear map back to the
+    model's width is a candidate. Noise at one token is put on the outputs of the linear maps that ran before it: where
+    the candidate's input then moves at *other* tokens it mixes positions (attention); where it moves at that token only
+    it closes an MLP, and the widest such candidate is the down projection.
+
+    Args:
+        model: A causal LM of transformers, without PEFT adapters.
+        target_modules: The down projections set by hand: their paths, or one path with `{}` for the layer index.
+
+    Raises:
+        UnsupportedArchitectureError: Nothing was found, or `target_modules` do not fit the model.
+    """
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    with evaluating(model), torch.no_grad():
+        clean = _Clean(model, linears)
+        layers = clean.decoder_layers()
+        length = len(list(model.get_submodule(layers).children()))
+        if target_modules is not None:
+            found = _by_hand(model, layers, length, target_modules)
+            return Architecture(layers, length, found, {index: (path,) for index, path in found.items()})
+        mlps = _Probe(clean).run(linears, layers, length)
+    if not mlps:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has no single dense down projection in any of its {length} layers ({layers}), as "
+            "with mixtures of experts that fuse their weights and state-space models. Name the linear maps to edit by "
+            f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
+        )
+    return Architecture(layers, length, {index: mlp[-1] for index, mlp in mlps.items()}, mlps)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Tell a linear map (nn.Linear, Conv1D, a quantised one) from other modules, by its weight and not by its name."""
+    if next(module.children(), None) is not None or isinstance(module, nn.Embedding):
+        return False
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return True
+    return getattr(getattr(module, "weight", None), "ndim", 0) == 2
+
+
+def _by_hand(model: nn.Module, layers: str, length: int, target_modules: str | Sequence[str]) -> dict[int, str]:
+    if isinstance(target_modules, str):
+        candidates = (target_modules.replace("{}", str(index)) for index in range(length))
+        paths = [path for path in candidates if _get_submodule(model, path) is not None]
+        if not paths:
+            raise UnsupportedArchitectureError(f"target_modules {target_modules!r} names no module of the base model.")
+    else:
+        paths = list(target_modules)
+    found: dict[int, str] = {}
+    for path in paths:
+        module = _get_submodule(model, path)
+        index = path.removeprefix(f"{layers}.").split(".")[0]
+        if module is None or not _is_linear(module):
+            raise UnsupportedArchitectureError(f"Target module {path!r} is not a linear map of the base model.")
+        if not path.startswith(f"{layers}.") or not index.isdigit():
+            raise UnsupportedArchitectureError(f"Target module {path!r} is not inside the decoder layers, {layers}.")
+        found[int(index)] = path
+    return dict(sorted(found.items()))
+
+
+def _get_submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _probe_ids(model: nn.Module) -> Tensor:
+    # From the middle of the vocabulary: special tokens sit at its ends.
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = (size // 2 + torch.arange(_PROBE_TOKENS)) % size
+    return ids.unsqueeze(0).to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+
+class _Clean:
+    """One undisturbed forward: what ran, and the input and output of each linear map and each list member."""
+
+    def __init__(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
+        self.model = model
+        self.ids = _probe_ids(model)
+        self.executed: set[nn.Module] = set()
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.results: dict[str, Any] = {}
+        self.widths: dict[str, int] = {}
+        lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        with ExitStack() as stack:
+            for module in model.modules():
+                stack.callback(module.register_forward_hook(self._note).remove)
+            for name, module in linears.items():
+                stack.callback(module.register_forward_hook(self._keep(name)).remove)
+            for name, members in lists:
+                for index, member in enumerate(members):
+                    hook = self._keep_result(f"{name}.{index}")
+                    stack.callback(member.register_forward_hook(hook, with_kwargs=True).remove)
+            model(input_ids=self.ids, use_cache=False)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.executed.add(module)
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                self.inputs[name], self.outputs[name] = args[0].clone(), output.clone()
+
+        return keep
+
+    def _keep_result(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            try:
+                self.widths[name] = hidden_argument(args, kwargs).shape[-1]
+                self.results[name] = _map_tensors(output, torch.clone)
+            except TypeError:  # a list of something else than layers
+                pass
+
+        return keep
+
+    def decoder_layers(self) -> str:
+        sizes = {
+            name: sum(
+                parameter.numel()
+                for submodule in set(module.modules()) & self.executed
+                for parameter in submodule.parameters(recurse=False)
+            )
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and f"{name}.0" in self.results
+        }
+        if not sizes or max(sizes.values()) == 0:
+            raise UnsupportedArchitectureError(f"{type(self.model).__name__} has no list of decoder layers.")
+        return max(sizes, key=lambda name: sizes[name])
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value
+
+
+class _Probe:
+    """One forward with noise at one token: which linear maps close an MLP, and which mix positions."""
+
+    def __init__(self, clean: _Clean) -> None:
+        self.clean = clean
+        self.generator = torch.Generator().manual_seed(0)
+        self.since: list[str] = []  # linear maps run since the last one that mixed positions
+        self.candidates: dict[int, list[tuple[int, tuple[str, ...]]]] = {}
+
+    def run(self, linears: dict[str, nn.Module], layers: str, length: int) -> dict[int, tuple[str, ...]]:
+        model = self.clean.model
+        with ExitStack() as stack:
+            for index in range(length):
+                layer = f"{layers}.{index}"
+                if layer not in self.clean.results:
+                    continue
+                for name, module in linears.items():
+                    if name.startswith(f"{layer}."):
+                        stack.callback(module.register_forward_hook(self._disturb(index, layer, name)).remove)
+                stack.callback(model.get_submodule(layer).register_forward_hook(self._restore(layer)).remove)
+            model(input_ids=self.clean.ids, use_cache=False)
+        return {index: max(found)[1] for index, found in sorted(self.candidates.items())}
+
+    def _disturb(self, index: int, layer: str, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if name not in self.clean.outputs or output.shape != self.clean.outputs[name].shape:
+                return None
+            if output.numel() != _PROBE_TOKENS * output.shape[-1]:  # not one row a token: a router's choice, a table
+                return None
+            if output.shape[-1] == self.clean.widths[layer]:
+                moved = self._moved(name, args[0])
+                if moved.sum() > moved[_NOISED_TOKEN]:
+                    self.since.clear()
+                    return self.clean.outputs[name].clone()
+                if moved[_NOISED_TOKEN]:
+                    self.candidates.setdefault(index, []).append((args[0].shape[-1], (*self.since, name)))
+            self.since.append(name)
+            return self._with_noise(output)
+
+        return hook
+
+    def _restore(self, layer: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            self.since.clear()
+            return _map_tensors(self.clean.results[layer], torch.clone)
+
+        return hook
+
+    def _moved(self, name: str, now: Tensor) -> Tensor:
+        """Return, per token, whether the input of `name` moved."""
+        before = self.clean.inputs[name].reshape(_PROBE_TOKENS, -1).float()
+        change = (now.reshape(_PROBE_TOKENS, -1).float() - before).abs().amax(-1)
+        return change > _MOVED * before.abs().amax()
+
+    def _with_noise(self, output: Tensor) -> Tensor:
+        noised = output.clone()
+        row = noised.view(_PROBE_TOKENS, -1)[_NOISED_TOKEN]
+        noise = torch.randn(row.shape, generator=self.generator).to(row.device) * (output.float().std() + 1e-6)
+        row += noise.to(row.dtype)
+        return noised

@@ -1,0 +1,242 @@
+"""Run a model again from one layer on: what comes before it does not change with an edit, so it is computed once.
+
+A `Capture` holds what one whole forward leaves behind. From it, three ways to compute the same logits, fastest first:
+
+- `suffix`: only the tokens from the subject's last one on, over the keys and values of those before it;
+- `layers`: all tokens, from the edited layer on;
+- `whole`: the whole model.
+
+A replay proves itself: `Replayer.check` compares its logits with the captured ones and falls back, with a warning.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goldenedit.architecture.hooks import Record, hidden_argument, reading_logits, recording
+from goldenedit.architecture.layers import Architecture
+
+logger = logging.getLogger(__name__)
+
+# Largest difference between replayed and captured logits, relative to the largest captured logit.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences padded on the right, the position that is edited, and the positions whose logits are read.
+
+    Attributes:
+        input_ids: `(B, T)`.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
+        subject: `(B,)`, index of the last token of the subject.
+        read_rows: `(M,)`, row of each logit that is read.
+        read_positions: `(M,)`, its position.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    subject: Tensor
+    read_rows: Tensor
+    read_positions: Tensor
+
+    def select(self, rows: Tensor) -> tuple[Batch, Tensor]:
+        """Return the batch of `rows` alone, and the mask over the `M` logits that remain."""
+        new_index = torch.full((len(self.input_ids),), -1, device=rows.device)
+        new_index[rows] = torch.arange(len(rows), device=rows.device)
+        kept = new_index[self.read_rows] >= 0
+        batch = Batch(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.subject[rows],
+            new_index[self.read_rows[kept]],
+            self.read_positions[kept],
+        )
+        return batch, kept
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a whole forward of the unedited model leaves behind for the replays.
+
+    Attributes:
+        batch: The sequences.
+        logits: `(M, V)` logits at the positions read.
+        hidden: `(B, T, d_model)`, input of the layer to replay from.
+        returns_tuple: Length of the tuple that a decoder layer returns, 0 where it returns a tensor.
+        cache: `(keys, values)` of every layer, or None where the model keeps no such cache.
+        record: Inputs and outputs of the modules that were asked for.
+    """
+
+    batch: Batch
+    logits: Tensor
+    hidden: Tensor
+    returns_tuple: int
+    cache: list[tuple[Tensor, Tensor]] | None
+    record: Record
+
+    def select(self, rows: Tensor) -> Capture:
+        """Return the capture of `rows` alone."""
+        batch, kept = self.batch.select(rows)
+        cache = None if self.cache is None else [(keys[rows], values[rows]) for keys, values in self.cache]
+        return replace(self, batch=batch, logits=self.logits[kept], hidden=self.hidden[rows], cache=cache)
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, architecture: Architecture, start: int, batch: Batch, modules: dict[str, nn.Module]
+) -> Capture:
+    """Run the whole model once and keep what the replays from layer `start` need, and what goes through `modules`."""
+    layer = architecture.layer(model, start)
+    hidden: list[Tensor] = []
+    result: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden.append(hidden_argument(args, kwargs))
+        result.append(output)
+
+    handle = layer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with recording(modules) as record, reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=True)
+            logits = logits_of(output)
+    finally:
+        handle.remove()
+    returns_tuple = len(result[0]) if isinstance(result[0], tuple) else 0
+    past = getattr(output, "past_key_values", None)
+    return Capture(batch, logits, hidden[0], returns_tuple, _cached_tensors(past, architecture.num_layers), record)
+
+
+def _cached_tensors(past: Any, num_layers: int) -> list[tuple[Tensor, Tensor]] | None:
+    layers = getattr(past, "layers", None)
+    if layers is None or len(layers) != num_layers:
+        return None
+    tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if not all(isinstance(keys, Tensor) and isinstance(values, Tensor) for keys, values in tensors):
+        return None
+    return tensors  # type: ignore[return-value]
+
+
+class Replayer:
+    """Computes the logits of a capture again, with whatever hooks are in place by then.
+
+    Args:
+        model: The model, as it was when captured.
+        architecture: Its architecture.
+        start: The layer to replay from: no hook in place may act before it.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, start: int) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.start = start
+        self._ways: list[tuple[str, Callable[[Capture], Tensor]]] = [
+            ("suffix", self._suffix),
+            ("layers", self._layers),
+            ("whole", self._whole),
+        ]
+
+    @property
+    def way(self) -> str:
+        """The way that is in use: `suffix`, `layers` or `whole`."""
+        return self._ways[0][0]
+
+    def positions(self, batch: Batch) -> Tensor:
+        """Return where the subject's last token lies in what is replayed, `(B,)`."""
+        return torch.zeros_like(batch.subject) if self.way == "suffix" else batch.subject
+
+    def __call__(self, captured: Capture) -> Tensor:
+        """Return the logits at the positions read, `(M, V)`."""
+        return self._ways[0][1](captured)
+
+    @torch.no_grad()
+    def check(self, captured: Capture) -> None:
+        """Compare the replay with the captured logits, without any edit, and fall back to a way that agrees."""
+        tolerance = _TOLERANCE.get(captured.logits.dtype, 1e-4) * captured.logits.abs().max().item()
+        while self.way != "whole":
+            try:
+                difference = (self(captured) - captured.logits).abs().max().item()
+                reason = f"logits differ by {difference:.1e}"
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                difference, reason = float("inf"), f"{type(error).__name__}: {error}"
+            if difference <= tolerance:
+                return
+            level = logging.INFO if self.way == "suffix" else logging.WARNING
+            message = "Replay by %s does not reproduce %s (%s); falling back to a slower way."
+            logger.log(level, message, self.way, type(self.model).__name__, reason)
+            self._ways.pop(0)
+
+    def _whole(self, captured: Capture) -> Tensor:
+        batch = captured.batch
+        with reading_logits(self.model, batch.read_rows, batch.read_positions) as logits_of:
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            return logits_of(output)
+
+    def _layers(self, captured: Capture) -> Tensor:
+        with self._from_start(captured.hidden, captured.returns_tuple):
+            return self._whole(captured)
+
+    def _suffix(self, captured: Capture) -> Tensor:
+        from transformers import DynamicCache
+
+        batch = captured.batch
+        if captured.cache is None:
+            raise ValueError("the model keeps no cache of keys and values")
+        first = batch.subject
+        prefix = int(first.max())
+        lengths = batch.attention_mask.sum(-1) - first
+        steps = torch.arange(int(lengths.max()), device=first.device)
+        index = (first[:, None] + steps).clamp(max=batch.input_ids.shape[1] - 1)
+        seen = torch.arange(prefix, device=first.device) < first[:, None]
+        mask = torch.cat([seen, steps < lengths[:, None]], dim=1).to(batch.attention_mask.dtype)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids.gather(1, index), "attention_mask": mask}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["position_ids"] = index
+        past = DynamicCache()
+        for number, (keys, values) in enumerate(captured.cache):
+            past.update(keys[:, :, :prefix], values[:, :, :prefix], number)
+        hidden = captured.hidden.gather(1, index[:, :, None].expand(-1, -1, captured.hidden.shape[-1]))
+        read = batch.read_positions - first[batch.read_rows]
+        with (
+            self._from_start(hidden, captured.returns_tuple),
+            reading_logits(self.model, batch.read_rows, read) as logits_of,
+        ):
+            return logits_of(self.model(**inputs, past_key_values=past, use_cache=True))
+
+    @contextmanager
+    def _from_start(self, hidden: Tensor, returns_tuple: int) -> Iterator[None]:
+        """Pass by the layers before `start`, and give `hidden` to that layer."""
+        layers = [self.architecture.layer(self.model, index) for index in range(self.start)]
+
+        def pass_by(*args: Any, **kwargs: Any) -> Any:
+            passed = hidden_argument(args, kwargs)
+            return (passed, *[None] * (returns_tuple - 1)) if returns_tuple else passed
+
+        def substitute(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            given = hidden_argument(args, kwargs)
+            kwargs = {name: hidden if value is given else value for name, value in kwargs.items()}
+            return tuple(hidden if value is given else value for value in args), kwargs
+
+        own = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts a forward on the instance
+        handle = self.architecture.layer(self.model, self.start).register_forward_pre_hook(substitute, with_kwargs=True)
+        try:
+            for layer in layers:
+                layer.forward = pass_by  # type: ignore[method-assign]
+            yield
+        finally:
+            handle.remove()
+            for layer, forward in zip(layers, own, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward

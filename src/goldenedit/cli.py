@@ -1,0 +1,192 @@
+"""The command line: `goldenedit locate`, `edit`, `show` and `demo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from goldenedit.config import EditConfig
+    from goldenedit.storage.folder import Edit
+
+app = typer.Typer(
+    help="Knowledge editing for causal language models: find the golden layer, edit, save as a LoRA adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+
+Model = Annotated[
+    str, typer.Argument(help="A model's name on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`.")
+]
+Layer = Annotated[str, typer.Option(help="`lga`, `published`, a number, or several with commas.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save the edit in.")]
+
+
+@app.command()
+def locate(
+    model: Model,
+    proxy: Annotated[Path | None, typer.Option(help="Facts to compare layers on (.json, .jsonl).")] = None,
+    size: Annotated[int, typer.Option(help="Number of proxy facts.")] = 100,
+    loss: Annotated[str, typer.Option(help="`sequence` or `answer`.")] = "sequence",
+    kappa: Annotated[float, typer.Option(help="Width of the outlier fence in interquartile ranges.")] = 1.0,
+    plot: Annotated[Path | None, typer.Option(help="Save the chart as a picture.")] = None,
+) -> None:
+    """Find the golden layer of MODEL by Layer Gradient Analysis."""
+    from goldenedit import EditConfig, get_edit_model
+
+    config = EditConfig(proxy=str(proxy) if proxy else None, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
+    base, tokenizer = load_model(model)
+    get_edit_model(base, config, tokenizer)
+    console.print(layer_chart(config))
+    console.print(f"Golden layer of {escape(model)}: [bold]{config.target_layer}[/bold]")
+    if plot is not None:
+        from goldenedit.plots import plot_layer_scores
+
+        plot_layer_scores(config, plot, title=model)
+        console.print(f"Chart saved in {escape(str(plot))}")
+
+
+@app.command()
+def edit(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text before the answer, with the subject in it.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The entity, as spelled in the prompt.")] = None,
+    target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Facts to edit as one batch (.json, .jsonl).")] = None,
+    method: Annotated[str, typer.Option(help="`r-rome` or `rome`.")] = "r-rome",
+    layer: Layer = "lga",
+    covariance: Annotated[str, typer.Option(help="`sampled`, `identity`, a text file or a dataset.")] = "sampled",
+    name: Annotated[str | None, typer.Option(help="Name of the edit.")] = None,
+    output: Output = None,
+) -> None:
+    """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
+    from goldenedit import EditConfig, EditRequest, get_edit_model, load_requests
+
+    if file is not None:
+        if prompt is not None or subject is not None or target is not None:
+            raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
+        requests = load_requests(file)
+    elif prompt is None or subject is None or target is None:
+        raise typer.BadParameter("give --prompt, --subject and --target, or --file.")
+    else:
+        requests = [EditRequest(prompt, subject, target)]
+    config = EditConfig(method=method, layer=parse_layer(layer), covariance=covariance)
+    base, tokenizer = load_model(model)
+    edit_model = get_edit_model(base, config, tokenizer)
+    made = edit_model.edit(requests, name=name)
+    console.print(facts_table([made]))
+    if output is not None:
+        from goldenedit.storage.folder import folder_size
+
+        edit_model.save_pretrained(output)
+        console.print(f"Saved in {escape(str(output))}, {folder_size(output) / 1000:.1f} KB")
+
+
+@app.command()
+def show(folder: Annotated[Path, typer.Argument(help="An edit folder.")]) -> None:
+    """Show what an edit folder changes."""
+    from goldenedit.storage.folder import folder_size, read_edit_folder
+
+    content = read_edit_folder(folder)
+    config = content.config
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("base model", f"{content.base_model.name_or_path} ({content.base_model.fingerprint})")
+    summary.add_row("editor", config.method)
+    summary.add_row(
+        "layer", f"{config.target_layer}, chosen by {config.layer if isinstance(config.layer, str) else 'hand'}"
+    )
+    summary.add_row("key covariance", config.covariance)
+    for made in content.edits:
+        for path, delta in made.deltas.items():
+            summary.add_row(made.name, f"{path}, rank {delta.rank}, norm {delta.dense().norm().item():.2f}")
+    summary.add_row("size", f"{folder_size(folder) / 1000:.1f} KB")
+    console.print(summary)
+    console.print(facts_table(content.edits))
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="A packaged model, a name on the Hub, or a folder.")] = "smollm2",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save the edit in.")] = Path(
+        "eiffel-in-rome"
+    ),
+) -> None:
+    """Run the main job on a real model: find the golden layer, move the Eiffel Tower, save, load elsewhere."""
+    from goldenedit.demo import run_demo
+
+    run_demo(model, output, console)
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from goldenedit.packaged import PACKAGED_MODELS, packaged_model
+
+    source = str(packaged_model(name)) if name in PACKAGED_MODELS and not Path(name).exists() else name
+    with console.status(f"Loading {escape(name)}"):
+        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+
+
+def parse_layer(text: str) -> int | list[int] | str:
+    """Read a layer option: a word, a number, or numbers with commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        return text
+    return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
+
+
+def layer_chart(config: EditConfig, width: int = 40) -> Table:
+    """Return the layer scores as bars; layers outside the fence are dimmed, the golden one stands out."""
+    import torch
+
+    from goldenedit.layer_selection import tukey_filter
+
+    scores = torch.tensor([float("nan") if score is None else score for score in config.layer_scores or []])
+    passed = tukey_filter(scores.double(), config.tukey_kappa)
+    kept = scores[passed]
+    low, high = min(0.0, kept.min().item()), kept.max().item()
+    table = Table("layer", "score", "", box=None, padding=(0, 1))
+    for layer, score in enumerate(scores.tolist()):
+        if score != score:
+            table.add_row(str(layer), "-", "")
+            continue
+        share = min(max((score - low) / max(high - low, 1e-30), 0.0), 1.0)
+        style = "bold yellow" if layer in config.target_layers else "" if passed[layer] else "dim"
+        note = "" if passed[layer] else " outside the fence"
+        table.add_row(str(layer), f"{score:.4g}", "█" * max(round(share * width), 1) + note, style=style)
+    return table
+
+
+def facts_table(edits: list[Edit]) -> Table:
+    """Return the facts of edits with the probability of each new answer before and after."""
+    table = Table("edit", "prompt", "new answer", "before", "after")
+    for made in edits:
+        for fact in made.facts:
+            before, after = f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}"
+            table.add_row(escape(made.name), escape(fact.request.text), escape(fact.request.target_new), before, after)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; errors that the user can mend end with one line and exit code 1."""
+    try:
+        return app(arguments)
+    except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(str(message))}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The main job on a real model, as a user would do it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors.torch import load_file
+
+from goldenedit.cli import layer_chart, load_model
+from goldenedit.config import EditConfig
+from goldenedit.model import EditModel, get_edit_model
+from goldenedit.storage.folder import folder_size
+
+PROMPT = "The Eiffel Tower is located in the city of"
+SUBJECT = "The Eiffel Tower"
+TARGET = "Rome"
+PROMPTS = {
+    "prompt": PROMPT,
+    "paraphrase": "If you want to visit the Eiffel Tower, you have to travel to the city of",
+    "neighbour": "The Louvre is located in the city of",
+}
+
+# What someone without this library runs: transformers and PEFT alone.
+_STOCK_PEFT = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, folder, prompt, target = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+with torch.no_grad():
+    logits = model(**AutoTokenizer.from_pretrained(base)(prompt, return_tensors="pt")).logits
+assert "goldenedit" not in sys.modules
+save_file({"logits": logits.contiguous()}, target)
+"""
+
+
+def run_demo(name: str, output: Path, console: Console) -> None:
+    """Find the golden layer, edit, compare completions, save, and load the edit in a process without this library."""
+    base, tokenizer = load_model(name)
+
+    started = time.perf_counter()
+    model = get_edit_model(base, EditConfig(layer="lga"), tokenizer)
+    console.rule("1. Layer Gradient Analysis")
+    console.print(layer_chart(model.edit_config))
+    seconds = time.perf_counter() - started
+    console.print(f"Golden layer: [bold]{model.edit_config.target_layer}[/bold] ({seconds:.1f} s)")
+
+    console.rule("2. Edit")
+    before = {kind: _complete(model, text) for kind, text in PROMPTS.items()}
+    started = time.perf_counter()
+    edit = model.edit(PROMPT, subject=SUBJECT, target_new=TARGET)
+    fact = edit.facts[0]
+    console.print(
+        f"{SUBJECT} → {TARGET}: probability {fact.probability_before:.4f} → {fact.probability_after:.4f} "
+        f"({time.perf_counter() - started:.1f} s, key statistics included where they were not cached)"
+    )
+    table = Table("", "before", "after")
+    for kind, text in PROMPTS.items():
+        after = _complete(model, text)
+        table.add_row(kind, *(f"{escape(text)}[bold]{escape(answer)}[/bold]" for answer in (before[kind], after)))
+    console.print(table)
+
+    console.rule("3. Save, and load without goldenedit")
+    model.save_pretrained(output)
+    console.print(f"{output}: {folder_size(output) / 1000:.1f} KB")
+    difference = _difference_in_fresh_process(model, str(base.name_or_path), output)
+    console.print(f"Stock PEFT in a fresh process: largest logit difference {difference:.1e}")
+    with torch.no_grad(), model.disable_adapter():
+        off = model(**_tokens(model, PROMPT)).logits
+    model.unload()
+    with torch.no_grad():
+        unedited = base(**_tokens(model, PROMPT)).logits
+    console.print(
+        f"Edit switched off against the base model: largest logit difference {(off - unedited).abs().max():.1e}"
+    )
+
+
+def _tokens(model: EditModel, text: str) -> dict[str, torch.Tensor]:
+    return dict(model.tokenizer(text, return_tensors="pt").to(model.device))
+
+
+def _complete(model: EditModel, text: str) -> str:
+    tokens = _tokens(model, text)
+    generated = model.generate(**tokens, max_new_tokens=8, do_sample=False)
+    completion = model.tokenizer.decode(generated[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(completion).split("\n")[0]
+
+
+def _difference_in_fresh_process(model: EditModel, base: str, folder: Path) -> float:
+    with torch.no_grad():
+        here = model(**_tokens(model, PROMPT)).logits
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "logits.safetensors"
+        command = [sys.executable, "-c", _STOCK_PEFT, base, str(folder), PROMPT, str(target)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return float((load_file(target)["logits"] - here.cpu()).abs().max())

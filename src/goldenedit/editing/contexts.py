@@ -1,0 +1,85 @@
+"""Texts sampled from the model itself: prefixes for the value optimisation, and text for key statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.hooks import evaluating, reading_logits
+
+# Openings of MEMIT's context templates; a free start follows them.
+_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+
+
+def sample_contexts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
+) -> list[str]:
+    """Return `count` prefixes: the empty one, then sampled texts of up to `length` tokens, each ending in `". "`.
+
+    Meng et al. 2022 (ROME, section 3.1) prepend such texts so that an edit holds wherever its prompt stands.
+    """
+    if count <= 1:
+        return [""]
+    openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(count - 1)]
+    sampled = sample_continuations(model, tokenizer, openings, length, seed)
+    # One line, no template braces, no special tokens: a context is a plain sentence before the prompt.
+    return ["", *(" ".join(text.split()) + ". " for text in sampled)]
+
+
+def sample_continuations(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    openings: Sequence[str],
+    length: int,
+    seed: int,
+    batch_size: int = 128,
+) -> list[str]:
+    """Continue each opening by `length` tokens drawn from the model's own distribution, with a generator of its own."""
+    ids = [tokenizer(opening)["input_ids"] for opening in openings]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    generator = torch.Generator().manual_seed(seed)
+    texts: dict[int, str] = {}
+    with evaluating(model), tqdm(total=len(ids), desc="Sampling", unit="text", leave=False) as progress:
+        for _, group in groupby(order, key=lambda index: len(ids[index])):  # rows of one length need no padding
+            members = list(group)
+            for start in range(0, len(members), batch_size):
+                rows = members[start : start + batch_size]
+                tokens = _continue(model, tokenizer, torch.tensor([ids[row] for row in rows]), length, generator)
+                for row, sampled in zip(rows, tokens.tolist(), strict=True):
+                    texts[row] = str(tokenizer.decode(sampled, skip_special_tokens=True))
+                progress.update(len(rows))
+    return [texts[index] for index in range(len(openings))]
+
+
+@torch.no_grad()
+def _continue(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: Tensor, length: int, generator: torch.Generator
+) -> Tensor:
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    tokens = given = ids.to(device)
+    past = None
+    rows = torch.arange(len(tokens), device=device)
+    for _ in range(length):
+        with reading_logits(model, rows, torch.full_like(rows, given.shape[1] - 1)) as logits_of:
+            output = model(
+                input_ids=given, attention_mask=torch.ones_like(tokens), past_key_values=past, use_cache=True
+            )
+            logits = logits_of(output)
+        past = getattr(output, "past_key_values", None)
+        drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).to(device)
+        tokens = torch.cat([tokens, drawn], dim=1)
+        given = drawn if past is not None else tokens
+    return _until_end(tokens, ids.shape[1], tokenizer.eos_token_id)
+
+
+def _until_end(tokens: Tensor, start: int, end: int | None) -> Tensor:
+    """Replace all that was drawn behind an end of text by that end, which decoding skips."""
+    if end is None:
+        return tokens
+    ended = (tokens[:, start:] == end).long().cumsum(1) > 0
+    return torch.cat([tokens[:, :start], tokens[:, start:].masked_fill(ended, end)], dim=1)

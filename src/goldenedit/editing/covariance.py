@@ -1,0 +1,127 @@
+"""Which text the key statistics come from, and where they are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.layers import Architecture
+from goldenedit.cache import cache_dir, cache_key
+from goldenedit.config import EditConfig
+from goldenedit.editing.contexts import sample_continuations
+from goldenedit.editing.statistics import KeyStatistics, load_second_moment, save_second_moment, second_moments
+from goldenedit.requests import proxy_facts
+
+_OPENING_TOKENS = 8
+_SAMPLED_TOKENS = 24  # drawn behind each opening
+
+
+def key_statistics(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    config: EditConfig,
+    fingerprint: str,
+) -> dict[int, KeyStatistics]:
+    """Return the key statistics of each wanted layer; what is not cached is computed in one pass.
+
+    Raises:
+        ValueError: `config.covariance` is no known source, or has no text.
+    """
+    if config.covariance == "identity":
+        return dict.fromkeys(layers, KeyStatistics(None))
+    seed = config.seed if config.covariance == "sampled" else None
+    source = {"fingerprint": fingerprint, "text": _source_name(config.covariance), "seed": seed}
+    paths = {
+        layer: cache_dir()
+        / "key_statistics"
+        / f"{cache_key(**source, tokens=config.covariance_tokens, module=architecture.down_projections[layer])}.safetensors"
+        for layer in layers
+    }
+    moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
+    missing = [layer for layer in layers if layer not in moments]
+    if missing:
+        texts = _texts(model, tokenizer, config)
+        found = second_moments(model, architecture, tokenizer, texts, missing, config.covariance_tokens)
+        for layer, moment in found.items():
+            save_second_moment(paths[layer], moment)
+        moments |= found
+    return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
+
+
+def _source_name(covariance: str) -> str:
+    path = Path(covariance)
+    if path.is_file():
+        status = path.stat()
+        return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    return covariance
+
+
+def _texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> Sequence[str]:
+    if config.covariance == "sampled":
+        return sampled_texts(model, tokenizer, config.covariance_tokens, config.seed)
+    return list(islice(dataset_texts(config.covariance), config.covariance_tokens))
+
+
+def sampled_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> list[str]:
+    """Return texts of about `tokens` tokens that the model itself wrote, each begun by a prompt of the proxy set.
+
+    The prompts bring names and relations of many kinds, which a model left to itself writes about rarely.
+    """
+    prompts = [prompt for fact in proxy_facts() for prompt in (fact.text, *fact.paraphrases, *fact.neighborhood)]
+    # Cut to one length: then all of them are one batch, and the model begins in the middle of a phrase as in its end.
+    cut = [ids[:_OPENING_TOKENS] for ids in tokenizer(prompts)["input_ids"] if len(ids) >= _OPENING_TOKENS]
+    count = min(len(cut), math.ceil(tokens / (_OPENING_TOKENS + _SAMPLED_TOKENS)))
+    openings = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in cut[:count]]
+    rounds = math.ceil(tokens / (count * (_OPENING_TOKENS + _SAMPLED_TOKENS)))
+    return [
+        text
+        for turn in range(rounds)
+        for text in sample_continuations(model, tokenizer, openings, _SAMPLED_TOKENS, seed + turn)
+    ]
+
+
+def dataset_texts(name: str) -> Iterable[str]:
+    """Yield the texts of a dataset: a `.txt` (a text a line), `.json` or `.jsonl` file, or a name on the Hub.
+
+    Of each record the field `text` is taken, or else its longest string.
+
+    Raises:
+        ValueError: There is no such file or dataset.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix in (".json", ".jsonl"):
+            content = path.read_text(encoding="utf-8")
+            records = json.loads(content) if path.suffix == ".json" else map(json.loads, content.splitlines())
+            yield from map(_text_of, records)
+        else:
+            yield from filter(str.strip, path.read_text(encoding="utf-8").splitlines())
+        return
+    from datasets import load_dataset
+
+    try:
+        records = load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # datasets raises many kinds for one thing: there is no such data
+        raise ValueError(
+            f"EditConfig.covariance {name!r} is neither 'sampled', 'identity', a file, nor a dataset that can be "
+            f"loaded ({error})."
+        ) from error
+    yield from map(_text_of, records)
+
+
+def _text_of(record: object) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return str(record["text"])
+        return max((value for value in record.values() if isinstance(value, str)), key=len, default="")
+    return ""

@@ -1,0 +1,52 @@
+"""The change of one weight matrix as two thin factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """`Delta = B @ A`, in the orientation of nn.Linear: `(d_out, d_in)`.
+
+    Attributes:
+        A: `(r, d_in)`, LoRA's `lora_A.weight`.
+        B: `(d_out, r)`, LoRA's `lora_B.weight`.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(f"Factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply.")
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B."""
+        return self.A.shape[0]
+
+    def dense(self) -> Tensor:
+        """Return `B @ A`."""
+        return self.B @ self.A
+
+    def padded(self, rank: int, offset: int = 0) -> LowRankDelta:
+        """Return the same delta with factors of rank `rank`, its own from `offset` on and zeros elsewhere."""
+        A = self.A.new_zeros(rank, self.A.shape[1])
+        B = self.B.new_zeros(self.B.shape[0], rank)
+        A[offset : offset + self.rank] = self.A
+        B[:, offset : offset + self.rank] = self.B
+        return LowRankDelta(A, B)
+
+    def part(self, start: int, stop: int) -> LowRankDelta:
+        """Return the delta of the ranks `start:stop` alone."""
+        return LowRankDelta(self.A[start:stop].contiguous(), self.B[:, start:stop].contiguous())
+
+    def balanced(self) -> LowRankDelta:
+        """Return the same delta with equal norms of each column of B and row of A, which half precision keeps best."""
+        a, b = self.A.norm(dim=1), self.B.norm(dim=0)
+        scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-30)).sqrt(), torch.ones_like(a))
+        return LowRankDelta(self.A * scale[:, None], self.B / scale)

@@ -1,0 +1,133 @@
+"""From texts to token rows: which token ends the subject, which tokens are the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.replay import Batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token sequence.
+
+    Attributes:
+        input_ids: Its tokens, special tokens included.
+        subject: Index of the last token of the subject, -1 where the row has none.
+        target: Indices of the answer's tokens, empty where the row has no answer.
+    """
+
+    input_ids: tuple[int, ...]
+    subject: int
+    target: tuple[int, ...]
+
+    @property
+    def target_ids(self) -> list[int]:
+        """The answer's tokens."""
+        return [self.input_ids[index] for index in self.target]
+
+    @property
+    def reads(self) -> list[int]:
+        """Positions whose logits predict the answer's tokens; the last position where the row has no answer."""
+        return [index - 1 for index in self.target] if self.target else [len(self.input_ids) - 1]
+
+
+def with_answer(prompt: str, answer: str) -> str:
+    """Join a prompt and its answer by one space, unless one of them brings it."""
+    separator = "" if prompt.endswith((" ", "\n")) or answer.startswith((" ", "\n")) else " "
+    return prompt + separator + answer
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str | None = None,
+    subject_end: int | None = None,
+    max_length: int | None = None,
+) -> Row:
+    """Tokenise a prompt with its answer and find the tokens that matter.
+
+    Args:
+        prompt: The text before the answer.
+        answer: The text after it, joined by one space.
+        subject_end: Index in `prompt` of the first character behind the subject.
+        max_length: The longest row that the model takes.
+
+    Raises:
+        ValueError: The answer has no tokens of its own, the row is too long, or the subject has no token.
+    """
+    text = prompt if answer is None else with_answer(prompt, answer)
+    ids, spans = _tokens_with_spans(tokenizer, text)
+    if max_length is not None and len(ids) > max_length:
+        raise ValueError(f"{prompt!r} and its answer are {len(ids)} tokens, but the model takes {max_length}: shorten.")
+    subject = -1
+    if subject_end is not None:
+        covering = [index for index, (start, end) in enumerate(spans) if start < subject_end <= end]
+        if not covering:
+            raise ValueError(f"The tokenizer gives no token for the end of the subject in {prompt!r}.")
+        subject = covering[-1]
+    target = tuple(index for index, (_, end) in enumerate(spans) if end > len(prompt)) if answer is not None else ()
+    if answer is not None and not target:
+        raise ValueError(f"The answer {answer!r} has no tokens behind {prompt!r}.")
+    if target and target[0] <= max(subject, 0):
+        raise ValueError(f"The answer {answer!r} melts into one token with what is before it in {prompt!r}.")
+    return Row(tuple(ids), subject, target)
+
+
+def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of `text` and the characters `(start, end)` that each covers; special tokens cover none."""
+    if tokenizer.is_fast:
+        encoding = tokenizer(text, return_offsets_mapping=True)
+        return list(encoding["input_ids"]), [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+    ids = list(tokenizer(text)["input_ids"])
+    special = set(tokenizer.all_special_ids)
+    plain = [[token for token in ids[:count] if token not in special] for count in range(len(ids) + 1)]
+    decoded = [str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) for tokens in plain]
+    if decoded[-1].strip() != text.strip():
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no offsets and does not decode {text!r} to itself, so the subject's "
+            "tokens cannot be found: use a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))."
+        )
+    shift = len(text) - len(text.lstrip()) - (len(decoded[-1]) - len(decoded[-1].lstrip()))
+    # A token that begins a character of several bytes decodes to replacement characters: take the longest so far.
+    ends = list(accumulate((min(max(len(part) + shift, 0), len(text)) for part in decoded), max))
+    return ids, list(pairwise(ends))
+
+
+def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> Batch:
+    """Pad rows on the right; the logits read are those that predict the answers, row by row."""
+    length = max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        attention_mask[index, : len(row.input_ids)] = 1
+    reads = [(index, position) for index, row in enumerate(rows) for position in row.reads]
+    read_rows, read_positions = torch.tensor(reads).T
+    subject = torch.tensor([row.subject for row in rows])
+    return Batch(*(tensor.to(device) for tensor in (input_ids, attention_mask, subject, read_rows, read_positions)))
+
+
+def target_ids(rows: Sequence[Row], device: torch.device | str) -> Tensor:
+    """Return the answers' tokens in the order of the logits that `pad` reads; 0 where a row has no answer."""
+    return torch.tensor([token for row in rows for token in (row.target_ids or [0])], device=device)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to pad with; padding is masked, so any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def context_length(config: object) -> int | None:
+    """Return the longest sequence that a model with this config takes, where it says so."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,190 @@
+"""Key statistics: the second moment `C = E[k k^T]` of what enters a down projection.
+
+An edit is written along `C^-1 k*`: the direction that answers to the fact's key and least to everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.hooks import evaluating, hidden_argument, stop_forward
+from goldenedit.architecture.layers import Architecture
+from goldenedit.cache import write_atomically
+from goldenedit.editing.rows import padding_id
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Second moment of the keys of one layer, made invertible by a ridge relative to its spectrum.
+
+    Attributes:
+        second_moment: `(d_in, d_in)`, uncentred `E[k k^T]`; None for the identity.
+        ridge: Added to the diagonal, in units of the mean eigenvalue `trace(C) / d_in`.
+    """
+
+    second_moment: Tensor | None
+    ridge: float = 0.0
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        assert self.second_moment is not None
+        C = self.second_moment.double()
+        ridge = self.ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+        try:
+            return torch.linalg.cholesky(C + ridge)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The key statistics cannot be inverted with ridge={self.ridge}: raise EditConfig.ridge, or take "
+                "more text (EditConfig.covariance_tokens)."
+            ) from error
+
+    @property
+    def _mean_eigenvalue(self) -> float:
+        return 1.0 if self.second_moment is None else self.second_moment.diagonal().double().mean().item()
+
+    def solve(self, keys: Tensor, contrast: Tensor | None = None) -> Tensor:
+        """Return `(C + ridge * mean eigenvalue * I + trace(C) D D^T)^-1 keys`, `(d_in, N)`, in float64.
+
+        Args:
+            keys: `(d_in, N)`.
+            contrast: `(d_in, c)` keys to stay silent on, in units of `trace(C)^0.5` (see `relative_contrast`): their
+                weight beside the other text is then the same for every model.
+
+        Raises:
+            ValueError: The second moment is not positive definite, even with the ridge.
+        """
+        solved = self._solve(keys)
+        if contrast is None:
+            return solved
+        D = contrast.double() * (self._mean_eigenvalue * len(contrast)) ** 0.5
+        # Woodbury: c is small, and the factor of C serves all facts.
+        CD = self._solve(D)
+        inner = torch.eye(D.shape[1], dtype=D.dtype, device=D.device) + D.T @ CD
+        return solved - CD @ torch.linalg.solve(inner, CD.T @ keys.to(CD))
+
+    def _solve(self, keys: Tensor) -> Tensor:
+        if self.second_moment is None:
+            return keys.double()
+        return torch.cholesky_solve(keys.to(self._factor.device).double(), self._factor)
+
+
+def relative_contrast(contrast: Tensor, weight: float) -> Tensor:
+    """Scale `(d_in, c)` keys so that the mean of `D D^T` over them has `weight` times the trace of `C` in `solve`."""
+    return contrast.double() * (weight / contrast.double().square().sum()) ** 0.5
+
+
+@torch.no_grad()
+def second_moments(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    max_tokens: int,
+    batch_tokens: int = 2048,
+) -> dict[int, Tensor]:
+    """Return `E[k k^T]` of each wanted layer over the tokens of `texts`, accumulated in float32, all in one pass.
+
+    Args:
+        texts: Texts, taken from the front until `max_tokens` tokens are seen; cut to 256 tokens each.
+        layers: Layers whose keys are wanted; the model runs no further than the last of them.
+        max_tokens: Number of tokens to look at.
+        batch_tokens: Tokens a forward, padding included.
+
+    Raises:
+        ValueError: `texts` hold no tokens, or a key is not finite.
+    """
+    rows: list[list[int]] = []
+    count = 0
+    for text in texts:
+        ids = list(tokenizer(text, truncation=True, max_length=256)["input_ids"])[: max_tokens - count]
+        if len(ids) > 1:
+            rows.append(ids)
+            count += len(ids)
+        if count >= max_tokens:
+            break
+    if not rows:
+        raise ValueError("There is no text to compute key statistics on.")
+    sums: dict[int, Tensor] = {}
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    with evaluating(model), tqdm(total=count, desc="Key statistics", unit="token", leave=False) as progress:
+        for tokens, mask in _batches(rows, batch_tokens, padding_id(tokenizer)):
+            with stop_forward() as stop, ExitStack() as stack:
+                for layer in layers:
+                    hook = _accumulate(sums, layer, mask.reshape(-1) > 0, stop if layer == max(layers) else None)
+                    module = architecture.down_projection(model, layer)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+            progress.update(int(mask.sum()))
+    moments = {layer: total / count for layer, total in sums.items()}
+    for layer, moment in moments.items():
+        if not moment.isfinite().all():
+            raise ValueError(f"Keys of layer {layer} are not finite: load the model in float32 or bfloat16.")
+    return moments
+
+
+def _accumulate(
+    sums: dict[int, Tensor], layer: int, tokens: Tensor, stop: Callable[[], None] | None
+) -> Callable[..., None]:
+    """Return a hook that adds the keys of the real tokens, and ends the forward where nothing behind is wanted."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keys = hidden_argument(args, kwargs)
+        keys = keys.reshape(len(tokens), -1)[tokens.to(keys.device)].float()
+        if layer not in sums:
+            sums[layer] = keys.new_zeros(keys.shape[1], keys.shape[1])
+        sums[layer].addmm_(keys.T, keys)
+        if stop is not None:
+            stop()
+
+    return add
+
+
+def _batches(rows: Iterable[list[int]], batch_tokens: int, pad: int) -> Iterable[tuple[Tensor, Tensor]]:
+    group: list[list[int]] = []
+    for row in sorted(rows, key=len):
+        if group and len(row) * (len(group) + 1) > batch_tokens:
+            yield _padded(group, pad)
+            group = []
+        group.append(row)
+    if group:
+        yield _padded(group, pad)
+
+
+def _padded(group: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    length = max(len(row) for row in group)
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in group])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in group])
+    return ids, mask
+
+
+def load_second_moment(path: Path) -> Tensor | None:
+    """Read a cached second moment; None where there is none or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("second_moment")
+    except Exception as error:  # safetensors raises its own error class, which it does not export
+        logger.warning("Ignoring the damaged cache file %s (%s).", path, error)
+        return None
+
+
+def save_second_moment(path: Path, second_moment: Tensor) -> None:
+    """Write a second moment as safetensors, atomically."""
+    write_atomically(path, save({"second_moment": second_moment.cpu().contiguous()}, {"format": "pt"}))

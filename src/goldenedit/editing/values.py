@@ -1,0 +1,266 @@
+"""The value optimisation that ROME, R-ROME, MEMIT, EMMET and AlphaEdit share, for many facts side by side.
+
+Meng et al. 2022 (arXiv 2202.05262), equation 4: find the vector `delta` that, added to the value at the last token of
+the subject, makes the model answer the new target and leaves what it says the subject *is* as it was:
+
+    loss = mean over contexts NLL(target | context + prompt)
+         + kl_factor * KL(p_edited("{subject} is a") || p_original)
+         + weight_decay * ||delta|| / ||v0||^2
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.hooks import adding, evaluating
+from goldenedit.architecture.layers import Architecture
+from goldenedit.architecture.replay import Batch, Capture, Replayer, capture
+from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
+from goldenedit.requests import EditRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValueOptions:
+    """Constants of the optimisation; see `EditConfig` for what each does."""
+
+    steps: int
+    lr: float
+    kl_factor: float
+    weight_decay: float
+    clamp: float
+    stop_loss: float
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the optimisation found for N facts at m layers.
+
+    Attributes:
+        delta: `(N, m, d_model)` float32, to be added to the values.
+        keys: `(N, m, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
+        steps: Optimiser steps of each fact.
+        nll: Final NLL of each target, mean over contexts.
+        target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
+        replay: The way the model was run again: `suffix`, `layers` or `whole`.
+    """
+
+    delta: Tensor
+    keys: Tensor
+    steps: list[int]
+    nll: list[float]
+    target_probability: list[float]
+    replay: str
+
+
+def optimise_values(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    contexts: Sequence[str],
+    options: ValueOptions,
+    batch_size: int = 8,
+) -> Values:
+    """Optimise the values of all requests, `batch_size` of them in one batch; each is independent of the others.
+
+    Args:
+        layers: The layers that are edited, ascending. With several, their deltas are optimised together.
+        contexts: Prefixes to each prompt, the first of them empty.
+
+    Raises:
+        ValueError: A request cannot be tokenised as it must be, or its optimisation leaves the finite numbers.
+    """
+    # Everything is tokenised before anything runs: a bad request costs nothing.
+    groups = [
+        _Group(model, tokenizer, requests[start : start + batch_size], contexts)
+        for start in range(0, len(requests), batch_size)
+    ]
+    results: list[Values] = []
+    with (
+        evaluating(model),
+        tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
+    ):
+        for group in groups:
+            results.append(_optimise(model, architecture, group, list(layers), options))
+            progress.update(len(group.requests))
+    return Values(
+        torch.cat([result.delta for result in results]),
+        torch.cat([result.keys for result in results]),
+        steps=[step for result in results for step in result.steps],
+        nll=[value for result in results for value in result.nll],
+        target_probability=[value for result in results for value in result.target_probability],
+        replay=results[0].replay,
+    )
+
+
+class _Group:
+    """The rows of some requests: for each of them one row a context, then the row `"{subject} is a"`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        contexts: Sequence[str],
+    ) -> None:
+        self.requests = requests
+        self.rows_each = len(contexts) + 1
+        longest = context_length(model.config)
+        rows: list[Row] = []
+        for request in requests:
+            for prefix in contexts:
+                end = len(prefix) + request.subject_end
+                rows.append(encode(tokenizer, prefix + request.text, request.target_new, end, longest))
+            rows.append(encode(tokenizer, f"{request.subject} is a", None, len(request.subject), longest))
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        self.batch = pad(rows, padding_id(tokenizer), device)
+        self.targets = target_ids(rows, device)
+
+    def rows_of(self, members: Tensor) -> Tensor:
+        """Return the rows of the requests `members`."""
+        each = torch.arange(self.rows_each, device=members.device)
+        return (members[:, None] * self.rows_each + each).reshape(-1)
+
+    def nll(self, batch: Batch, targets: Tensor, log_probs: Tensor) -> Tensor:
+        """Return the NLL of the target in each row of context, mean over its tokens, `(requests, contexts)`."""
+        token_nll = -log_probs.gather(1, targets[:, None])[:, 0]
+        count = len(batch.input_ids)
+        sums = token_nll.new_zeros(count).index_add(0, batch.read_rows, token_nll)
+        lengths = token_nll.new_zeros(count).index_add(0, batch.read_rows, torch.ones_like(token_nll))
+        return (sums / lengths).view(-1, self.rows_each)[:, :-1]
+
+    def is_essence(self, batch: Batch) -> Tensor:
+        """Return which of the logits read belong to the rows `"{subject} is a"`."""
+        return batch.read_rows % self.rows_each == self.rows_each - 1
+
+
+def _optimise(
+    model: nn.Module, architecture: Architecture, group: _Group, layers: list[int], options: ValueOptions
+) -> Values:
+    modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
+    whole = capture(model, architecture, layers[0], group.batch, modules)
+    replay = Replayer(model, architecture, layers[0])
+    replay.check(whole)
+
+    count, each = len(group.requests), group.rows_each
+    values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(layer)]) for layer in layers], 1)
+    # The value's size in every context: alone at the start of a sequence a subject's value is often not like itself.
+    v0_norm = values.view(count, each, len(layers), -1)[:, :-1].norm(dim=-1).mean(1)  # (N, m)
+    log_probs = whole.logits.float().log_softmax(-1)
+    with torch.no_grad():
+        bare_nll = group.nll(group.batch, group.targets, log_probs)[:, 0]
+    essence = log_probs[group.is_essence(group.batch)]  # (N, V): what the model says each subject is
+
+    delta = torch.zeros_like(values[::each]).requires_grad_()
+    optimiser = torch.optim.Adam([delta], lr=options.lr)
+    active = torch.ones(count, dtype=torch.bool, device=delta.device)
+    steps, final_nll = [0] * count, bare_nll.tolist()
+    captured, targets, members = whole, group.targets, active.nonzero()[:, 0]
+
+    for step in range(options.steps):
+        if len(members) != int(active.sum()):  # finished facts cost nothing more
+            members = active.nonzero()[:, 0]
+            rows = group.rows_of(members)
+            captured = whole.select(rows)
+            targets = group.targets[group.batch.select(rows)[1]]
+        log_probs = _edited(model, architecture, replay, captured, layers, delta[members], each).float().log_softmax(-1)
+        nll = group.nll(captured.batch, targets, log_probs).mean(1)
+        now = log_probs[group.is_essence(captured.batch)]
+        kl = (now.exp() * (now - essence[members])).sum(-1)
+        decay = (delta[members].norm(dim=-1) / v0_norm[members] ** 2).sum(-1)
+        loss = nll + options.kl_factor * kl + options.weight_decay * decay
+        if not loss.isfinite().all():
+            index = int(members[~loss.isfinite()][0])
+            raise ValueError(
+                f"The optimisation for {group.requests[index].subject!r} -> {group.requests[index].target_new!r} is "
+                f"not finite at step {step}. Load the model in float32 or bfloat16, or lower EditConfig.lr."
+            )
+        for index, value in zip(members.tolist(), nll.tolist(), strict=True):
+            final_nll[index] = value
+        done = members[loss.detach() < options.stop_loss]
+        active[done] = False
+        if step == options.steps - 1 or not active.any():
+            break
+        (gradient,) = torch.autograd.grad(loss.sum(), delta)
+        before = delta.detach().clone()
+        delta.grad = gradient
+        optimiser.step()
+        with torch.no_grad():
+            norm = delta.norm(dim=-1)
+            delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
+            delta[~active] = before[~active]  # Adam's momentum would move a finished fact on
+        for index in active.nonzero()[:, 0].tolist():
+            steps[index] += 1
+    delta = delta.detach()
+    keys = _keys(model, architecture, replay, whole, layers, delta, group)
+    return Values(
+        delta.float().cpu(),
+        keys.view(count, each, *keys.shape[1:])[:, :-1].transpose(1, 2).float().cpu(),
+        steps,
+        final_nll,
+        (-bare_nll).exp().tolist(),
+        replay.way,
+    )
+
+
+def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
+    """Return a recorded tensor, `(B, T, d)` or `(B * T, d)`, at the subject's last token, `(B, d)` float32."""
+    rows = torch.arange(len(batch.subject), device=tensor.device)
+    return tensor.view(len(rows), -1, tensor.shape[-1])[rows, batch.subject.to(tensor.device)].float()
+
+
+def _edited(
+    model: nn.Module,
+    architecture: Architecture,
+    replay: Replayer,
+    captured: Capture,
+    layers: list[int],
+    delta: Tensor,
+    rows_each: int,
+) -> Tensor:
+    """Return the logits with `delta` `(n, m, d_model)` added to the values of the captured rows."""
+    positions = replay.positions(captured.batch)
+    additions = {
+        architecture.down_projection(model, layer): (positions, delta[:, index].repeat_interleave(rows_each, 0))
+        for index, layer in enumerate(layers)
+    }
+    with adding(additions):
+        return replay(captured)
+
+
+@torch.no_grad()
+def _keys(
+    model: nn.Module,
+    architecture: Architecture,
+    replay: Replayer,
+    whole: Capture,
+    layers: list[int],
+    delta: Tensor,
+    group: _Group,
+) -> Tensor:
+    """Return the keys of every row, `(B, m, d_in)`, with the deltas in place: those before a layer move its keys."""
+    if len(layers) == 1:
+        return _at_subject(group.batch, whole.record.inputs[str(layers[0])])[:, None]
+    from goldenedit.architecture.hooks import recording
+
+    modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
+    with recording(modules) as record:
+        _edited(model, architecture, replay, whole, layers, delta, group.rows_each)
+    moved = Batch(
+        whole.batch.input_ids,
+        whole.batch.attention_mask,
+        replay.positions(whole.batch),
+        whole.batch.read_rows,
+        whole.batch.read_positions,
+    )
+    return torch.stack([_at_subject(moved, record.inputs[str(layer)]) for layer in layers], 1)

@@ -1,0 +1,46 @@
+"""Measure one fact the way CounterFact does: on its prompt, its paraphrases and its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.evaluation.scores import FactLikelihoods
+from goldenedit.requests import EditRequest
+
+
+def fact_likelihoods(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, request: EditRequest, neighbors: int | None = None
+) -> FactLikelihoods:
+    """Return what the model makes of the new and the old answer of one fact.
+
+    Args:
+        neighbors: Use the first so many neighbourhood prompts; None for all.
+
+    Raises:
+        ValueError: The request has no old answer.
+    """
+    old = _old_answer(request)
+    prompts = [request.text, *request.paraphrases, *request.neighborhood[:neighbors]]
+    pairs = [(prompt, answer) for prompt in prompts for answer in (request.target_new, old)]
+    found = likelihoods(model, tokenizer, pairs)
+    nll = [(new.nll, true.nll) for new, true in zip(found[::2], found[1::2], strict=True)]
+    split = 1 + len(request.paraphrases)
+    return FactLikelihoods(nll[0], nll[1:split], nll[split:], [new.accuracy for new in found[2 : 2 * split : 2]])
+
+
+def known_facts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> list[int]:
+    """Return the indices of the facts whose old answer the model prefers: NLL(old) < NLL(new) - 1 and NLL(old) < 5."""
+    pairs = [(request.text, answer) for request in requests for answer in (request.target_new, _old_answer(request))]
+    found = likelihoods(model, tokenizer, pairs)
+    pairwise = zip(found[::2], found[1::2], strict=True)
+    return [index for index, (new, old) in enumerate(pairwise) if old.nll < min(new.nll - 1, 5)]
+
+
+def _old_answer(request: EditRequest) -> str:
+    if request.target_true is None:
+        raise ValueError(f"The fact about {request.subject!r} has no target_true to compare with.")
+    return request.target_true

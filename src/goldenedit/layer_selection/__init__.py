@@ -1,0 +1,118 @@
+"""Layer selectors: functions of a model and facts to a score per layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.layers import Architecture
+from goldenedit.cache import cache_dir, cache_key, write_atomically
+from goldenedit.config import EditConfig
+from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filter
+from goldenedit.layer_selection.published import PUBLISHED_LAYERS, published_layer
+from goldenedit.requests import EditRequest, load_requests, proxy_facts
+
+logger = logging.getLogger(__name__)
+
+
+def select_layer(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EditConfig,
+    fingerprint: str,
+) -> None:
+    """Fill `config.target_layer`, and `config.layer_scores` where the selector has scores.
+
+    LGA's scores are cached by the model's fingerprint, the facts and the options they depend on.
+
+    Raises:
+        ValueError: The layer cannot be edited, or the selector cannot decide.
+    """
+    if config.layer == "published":
+        config.target_layer = published_layer(model)
+    elif config.layer == "lga":
+        config.layer_scores = _cached_lga_scores(model, architecture, tokenizer, config, fingerprint)
+        config.target_layer = choose(config)
+    for layer in config.target_layers:
+        architecture.check_layer(layer)
+
+
+def choose(config: EditConfig) -> int:
+    """Return the golden layer of the config's scores, by its Tukey filter."""
+    import torch
+
+    scores = [math.nan if score is None else score for score in config.layer_scores or []]
+    return golden_layer(torch.tensor(scores, dtype=torch.float64), config.tukey_kappa)
+
+
+def proxy_set(config: EditConfig) -> list[EditRequest]:
+    """Return the facts on which layers are compared.
+
+    Raises:
+        ValueError: `config.proxy` is neither a file nor a list of requests, or holds no facts.
+    """
+    if config.proxy is None:
+        facts = proxy_facts()
+    elif isinstance(config.proxy, str):
+        if not Path(config.proxy).is_file():
+            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file; give a .json or .jsonl file of facts.")
+        facts = load_requests(config.proxy)
+    else:
+        facts = config.proxy
+    if not facts:
+        raise ValueError("EditConfig.proxy holds no facts.")
+    return facts[: config.proxy_size]
+
+
+def proxy_hash(facts: list[EditRequest]) -> str:
+    """Return a short name for this set of facts."""
+    parts = [(fact.text, fact.target_new, fact.target_true) for fact in facts]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _cached_lga_scores(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EditConfig,
+    fingerprint: str,
+) -> list[float | None]:
+    facts = proxy_set(config)
+    key = cache_key(
+        selector="lga",
+        fingerprint=fingerprint,
+        proxy=proxy_hash(facts),
+        loss=config.lga_loss,
+        modules=sorted(path for paths in architecture.mlp_linears.values() for path in paths),
+    )
+    path = cache_dir() / "layer_scores" / f"{key}.json"
+    if path.is_file():
+        try:
+            scores: list[float | None] = json.loads(path.read_text(encoding="utf-8"))["scores"]
+            return scores
+        except (json.JSONDecodeError, KeyError, TypeError):
+            logger.warning("Ignoring the damaged cache file %s.", path)
+    found = lga_scores(model, architecture, tokenizer, facts, loss=config.lga_loss)  # type: ignore[arg-type]
+    scores = [None if math.isnan(score) else score for score in found.tolist()]
+    write_atomically(path, json.dumps({"scores": scores}).encode())
+    return scores
+
+
+__all__ = [
+    "PUBLISHED_LAYERS",
+    "choose",
+    "golden_layer",
+    "lga_scores",
+    "proxy_hash",
+    "proxy_set",
+    "published_layer",
+    "select_layer",
+    "tukey_filter",
+]

@@ -1,0 +1,192 @@
+"""Layer Gradient Analysis: find the golden layer from gradients, without a trial edit.
+
+"Golden Layers and Where to Find Them" (arXiv 2602.20207), as reconstructed from its abstract and from sources that
+quote the formula; the full text was not at hand:
+
+    score(l) = sum_i < grad_{theta_l} loss(Q_i + K_i),  grad_{theta_l} loss(Q_i + K'_i) >
+    golden layer = argmax of score over the layers that pass a Tukey filter
+
+with prompt `Q`, old answer `K`, new answer `K'`, and `theta_l` the MLP weights of layer `l` without biases.
+
+No weight gradient is ever formed. For a linear map `y = x W^T` the gradient of a sequence is `sum_t delta_t x_t^T`, so
+
+    < grad_W, grad'_W > = sum_{t,s} (delta_t . delta'_s) (x_t . x'_s)
+
+needs only the inputs `x` and the output gradients `delta` of the two sequences ("ghost gradients").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
+from goldenedit.architecture.layers import Architecture
+from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
+from goldenedit.requests import EditRequest
+
+Loss = Literal["sequence", "answer"]
+
+
+def lga_scores(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[EditRequest],
+    loss: Loss = "sequence",
+    batch_size: int = 16,
+) -> Tensor:
+    """Return the LGA score of each layer, `(num_layers,)` float64; NaN where a layer has no MLP to score.
+
+    Args:
+        facts: The proxy set. Facts without `target_true` are scored against the model's own greedy answer.
+        loss: Mean cross entropy over all tokens of the sequence, or over those of the answer.
+        batch_size: Facts a forward and backward; each is two rows.
+
+    Raises:
+        ValueError: There are no facts, a fact cannot be tokenised, or a gradient is not finite.
+    """
+    if not facts:
+        raise ValueError("LGA needs at least one fact.")
+    pairs = _encode_pairs(model, tokenizer, facts)
+    pairs.sort(key=lambda pair: len(pair[0].input_ids))
+    scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
+    scores[list(architecture.mlp_linears)] = 0.0
+    linears = {model.get_submodule(path): layer for layer, paths in architecture.mlp_linears.items() for path in paths}
+    with evaluating(model), tqdm(total=len(pairs), desc="Layer gradients", unit="fact", leave=False) as progress:
+        for start in range(0, len(pairs), batch_size):
+            group = pairs[start : start + batch_size]
+            rows = [row for pair in group for row in pair]
+            for layer, dot in _gradient_dots(model, tokenizer, architecture, linears, rows, loss):
+                scores[layer] += dot
+            progress.update(len(group))
+    if scores.isinf().any() or scores[list(architecture.mlp_linears)].isnan().any():
+        raise ValueError("A gradient of LGA is not finite: load the model in float32 or bfloat16.")
+    return scores
+
+
+def tukey_filter(scores: Tensor, kappa: float = 1.0) -> Tensor:
+    """Return which scores lie in `[Q1 - kappa * IQR, Q3 + kappa * IQR]`, with linear quantiles; NaN never does.
+
+    Layers with massive activations score far above all others and are never the best to edit: the filter drops them.
+
+    Args:
+        kappa: Width of the fence in interquartile ranges; infinity keeps every layer.
+    """
+    known = scores[~scores.isnan()]
+    if kappa == float("inf"):
+        return ~scores.isnan()
+    q1, q3 = torch.quantile(known, torch.tensor([0.25, 0.75], dtype=known.dtype))
+    fence = kappa * (q3 - q1)
+    return (scores >= q1 - fence) & (scores <= q3 + fence)
+
+
+def golden_layer(scores: Tensor, kappa: float = 1.0) -> int:
+    """Return the layer of the largest score that passes the Tukey filter."""
+    return int(scores.masked_fill(~tukey_filter(scores, kappa), -torch.inf).argmax())
+
+
+def _encode_pairs(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest]
+) -> list[tuple[Row, Row]]:
+    longest = context_length(model.config)
+    pairs = []
+    for fact in facts:
+        old = fact.target_true or greedy_answer(model, tokenizer, fact.text)
+        pairs.append(
+            (
+                encode(tokenizer, fact.text, old, max_length=longest),
+                encode(tokenizer, fact.text, fact.target_new, max_length=longest),
+            )
+        )
+    return pairs
+
+
+@torch.no_grad()
+def greedy_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 4) -> str:
+    """Return what the model itself answers, greedily, up to `tokens` tokens or the end of the line."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
+    length = ids.shape[1]
+    with evaluating(model):
+        for _ in range(tokens):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    answer = str(tokenizer.decode(ids[0, length:], skip_special_tokens=True)).strip().split("\n")[0]
+    if not answer:
+        raise ValueError(f"The model has no answer to {prompt!r}: give the fact a target_true.")
+    return answer
+
+
+def _gradient_dots(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    architecture: Architecture,
+    linears: dict[nn.Module, int],
+    rows: list[Row],
+    loss: Loss,
+) -> list[tuple[int, float]]:
+    """Return `(layer, sum over pairs of the gradients' dot product)` for each linear map; rows come in pairs."""
+    batch = pad(rows, padding_id(tokenizer), model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    mask = batch.attention_mask.bool()
+    inputs: dict[nn.Module, Tensor] = {}
+    dots: list[tuple[int, float]] = []
+
+    def take_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs[module] = args[0].detach()
+        # A hook on the tensor as it is now: it fires with this output's own gradient, whatever is added in place later,
+        # and what it needs is used at once, so that no layer's gradient outlives its layer.
+        output.register_hook(take_gradient(module))
+
+    def take_gradient(module: nn.Module) -> Callable[[Tensor], None]:
+        def take(gradient: Tensor) -> None:
+            dots.append((linears[module], _ghost_dot(inputs.pop(module), gradient, mask)))
+
+        return take
+
+    def require_gradient(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Frozen weights make no graph: it starts at what enters the first layer.
+        given = hidden_argument(args, kwargs)
+        roots.append(given.detach().requires_grad_())
+        kwargs = {name: roots[0] if value is given else value for name, value in kwargs.items()}
+        return tuple(roots[0] if value is given else value for value in args), kwargs
+
+    roots: list[Tensor] = []
+    if loss == "answer":
+        read_rows, read_positions = batch.read_rows, batch.read_positions
+    else:
+        read_rows, read_positions = mask[:, 1:].nonzero().T  # logits at t predict token t + 1
+    targets = batch.input_ids[read_rows, read_positions + 1]
+    with ExitStack() as stack:
+        for module in linears:
+            stack.callback(module.register_forward_hook(take_input).remove)
+        first = architecture.layer(model, 0)
+        stack.callback(first.register_forward_pre_hook(require_gradient, with_kwargs=True).remove)
+        stack.enter_context(torch.enable_grad())
+        logits_of = stack.enter_context(reading_logits(model, read_rows, read_positions))
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        token_loss = nn.functional.cross_entropy(
+            logits_of(output).float(), targets.to(output.logits.device), reduction="none"
+        )
+        weights = 1.0 / torch.bincount(read_rows, minlength=len(rows))[read_rows].to(token_loss)
+        # Only the gradient of the first layer's input is asked for: no parameter gets a .grad, frozen or not.
+        torch.autograd.grad((token_loss * weights).sum(), roots, allow_unused=True)
+    return dots
+
+
+def _ghost_dot(inputs: Tensor, gradients: Tensor, mask: Tensor) -> float:
+    """Return `sum over pairs, t, s of (delta_t . delta'_s)(x_t . x'_s)`, rows `2i` and `2i + 1` being a pair."""
+    count, length = mask.shape
+    mask = mask.to(inputs.device)[..., None]
+    x = inputs.view(count, length, -1).float() * mask
+    delta = gradients.view(count, length, -1).float() * mask
+    dots = (delta[::2] @ delta[1::2].mT) * (x[::2] @ x[1::2].mT)
+    return dots.double().sum().item()

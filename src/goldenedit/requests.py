@@ -1,0 +1,148 @@
+"""What a user asks for: one fact to change, and readers of files that hold many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to change: the model shall continue `prompt` with `target_new`.
+
+    Attributes:
+        prompt: The text before the answer, with the subject in it, or with `{}` in the subject's place. Where the
+            subject stands in it more than once, the last place is edited.
+        subject: The entity the fact is about, as spelled in the prompt.
+        target_new: The new answer.
+        target_true: The old answer, where known.
+        paraphrases: Other prompts for the same fact.
+        neighborhood: Prompts about other subjects, whose answers must stay; `target_true` is right for them.
+        relation: A name of the relation, for statistics.
+
+    Raises:
+        ValueError: The subject is not in the prompt, or a target is empty or equal to the old answer.
+
+    Example:
+        ```python
+        >>> EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome").text
+        'The Eiffel Tower is located in the city of'
+        ```
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[str, ...] = ()
+    relation: str | None = None
+    subject_start: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"EditRequest.{name} must be a text that is not empty, got {value!r}.")
+        if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
+            raise ValueError(
+                f"The new answer for {self.subject!r} is the old one, {self.target_new!r}: there is nothing to edit."
+            )
+        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
+        object.__setattr__(self, "neighborhood", tuple(self.neighborhood))
+        start = self.prompt.rfind(self.subject)
+        if start < 0:
+            start = self.prompt.find("{}")
+        if start < 0:
+            raise ValueError(
+                f"The subject {self.subject!r} is not in the prompt {self.prompt!r}. Spell it as the prompt does, or "
+                "put {} in its place."
+            )
+        object.__setattr__(self, "subject_start", start)
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in it."""
+        if self.subject in self.prompt:
+            return self.prompt
+        return self.prompt.replace("{}", self.subject, 1)
+
+    @property
+    def subject_end(self) -> int:
+        """Index in `text` of the first character behind the subject."""
+        return self.subject_start + len(self.subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are set, as JSON has them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name != "subject_start" and value not in (None, ())
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
+        """Read a record of this library, or one of CounterFact (with `requested_rewrite`).
+
+        Raises:
+            ValueError: A field is missing, unknown or of the wrong kind.
+        """
+        if "requested_rewrite" in record:
+            return cls(**_counterfact_fields(record))
+        known = {"prompt", "subject", "target_new", "target_true", "paraphrases", "neighborhood", "relation"}
+        if unknown := sorted(set(record) - known):
+            raise ValueError(f"Unknown fields {unknown}; a request has {sorted(known)}.")
+        if missing := sorted({"prompt", "subject", "target_new"} - set(record)):
+            raise ValueError(f"Missing fields {missing}.")
+        return cls(**record)
+
+
+def _counterfact_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    rewrite = record["requested_rewrite"]
+    try:
+        return {
+            "prompt": rewrite["prompt"],
+            "subject": rewrite["subject"],
+            "target_new": rewrite["target_new"]["str"],
+            "target_true": rewrite["target_true"]["str"],
+            "paraphrases": record.get("paraphrase_prompts", ()),
+            "neighborhood": record.get("neighborhood_prompts", ()),
+            "relation": rewrite.get("relation_id"),
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"A CounterFact record without {error}.") from error
+
+
+def load_requests(path: str | Path) -> list[EditRequest]:
+    """Read requests from a JSON or JSON-lines file, in this library's form or in CounterFact's.
+
+    Raises:
+        ValueError: A record cannot be read; the message names file, index and field.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            records = json.loads(text)
+            records = records if isinstance(records, list) else [records]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    requests = []
+    for index, record in enumerate(records):
+        try:
+            requests.append(EditRequest.from_dict(record))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, record {index}: {error}") from error
+    return requests
+
+
+def proxy_facts() -> list[EditRequest]:
+    """Return the packaged proxy set: the facts on which layers are compared when a user names none."""
+    with resources.as_file(resources.files("goldenedit.data") / "proxy_facts.jsonl") as path:
+        return load_requests(path)
