@@ -58,7 +58,7 @@ class EditConfig:
 
     contexts: int = field(default=6, metadata={"help": "Number of prefixes to the prompt, the empty one included."})
     context_length: int = field(default=10, metadata={"help": "Tokens of each sampled prefix."})
-    steps: int = field(default=20, metadata={"help": "Most steps of the value optimisation."})
+    steps: int = field(default=12, metadata={"help": "Most steps of the value optimisation."})
     lr: float = field(default=0.5, metadata={"help": "Learning rate of the value optimisation (Adam)."})
     kl_factor: float = field(default=0.0625, metadata={"help": 'Weight of the KL term on "{subject} is a".'})
     weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||delta|| / ||v0||^2."})

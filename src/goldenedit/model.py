@@ -6,11 +6,13 @@ import importlib.metadata
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +22,8 @@ from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.config import EditConfig
 from goldenedit.editing.contexts import sample_contexts
 from goldenedit.editing.covariance import key_statistics
-from goldenedit.editing.edit import compute_edit
+from goldenedit.editing.edit import prepare_facts
+from goldenedit.editing.rows import context_length, encode
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import proxy_hash, proxy_set, select_layer
@@ -28,6 +31,7 @@ from goldenedit.requests import EditRequest
 from goldenedit.storage.card import render_card
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import BaseModel, Edit, EditedFact, EditFolder, fuse, read_edit_folder, write_edit_folder
+from goldenedit.storage.hub import find_folder, push_folder
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +69,8 @@ def get_edit_model(
 class EditModel(nn.Module):
     """A causal LM with edits that switch on and off, stack, fuse, merge, save and load.
 
-    Each call of `edit` adds one adapter to a stock `PeftModel`, with PEFT's verbs for all that adapters do. `forward` and
-    `generate` go straight through, and so does every attribute of the model.
+    Each call of `edit` adds one adapter to a stock `PeftModel`, with PEFT's verbs for all that adapters do. `forward`
+    and `generate` go straight through, and so does every attribute of the model.
 
     Attributes:
         edit_config: The filled config.
@@ -85,8 +89,8 @@ class EditModel(nn.Module):
             raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
         if peft_adapters.carries_adapters(model):
             raise ValueError(
-                "The model already carries PEFT adapters: give the base model (model.unload() of the other wrapper), or "
-                "merge them first (model.merge_and_unload())."
+                "The model already carries PEFT adapters: take them off (unload() of their wrapper), or write them "
+                "into the weights first (merge_and_unload())."
             )
         self.edit_config = edit_config
         self.tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
@@ -141,17 +145,19 @@ class EditModel(nn.Module):
         """
         requests = _as_requests(prompt, subject, target_new, target_true)
         name = self._new_name(name)
+        base = self.get_base_model()
+        for request in requests:  # what cannot be tokenised is told before anything takes time
+            longest = context_length(base.config)
+            encode(self.tokenizer, request.text, request.target_new, request.subject_end, longest)
         if not self.edit_config.target_layers:
             self.select_layer()
-        base = self.get_base_model()
         contexts = self._prefixes()
         statistics = self._key_statistics()
-        computed = compute_edit(
-            base, self.architecture, self.tokenizer, requests, self.edit_config, contexts, statistics
-        )
+        prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, self.edit_config, contexts)
+        deltas = prepared.deltas(self.edit_config.method, statistics)
         active = self.active_adapters
         try:
-            self.model = peft_adapters.add(self.model, name, computed.deltas, self.base_info.name_or_path)
+            self.model = peft_adapters.add(self.model, name, deltas, self.base_info.name_or_path)
             self.set_adapter([*active, name])
             after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
             for request, found in zip(requests, after, strict=True):
@@ -163,10 +169,10 @@ class EditModel(nn.Module):
         facts = [
             EditedFact(request, before, math.exp(-found.nll), steps)
             for request, before, found, steps in zip(
-                requests, computed.values.target_probability, after, computed.values.steps, strict=True
+                requests, prepared.values.target_probability, after, prepared.values.steps, strict=True
             )
         ]
-        self.edits[name] = Edit(name, facts, computed.deltas, peft_adapters.is_conv1d(self.model, computed.deltas))
+        self.edits[name] = Edit(name, facts, deltas, peft_adapters.is_conv1d(self.model, deltas))
         return self.edits[name]
 
     def _prefixes(self) -> list[str]:
@@ -306,6 +312,34 @@ class EditModel(nn.Module):
         content = EditFolder([self._edit(name) for name in names], config, self.base_info, _versions(), facts_hash)
         write_edit_folder(Path(save_directory), content, render_card(content))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload edit",
+        create_pr: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Share the active edits: what `save_pretrained` writes, in one commit to a repository on the Hub.
+
+        Raises:
+            ValueError: There is nothing to save.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "edit"
+            self.save_pretrained(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                token=token,
+            )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -314,45 +348,53 @@ class EditModel(nn.Module):
         adapter_name: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ignore_fingerprint: bool = False,
+        **download: Any,
     ) -> EditModel:
         """Put saved edits on their base model and switch them on.
 
         Args:
             model: The base model.
-            model_id: The edit folder.
+            model_id: The edit folder, or its repository on the Hub.
             adapter_name: Name for what is loaded, as one edit; by default each edit has its own name back.
             tokenizer: The model's tokenizer; by default the one at `model.name_or_path`.
             ignore_fingerprint: Load the edits on a model with other weights than they were made on.
+            **download: Passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`,
+                `local_files_only`, ...
 
         Raises:
             ValueError: The folder is no edit folder, is damaged, or was made on another base model.
         """
-        content = read_edit_folder(Path(model_id))
+        folder = find_folder(os.fspath(model_id), **download)
+        content = read_edit_folder(folder)
         edit_model = cls(model, content.config, tokenizer)
-        edit_model._load(content, Path(model_id), adapter_name, ignore_fingerprint)
+        edit_model._load(content, folder, adapter_name, ignore_fingerprint)
         edit_model.set_adapter(list(edit_model.edits))
         return edit_model
 
     def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str | None = None, ignore_fingerprint: bool = False
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        ignore_fingerprint: bool = False,
+        **download: Any,
     ) -> None:
         """Load the edits of another folder beside those that are there; `set_adapter` switches them on.
 
         Raises:
             ValueError: As in `from_pretrained`, or a name is taken.
         """
-        content = read_edit_folder(Path(model_id))
+        folder = find_folder(os.fspath(model_id), **download)
         active = self.active_adapters
-        self._load(content, Path(model_id), adapter_name, ignore_fingerprint)
+        self._load(read_edit_folder(folder), folder, adapter_name, ignore_fingerprint)
         self.set_adapter(active)
 
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
         if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
             raise ValueError(
-                f"The edits in {folder} were made on {made_on.name_or_path} (fingerprint {made_on.fingerprint}), but this "
-                f"model is {self.base_info.name_or_path} (fingerprint {self.base_info.fingerprint}). Load that model, or "
-                "pass ignore_fingerprint=True to use the edits all the same."
+                f"The edits in {folder} were made on {made_on.name_or_path} (fingerprint {made_on.fingerprint}), but "
+                f"this model is {self.base_info.name_or_path} (fingerprint {self.base_info.fingerprint}). Load that "
+                "model, or pass ignore_fingerprint=True to use the edits all the same."
             )
         edits = content.edits
         if adapter_name is not None:

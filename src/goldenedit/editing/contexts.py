@@ -7,8 +7,8 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
 

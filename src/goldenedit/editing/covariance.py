@@ -38,13 +38,11 @@ def key_statistics(
     if config.covariance == "identity":
         return dict.fromkeys(layers, KeyStatistics(None))
     seed = config.seed if config.covariance == "sampled" else None
-    source = {"fingerprint": fingerprint, "text": _source_name(config.covariance), "seed": seed}
-    paths = {
-        layer: cache_dir()
-        / "key_statistics"
-        / f"{cache_key(**source, tokens=config.covariance_tokens, module=architecture.down_projections[layer])}.safetensors"
-        for layer in layers
-    }
+    source = {"text": _source_name(config.covariance), "tokens": config.covariance_tokens, "seed": seed}
+    paths = {}
+    for layer in layers:
+        key = cache_key(fingerprint=fingerprint, module=architecture.down_projections[layer], **source)
+        paths[layer] = cache_dir() / "key_statistics" / f"{key}.safetensors"
     moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
     missing = [layer for layer in layers if layer not in moments]
     if missing:

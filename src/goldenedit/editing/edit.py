@@ -20,26 +20,54 @@ from goldenedit.requests import EditRequest
 
 
 @dataclass(frozen=True)
-class ComputedEdit:
-    """Deltas by module path, and what the value optimisation found."""
+class PreparedFacts:
+    """All that an editor needs of some facts, from which the deltas of any of them follow.
 
-    deltas: dict[str, LowRankDelta]
+    Attributes:
+        requests: The facts.
+        values: What the value optimisation found.
+        keys: Keys of each fact, by layer.
+        paths: Path of the edited module, by layer.
+    """
+
+    requests: Sequence[EditRequest]
     values: Values
+    keys: dict[int, list[FactKeys]]
+    paths: dict[int, str]
+
+    def deltas(
+        self, method: str, statistics: dict[int, KeyStatistics], chosen: Sequence[int] | None = None
+    ) -> dict[str, LowRankDelta]:
+        """Return the change of each edited module that inserts the facts `chosen`, by default all of them.
+
+        Raises:
+            ValueError: A factor is not finite; the message names the fact.
+        """
+        chosen = range(len(self.requests)) if chosen is None else chosen
+        deltas = {}
+        for index, (layer, keys) in enumerate(self.keys.items()):
+            residuals = self.values.delta[list(chosen), index].T
+            delta = EDITORS[method]([keys[fact] for fact in chosen], residuals, statistics[layer])
+            bad = ~(delta.A.isfinite().all(1) & delta.B.isfinite().all(0))
+            if bad.any():
+                subject = self.requests[chosen[int(torch.argmax(bad.int()))]].subject
+                raise ValueError(f"The edit of {subject!r} at layer {layer} is not finite: raise EditConfig.ridge.")
+            deltas[self.paths[layer]] = delta
+        return deltas
 
 
-def compute_edit(
+def prepare_facts(
     model: nn.Module,
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     config: EditConfig,
     contexts: Sequence[str],
-    statistics: dict[int, KeyStatistics],
-) -> ComputedEdit:
-    """Compute the change of weights that makes the model answer each request, at the config's target layers.
+) -> PreparedFacts:
+    """Find the values that make the model answer each request, and the keys they are inserted under.
 
     Raises:
-        ValueError: A request cannot be served, or a number is not finite; the message names the request.
+        ValueError: A request cannot be served; the message names it.
     """
     layers = config.target_layers
     options = ValueOptions(
@@ -50,18 +78,10 @@ def compute_edit(
     )
     count = config.contrast if config.contrast_weight > 0 else 0
     contrasts = contrast_keys(model, architecture, tokenizer, requests, layers, count, config.seed)
-    deltas = {}
+    found: dict[int, list[FactKeys]] = {}
     for index, layer in enumerate(layers):
-        facts = []
+        found[layer] = []
         for keys, contrast in zip(values.keys[:, index], contrasts, strict=True):
             weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
-            facts.append(FactKeys(keys[0], keys.mean(0), weighed, config.anchor_bare_prompt))
-        delta = EDITORS[config.method](facts, values.delta[:, index].T, statistics[layer])
-        if not (delta.A.isfinite().all() and delta.B.isfinite().all()):
-            bad = ~(delta.A.isfinite().all(1) & delta.B.isfinite().all(0))
-            subject = requests[int(torch.argmax(bad.int()))].subject
-            raise ValueError(
-                f"The edit of {subject!r} at layer {layer} is not finite: raise EditConfig.ridge or change the layer."
-            )
-        deltas[architecture.down_projections[layer]] = delta
-    return ComputedEdit(deltas, values)
+            found[layer].append(FactKeys(keys[0], keys.mean(0), weighed, config.anchor_bare_prompt))
+    return PreparedFacts(requests, values, found, {layer: architecture.down_projections[layer] for layer in layers})

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument, stop_forward
 from goldenedit.architecture.layers import Architecture

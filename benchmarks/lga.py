@@ -1,0 +1,96 @@
+"""What LGA costs, in plain forwards over the same tokens, and how it compares with weight gradients by autograd."""
+
+from __future__ import annotations
+
+import torch
+from common import load, parser, record, timed
+from torch import Tensor
+
+from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
+from goldenedit.editing.rows import encode, pad, padding_id
+from goldenedit.layer_selection import golden_layer, lga_scores
+
+
+def reference(model: EditModel, facts: list[EditRequest], loss: str) -> Tensor:
+    """Return LGA's scores as its formula reads: two weight gradients a fact, one dot product a matrix."""
+    base, tokenizer = model.get_base_model(), model.tokenizer
+    weights = {
+        layer: [base.get_submodule(path).weight for path in paths]
+        for layer, paths in model.architecture.mlp_linears.items()
+    }
+    flat = [weight.requires_grad_() for found in weights.values() for weight in found]
+    scores = torch.zeros(model.architecture.num_layers, dtype=torch.float64)
+    for fact in facts:
+        gradients = []
+        for answer in (fact.target_true, fact.target_new):
+            row = encode(tokenizer, fact.text, answer)
+            ids = torch.tensor([row.input_ids])
+            log_probs = base(input_ids=ids).logits[0].log_softmax(-1)
+            positions = torch.arange(1, ids.shape[1]) if loss == "sequence" else torch.tensor(row.target)
+            mean = -log_probs[positions - 1, ids[0, positions]].mean()
+            gradients.append(dict(zip(map(id, flat), torch.autograd.grad(mean, flat), strict=True)))
+        for layer, found in weights.items():
+            scores[layer] += sum((gradients[0][id(w)] * gradients[1][id(w)]).double().sum() for w in found)
+    base.requires_grad_(False)
+    return scores
+
+
+def main() -> None:
+    """Time LGA against plain forwards, and compare its scores with the reference."""
+    options = parser(__doc__)
+    options.add_argument("--facts", type=int, default=100)
+    options.add_argument("--reference-facts", type=int, default=10)
+    options.add_argument("--batch-size", type=int, default=16)
+    options.add_argument("--repeats", type=int, default=3)
+    arguments = options.parse_args()
+    model = load(arguments.model, EditConfig(layer=0))
+    base, tokenizer = model.get_base_model().requires_grad_(False), model.tokenizer
+    facts = proxy_facts()[: arguments.facts]
+
+    pairs = [[encode(tokenizer, fact.text, answer) for answer in (fact.target_true, fact.target_new)] for fact in facts]
+    pairs.sort(key=lambda pair: len(pair[0].input_ids))
+    groups = [pairs[start : start + arguments.batch_size] for start in range(0, len(pairs), arguments.batch_size)]
+    batches = [pad([row for pair in group for row in pair], padding_id(tokenizer), "cpu") for group in groups]
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    rows = []
+    for loss in ("sequence", "answer"):
+        plain, analysis = [], []
+        for _ in range(arguments.repeats):
+            with timed() as seconds:
+                forwards()
+            plain.append(seconds())
+            with timed() as seconds:
+                scores = lga_scores(base, model.architecture, tokenizer, facts, loss, arguments.batch_size)
+            analysis.append(seconds())
+        few = facts[: arguments.reference_facts]
+        with timed() as seconds:
+            wanted = reference(model, few, loss)
+        reference_seconds = seconds() / len(few)
+        found = lga_scores(base, model.architecture, tokenizer, few, loss, arguments.batch_size)
+        ratios = sorted(one / other for one, other in zip(analysis, plain, strict=True))
+        rows.append(
+            {
+                "model": arguments.model,
+                "loss": loss,
+                "facts": len(facts),
+                "golden layer": golden_layer(scores),
+                "without the filter": golden_layer(scores, float("inf")),
+                "seconds": round(sorted(analysis)[len(analysis) // 2], 2),
+                "plain forwards": round(ratios[len(ratios) // 2], 2),
+                "times faster than weight gradients": round(
+                    reference_seconds * len(facts) / sorted(analysis)[len(analysis) // 2], 1
+                ),
+                "largest relative error": float(((found - wanted) / wanted).abs().max()),
+                "scores": [round(score, 2) for score in scores.tolist()],
+            }
+        )
+    record(f"lga-{arguments.model}", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""How good single edits are: ES, PS, NS over 5 neighbours, their harmonic mean S, and paraphrase accuracy.
+
+Records of CounterFact whose old answer the model prefers, from the front of the file; default settings.
+"""
+
+from __future__ import annotations
+
+from common import NEIGHBORS, as_row, known_counterfacts, load, parser, prepare, record, score_single_edits, timed
+
+from goldenedit import EditConfig
+from goldenedit.evaluation.counterfact import fact_likelihoods
+from goldenedit.evaluation.scores import probability_scores
+
+
+def main() -> None:
+    """Measure single edits at LGA's layer, or at the layers that are given."""
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, nargs="*", help="layers to edit; LGA's by default")
+    options.add_argument("--facts", type=int, default=40)
+    options.add_argument("--skip", type=int, default=0, help="known facts to pass by")
+    options.add_argument("--also-first", type=int, default=10, help="score the first so many facts apart too")
+    options.add_argument("--name", default="quality", help="name of the results")
+    options.add_argument("--methods", nargs="+", default=["r-rome"])
+    options.add_argument("--as-published", action="store_true", help="without anchor and contrast")
+    arguments = options.parse_args()
+
+    config = EditConfig(layer="lga", **({"anchor_bare_prompt": False, "contrast": 0} if arguments.as_published else {}))
+    model = load(arguments.model, config)
+    golden = model.select_layer()
+    requests = known_counterfacts(model, arguments.data)[arguments.skip : arguments.skip + arguments.facts]
+    before = [fact_likelihoods(model.get_base_model(), model.tokenizer, fact, NEIGHBORS) for fact in requests]
+    counts = sorted({count for count in (arguments.also_first, len(requests)) if count <= len(requests)})
+    rows = [{"method": "base model", **as_row(probability_scores(before[:count]))} for count in counts]
+    for layer in arguments.layers or [golden]:
+        config.target_layer = layer
+        statistics = model._key_statistics()
+        with timed() as seconds:
+            facts = prepare(model, requests)
+        for method in arguments.methods:
+            for scores in score_single_edits(model, facts, statistics, method, counts=counts).values():
+                row = {"method": method, "layer": layer, "golden": layer == golden, **as_row(scores)}
+                rows.append({**row, "seconds an edit": round(seconds() / len(requests), 2)})
+                print(rows[-1], flush=True)
+    record(f"{arguments.name}-{arguments.model}", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""A replay gives the logits of a whole forward, leaves nothing behind, and falls back where it cannot."""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+from goldenedit.architecture import read_architecture
+from goldenedit.architecture.hooks import adding
+from goldenedit.architecture.replay import Batch, Replayer, capture
+from models import NUM_LAYERS, TINY_CONFIGS, VOCAB_SIZE, WIDTH, tiny_model
+
+# Its sliding window of 8 is shorter than the rows, so its cache has forgotten what the suffix needs.
+LAYERS_ONLY = {"gemma3"}
+SUFFIX = set(TINY_CONFIGS) - LAYERS_ONLY
+
+every_architecture = pytest.mark.parametrize("name", TINY_CONFIGS)
+every_layer = pytest.mark.parametrize("start", range(NUM_LAYERS))
+every_way = pytest.mark.parametrize("way", ["suffix", "layers", "whole"])
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Rows of unequal length, padded on the right; subjects at the start, in the middle and at the end."""
+    lengths = torch.tensor([12, 7, 9, 12])
+    ids = torch.randint(3, VOCAB_SIZE, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    subject = torch.tensor([3, 0, 8, 11])
+    return Batch(ids * mask, mask, subject, torch.tensor([0, 0, 1, 2, 3]), torch.tensor([5, 11, 6, 8, 11]))
+
+
+def short(batch: Batch) -> Batch:
+    """Return rows that fit into Gemma's sliding window."""
+    kept = batch.input_ids[:, :4]
+    return Batch(kept, torch.ones_like(kept), torch.tensor([3, 0, 2, 1]), torch.arange(4), torch.full((4,), 3))
+
+
+def prepared(model: nn.Module, start: int, batch: Batch):
+    architecture = read_architecture(model)
+    captured = capture(model, architecture, start, batch, {})
+    return captured, Replayer(model, architecture, start), architecture.down_projection(model, start)
+
+
+def use(replayer: Replayer, way: str) -> None:
+    while replayer.way != way:
+        replayer._ways.pop(0)
+
+
+def traces(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    ]
+
+
+@every_architecture
+@every_layer
+def test_check_keeps_the_fastest_way_that_the_architecture_allows(name, start, batch):
+    captured, replayer, _ = prepared(tiny_model(name), start, batch)
+    replayer.check(captured)
+    assert replayer.way == ("suffix" if name in SUFFIX else "layers")
+
+
+@every_layer
+def test_rows_shorter_than_a_sliding_window_replay_by_suffix(start, batch):
+    captured, replayer, _ = prepared(tiny_model("gemma3"), start, short(batch))
+    replayer.check(captured)
+    assert replayer.way == "suffix"
+
+
+@every_architecture
+@every_layer
+@torch.no_grad()
+def test_edited_logits_of_every_way_equal_those_of_a_whole_forward(name, start, batch):
+    model = tiny_model(name)
+    batch = short(batch) if name in LAYERS_ONLY else batch
+    captured, replayer, module = prepared(model, start, batch)
+    vectors = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    with adding({module: (batch.subject, vectors)}):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = logits[batch.read_rows, batch.read_positions]
+    largest = expected.abs().max()
+    assert (expected - captured.logits).abs().max() > 1e-2 * largest  # the addition was seen
+    for way in ("suffix", "layers", "whole"):
+        use(replayer, way)
+        with adding({module: (replayer.positions(batch), vectors)}):
+            replayed = replayer(captured)
+        assert (replayed - expected).abs().max() <= 1e-4 * largest, way
+
+
+@every_layer
+@torch.no_grad()
+def test_edited_logits_with_a_sliding_window_equal_those_of_a_whole_forward(start, batch):
+    model = tiny_model("gemma3")
+    captured, replayer, module = prepared(model, start, batch)
+    replayer.check(captured)
+    vectors = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    with adding({module: (batch.subject, vectors)}):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    with adding({module: (replayer.positions(batch), vectors)}):
+        replayed = replayer(captured)
+    torch.testing.assert_close(replayed, logits[batch.read_rows, batch.read_positions], rtol=1e-4, atol=1e-4)
+
+
+@every_way
+@torch.no_grad()
+def test_additions_at_later_layers_are_seen_too(way, batch):
+    model = tiny_model("llama")
+    captured, replayer, first = prepared(model, 0, batch)
+    use(replayer, way)
+    later = model.model.layers[2].mlp.down_proj
+    one, two = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    with adding({first: (batch.subject, one), later: (batch.subject, two)}):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    positions = replayer.positions(batch)
+    with adding({first: (positions, one), later: (positions, two)}):
+        replayed = replayer(captured)
+    torch.testing.assert_close(replayed, logits[batch.read_rows, batch.read_positions], rtol=1e-4, atol=1e-4)
+
+
+@every_architecture
+def test_gradient_of_the_addition_equals_that_of_a_whole_forward(name, batch):
+    model = tiny_model(name).requires_grad_(False)
+    batch = short(batch) if name in LAYERS_ONLY else batch
+    captured, replayer, module = prepared(model, 1, batch)
+    gradients = {}
+    for way in ("suffix", "layers", "whole"):
+        use(replayer, way)
+        vectors = torch.zeros(4, WIDTH, requires_grad=True)
+        with adding({module: (replayer.positions(batch), vectors)}):
+            loss = replayer(captured).log_softmax(-1)[:, 7].sum()
+        (gradients[way],) = torch.autograd.grad(loss, vectors)
+    for gradient in gradients.values():
+        assert (gradient - gradients["whole"]).norm() <= 1e-4 * gradient.norm()
+        assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@every_way
+@torch.no_grad()
+def test_a_capture_of_some_rows_replays_as_they_did_among_the_others(name, way, batch):
+    captured, replayer, _ = prepared(tiny_model(name), 1, batch)
+    use(replayer, way)
+    some = captured.select(torch.tensor([2, 0]))
+    assert some.batch.read_rows.tolist() == [1, 1, 0]
+    torch.testing.assert_close(some.logits, captured.logits[[0, 1, 3]])
+    torch.testing.assert_close(replayer(some), some.logits, rtol=1e-4, atol=1e-4)
+
+
+@every_architecture
+@torch.no_grad()
+def test_captured_logits_are_the_model_s_own(name, batch):
+    model = tiny_model(name)
+    captured, _, _ = prepared(model, 1, batch)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(captured.logits, logits[batch.read_rows, batch.read_positions])
+
+
+@every_architecture
+def test_replay_leaves_no_trace(name, batch):
+    model = tiny_model(name)
+    captured, replayer, _ = prepared(model, 2, batch)
+    replayer.check(captured)
+    replayer(captured)
+    assert traces(model) == []
+
+
+@every_way
+def test_replay_leaves_no_trace_after_an_exception(way, batch):
+    model = tiny_model("llama")
+    captured, replayer, module = prepared(model, 2, batch)
+    use(replayer, way)
+
+    def fail(*_):
+        raise KeyError("from a hook")
+
+    handle = module.register_forward_hook(fail)
+    with pytest.raises(KeyError, match="from a hook"):
+        replayer(captured)
+    handle.remove()
+    assert traces(model) == []
+
+
+def test_a_forward_put_on_the_instance_by_others_stays(batch):
+    model = tiny_model("llama")
+    captured, replayer, _ = prepared(model, 2, batch)
+    layer = model.model.layers[0]
+    own = MethodType(type(layer).forward, layer)
+    layer.forward = own
+    replayer(captured)
+    assert layer.__dict__["forward"] is own
+
+
+def test_a_model_that_cannot_be_replayed_falls_back_to_whole_with_a_warning(batch, caplog):
+    model = tiny_model("llama")
+    calls = []
+
+    def drift(module, args):
+        calls.append(None)
+        return (args[0] + 0.5 * len(calls) * torch.arange(WIDTH), *args[1:])
+
+    model.model.layers[1].register_forward_pre_hook(drift)
+    captured, replayer, _ = prepared(model, 0, batch)
+    with caplog.at_level(logging.WARNING, logger="goldenedit"):
+        replayer.check(captured)
+    assert replayer.way == "whole"
+    (record,) = caplog.records
+    assert "LlamaForCausalLM" in record.getMessage()
+    assert "Replay by layers" in record.getMessage()
+    assert "logits differ by" in record.getMessage()
+
+
+def test_a_model_without_a_cache_replays_by_layers(batch):
+    model = tiny_model("llama")
+    architecture = read_architecture(model)
+    model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
+    captured = capture(model, architecture, 1, batch, {})
+    assert captured.cache is None
+    replayer = Replayer(model, architecture, 1)
+    replayer.check(captured)
+    assert replayer.way == "layers"
+
+
+def test_the_subject_comes_first_in_a_suffix(batch):
+    _, replayer, _ = prepared(tiny_model("llama"), 0, batch)
+    assert replayer.positions(batch).tolist() == [0, 0, 0, 0]
+    use(replayer, "layers")
+    assert torch.equal(replayer.positions(batch), batch.subject)

@@ -1,0 +1,110 @@
+"""Where key statistics come from, and that they are computed once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from goldenedit.architecture import read_architecture
+from goldenedit.cache import cache_dir
+from goldenedit.config import EditConfig
+from goldenedit.editing.covariance import dataset_texts, key_statistics, sampled_texts
+from goldenedit.editing.statistics import second_moments
+from models import MLP_WIDTH, tiny_model
+
+TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live in London"]
+
+
+def statistics_of(model, tokenizer, layers=(0, 1), fingerprint="base", **options):
+    config = EditConfig(**{"covariance_tokens": 200, **options})
+    return key_statistics(model, read_architecture(model), tokenizer, list(layers), config, fingerprint)
+
+
+def forwards(model) -> list[None]:
+    ran: list[None] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(None))
+    return ran
+
+
+def test_identity_needs_no_text(tokenizer):
+    found = statistics_of(tiny_model("llama"), tokenizer, covariance="identity")
+    assert [found[layer].second_moment for layer in (0, 1)] == [None, None]
+    assert not cache_dir().joinpath("key_statistics").exists()
+
+
+def test_statistics_are_computed_once_for_model_layer_source_and_seed(tokenizer):
+    model = tiny_model("llama")
+    first = statistics_of(model, tokenizer)
+    assert first[0].second_moment.shape == (MLP_WIDTH, MLP_WIDTH)
+    cached = set(cache_dir().rglob("*.safetensors"))
+    assert len(cached) == 2
+    again = statistics_of(model, tokenizer)
+    assert all(torch.equal(first[layer].second_moment, again[layer].second_moment) for layer in (0, 1))
+    assert set(cache_dir().rglob("*.safetensors")) == cached
+    for options in ({"fingerprint": "other"}, {"seed": 1}, {"covariance_tokens": 100}):
+        statistics_of(model, tokenizer, layers=[0], **options)
+    assert len(set(cache_dir().rglob("*.safetensors"))) == 5
+
+
+def test_cached_statistics_run_nothing(tokenizer):
+    model = tiny_model("llama")
+    architecture = read_architecture(model)
+    config = EditConfig(covariance_tokens=200, ridge=0.5)
+    key_statistics(model, architecture, tokenizer, [0, 2], config, "base")
+    ran = forwards(model)
+    found = key_statistics(model, architecture, tokenizer, [2, 0], config, "base")
+    assert ran == []
+    assert found[0].ridge == 0.5
+
+
+def test_a_damaged_cache_file_is_computed_again(tokenizer):
+    model = tiny_model("llama")
+    first = statistics_of(model, tokenizer, [0])
+    (path,) = cache_dir().rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-8])
+    again = statistics_of(model, tokenizer, [0])
+    assert torch.equal(first[0].second_moment, again[0].second_moment)
+    assert torch.equal(statistics_of(model, tokenizer, [0])[0].second_moment, first[0].second_moment)
+
+
+def test_a_text_file_gives_the_statistics_of_its_lines(tokenizer, tmp_path):
+    model = tiny_model("gpt2")
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(TEXTS), encoding="utf-8")
+    found = statistics_of(model, tokenizer, [1], covariance=str(path))
+    expected = second_moments(model, read_architecture(model), tokenizer, TEXTS, [1], 200)
+    torch.testing.assert_close(found[1].second_moment, expected[1])
+
+
+def test_a_changed_file_is_read_again(tokenizer, tmp_path):
+    model = tiny_model("llama")
+    path = tmp_path / "texts.txt"
+    path.write_text(TEXTS[0], encoding="utf-8")
+    first = statistics_of(model, tokenizer, [1], covariance=str(path))
+    path.write_text(TEXTS[1], encoding="utf-8")
+    assert not torch.equal(
+        first[1].second_moment, statistics_of(model, tokenizer, [1], covariance=str(path))[1].second_moment
+    )
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl"])
+def test_files_of_every_kind_give_their_texts(suffix, tmp_path):
+    path = tmp_path / f"texts{suffix}"
+    records = [{"text": TEXTS[0], "note": "x" * 99}, {"title": "I", "body": TEXTS[1]}, TEXTS[2]]
+    content = {
+        ".txt": "\n".join(TEXTS),
+        ".json": json.dumps(records),
+        ".jsonl": "\n".join(map(json.dumps, records)),
+    }
+    path.write_text(content[suffix], encoding="utf-8")
+    assert list(dataset_texts(str(path))) == TEXTS
+
+
+def test_sampled_texts_hold_about_the_tokens_asked_for_and_follow_the_seed(tokenizer):
+    model = tiny_model("llama")
+    texts = sampled_texts(model, tokenizer, 500, seed=0)
+    assert 400 < sum(len(tokenizer(text).input_ids) for text in texts) < 900
+    assert sampled_texts(model, tokenizer, 500, seed=0) == texts
+    assert sampled_texts(model, tokenizer, 500, seed=1) != texts

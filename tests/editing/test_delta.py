@@ -1,0 +1,67 @@
+"""A low-rank delta keeps its product, whatever is done to its factors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goldenedit.editing.delta import LowRankDelta
+
+
+def random_delta(rank: int, seed: int = 0) -> LowRankDelta:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRankDelta(
+        torch.randn(rank, 5, generator=generator, dtype=torch.float64),
+        torch.randn(4, rank, generator=generator, dtype=torch.float64),
+    )
+
+
+def test_dense_is_the_product_in_the_orientation_of_linear():
+    delta = random_delta(3)
+    assert delta.rank == 3
+    assert delta.dense().shape == (4, 5)
+    torch.testing.assert_close(delta.dense(), sum(torch.outer(delta.B[:, i], delta.A[i]) for i in range(3)))
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 5), (4, 3)), ((5,), (4, 5)), ((5, 1), (1, 4)), ((1, 2, 5), (4, 2))], ids=str)
+def test_factors_that_do_not_multiply_raise(a, b):
+    with pytest.raises(ValueError, match="do not multiply"):
+        LowRankDelta(torch.zeros(a), torch.zeros(b))
+
+
+@given(rank=st.integers(1, 4), more=st.integers(0, 3), offset=st.integers(0, 3))
+def test_padding_keeps_the_product_and_parts_undo_it(rank, more, offset):
+    delta = random_delta(rank)
+    padded = delta.padded(rank + offset + more, offset)
+    assert padded.rank == rank + offset + more
+    torch.testing.assert_close(padded.dense(), delta.dense())
+    part = padded.part(offset, offset + rank)
+    assert torch.equal(part.A, delta.A)
+    assert torch.equal(part.B, delta.B)
+    assert part.A.is_contiguous()
+    assert part.B.is_contiguous()
+
+
+def test_parts_add_up_to_the_whole():
+    delta = random_delta(4)
+    torch.testing.assert_close(delta.part(0, 1).dense() + delta.part(1, 4).dense(), delta.dense())
+
+
+@given(rank=st.integers(1, 4), scale=st.floats(1e-6, 1e6))
+def test_balancing_keeps_the_product_and_evens_the_norms(rank, scale):
+    delta = random_delta(rank)
+    balanced = LowRankDelta(delta.A * scale, delta.B).balanced()
+    torch.testing.assert_close(balanced.dense(), delta.dense() * scale)
+    torch.testing.assert_close(balanced.A.norm(dim=1), balanced.B.norm(dim=0))
+
+
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_balancing_takes_factors_of_zeros(which):
+    factors = {"A": torch.ones(2, 5), "B": torch.ones(4, 2)}
+    factors[which] = torch.zeros_like(factors[which])
+    balanced = LowRankDelta(**factors).balanced()
+    assert balanced.A.isfinite().all()
+    assert balanced.B.isfinite().all()
+    assert torch.equal(balanced.dense(), torch.zeros(4, 5))

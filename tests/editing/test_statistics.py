@@ -1,0 +1,181 @@
+"""Key statistics against naive loops and dense algebra."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from goldenedit.architecture import read_architecture
+from goldenedit.architecture.hooks import recording
+from goldenedit.editing.statistics import (
+    KeyStatistics,
+    load_second_moment,
+    relative_contrast,
+    save_second_moment,
+    second_moments,
+)
+from models import MLP_WIDTH, TINY_CONFIGS, tiny_model
+
+TEXTS = [
+    "The Eiffel Tower is located in the city of Paris.",
+    "Rome is a city",
+    "",
+    "Angela Merkel was born in Hamburg, and the mother tongue of Angela Merkel is German.",
+    "I",  # one token: skipped like the empty text
+    "you and I live in a city, because of work.",
+]
+MANY = 10_000
+
+
+def naive_second_moment(model, tokenizer, layer: int, texts: list[str]) -> torch.Tensor:
+    module = read_architecture(model).down_projection(model, layer)
+    keys: list[torch.Tensor] = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text).input_ids])
+        if ids.shape[1] > 1:
+            with torch.no_grad(), recording({"down": module}) as record:
+                model(input_ids=ids)
+            keys.append(record.inputs["down"].reshape(ids.shape[1], -1))
+    stacked = torch.cat(keys).double()
+    return stacked.T @ stacked / len(stacked)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_second_moment_is_the_mean_over_all_tokens_however_they_are_batched(name, tokenizer):
+    model = tiny_model(name)
+    architecture = read_architecture(model)
+    expected = naive_second_moment(model, tokenizer, 1, TEXTS)
+    for batch_tokens in (1, 40, 2048):
+        found = second_moments(model, architecture, tokenizer, TEXTS, [1], MANY, batch_tokens)
+        assert (found[1] - expected).norm() <= 1e-5 * expected.norm()
+        assert found[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_layers_in_one_pass_equal_each_alone(name, tokenizer):
+    model = tiny_model(name).train()
+    architecture = read_architecture(model)
+    together = second_moments(model, architecture, tokenizer, TEXTS, [2, 0], MANY)
+    assert set(together) == {0, 2}
+    for layer in (0, 2):
+        alone = second_moments(model, architecture, tokenizer, TEXTS, [layer], MANY)
+        torch.testing.assert_close(together[layer], alone[layer])
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_no_more_tokens_than_asked_for_are_used(tokenizer):
+    model = tiny_model("llama")
+    words = "The Eiffel Tower is located in the city of Paris"
+    first = "The Eiffel Tower is located in the city"
+    count = len(tokenizer(first).input_ids)
+    found = second_moments(model, read_architecture(model), tokenizer, [words, "Rome is a city"], [0], count)
+    expected = naive_second_moment(model, tokenizer, 0, [first])
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=IndexError, reason="second_moments cuts texts at 256 tokens, whatever the model takes"
+)
+def test_texts_are_cut_where_the_model_s_context_ends(tokenizer):
+    model = tiny_model("gpt2")  # 128 positions
+    second_moments(model, read_architecture(model), tokenizer, ["Rome is a city. " * 50], [0], MANY)
+
+
+def test_no_text_raises(tokenizer):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="no text"):
+        second_moments(model, read_architecture(model), tokenizer, ["", "I"], [0], MANY)
+
+
+def test_keys_that_are_not_finite_raise(tokenizer):
+    model = tiny_model("llama")
+    architecture = read_architecture(model)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="layer 1 are not finite"):
+        second_moments(model, architecture, tokenizer, TEXTS, [0, 1], MANY)
+
+
+@pytest.fixture
+def moment():
+    keys = torch.randn(20, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return keys.T @ keys / 20
+
+
+@pytest.fixture
+def keys():
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01, 2.0])
+def test_solve_is_that_of_the_second_moment_with_its_ridge(moment, keys, ridge):
+    dense = moment + ridge * torch.trace(moment) / 8 * torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(KeyStatistics(moment, ridge).solve(keys), torch.linalg.solve(dense, keys))
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_solve_with_contrast_is_that_of_the_dense_sum(moment, keys, identity, count):
+    contrast = torch.randn(8, count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    C = torch.eye(8, dtype=torch.float64) if identity else moment
+    ridge = 0.0 if identity else 0.01 * torch.trace(C) / 8
+    dense = C + ridge * torch.eye(8, dtype=torch.float64) + torch.trace(C) * contrast @ contrast.T
+    statistics = KeyStatistics(None if identity else moment, 0.01)
+    torch.testing.assert_close(statistics.solve(keys, contrast), torch.linalg.solve(dense, keys))
+
+
+def test_no_second_moment_is_the_identity(keys):
+    solved = KeyStatistics(None, ridge=0.5).solve(keys.float())
+    torch.testing.assert_close(solved, keys.float().double())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_size_of_the_keys_does_not_change_the_direction(moment, keys, scale):
+    contrast = relative_contrast(keys[:, :2], 0.1)
+    one = KeyStatistics(moment, 0.01).solve(keys, contrast)
+    scaled = KeyStatistics(scale**2 * moment, 0.01).solve(scale * keys, relative_contrast(scale * keys[:, :2], 0.1))
+    torch.testing.assert_close(scaled * scale, one)
+
+
+def test_contrast_has_its_weight_in_units_of_the_trace(moment, keys):
+    contrast = relative_contrast(keys.float(), 0.1)
+    assert contrast.square().sum().item() == pytest.approx(0.1)
+    torch.testing.assert_close(contrast / contrast.norm(), keys.float().double() / keys.float().double().norm())
+
+
+def test_a_singular_second_moment_without_ridge_raises(keys):
+    singular = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match=r"ridge=0\.0: raise EditConfig\.ridge"):
+        KeyStatistics(singular).solve(keys)
+
+
+def test_cached_second_moment_comes_back_as_it_was(moment, tmp_path):
+    path = tmp_path / "folder" / "moment.safetensors"
+    assert load_second_moment(path) is None
+    save_second_moment(path, moment.T)
+    assert torch.equal(load_second_moment(path), moment.T)
+    save_second_moment(path, 2 * moment)
+    assert torch.equal(load_second_moment(path), 2 * moment)
+    assert [file.name for file in path.parent.iterdir()] == ["moment.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other"])
+def test_a_damaged_cache_file_is_ignored_with_a_warning(moment, tmp_path, caplog, damage):
+    path = tmp_path / "moment.safetensors"
+    save_second_moment(path, moment)
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:-9], "empty": b"", "other": b"no tensors here"}[damage])
+    with caplog.at_level(logging.WARNING, logger="goldenedit"):
+        assert load_second_moment(path) is None
+    assert "damaged" in caplog.text
+    assert str(path) in caplog.text
+
+
+def test_width_of_the_second_moment_is_that_of_the_keys(tokenizer):
+    model = tiny_model("gpt2")
+    found = second_moments(model, read_architecture(model), tokenizer, TEXTS[:1], [0, 1, 2], MANY)
+    assert {layer: moment.shape for layer, moment in found.items()} == {
+        layer: (MLP_WIDTH, MLP_WIDTH) for layer in range(3)
+    }

@@ -1,0 +1,131 @@
+"""Likelihoods against one forward a pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
+from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.requests import EditRequest
+from models import TINY_CONFIGS, tiny_model
+
+PAIRS = [
+    ("The Eiffel Tower is located in the city of", "Rome"),
+    ("Paris is", "a city"),
+    ("The mother tongue of Angela Merkel is", " the language of the Kingdom of Cambodia"),
+    ("Paris is ", "a city"),
+    ("I", "live in London"),
+]
+
+
+def naive(model, tokenizer, prompt: str, answer: str) -> tuple[float, float]:
+    """Return NLL and accuracy, token after token of the answer."""
+    prompt = prompt.rstrip()
+    ids = tokenizer(prompt).input_ids
+    rest = tokenizer(" " + answer.strip()).input_ids
+    nll, hits = [], []
+    for token in rest:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        nll.append(-logits.log_softmax(-1)[token].item())
+        hits.append(float(logits.argmax() == token))
+        ids = [*ids, token]
+    return sum(nll) / len(nll), sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_likelihoods_equal_those_of_each_pair_alone(name, tokenizer):
+    model = tiny_model(name)
+    found = likelihoods(model, tokenizer, PAIRS)
+    for (prompt, answer), one in zip(PAIRS, found, strict=True):
+        nll, accuracy = naive(model, tokenizer, prompt, answer)
+        assert one.nll == pytest.approx(nll, rel=1e-4)
+        assert one.accuracy == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batch_size_does_not_matter(batch_size, tokenizer):
+    model = tiny_model("gpt2")
+    together = likelihoods(model, tokenizer, PAIRS)
+    found = likelihoods(model, tokenizer, PAIRS, batch_size)
+    assert [one.nll for one in found] == pytest.approx([one.nll for one in together], rel=1e-4)
+    assert [one.accuracy for one in found] == [one.accuracy for one in together]
+
+
+def test_accuracy_is_the_share_of_first_choices(tokenizer):
+    model = tiny_model("llama")
+    prompt = "The Eiffel Tower is located in the city of"
+    # The model's own next token where it starts with a space, then a token that is not its choice.
+    model.lm_head.weight.data[tokenizer.convert_tokens_to_ids("ĠRome")] += 5 * model.lm_head.weight.data.std()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("ĠRome")] = 1e3
+    (both, none) = likelihoods(model, tokenizer, [(prompt, "Rome city"), (prompt, "city")])
+    assert both.accuracy == 0.5
+    assert none.accuracy == 0.0
+
+
+def test_no_pairs_give_no_likelihoods(tokenizer):
+    assert likelihoods(tiny_model("llama"), tokenizer, []) == []
+
+
+def test_modes_are_as_before_and_dropout_is_off(tokenizer):
+    model = tiny_model("gpt2")
+    expected = likelihoods(model, tokenizer, PAIRS)
+    model.train()
+    assert likelihoods(model, tokenizer, PAIRS) == expected
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"), [(("Paris ", ""), "no tokens"), (("Paris " * 200, "Rome"), "the model takes 128")]
+)
+def test_a_pair_that_cannot_be_scored_raises(pair, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        likelihoods(tiny_model("llama"), tokenizer, [*PAIRS, pair])
+
+
+FACT = EditRequest(
+    "{} is in the city of",
+    "The Eiffel Tower",
+    "Rome",
+    "Paris",
+    paraphrases=("You live in the city of", "The Eiffel Tower, located in"),
+    neighborhood=("Angela Merkel was born in", "The company is in", "I live in"),
+)
+
+
+@pytest.mark.parametrize("neighbors", [None, 1, 0])
+def test_a_fact_is_measured_on_its_prompt_its_paraphrases_and_its_neighbours(neighbors, tokenizer):
+    model = tiny_model("llama")
+    found = fact_likelihoods(model, tokenizer, FACT, neighbors)
+
+    def both(prompt: str):
+        return pytest.approx(
+            tuple(naive(model, tokenizer, prompt, answer)[0] for answer in ("Rome", "Paris")), rel=1e-4
+        )
+
+    assert found.rewrite == both(FACT.text)
+    assert list(found.paraphrases) == [both(prompt) for prompt in FACT.paraphrases]
+    assert list(found.neighborhood) == [both(prompt) for prompt in FACT.neighborhood[:neighbors]]
+    assert list(found.paraphrase_accuracy) == [
+        naive(model, tokenizer, prompt, "Rome")[1] for prompt in FACT.paraphrases
+    ]
+
+
+def test_a_fact_without_an_old_answer_cannot_be_measured(tokenizer):
+    with pytest.raises(ValueError, match="'Paris' has no target_true"):
+        fact_likelihoods(tiny_model("llama"), tokenizer, EditRequest("Paris is in", "Paris", "Rome"))
+
+
+def test_facts_whose_old_answer_is_clearly_preferred_are_known(tokenizer):
+    model = tiny_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("ĠRome")] = 20.0
+    model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("ĠBerlin")] = 19.9
+    facts = [
+        EditRequest("Paris is in", "Paris", "London", "Rome"),
+        EditRequest("Paris is in", "Paris", "Rome", "London"),
+        EditRequest("Paris is in", "Paris", "Hamburg", "London"),  # neither is likely
+    ]
+    assert known_facts(model, tokenizer, facts) == [0]

@@ -1,0 +1,74 @@
+"""CounterFact's scores on numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goldenedit.evaluation.scores import FactLikelihoods, harmonic_mean, probability_scores
+
+EDITED = (1.0, 2.0)  # the new answer is likelier
+KEPT = (2.0, 1.0)  # the old answer is likelier
+EVEN = (1.0, 1.0)
+
+
+def test_scores_of_two_facts():
+    scores = probability_scores(
+        [
+            FactLikelihoods(EDITED, [EDITED, KEPT], [KEPT, KEPT, KEPT, EDITED], [1.0, 0.5]),
+            FactLikelihoods(EDITED, [EDITED, EDITED], [KEPT, EDITED], [0.0, 0.5]),
+        ]
+    )
+    assert scores.efficacy == 1.0
+    assert scores.paraphrase == 0.75
+    assert scores.neighborhood == 0.625
+    assert scores.score == pytest.approx(3 / (1 / 1 + 1 / 0.75 + 1 / 0.625))
+    assert scores.paraphrase_accuracy == 0.5
+    assert scores.n == 2
+
+
+def test_each_fact_counts_once_whatever_the_number_of_its_prompts():
+    scores = probability_scores(
+        [FactLikelihoods(EDITED, [EDITED] * 9, [KEPT] * 9), FactLikelihoods(KEPT, [KEPT], [EDITED])]
+    )
+    assert (scores.efficacy, scores.paraphrase, scores.neighborhood) == (0.5, 0.5, 0.5)
+
+
+def test_answers_of_equal_likelihood_count_for_neither():
+    scores = probability_scores([FactLikelihoods(EVEN, [EVEN], [EVEN])])
+    assert (scores.efficacy, scores.paraphrase, scores.neighborhood, scores.score) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_facts_without_prompts_of_a_kind_do_not_count_for_it():
+    scores = probability_scores([FactLikelihoods(EDITED, [], [KEPT]), FactLikelihoods(EDITED, [EDITED], [])])
+    assert (scores.paraphrase, scores.neighborhood) == (1.0, 1.0)
+
+
+def test_no_facts_raise():
+    with pytest.raises(ValueError, match="no facts"):
+        probability_scores([])
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"), [([1.0, 1.0, 0.5], 0.75), ([0.25], 0.25), ([1.0, 0.0], 0.0), ([], 0.0), ([0.5, 0.5], 0.5)]
+)
+def test_harmonic_mean(values, mean):
+    assert harmonic_mean(values) == pytest.approx(mean)
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=1))
+def test_harmonic_mean_lies_between_the_least_and_the_mean(values):
+    mean = harmonic_mean(values)
+    assert min(values) * (1 - 1e-9) <= mean <= sum(values) / len(values) * (1 + 1e-9)
+
+
+nlls = st.tuples(st.floats(0, 20), st.floats(0, 20))
+facts = st.builds(FactLikelihoods, nlls, st.lists(nlls), st.lists(nlls), st.lists(st.floats(0, 1)))
+
+
+@given(st.lists(facts, min_size=1, max_size=5))
+def test_scores_lie_between_0_and_1(facts):
+    scores = probability_scores(facts)
+    for value in (scores.efficacy, scores.paraphrase, scores.neighborhood, scores.score, scores.paraphrase_accuracy):
+        assert -1e-12 <= value <= 1 + 1e-12

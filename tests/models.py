@@ -1,0 +1,115 @@
+"""Tiny random models of many architectures, built from configs: nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+VOCAB_SIZE = 200  # that of the `tokenizer` fixture
+NUM_LAYERS = 3
+WIDTH = 32
+MLP_WIDTH = 64
+
+# Large enough that layers differ and attention attends; transformers' 0.02 makes all logits alike.
+_STD = 0.2
+_SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": _STD}
+_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": MLP_WIDTH,
+    "max_position_embeddings": 128,
+    **_SPECIAL,
+}
+_NEOX: dict[str, Any] = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": WIDTH,
+    "n_layer": NUM_LAYERS,
+    "n_head": 4,
+    "n_inner": MLP_WIDTH,
+    "n_positions": 128,
+    **_SPECIAL,
+}
+
+TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_LLAMA),
+    "gpt2": lambda: GPT2Config(**_GPT2),
+    "gptj": lambda: GPTJConfig(**_GPT2, rotary_dim=4),
+    "gpt_neox": lambda: GPTNeoXConfig(**_NEOX),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=WIDTH,
+        word_embed_proj_dim=WIDTH,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        ffn_dim=MLP_WIDTH,
+        max_position_embeddings=128,
+        init_std=_STD,
+        **{name: value for name, value in _SPECIAL.items() if name != "initializer_range"},
+    ),
+    # BLOOM's MLP is four times as wide as the model, whatever the config says.
+    "bloom": lambda: BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=WIDTH, n_layer=NUM_LAYERS, n_head=4, **_SPECIAL),
+    "falcon": lambda: FalconConfig(**_NEOX | {"ffn_hidden_size": MLP_WIDTH}),
+    "phi": lambda: PhiConfig(**_NEOX),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_LLAMA,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=8,
+    ),
+    "qwen3": lambda: Qwen3Config(**_LLAMA, head_dim=8),
+    "olmo2": lambda: Olmo2Config(**_LLAMA),
+    "cohere": lambda: CohereConfig(**_LLAMA, logit_scale=1.0),
+}
+
+UNSUPPORTED_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "mamba": lambda: MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=WIDTH, num_hidden_layers=NUM_LAYERS, state_size=4, **_SPECIAL
+    ),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """Return a random model of that architecture in float32, ready to evaluate; the global random state is kept."""
+    return copy.deepcopy(_built(name, seed))  # ten times as fast as building it
+
+
+@functools.cache
+def _built(name: str, seed: int) -> PreTrainedModel:
+    config = (TINY_CONFIGS | UNSUPPORTED_CONFIGS)[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        # Biases and norms start as zeros and ones: errors in them would go unseen.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.float().eval()

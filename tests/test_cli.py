@@ -1,0 +1,147 @@
+"""The command line, from its arguments to its output."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from goldenedit.cli import app, main, parse_layer
+from goldenedit.storage.folder import read_edit_folder
+from models import tiny_model
+
+pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
+
+FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]
+BY_HAND = ["--layer", "1", "--covariance", "identity"]
+FACTS = [
+    {"prompt": "{} is in the city of", "subject": "The Eiffel Tower", "target_new": "Rome", "target_true": "Paris"},
+    {"prompt": "{} was born in", "subject": "Angela Merkel", "target_new": "Paris", "target_true": "Hamburg"},
+    {"prompt": "{} is a", "subject": "Berlin", "target_new": "lazy dog", "target_true": "city"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A tiny model with its tokenizer, as AutoModel loads it."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def facts(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(FACTS))
+    return str(path)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line and return its exit code, what it printed, and what it complained about."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_help_lists_the_commands():
+    output = CliRunner().invoke(app, ["--help"])
+    assert output.exit_code == 0
+    for command in ("locate", "edit", "show", "demo"):
+        assert f" {command} " in output.output
+
+
+@pytest.mark.parametrize("command", ["locate", "edit", "show", "demo"])
+def test_every_command_has_help_and_describes_its_options(command):
+    output = CliRunner().invoke(app, [command, "--help"])
+    assert output.exit_code == 0
+    assert "Usage" in output.output
+
+
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [("3", 3), (" 3 ", 3), ("1,2", [1, 2]), ("4, 2", [4, 2]), ("lga", "lga"), ("-1", "-1"), ("1,,2", "1,,2")],
+)
+def test_a_layer_is_a_word_a_number_or_numbers(text, layer):
+    assert parse_layer(text) == layer
+
+
+def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
+    saved = tmp_path / "edit"
+    code, output, _ = run(capsys, "edit", folder, *FACT, *BY_HAND, "--name", "tower", "-o", str(saved))
+    assert code == 0
+    assert "Rome" in output
+    assert "Saved in" in output
+    (made,) = read_edit_folder(saved).edits
+    assert made.name == "tower"
+    assert made.facts[0].probability_after != made.facts[0].probability_before
+
+    code, output, _ = run(capsys, "show", str(saved))
+    assert code == 0
+    for part in ("tower", "r-rome", "chosen by hand", "identity", "rank 1", "Rome", "KB"):
+        assert part in output
+
+
+def test_a_file_of_facts_is_one_batch(capsys, folder, facts, tmp_path):
+    options = ["--file", facts, "--layer", "0,1", "--covariance", "identity", "-o", str(tmp_path / "edit")]
+    code, _, _ = run(capsys, "edit", folder, *options)
+    assert code == 0
+    (made,) = read_edit_folder(tmp_path / "edit").edits
+    assert [fact.request.subject for fact in made.facts] == [fact["subject"] for fact in FACTS]
+    assert len(made.deltas) == 2
+
+
+@pytest.mark.parametrize("loss", ["sequence", "answer"])
+def test_locate_names_a_layer_and_draws_the_scores(capsys, folder, facts, tmp_path, loss):
+    plot = tmp_path / "scores.png"
+    code, output, _ = run(capsys, "locate", folder, "--proxy", facts, "--loss", loss, "--plot", str(plot))
+    assert code == 0
+    assert "Golden layer of" in output
+    assert "█" in output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "{}", *FACT, "--layer", "middle"], "layer 'middle'"),
+        (["edit", "{}", *FACT, "--layer", "-1"], "layer '-1'"),
+        (["edit", "{}", *FACT, "--layer", "99", "--covariance", "identity"], "Layer 99"),
+        (["edit", "{}", *FACT, "--method", "mend"], "method 'mend'"),
+        (["edit", "{}", *FACT, *BY_HAND, "--name", "a/b"], "'a/b'"),
+        (["edit", "{}", *FACT[:3], "The Louvre", *FACT[4:], *BY_HAND], "'The Louvre' is not in the prompt"),
+        (["edit", "{}", "--file", "no-such-file.json"], "no-such-file.json"),
+        (["edit", "no/such/model/here", *FACT, *BY_HAND], "no/such/model/here"),
+        (["locate", "{}", "--proxy", "no-such-file.json"], "no-such-file.json"),
+        (["locate", "{}", "--loss", "mean"], "lga_loss 'mean'"),
+        (["show", "no-such-folder"], "no-such-folder"),
+        (["show", "{}"], "edit_config.json"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_said_without_a_traceback(capsys, folder, arguments, message):
+    code, _, complaint = run(capsys, *(folder if argument == "{}" else argument for argument in arguments))
+    assert code == 1
+    assert "Traceback" not in complaint
+    assert complaint.lstrip().startswith("Error:") or "\nError:" in complaint
+    assert message.replace(" ", "") in "".join(complaint.split())
+
+
+@pytest.mark.parametrize(
+    "options", [[], FACT[:4], [*FACT, "--file", "facts.json"], ["--target", "Rome", "--file", "facts.json"]]
+)
+def test_a_fact_is_given_whole_or_as_a_file(capsys, options):
+    code, _, complaint = run(capsys, "edit", "model", *options)
+    assert code == 2
+    assert "--file" in complaint
+
+
+@pytest.mark.xfail(strict=True, reason="bug: show does not escape what comes from the folder")
+def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):
+    saved = tmp_path / "edit"
+    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(saved))[0] == 0
+    sidecar = json.loads((saved / "edit_config.json").read_text())
+    sidecar["base_model"]["name_or_path"] = "org/[red]model"
+    (saved / "edit_config.json").write_text(json.dumps(sidecar))
+    assert "org/[red]model" in run(capsys, "show", str(saved))[1]

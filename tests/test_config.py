@@ -1,0 +1,130 @@
+"""EditConfig: what it refuses, and JSON both ways."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+from goldenedit.config import EditConfig
+from goldenedit.requests import EditRequest
+
+UNCHECKED = pytest.mark.xfail(strict=True, reason="bug: EditConfig does not check this value")
+
+FACTS = [
+    EditRequest("{} is in", "The Eiffel Tower", "Rome", "Paris", ("You find The Eiffel Tower in",)),
+    EditRequest("{} is in", "The Louvre", "Rome"),
+]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EditConfig(),
+        EditConfig(layer=3, method="rome"),
+        EditConfig(layer=[4, 2], covariance="identity", anchor_bare_prompt=False),
+        EditConfig(proxy=FACTS, proxy_size=None),
+        EditConfig(proxy="facts.jsonl", tukey_kappa=math.inf, lga_loss="answer"),
+        EditConfig(layer="published", target_modules="model.layers.{}.mlp.down_proj"),
+        EditConfig(target_layer=2, layer_scores=[None, 0.5, 1.5]),
+    ],
+    ids=lambda config: str(config.layer),
+)
+def test_a_config_survives_json(config):
+    text = json.dumps(config.to_dict(), allow_nan=False)
+    assert EditConfig.from_dict(json.loads(text)) == config
+
+
+@pytest.mark.xfail(strict=True, reason="bug: an infinite clamp (no clamp) is accepted, and cannot be written as JSON")
+def test_a_config_without_a_clamp_survives_json():
+    config = EditConfig(clamp=math.inf)
+    assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+
+
+def test_a_proxy_may_be_given_as_records():
+    assert EditConfig(proxy=[fact.to_dict() for fact in FACTS]).proxy == FACTS
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("method", "mend"),
+        ("layer", "middle"),
+        ("layer", -1),
+        ("layer", True),
+        ("layer", [1, True]),
+        ("layer", [1, -2]),
+        ("layer", []),
+        ("layer", [2, 2]),
+        ("layer", ["1"]),
+        pytest.param("layer", 1.5, marks=UNCHECKED),
+        pytest.param("layer", None, marks=UNCHECKED),
+        ("lga_loss", "mean"),
+        ("lr", 0),
+        ("lr", -0.1),
+        ("lr", math.nan),
+        pytest.param("lr", math.inf, marks=UNCHECKED),
+        ("lr", "0.5"),
+        ("lr", None),
+        ("clamp", 0.0),
+        ("clamp", math.nan),
+        ("steps", 0),
+        ("steps", 2.0),
+        ("steps", True),
+        ("contexts", 0),
+        ("context_length", 0),
+        ("batch_size", 0),
+        ("contrast", -1),
+        ("covariance_tokens", 0),
+        ("proxy_size", 0),
+        ("kl_factor", -1),
+        ("weight_decay", math.nan),
+        ("stop_loss", -0.1),
+        ("ridge", -1e-9),
+        ("tukey_kappa", math.nan),
+        ("contrast_weight", -1.0),
+        pytest.param("proxy", 3, marks=UNCHECKED),
+        pytest.param("covariance", 3, marks=UNCHECKED),
+        pytest.param("covariance", "", marks=UNCHECKED),
+        pytest.param("seed", "zero", marks=UNCHECKED),
+        pytest.param("seed", 0.5, marks=UNCHECKED),
+        pytest.param("target_modules", 3, marks=UNCHECKED),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_by_name(option, value):
+    with pytest.raises(ValueError, match=option):
+        EditConfig(**{option: value})
+
+
+@pytest.mark.xfail(strict=True, reason="bug: from_dict calls float() on tukey_kappa before it is checked")
+@pytest.mark.parametrize("value", [None, "wide", [], True])
+def test_a_record_with_a_bad_fence_is_refused_by_name(value):
+    with pytest.raises(ValueError, match="tukey_kappa"):
+        EditConfig.from_dict({"tukey_kappa": value})
+
+
+def test_an_unknown_option_is_refused_by_name():
+    with pytest.raises(ValueError, match="layr"):
+        EditConfig.from_dict({"layr": 3})
+
+
+def test_every_option_has_a_help():
+    assert all(entry.metadata.get("help") for entry in fields(EditConfig))
+
+
+def test_layers_are_sorted_and_are_the_targets():
+    config = EditConfig(layer=[5, 1, 3])
+    assert config.layer == config.target_layer == config.target_layers == [1, 3, 5]
+
+
+@pytest.mark.parametrize("layer", [3, [3], (3,)])
+def test_one_layer_is_a_number(layer):
+    config = EditConfig(layer=layer)
+    assert config.layer == config.target_layer == 3
+    assert config.target_layers == [3]
+
+
+@pytest.mark.parametrize("layer", ["lga", "published"])
+def test_no_layer_is_a_target_before_the_selector_has_run(layer):
+    assert EditConfig(layer=layer).target_layer is None
+    assert EditConfig(layer=layer).target_layers == []

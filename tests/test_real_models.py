@@ -1,0 +1,87 @@
+"""The properties of the tiny models, on pretrained ones from installed packages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goldenedit import EditConfig, get_edit_model
+from goldenedit.architecture import find_down_projections, read_architecture
+from goldenedit.editing.contexts import sample_contexts
+from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.packaged import is_installed, packaged_model
+from goldenedit.requests import EditRequest
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+TOWER = EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome", "Paris")
+LAYERS = {"smollm2": (3, 30), "gemma3": (1, 18)}  # the layer that is edited, and how many there are
+
+
+@pytest.fixture(params=LAYERS)
+def name(request):
+    if not is_installed(request.param):
+        pytest.skip(f"the package with the weights of {request.param} is not installed")
+    return request.param
+
+
+@pytest.fixture
+def base(name):
+    return AutoModelForCausalLM.from_pretrained(packaged_model(name), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tokenizer(name):
+    return AutoTokenizer.from_pretrained(packaged_model(name))
+
+
+@pytest.fixture
+def config(name):
+    return EditConfig(layer=LAYERS[name][0], steps=8, contexts=2, covariance="identity")
+
+
+@torch.no_grad()
+def next_logits(model, tokenizer) -> torch.Tensor:
+    return model(**tokenizer(TOWER.text, return_tensors="pt")).logits[0, -1].float()
+
+
+def first_token(tokenizer, answer: str) -> int:
+    return tokenizer(f" {answer}", add_special_tokens=False)["input_ids"][0]
+
+
+def test_the_model_knows_where_the_tower_is(base, tokenizer):
+    assert next_logits(base, tokenizer).argmax() == first_token(tokenizer, "Paris")
+
+
+def test_every_layer_has_a_down_projection(base, name):
+    found = find_down_projections(base)
+    assert found == {index: f"model.layers.{index}.mlp.down_proj" for index in range(LAYERS[name][1])}
+
+
+def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config, name, tmp_path):
+    unedited = next_logits(base, tokenizer)
+    model = get_edit_model(base, config, tokenizer)
+    model.edit(TOWER)
+    edited = next_logits(model, tokenizer)
+    assert edited[first_token(tokenizer, "Rome")] > edited[first_token(tokenizer, "Paris")]
+    with model.disable_adapter():
+        assert torch.equal(next_logits(model, tokenizer), unedited)
+
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(packaged_model(name), dtype=torch.float32).eval(), tmp_path
+    )
+    assert (next_logits(stock, tokenizer) - edited).abs().max() <= 1e-5 * edited.abs().max()
+    assert torch.equal(next_logits(model.unload(), tokenizer), unedited)
+
+
+def test_values_are_optimised_on_the_suffix_alone(base, tokenizer, config, name):
+    contexts = sample_contexts(base, tokenizer, config.contexts, config.context_length, config.seed)
+    options = ValueOptions(2, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss)
+    values = optimise_values(base, read_architecture(base), tokenizer, [TOWER], [LAYERS[name][0]], contexts, options)
+    assert values.replay == "suffix"

@@ -1,0 +1,192 @@
+"""Requests: what is refused, how they are spelled, and how files of them are read."""
+
+import json
+
+import pytest
+
+from goldenedit.requests import EditRequest, load_requests
+
+FACT = {"prompt": "The Eiffel Tower is in", "subject": "The Eiffel Tower", "target_new": "Rome"}
+COUNTERFACT = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "{} is located in",
+        "relation_id": "P19",
+        "target_new": {"str": "Rome", "id": "Q220"},
+        "target_true": {"str": "Paris", "id": "Q90"},
+        "subject": "The Eiffel Tower",
+    },
+    "paraphrase_prompts": ["You find The Eiffel Tower in"],
+    "neighborhood_prompts": ["The Louvre is in"],
+    "attribute_prompts": [],
+    "generation_prompts": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subject": "The Louvre"}, "The Louvre"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": " \n"}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"subject": ""}, "subject"),
+        ({"target_new": ""}, "target_new"),
+        ({"target_new": "  "}, "target_new"),
+        ({"target_new": 3}, "target_new"),
+        ({"target_true": "Rome"}, "nothing to edit"),
+        ({"target_true": " Rome "}, "nothing to edit"),
+    ],
+)
+def test_a_request_that_means_nothing_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        EditRequest(**FACT | change)
+
+
+def test_text_and_template_are_two_spellings_of_one_prompt():
+    text = EditRequest(**FACT)
+    template = EditRequest(**FACT | {"prompt": "{} is in"})
+    assert text.text == template.text == "The Eiffel Tower is in"
+    assert (text.subject_start, text.subject_end) == (template.subject_start, template.subject_end) == (0, 16)
+
+
+def test_of_a_subject_that_stands_twice_the_last_place_is_edited():
+    request = EditRequest("Rome? No, in Rome one speaks", "Rome", "Latin")
+    assert (request.subject_start, request.subject_end) == (13, 17)
+    assert request.text == "Rome? No, in Rome one speaks"
+
+
+def test_the_subject_is_found_in_the_middle_of_a_template():
+    request = EditRequest("In {} one speaks", "Rome", "Latin")
+    assert request.text[request.subject_start : request.subject_end] == "Rome"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EditRequest(**FACT),
+        EditRequest("{} is in", "Zürich\u2028", "Rome", "Bern", ("Zürich lies in",), ("Basel is in",), "country"),
+    ],
+)
+def test_a_request_survives_json(request_):
+    record = json.loads(json.dumps(request_.to_dict()))
+    assert EditRequest.from_dict(record) == request_
+
+
+def test_fields_that_are_not_set_are_not_written():
+    assert EditRequest(**FACT).to_dict() == FACT
+
+
+def test_equal_requests_are_one_in_a_set():
+    assert len({EditRequest(**FACT), EditRequest(**FACT)}) == 1
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(ValueError, match="target_old"):
+        EditRequest.from_dict(FACT | {"target_old": "Paris"})
+
+
+@pytest.mark.parametrize("name", FACT)
+def test_missing_fields_are_named(name):
+    with pytest.raises(ValueError, match=name):
+        EditRequest.from_dict({key: value for key, value in FACT.items() if key != name})
+
+
+def test_a_counterfact_record_is_read_whole():
+    assert EditRequest.from_dict(COUNTERFACT) == EditRequest(
+        "{} is located in",
+        "The Eiffel Tower",
+        "Rome",
+        "Paris",
+        ("You find The Eiffel Tower in",),
+        ("The Louvre is in",),
+        "P19",
+    )
+
+
+@pytest.mark.parametrize("name", ["prompt", "subject", "target_new", "target_true"])
+def test_a_counterfact_record_without_a_field_says_which(name):
+    rewrite = {key: value for key, value in COUNTERFACT["requested_rewrite"].items() if key != name}
+    with pytest.raises(ValueError, match=name):
+        EditRequest.from_dict(COUNTERFACT | {"requested_rewrite": rewrite})
+
+
+@pytest.mark.xfail(
+    strict=True, reason="bug: a text for paraphrases is taken apart into letters; target_true=3 is an AttributeError"
+)
+@pytest.mark.parametrize("change", [{"paraphrases": "A text"}, {"neighborhood": "A text"}, {"target_true": 3}])
+def test_a_field_of_the_wrong_kind_is_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        EditRequest.from_dict(FACT | change)
+
+
+def test_files_of_both_kinds_hold_both_forms(tmp_path):
+    records = [FACT, COUNTERFACT]
+    (tmp_path / "facts.json").write_text(json.dumps(records), encoding="utf-8")
+    lines = "\n\n".join(map(json.dumps, records)) + "\n"
+    (tmp_path / "facts.jsonl").write_text(lines, encoding="utf-8")
+    expected = [EditRequest(**FACT), EditRequest.from_dict(COUNTERFACT)]
+    assert load_requests(tmp_path / "facts.json") == expected
+    assert load_requests(str(tmp_path / "facts.jsonl")) == expected
+
+
+def test_a_json_file_may_hold_one_record(tmp_path):
+    (tmp_path / "fact.json").write_text(json.dumps(FACT), encoding="utf-8")
+    assert load_requests(tmp_path / "fact.json") == [EditRequest(**FACT)]
+
+
+@pytest.mark.xfail(strict=True, reason="bug: str.splitlines also splits at U+2028, U+2029 and U+0085 inside of strings")
+def test_a_line_of_json_may_hold_a_unicode_line_separator(tmp_path):
+    record = FACT | {"paraphrases": ["One.\u2028The Eiffel Tower is in"]}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    assert load_requests(tmp_path / "facts.jsonl") == [EditRequest.from_dict(record)]
+
+
+@pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{not json",
+        b'{"prompt": "a',
+        pytest.param(
+            b"\xff\xfe\x00",
+            marks=pytest.mark.xfail(strict=True, reason="bug: UnicodeDecodeError does not name the file"),
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}\b"):
+        load_requests(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt": "x"},
+        FACT | {"subject": "y"},
+        "a text",
+        7,
+        None,
+        [],
+        pytest.param(
+            FACT | {"target_true": 3},
+            marks=pytest.mark.xfail(strict=True, reason="bug: target_true=3 is an AttributeError, which is not caught"),
+        ),
+        {"requested_rewrite": None},
+    ],
+)
+@pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
+def test_a_damaged_record_is_named_by_file_and_index(tmp_path, name, bad):
+    records = [FACT, bad]
+    text = json.dumps(records) if name == "facts.json" else "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}, record 1:"):
+        load_requests(tmp_path / name)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: a broken line is reported as 'line 1' of the file, without its index")
+def test_a_damaged_line_is_named_by_its_index(tmp_path):
+    (tmp_path / "facts.jsonl").write_text(json.dumps(FACT) + "\n{broken\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"facts.jsonl, record 1:"):
+        load_requests(tmp_path / "facts.jsonl")
