@@ -83,15 +83,34 @@ def add(model: PreTrainedModel | PeftModel, name: str, deltas: Mapping[str, LowR
 
 def remove(model: PreTrainedModel | PeftModel, name: str) -> PreTrainedModel | PeftModel:
     """Take an adapter away, all or half added; the others stay switched on or off as they are."""
-    if not isinstance(model, PeftModel) or name not in model.peft_config:
-        return model
-    if len(model.peft_config) == 1:
-        return cast(PreTrainedModel, model.unload())
+    base = base_of(model)
+    if not isinstance(model, PeftModel) or list(model.peft_config) == [name]:
+        for layer in _tuner_layers(base):
+            for other in list(layer.lora_A):
+                layer.delete_adapter(other)
+        _unwrap_empty(base)
+        return base
     remaining = [other for other in active(model) if other != name]
-    activate(model, [other for other in model.peft_config if other != name])  # PEFT warns on deleting an active one
-    model.delete_adapter(name)
+    if name in model.peft_config:
+        activate(model, [other for other in model.peft_config if other != name])  # PEFT warns on deleting active ones
+        model.delete_adapter(name)
+    _unwrap_empty(base)
     activate(model, remaining)
     return model
+
+
+def _tuner_layers(base: nn.Module) -> list[Any]:
+    return [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _unwrap_empty(base: nn.Module) -> None:
+    """Put the plain modules back where no adapter is left."""
+    for path, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer) and not module.lora_A:
+            parent, _, child = path.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.base_layer)
+    if not _tuner_layers(base) and hasattr(base, "peft_config"):
+        del base.peft_config
 
 
 def read(model: PreTrainedModel | PeftModel, name: str) -> dict[str, LowRankDelta]:

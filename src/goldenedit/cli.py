@@ -100,15 +100,16 @@ def show(folder: Annotated[Path, typer.Argument(help="An edit folder.")]) -> Non
     content = read_edit_folder(folder)
     config = content.config
     summary = Table.grid(padding=(0, 2))
-    summary.add_row("base model", f"{content.base_model.name_or_path} ({content.base_model.fingerprint})")
+    summary.add_row("base model", escape(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
     summary.add_row("editor", config.method)
     summary.add_row(
         "layer", f"{config.target_layer}, chosen by {config.layer if isinstance(config.layer, str) else 'hand'}"
     )
-    summary.add_row("key covariance", config.covariance)
+    summary.add_row("key covariance", escape(config.covariance))
     for made in content.edits:
         for path, delta in made.deltas.items():
-            summary.add_row(made.name, f"{path}, rank {delta.rank}, norm {delta.dense().norm().item():.2f}")
+            text = f"{path}, rank {delta.rank}, norm {delta.dense().norm().item():.2f}"
+            summary.add_row(escape(made.name), escape(text))
     summary.add_row("size", f"{folder_size(folder) / 1000:.1f} KB")
     console.print(summary)
     console.print(facts_table(content.edits))

@@ -73,7 +73,7 @@ class EditConfig:
             "dataset: a text, JSON or JSON-lines file, or a name on the Hub."
         },
     )
-    covariance_tokens: int = field(default=20_000, metadata={"help": "Tokens of text for the key covariance."})
+    covariance_tokens: int = field(default=5_000, metadata={"help": "Tokens of text for the key covariance."})
     ridge: float = field(
         default=0.01, metadata={"help": "Added to the covariance's diagonal, in units of its mean eigenvalue."}
     )
@@ -100,15 +100,22 @@ class EditConfig:
         else:
             self.layer = _layer_numbers(self.layer)
             self.target_layer = self.layer
-        for name, least in (("contexts", 1), ("context_length", 1), ("steps", 1), ("batch_size", 1), ("contrast", 0)):
-            _check_number(name, getattr(self, name), least, whole=True)
-        _check_number("covariance_tokens", self.covariance_tokens, 1, whole=True)
+        for name in ("contexts", "context_length", "steps", "batch_size", "covariance_tokens"):
+            _check_number(name, getattr(self, name), 1, whole=True)
+        for name in ("contrast", "seed"):
+            _check_number(name, getattr(self, name), 0, whole=True)
         if self.proxy_size is not None:
             _check_number("proxy_size", self.proxy_size, 1, whole=True)
         for name in ("lr", "clamp"):
             _check_number(name, getattr(self, name), 0.0, exclusive=True)
-        for name in ("kl_factor", "weight_decay", "stop_loss", "ridge", "tukey_kappa", "contrast_weight"):
+        for name in ("kl_factor", "weight_decay", "stop_loss", "ridge", "contrast_weight"):
             _check_number(name, getattr(self, name), 0.0)
+        _check_number("tukey_kappa", self.tukey_kappa, 0.0, infinite=True)
+        if not isinstance(self.covariance, str) or not self.covariance:
+            raise ValueError(f"EditConfig.covariance must be a source of text, got {self.covariance!r}.")
+        _check_texts("target_modules", self.target_modules)
+        if not isinstance(self.proxy, str | list | tuple | None):
+            raise ValueError(f"EditConfig.proxy must be a file, a list of requests or None, got {self.proxy!r}.")
         if isinstance(self.proxy, Sequence) and not isinstance(self.proxy, str):
             self.proxy = [
                 request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
@@ -142,8 +149,8 @@ class EditConfig:
         if unknown := sorted(set(record) - set(known)):
             raise ValueError(f"Unknown options {unknown} in EditConfig; it has {known}.")
         values = dict(record)
-        if "tukey_kappa" in values:
-            values["tukey_kappa"] = float(values["tukey_kappa"])
+        if values.get("tukey_kappa") == "inf":
+            values["tukey_kappa"] = math.inf
         return cls(**values)
 
 
@@ -153,18 +160,26 @@ def _check_choice(name: str, value: str, choices: Sequence[str], otherwise: str 
         raise ValueError(f"Unknown {name} {value!r} in EditConfig: use one of {list(choices)}{more}.")
 
 
-def _check_number(name: str, value: Any, least: float, whole: bool = False, exclusive: bool = False) -> None:
+def _check_number(
+    name: str, value: Any, least: float, whole: bool = False, exclusive: bool = False, infinite: bool = False
+) -> None:
     kinds = (int,) if whole else (int, float)
-    wrong_kind = isinstance(value, bool) or not isinstance(value, kinds) or math.isnan(value)
-    if wrong_kind or value < least or (exclusive and value == least):
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    number = number and (math.isfinite(value) or (infinite and value == math.inf))
+    if not number or value < least or (exclusive and value == least):
         kind = "a whole number" if whole else "a number"
-        raise ValueError(
-            f"EditConfig.{name} must be {kind} {'above' if exclusive else 'of at least'} {least}, got {value!r}."
-        )
+        bound = "above" if exclusive else "of at least"
+        raise ValueError(f"EditConfig.{name} must be {kind} {bound} {least}, got {value!r}.")
+
+
+def _check_texts(name: str, value: Any) -> None:
+    texts = value if isinstance(value, list | tuple) else [value]
+    if value is not None and not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"EditConfig.{name} must be a text or a list of texts, got {value!r}.")
 
 
 def _layer_numbers(layer: Any) -> int | list[int]:
-    numbers = [layer] if isinstance(layer, int) else list(layer)
+    numbers = list(layer) if isinstance(layer, list | tuple) else [layer]
     if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
         raise ValueError(f"EditConfig.layer must be a layer's number or a list of them, counted from 0, got {layer!r}.")
     if len(set(numbers)) != len(numbers):

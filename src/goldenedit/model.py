@@ -107,6 +107,7 @@ class EditModel(nn.Module):
         self.model: PreTrainedModel | PeftModel = model
         self._contexts: list[str] | None = None
         self._statistics: dict[int, KeyStatistics] = {}
+        self._proxy_hash: str | None = None
 
     # ------------------------------------------------------------------ editing
 
@@ -115,6 +116,8 @@ class EditModel(nn.Module):
         with self.disable_adapter():
             base = self.get_base_model()
             select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_info.fingerprint)
+        if self.edit_config.layer == "lga":
+            self._proxy_hash = proxy_hash(proxy_set(self.edit_config))
         assert self.edit_config.target_layer is not None
         return self.edit_config.target_layer
 
@@ -308,8 +311,8 @@ class EditModel(nn.Module):
         if selected_adapters is None and (left_out := [name for name in self.edits if name not in names]):
             logger.warning("Saving the active edits; %s are switched off and not saved.", left_out)
         config = self.edit_config
-        facts_hash = proxy_hash(proxy_set(config)) if config.layer == "lga" else None
-        content = EditFolder([self._edit(name) for name in names], config, self.base_info, _versions(), facts_hash)
+        edits = [self._edit(name) for name in names]
+        content = EditFolder(edits, config, self.base_info, _versions(), self._proxy_hash)
         write_edit_folder(Path(save_directory), content, render_card(content))
 
     def push_to_hub(
@@ -367,6 +370,7 @@ class EditModel(nn.Module):
         folder = find_folder(os.fspath(model_id), **download)
         content = read_edit_folder(folder)
         edit_model = cls(model, content.config, tokenizer)
+        edit_model._proxy_hash = content.proxy_hash
         edit_model._load(content, folder, adapter_name, ignore_fingerprint)
         edit_model.set_adapter(list(edit_model.edits))
         return edit_model

@@ -48,6 +48,13 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"EditRequest.{name} must be a text that is not empty, got {value!r}.")
+        for name in ("target_true", "relation"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"EditRequest.{name} must be a text or None, got {getattr(self, name)!r}.")
+        for name in ("paraphrases", "neighborhood"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"EditRequest.{name} must be a list of texts, got {value!r}.")
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
             raise ValueError(
                 f"The new answer for {self.subject!r} is the old one, {self.target_new!r}: there is nothing to edit."
@@ -124,22 +131,25 @@ def load_requests(path: str | Path) -> list[EditRequest]:
         ValueError: A record cannot be read; the message names file, index and field.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-            records = records if isinstance(records, list) else [records]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
     requests = []
-    for index, record in enumerate(records):
+    for index, record in enumerate(_records(path)):
         try:
-            requests.append(EditRequest.from_dict(record))
+            requests.append(EditRequest.from_dict(json.loads(record) if isinstance(record, str) else record))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, record {index}: {error}") from error
     return requests
+
+
+def _records(path: Path) -> list[Any]:
+    """Return the records of a JSON file, or the lines of a JSON-lines file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [line for line in text.split("\n") if line.strip()]  # JSON may hold other line ends
+        records = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return records if isinstance(records, list) else [records]
 
 
 def proxy_facts() -> list[EditRequest]:

@@ -122,6 +122,8 @@ def _by_hand(model: nn.Module, layers: str, length: int, target_modules: str | S
             raise UnsupportedArchitectureError(f"target_modules {target_modules!r} names no module of the base model.")
     else:
         paths = list(target_modules)
+    if not paths:
+        raise UnsupportedArchitectureError("target_modules is empty: name the linear maps to edit.")
     found: dict[int, str] = {}
     for path in paths:
         module = _get_submodule(model, path)

@@ -27,7 +27,7 @@ def sample_contexts(
         return [""]
     openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(count - 1)]
     sampled = sample_continuations(model, tokenizer, openings, length, seed)
-    # One line, no template braces, no special tokens: a context is a plain sentence before the prompt.
+    # One line, no special tokens: a context is a plain sentence before the prompt.
     return ["", *(" ".join(text.split()) + ". " for text in sampled)]
 
 
@@ -71,6 +71,8 @@ def _continue(
             )
             logits = logits_of(output)
         past = getattr(output, "past_key_values", None)
+        if not logits.isfinite().all():
+            raise ValueError("The model's logits are not finite: load it in float32 or bfloat16.")
         drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).to(device)
         tokens = torch.cat([tokens, drawn], dim=1)
         given = drawn if past is not None else tokens

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from goldenedit.architecture.hooks import evaluating, recording
+from goldenedit.architecture.hooks import evaluating, recording, stop_forward
 from goldenedit.architecture.layers import Architecture
-from goldenedit.editing.rows import padding_id
+from goldenedit.editing.rows import padding_id, subject_tokens
 from goldenedit.requests import EditRequest, proxy_facts
 
 
@@ -43,42 +43,69 @@ def contrast_keys(
     layers: Sequence[int],
     count: int,
     seed: int,
+    batch_size: int = 8,
 ) -> list[Tensor | None]:
     """Return keys of invented subjects that end in the same token as each request's subject, `(m, d_in, count)`.
 
     In early layers the key of "Battambang Province" is mostly that of "Province", so an edit of one province answers to
     all of them. The beginnings of other subjects before the same last token show which part of the key is the token's
     and which the subject's. Subjects of one token have none.
+
+    Args:
+        layers: The layers whose keys are wanted, ascending; the model runs no further than the last.
+        count: Invented subjects for each request.
+        batch_size: Requests a forward.
     """
-    own = [tokenizer(" " + request.subject.strip(), add_special_tokens=False)["input_ids"] for request in requests]
+    own = [subject_tokens(tokenizer, request.text, request.subject_start, request.subject_end) for request in requests]
     many = [index for index, ids in enumerate(own) if len(ids) > 1]
-    if not many or count == 0:
-        return [None] * len(requests)
-    # As a subject begins a text and as it goes on in one, in turn.
-    beginnings = [
-        tokenizer((" " if index % 2 else "") + subject, add_special_tokens=False)["input_ids"][:-1]
-        for index, subject in enumerate(sorted({fact.subject for fact in proxy_facts()}))
-    ]
-    beginnings = [ids for ids in beginnings if ids]
-    chosen = random.Random(seed).sample(beginnings, min(count, len(beginnings)))
+    found: list[Tensor | None] = [None] * len(requests)
+    beginnings = _beginnings(tokenizer, count, seed)
+    if not beginnings:
+        return found
+    with evaluating(model):
+        for start in range(0, len(many), batch_size):
+            group = many[start : start + batch_size]
+            rows = [[*beginning, own[index][-1]] for index in group for beginning in beginnings]
+            keys = _last_keys(model, architecture, rows, layers, padding_id(tokenizer))
+            for index, of_one in zip(group, keys.split(len(beginnings)), strict=True):
+                found[index] = of_one.permute(1, 2, 0)
+    return found
+
+
+def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
+    """Return tokens of `count` other subjects without their last, as they begin a text and as they go on in one."""
     start = _special_start(tokenizer)
-    rows = [[*start, *beginning, own[index][-1]] for index in many for beginning in chosen]
-    length = max(map(len, rows))
+    subjects = sorted({fact.subject for fact in proxy_facts()})
+    plain = [
+        tokenizer((" " if index % 2 else "") + subject, add_special_tokens=False)["input_ids"][:-1]
+        for index, subject in enumerate(subjects)
+    ]
+    usable = [[*start, *ids] for ids in plain if ids]
+    return random.Random(seed).sample(usable, min(count, len(usable)))
+
+
+def _last_keys(
+    model: nn.Module, architecture: Architecture, rows: list[list[int]], layers: Sequence[int], pad: int
+) -> Tensor:
+    """Return the keys at the last token of each row, `(rows, m, d_in)` float32."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    ids = torch.tensor([row + [padding_id(tokenizer)] * (length - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = (torch.arange(length, device=device) < lengths[:, None]).long()
+    longest = int(lengths.max())
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+    mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
     modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
-    with evaluating(model), recording(modules) as record:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    found = []
+    with stop_forward() as stop, recording(modules) as record:
+        handle = modules[str(layers[-1])].register_forward_hook(lambda *_: stop())
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            handle.remove()
+    at_end = []
     for layer in layers:
-        inputs = record.inputs[str(layer)]
-        at_end = inputs.view(len(rows), length, -1)[torch.arange(len(rows)), (lengths - 1).to(inputs.device)]
-        found.append(at_end.float().cpu().view(len(many), len(chosen), -1))
-    keys = torch.stack(found, 1).mT  # (many, m, d_in, count)
-    place = {index: position for position, index in enumerate(many)}
-    return [keys[place[index]] if index in place else None for index in range(len(requests))]
+        keys = record.inputs[str(layer)]
+        index = torch.arange(len(rows), device=keys.device)
+        at_end.append(keys.view(len(rows), longest, -1)[index, (lengths - 1).to(keys.device)].float().cpu())
+    return torch.stack(at_end, 1)
 
 
 def _special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

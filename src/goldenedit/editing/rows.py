@@ -21,11 +21,13 @@ class Row:
         input_ids: Its tokens, special tokens included.
         subject: Index of the last token of the subject, -1 where the row has none.
         target: Indices of the answer's tokens, empty where the row has no answer.
+        last: Index of the last token of the text; some tokenizers put a special token behind it.
     """
 
     input_ids: tuple[int, ...]
     subject: int
     target: tuple[int, ...]
+    last: int
 
     @property
     def target_ids(self) -> list[int]:
@@ -34,8 +36,8 @@ class Row:
 
     @property
     def reads(self) -> list[int]:
-        """Positions whose logits predict the answer's tokens; the last position where the row has no answer."""
-        return [index - 1 for index in self.target] if self.target else [len(self.input_ids) - 1]
+        """Positions whose logits predict the answer's tokens; the last token's where the row has no answer."""
+        return [index - 1 for index in self.target] if self.target else [self.last]
 
 
 def with_answer(prompt: str, answer: str) -> str:
@@ -77,7 +79,14 @@ def encode(
         raise ValueError(f"The answer {answer!r} has no tokens behind {prompt!r}.")
     if target and target[0] <= max(subject, 0):
         raise ValueError(f"The answer {answer!r} melts into one token with what is before it in {prompt!r}.")
-    return Row(tuple(ids), subject, target)
+    last = max((index for index, (_, end) in enumerate(spans) if end > 0), default=len(ids) - 1)
+    return Row(tuple(ids), subject, target, last)
+
+
+def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, start: int, end: int) -> list[int]:
+    """Return the tokens that the characters `start:end` of a prompt lie in."""
+    ids, spans = _tokens_with_spans(tokenizer, prompt)
+    return [token for token, (first, last) in zip(ids, spans, strict=True) if first < end and last > start]
 
 
 def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -95,9 +104,10 @@ def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[l
             "tokens cannot be found: use a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))."
         )
     shift = len(text) - len(text.lstrip()) - (len(decoded[-1]) - len(decoded[-1].lstrip()))
-    # A token that begins a character of several bytes decodes to replacement characters: take the longest so far.
-    ends = list(accumulate((min(max(len(part) + shift, 0), len(text)) for part in decoded), max))
-    return ids, list(pairwise(ends))
+    # The beginning of a character of several bytes decodes to a replacement character, which is not there yet.
+    lengths = (len(part.rstrip("\ufffd")) + shift for part in decoded)
+    ends = accumulate((min(max(length, 0), len(text)) for length in lengths), max)
+    return ids, [(0, 0) if token in special else span for token, span in zip(ids, pairwise(ends), strict=True)]
 
 
 def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> Batch:

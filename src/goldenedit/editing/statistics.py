@@ -23,7 +23,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, hidden_argument, stop_forward
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import write_atomically
-from goldenedit.editing.rows import padding_id
+from goldenedit.editing.rows import context_length, padding_id
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,9 @@ def second_moments(
     """
     rows: list[list[int]] = []
     count = 0
+    longest = min(256, context_length(model.config) or 256)
     for text in texts:
-        ids = list(tokenizer(text, truncation=True, max_length=256)["input_ids"])[: max_tokens - count]
+        ids = list(tokenizer(text, truncation=True, max_length=longest)["input_ids"])[: max_tokens - count]
         if len(ids) > 1:
             rows.append(ids)
             count += len(ids)

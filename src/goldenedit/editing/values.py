@@ -6,6 +6,8 @@ the subject, makes the model answer the new target and leaves what it says the s
     loss = mean over contexts NLL(target | context + prompt)
          + kl_factor * KL(p_edited("{subject} is a") || p_original)
          + weight_decay * ||delta|| / ||v0||^2
+
+`||v0||` is the mean over contexts: at the very start of a sequence a subject's value is often unlike itself.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Values:
         delta: `(N, m, d_model)` float32, to be added to the values.
         keys: `(N, m, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
         steps: Optimiser steps of each fact.
-        nll: Final NLL of each target, mean over contexts.
+        nll: NLL of each target before the last step, mean over contexts.
         target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
         replay: The way the model was run again: `suffix`, `layers` or `whole`.
     """
@@ -88,6 +90,7 @@ def optimise_values(
     results: list[Values] = []
     with (
         evaluating(model),
+        torch.enable_grad(),  # the caller may have switched it off
         tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
     ):
         for group in groups:
@@ -154,7 +157,6 @@ def _optimise(
 
     count, each = len(group.requests), group.rows_each
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(layer)]) for layer in layers], 1)
-    # The value's size in every context: alone at the start of a sequence a subject's value is often not like itself.
     v0_norm = values.view(count, each, len(layers), -1)[:, :-1].norm(dim=-1).mean(1)  # (N, m)
     log_probs = whole.logits.float().log_softmax(-1)
     with torch.no_grad():
@@ -189,7 +191,7 @@ def _optimise(
             final_nll[index] = value
         done = members[loss.detach() < options.stop_loss]
         active[done] = False
-        if step == options.steps - 1 or not active.any():
+        if not active.any():
             break
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
         before = delta.detach().clone()

@@ -97,7 +97,7 @@ def _cached_lga_scores(
         try:
             scores: list[float | None] = json.loads(path.read_text(encoding="utf-8"))["scores"]
             return scores
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             logger.warning("Ignoring the damaged cache file %s.", path)
     found = lga_scores(model, architecture, tokenizer, facts, loss=config.lga_loss)  # type: ignore[arg-type]
     scores = [None if math.isnan(score) else score for score in found.tolist()]

@@ -24,7 +24,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         NotADirectoryError: `folder` is a file.
         OSError: The disk is full or not writable; `folder` is as it was.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # through a link, the folder it points at is replaced
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 _flush(path)
             if folder.is_dir():
                 _carry_over(folder, new)
+                here = Path.cwd() == folder
                 _exchange(new, folder)
+                if here:
+                    os.chdir(folder)  # not in the old folder, which is about to go
             else:
                 new.rename(folder)
             _flush(folder.parent)

@@ -7,7 +7,6 @@ loads their sum and this library takes them apart again.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +74,8 @@ class EditedFact:
     def from_dict(cls, record: Mapping[str, Any]) -> EditedFact:
         """Read what `to_dict` returned."""
         outcome = {name: record[name] for name in ("probability_before", "probability_after", "steps")}
+        if wrong := [name for name, value in outcome.items() if not isinstance(value, int | float)]:
+            raise ValueError(f"{wrong[0]} is no number")
         request = {name: value for name, value in record.items() if name not in outcome}
         return cls(EditRequest.from_dict(request), **outcome)
 
@@ -214,13 +215,19 @@ def read_edit_folder(folder: Path) -> EditFolder:
     modules = _read_factors(folder / ADAPTER_WEIGHTS, tensors, lora)
     try:
         by_name = {record["name"]: [EditedFact.from_dict(fact) for fact in record["facts"]] for record in facts}
+        if [record["name"] for record in sidecar["edits"]] != list(by_name):
+            raise ValueError(f"{EDIT_CONFIG} and {EDITS} name different edits")
         edits = []
+        used = 0
         for record in sidecar["edits"]:
             start, stop = record["ranks"]
-            deltas = {path: modules[path].part(start, stop) for path in record["modules"]}
-            if not deltas or not 0 <= start < stop <= lora["r"]:
+            if start != used or stop <= start or not record["modules"]:
                 raise ValueError(f"edit {record['name']!r} has no ranks of its own")
+            deltas = {path: modules[path].part(start, stop) for path in record["modules"]}
             edits.append(Edit(record["name"], by_name[record["name"]], deltas, lora["fan_in_fan_out"]))
+            used = stop
+        if used != lora["r"]:
+            raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")
         return EditFolder(
             edits,
             EditConfig.from_dict(sidecar["config"]),
@@ -236,9 +243,11 @@ def read_edit_folder(folder: Path) -> EditFolder:
 
 def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[str, LowRankDelta]:
     try:
-        rank, alpha, targets = lora["r"], lora["lora_alpha"], lora["target_modules"]
+        rank, alpha, targets = lora["r"], lora["lora_alpha"], list(lora["target_modules"])
     except (TypeError, KeyError) as error:
-        raise EditFolderError(f"{path.with_name(ADAPTER_CONFIG)} lacks {error}.") from error
+        raise EditFolderError(
+            f"{path.with_name(ADAPTER_CONFIG)} is damaged ({type(error).__name__}: {error})."
+        ) from error
     if alpha != rank:
         raise EditFolderError(f"{path.with_name(ADAPTER_CONFIG)} scales the edit: lora_alpha {alpha} is not r {rank}.")
     modules = {}
@@ -280,8 +289,3 @@ def folder_size(folder: Path) -> int:
     """Return the bytes that the files of an edit folder take."""
     names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, CARD)
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return a number that JSON can say."""
-    return value if math.isfinite(value) else None
