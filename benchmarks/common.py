@@ -32,7 +32,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--model", default="smollm2", help="a packaged model, a name on the Hub, or a folder")
-    found.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data", help="folder with counterfact.json")
+    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
+    found.add_argument("--data", type=Path, default=shared, help="folder with counterfact.json")
     return found
 
 

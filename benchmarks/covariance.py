@@ -16,9 +16,9 @@ def main() -> None:
     """Measure every source, number of tokens and ridge."""
     options = parser(__doc__)
     options.add_argument("--layer", type=int, default=3)
-    options.add_argument("--facts", type=int, default=20)
-    options.add_argument("--tokens", type=int, nargs="+", default=[20_000])
-    options.add_argument("--ridges", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
+    options.add_argument("--facts", type=int, default=16)
+    options.add_argument("--tokens", type=int, nargs="+", default=[5_000, 20_000])
+    options.add_argument("--ridges", type=float, nargs="+", default=[1e-2, 1e-1])
     options.add_argument("--sources", nargs="+", default=["sampled", "wikibio.json"])
     arguments = options.parse_args()
 

@@ -31,9 +31,11 @@ def main() -> None:
     before = [fact_likelihoods(model.get_base_model(), model.tokenizer, fact, NEIGHBORS) for fact in requests]
     counts = sorted({count for count in (arguments.also_first, len(requests)) if count <= len(requests)})
     rows = [{"method": "base model", **as_row(probability_scores(before[:count]))} for count in counts]
-    for layer in arguments.layers or [golden]:
+    layers = arguments.layers or [golden]
+    config.target_layer = layers
+    statistics = model._key_statistics()  # of all layers, in one pass
+    for layer in layers:
         config.target_layer = layer
-        statistics = model._key_statistics()
         with timed() as seconds:
             facts = prepare(model, requests)
         for method in arguments.methods:

@@ -11,8 +11,6 @@ from goldenedit.cli import app, main, parse_layer
 from goldenedit.storage.folder import read_edit_folder
 from models import tiny_model
 
-pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
-
 FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]
 BY_HAND = ["--layer", "1", "--covariance", "identity"]
 FACTS = [
@@ -137,7 +135,6 @@ def test_a_fact_is_given_whole_or_as_a_file(capsys, options):
     assert "--file" in complaint
 
 
-@pytest.mark.xfail(strict=True, reason="bug: show does not escape what comes from the folder")
 def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):
     saved = tmp_path / "edit"
     assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(saved))[0] == 0

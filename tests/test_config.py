@@ -9,8 +9,6 @@ import pytest
 from goldenedit.config import EditConfig
 from goldenedit.requests import EditRequest
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="bug: EditConfig does not check this value")
-
 FACTS = [
     EditRequest("{} is in", "The Eiffel Tower", "Rome", "Paris", ("You find The Eiffel Tower in",)),
     EditRequest("{} is in", "The Louvre", "Rome"),
@@ -35,12 +33,6 @@ def test_a_config_survives_json(config):
     assert EditConfig.from_dict(json.loads(text)) == config
 
 
-@pytest.mark.xfail(strict=True, reason="bug: an infinite clamp (no clamp) is accepted, and cannot be written as JSON")
-def test_a_config_without_a_clamp_survives_json():
-    config = EditConfig(clamp=math.inf)
-    assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
-
-
 def test_a_proxy_may_be_given_as_records():
     assert EditConfig(proxy=[fact.to_dict() for fact in FACTS]).proxy == FACTS
 
@@ -57,17 +49,18 @@ def test_a_proxy_may_be_given_as_records():
         ("layer", []),
         ("layer", [2, 2]),
         ("layer", ["1"]),
-        pytest.param("layer", 1.5, marks=UNCHECKED),
-        pytest.param("layer", None, marks=UNCHECKED),
+        ("layer", 1.5),
+        ("layer", None),
         ("lga_loss", "mean"),
         ("lr", 0),
         ("lr", -0.1),
         ("lr", math.nan),
-        pytest.param("lr", math.inf, marks=UNCHECKED),
+        ("lr", math.inf),
         ("lr", "0.5"),
         ("lr", None),
         ("clamp", 0.0),
         ("clamp", math.nan),
+        ("clamp", math.inf),
         ("steps", 0),
         ("steps", 2.0),
         ("steps", True),
@@ -83,12 +76,12 @@ def test_a_proxy_may_be_given_as_records():
         ("ridge", -1e-9),
         ("tukey_kappa", math.nan),
         ("contrast_weight", -1.0),
-        pytest.param("proxy", 3, marks=UNCHECKED),
-        pytest.param("covariance", 3, marks=UNCHECKED),
-        pytest.param("covariance", "", marks=UNCHECKED),
-        pytest.param("seed", "zero", marks=UNCHECKED),
-        pytest.param("seed", 0.5, marks=UNCHECKED),
-        pytest.param("target_modules", 3, marks=UNCHECKED),
+        ("proxy", 3),
+        ("covariance", 3),
+        ("covariance", ""),
+        ("seed", "zero"),
+        ("seed", 0.5),
+        ("target_modules", 3),
     ],
 )
 def test_a_value_that_means_nothing_is_refused_by_name(option, value):
@@ -96,7 +89,6 @@ def test_a_value_that_means_nothing_is_refused_by_name(option, value):
         EditConfig(**{option: value})
 
 
-@pytest.mark.xfail(strict=True, reason="bug: from_dict calls float() on tukey_kappa before it is checked")
 @pytest.mark.parametrize("value", [None, "wide", [], True])
 def test_a_record_with_a_bad_fence_is_refused_by_name(value):
     with pytest.raises(ValueError, match="tukey_kappa"):

@@ -21,10 +21,7 @@ from goldenedit.storage.folder import EditedFact
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 
 TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
 MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
@@ -210,10 +207,7 @@ def test_editing_leaves_the_random_state_and_the_modes_alone(base, tokenizer):
     assert {name: module.training for name, module in base.named_modules()} == modes
 
 
-NO_GRAD = pytest.mark.xfail(strict=True, reason="bug: the value optimisation does not switch gradients on itself")
-
-
-@pytest.mark.parametrize("gradients", [True, pytest.param(False, marks=NO_GRAD)])
+@pytest.mark.parametrize("gradients", [True, False])
 def test_a_frozen_model_is_edited_whether_gradients_are_on_or_off(base, tokenizer, gradients):
     base.requires_grad_(False)
     model = get_edit_model(base, config(), tokenizer)
@@ -465,7 +459,6 @@ def test_nothing_to_save_is_an_error_that_makes_no_folder(edit_model, tmp_path):
     assert not (tmp_path / "edit").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: save_pretrained hashes the packaged facts once the list is gone")
 def test_a_custom_proxy_set_is_remembered_when_a_loaded_edit_is_saved_again(base, tokenizer, tmp_path):
     model = get_edit_model(base, config(layer="lga", proxy=FACTS), tokenizer)
     model.edit(TOWER)
@@ -476,7 +469,6 @@ def test_a_custom_proxy_set_is_remembered_when_a_loaded_edit_is_saved_again(base
     assert second["proxy_hash"] == first["proxy_hash"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: save_pretrained reads the proxy file again to hash it")
 def test_an_edit_is_saved_though_its_proxy_file_is_gone(base, tokenizer, tmp_path):
     proxy = tmp_path / "proxy.json"
     proxy.write_text(json.dumps([fact.to_dict() for fact in FACTS]))
@@ -635,9 +627,7 @@ def test_no_request_at_all_is_refused(edit_model):
     "contexts",
     [
         1,
-        pytest.param(
-            2, marks=pytest.mark.xfail(strict=True, reason="bug: sampling contexts raises RuntimeError of multinomial")
-        ),
+        2,
     ],
 )
 def test_weights_that_are_not_numbers_are_refused_and_leave_no_trace(base, tokenizer, contexts):
@@ -705,18 +695,13 @@ def test_an_interrupted_forward_leaves_no_trace(tokenizer, logits, edited, share
     assert_interrupted_without_a_trace(tokenizer, logits, edited, on_forward, share)
 
 
-HALF_ADDED = pytest.mark.xfail(
-    strict=True, reason="bug: until the first PeftModel is assigned, adapters.remove does not see what PEFT has put in"
-)
-
-
 @pytest.mark.parametrize(
     ("edited", "share"),
     [
         (False, 0.0),
         (False, 0.1),
-        pytest.param(False, 0.5, marks=HALF_ADDED),
-        pytest.param(False, 1.0, marks=HALF_ADDED),
+        (False, 0.5),
+        (False, 1.0),
         *((True, share) for share in (0.0, 0.3, 0.7, 1.0)),
     ],
 )
@@ -724,7 +709,6 @@ def test_an_interrupted_adding_of_the_adapter_leaves_no_trace(tokenizer, logits,
     assert_interrupted_without_a_trace(tokenizer, logits, edited, on_adding, share)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: an empty PEFT wrapper stays on a layer that no other edit has changed")
 def test_a_failed_edit_of_another_layer_leaves_no_trace(tokenizer, logits):
     model = prepared(tokenizer, edited=True)
     model.edit_config.target_layer = 2
@@ -767,7 +751,7 @@ def test_lga_fills_the_layer_and_its_scores_and_keeps_them(base, tokenizer):
         b"{not JSON",
         b"{}",
         b"[]",
-        pytest.param(b"\xff\xfe", marks=pytest.mark.xfail(strict=True, reason="bug: UnicodeDecodeError is not caught")),
+        b"\xff\xfe",
     ],
 )
 def test_a_damaged_cache_file_is_computed_again(base, tokenizer, content):

@@ -14,10 +14,7 @@ from goldenedit.editing.values import ValueOptions, optimise_values
 from goldenedit.packaged import is_installed, packaged_model
 from goldenedit.requests import EditRequest
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.real
 
 TOWER = EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 LAYERS = {"smollm2": (3, 30), "gemma3": (1, 18)}  # the layer that is edited, and how many there are

@@ -111,9 +111,6 @@ def test_a_counterfact_record_without_a_field_says_which(name):
         EditRequest.from_dict(COUNTERFACT | {"requested_rewrite": rewrite})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: a text for paraphrases is taken apart into letters; target_true=3 is an AttributeError"
-)
 @pytest.mark.parametrize("change", [{"paraphrases": "A text"}, {"neighborhood": "A text"}, {"target_true": 3}])
 def test_a_field_of_the_wrong_kind_is_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -135,7 +132,6 @@ def test_a_json_file_may_hold_one_record(tmp_path):
     assert load_requests(tmp_path / "fact.json") == [EditRequest(**FACT)]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: str.splitlines also splits at U+2028, U+2029 and U+0085 inside of strings")
 def test_a_line_of_json_may_hold_a_unicode_line_separator(tmp_path):
     record = FACT | {"paraphrases": ["One.\u2028The Eiffel Tower is in"]}
     (tmp_path / "facts.jsonl").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
@@ -148,10 +144,7 @@ def test_a_line_of_json_may_hold_a_unicode_line_separator(tmp_path):
     [
         b"{not json",
         b'{"prompt": "a',
-        pytest.param(
-            b"\xff\xfe\x00",
-            marks=pytest.mark.xfail(strict=True, reason="bug: UnicodeDecodeError does not name the file"),
-        ),
+        b"\xff\xfe\x00",
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content):
@@ -169,10 +162,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         7,
         None,
         [],
-        pytest.param(
-            FACT | {"target_true": 3},
-            marks=pytest.mark.xfail(strict=True, reason="bug: target_true=3 is an AttributeError, which is not caught"),
-        ),
+        FACT | {"target_true": 3},
         {"requested_rewrite": None},
     ],
 )
@@ -185,7 +175,6 @@ def test_a_damaged_record_is_named_by_file_and_index(tmp_path, name, bad):
         load_requests(tmp_path / name)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a broken line is reported as 'line 1' of the file, without its index")
 def test_a_damaged_line_is_named_by_its_index(tmp_path):
     (tmp_path / "facts.jsonl").write_text(json.dumps(FACT) + "\n{broken\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"facts.jsonl, record 1:"):

@@ -15,7 +15,7 @@ from models import MLP_WIDTH, VOCAB_SIZE, tiny_model
 
 REQUESTS = [
     EditRequest("{} is in the Kingdom of", "Battambang Province", "Rome"),
-    EditRequest("{} is in", "Rome", "London"),  # one token
+    EditRequest("The city of {} is in", "Rome", "London"),  # one token
     EditRequest("The mother tongue of {} is", "Angela Merkel", "German"),
 ]
 
@@ -93,16 +93,12 @@ def spaced_tokenizer(texts) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the space put before the subject is a token of its own for Llama 2's tokenizers"
-)
 def test_a_subject_of_one_token_has_no_contrast_where_the_tokenizer_brings_the_space():
     tokenizer = spaced_tokenizer(["Rome is in Rome. "] * 2 + ["The city of Battambang Province"] * 2)
     assert len(tokenizer("Rome").input_ids) == 1
     assert keys_of(tiny_model("llama"), tokenizer, requests=REQUESTS[1:2]) == [None]
 
 
-@pytest.mark.xfail(strict=True, reason="contrast_keys runs the head over every token of every row, (B, T, V) logits")
 def test_no_logits_are_computed_for_keys(tokenizer):
     model = tiny_model("llama")
     ran = []
@@ -112,9 +108,6 @@ def test_no_logits_are_computed_for_keys(tokenizer):
     assert ran == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="contrast_keys puts all requests into one forward: memory grows with their number"
-)
 def test_the_size_of_a_forward_does_not_grow_with_the_number_of_requests(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model)

@@ -76,9 +76,6 @@ def test_no_more_tokens_than_asked_for_are_used(tokenizer):
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="second_moments cuts texts at 256 tokens, whatever the model takes"
-)
 def test_texts_are_cut_where_the_model_s_context_ends(tokenizer):
     model = tiny_model("gpt2")  # 128 positions
     second_moments(model, read_architecture(model), tokenizer, ["Rome is a city. " * 50], [0], MANY)

@@ -89,7 +89,7 @@ class Reference:
     def deltas(self):
         delta = torch.zeros(len(self.modules), WIDTH, requires_grad=True)
         optimiser = torch.optim.Adam([delta], lr=self.options.lr)
-        for _ in range(self.options.steps - 1):  # the last step only looks at its loss, as in ROME's code
+        for _ in range(self.options.steps):
             optimiser.zero_grad()
             self.loss(delta).backward(inputs=[delta])
             optimiser.step()
@@ -115,9 +115,7 @@ def test_deltas_equal_those_of_a_plain_optimisation(name, layers, clamp, tokeniz
         expected = reference.deltas()
         assert_close(values.delta[index], expected)
         with torch.no_grad():
-            nll = torch.stack([reference.nll(row, expected) for row in reference.rows]).mean().item()
             bare = (-reference.nll(reference.rows[0])).exp().item()
-        assert values.nll[index] == pytest.approx(nll, rel=1e-2)
         assert values.target_probability[index] == pytest.approx(bare, rel=1e-3)
 
 
@@ -135,7 +133,6 @@ def test_requests_together_equal_each_alone(name, layers, tokenizer):
         for many in (together, by_two):
             assert_close(many.delta[index], alone.delta[0])
             assert_close(many.keys[index], alone.keys[0])
-            assert many.nll[index] == pytest.approx(alone.nll[0], rel=1e-2)
             assert many.steps[index] == alone.steps[0]
 
 
@@ -194,8 +191,11 @@ def test_the_new_answer_becomes_likelier(name, tokenizer):
     for index, request in enumerate(REQUESTS):
         reference = Reference(model, tokenizer, request, [1], OPTIONS)
         with torch.no_grad():
-            before = torch.stack([reference.nll(row) for row in reference.rows]).mean().item()
-        assert values.nll[index] < before - 0.1
+            before, after = (
+                torch.stack([reference.nll(row, deltas) for row in reference.rows]).mean().item()
+                for deltas in (None, values.delta[index])
+            )
+        assert after < before - 0.1
 
 
 def test_a_request_whose_loss_is_low_from_the_start_is_not_moved(tokenizer):

@@ -60,7 +60,7 @@ def contrast_keys(
     many = [index for index, ids in enumerate(own) if len(ids) > 1]
     found: list[Tensor | None] = [None] * len(requests)
     beginnings = _beginnings(tokenizer, count, seed)
-    if not beginnings:
+    if not beginnings or not many:
         return found
     with evaluating(model):
         for start in range(0, len(many), batch_size):

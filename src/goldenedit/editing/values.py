@@ -50,7 +50,6 @@ class Values:
         delta: `(N, m, d_model)` float32, to be added to the values.
         keys: `(N, m, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
         steps: Optimiser steps of each fact.
-        nll: NLL of each target before the last step, mean over contexts.
         target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
         replay: The way the model was run again: `suffix`, `layers` or `whole`.
     """
@@ -58,7 +57,6 @@ class Values:
     delta: Tensor
     keys: Tensor
     steps: list[int]
-    nll: list[float]
     target_probability: list[float]
     replay: str
 
@@ -100,7 +98,6 @@ def optimise_values(
         torch.cat([result.delta for result in results]),
         torch.cat([result.keys for result in results]),
         steps=[step for result in results for step in result.steps],
-        nll=[value for result in results for value in result.nll],
         target_probability=[value for result in results for value in result.target_probability],
         replay=results[0].replay,
     )
@@ -166,7 +163,7 @@ def _optimise(
     delta = torch.zeros_like(values[::each]).requires_grad_()
     optimiser = torch.optim.Adam([delta], lr=options.lr)
     active = torch.ones(count, dtype=torch.bool, device=delta.device)
-    steps, final_nll = [0] * count, bare_nll.tolist()
+    steps = [0] * count
     captured, targets, members = whole, group.targets, active.nonzero()[:, 0]
 
     for step in range(options.steps):
@@ -187,8 +184,6 @@ def _optimise(
                 f"The optimisation for {group.requests[index].subject!r} -> {group.requests[index].target_new!r} is "
                 f"not finite at step {step}. Load the model in float32 or bfloat16, or lower EditConfig.lr."
             )
-        for index, value in zip(members.tolist(), nll.tolist(), strict=True):
-            final_nll[index] = value
         done = members[loss.detach() < options.stop_loss]
         active[done] = False
         if not active.any():
@@ -209,7 +204,6 @@ def _optimise(
         delta.float().cpu(),
         keys.view(count, each, *keys.shape[1:])[:, :-1].transpose(1, 2).float().cpu(),
         steps,
-        final_nll,
         (-bare_nll).exp().tolist(),
         replay.way,
     )
