@@ -71,6 +71,7 @@ def main() -> None:
             "largest logit": edited.abs().max().item(),
         }
     )
+    print(*rows, sep="\n")
     record(f"artifact-{arguments.model}", rows)
 
 

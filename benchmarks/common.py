@@ -103,11 +103,9 @@ def machine() -> dict[str, Any]:
 
 
 def record(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write the rows of a benchmark to results/, with machine and versions, and print them."""
+    """Write the rows of a benchmark to results/, with machine and versions."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(row)
 
 
 def as_row(scores: ProbabilityScores) -> dict[str, Any]:

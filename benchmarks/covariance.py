@@ -1,37 +1,64 @@
-"""Which key covariance and ridge make the best edits? Single R-ROME edits of development facts, one layer.
+"""Which key covariance and ridge make the best edits? Single R-ROME edits of development facts.
 
-Facts from position 40 on among those the model knows: the first 40 are kept for benchmarks/quality.py.
+The facts are those whose old answer the model prefers by any margin, without the first 40 that it knows: these are kept
+for benchmarks/quality.py. Each is measured with the anchor and the contrast of this library, and as published.
 """
 
 from __future__ import annotations
 
-from common import as_row, known_counterfacts, load, parser, prepare, record, score_single_edits
+from dataclasses import replace
 
-from goldenedit import EditConfig
+from common import NEIGHBORS, as_row, known_counterfacts, load, parser, prepare, record, score_single_edits
+
+from goldenedit import EditConfig, load_requests
 from goldenedit.editing.covariance import key_statistics
+from goldenedit.editing.edit import PreparedFacts
 from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.evaluation.counterfact import fact_likelihoods
+from goldenedit.evaluation.scores import probability_scores
+
+
+def as_published(facts: PreparedFacts) -> PreparedFacts:
+    """Return the facts without anchor and contrast."""
+    keys = {
+        layer: [replace(key, contrast=None, anchor_bare=False) for key in found] for layer, found in facts.keys.items()
+    }
+    return replace(facts, keys=keys)
 
 
 def main() -> None:
     """Measure every source, number of tokens and ridge."""
     options = parser(__doc__)
     options.add_argument("--layer", type=int, default=3)
-    options.add_argument("--facts", type=int, default=16)
-    options.add_argument("--tokens", type=int, nargs="+", default=[5_000, 20_000])
+    options.add_argument("--facts", type=int, default=40)
+    options.add_argument("--tokens", type=int, nargs="+", default=[5_000])
     options.add_argument("--ridges", type=float, nargs="+", default=[1e-2, 1e-1])
     options.add_argument("--sources", nargs="+", default=["sampled", "wikibio.json"])
     arguments = options.parse_args()
 
     config = EditConfig(layer=arguments.layer)
     model = load(arguments.model, config)
-    requests = known_counterfacts(model, arguments.data)[40 : 40 + arguments.facts]
+    base, tokenizer = model.get_base_model(), model.tokenizer
+    tests = set(known_counterfacts(model, arguments.data)[:40])
+    requests, before = [], []
+    for request in load_requests(arguments.data / "counterfact.json"):
+        if request not in tests and len(requests) < arguments.facts:
+            found = fact_likelihoods(base, tokenizer, request, NEIGHBORS)
+            new, old = found.rewrite
+            if old < new:
+                requests.append(request)
+                before.append(found)
     facts = prepare(model, requests)
-    rows = []
+    rows = [{"covariance": "base model", **as_row(probability_scores(before))}]
+    print(rows[-1], flush=True)
 
     def measure(source: str, tokens: int, ridge: float, statistics: KeyStatistics) -> None:
-        (scores,) = score_single_edits(model, facts, {arguments.layer: statistics}).values()
-        rows.append({"covariance": source, "tokens": tokens, "ridge": ridge, **as_row(scores)})
-        print(rows[-1], flush=True)
+        for published in (False, True):
+            chosen = as_published(facts) if published else facts
+            (scores,) = score_single_edits(model, chosen, {arguments.layer: statistics}).values()
+            row = {"covariance": source, "tokens": tokens, "ridge": ridge, "as published": published}
+            rows.append({**row, **as_row(scores)})
+            print(rows[-1], flush=True)
 
     measure("identity", 0, 0.0, KeyStatistics(None))
     for source in arguments.sources:
@@ -39,12 +66,7 @@ def main() -> None:
             config.covariance = source if source == "sampled" else str(arguments.data / source)
             config.covariance_tokens = tokens
             found = key_statistics(
-                model.get_base_model(),
-                model.architecture,
-                model.tokenizer,
-                [arguments.layer],
-                config,
-                model.base_info.fingerprint,
+                base, model.architecture, tokenizer, [arguments.layer], config, model.base_info.fingerprint
             )[arguments.layer]
             for ridge in arguments.ridges:
                 measure(source, tokens, ridge, KeyStatistics(found.second_moment, ridge))

@@ -89,6 +89,7 @@ def main() -> None:
                 "scores": [round(score, 2) for score in scores.tolist()],
             }
         )
+        print(rows[-1], flush=True)
     record(f"lga-{arguments.model}", rows)
 
 

@@ -56,7 +56,7 @@ class EditConfig:
     lga_loss: str = field(default="sequence", metadata={"help": f"Loss of LGA, one of {LGA_LOSSES}."})
     tukey_kappa: float = field(default=1.0, metadata={"help": "Width of LGA's outlier fence in interquartile ranges."})
 
-    contexts: int = field(default=6, metadata={"help": "Number of prefixes to the prompt, the empty one included."})
+    contexts: int = field(default=10, metadata={"help": "Number of prefixes to the prompt, the empty one included."})
     context_length: int = field(default=10, metadata={"help": "Tokens of each sampled prefix."})
     steps: int = field(default=12, metadata={"help": "Most steps of the value optimisation."})
     lr: float = field(default=0.5, metadata={"help": "Learning rate of the value optimisation (Adam)."})

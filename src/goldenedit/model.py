@@ -27,7 +27,7 @@ from goldenedit.editing.rows import context_length, encode
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import proxy_hash, proxy_set, select_layer
-from goldenedit.requests import EditRequest
+from goldenedit.requests import EditRequest, distinct
 from goldenedit.storage.card import render_card
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import BaseModel, Edit, EditedFact, EditFolder, fuse, read_edit_folder, write_edit_folder
@@ -474,23 +474,16 @@ def _as_requests(
     target_new: str | None,
     target_true: str | None,
 ) -> list[EditRequest]:
-    """Return the requests of a call, exact repeats once."""
+    """Return the requests of a call of `edit`."""
     if isinstance(prompt, str):
         if subject is None or target_new is None:
             raise ValueError("edit() with a prompt needs subject= and target_new=.")
         return [EditRequest(prompt, subject, target_new, target_true)]
     if subject is not None or target_new is not None or target_true is not None:
         raise ValueError("edit() with requests takes no subject, target_new or target_true: they are in the requests.")
-    requests = [prompt] if isinstance(prompt, EditRequest) else list(dict.fromkeys(prompt))
+    requests = distinct([prompt] if isinstance(prompt, EditRequest) else prompt)
     if not requests:
         raise ValueError("edit() needs at least one request.")
-    targets: dict[tuple[str, str], str] = {}
-    for request in requests:
-        other = targets.setdefault((request.text, request.subject), request.target_new)
-        if other != request.target_new:
-            raise ValueError(
-                f"Two requests contradict each other: {request.text!r} -> {other!r} and -> {request.target_new!r}."
-            )
     return requests
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -150,6 +150,23 @@ def _records(path: Path) -> list[Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     return records if isinstance(records, list) else [records]
+
+
+def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return the requests, exact repeats once.
+
+    Raises:
+        ValueError: Two requests give one prompt different answers.
+    """
+    found = list(dict.fromkeys(requests))
+    targets: dict[tuple[str, str], str] = {}
+    for request in found:
+        other = targets.setdefault((request.text, request.subject), request.target_new)
+        if other != request.target_new:
+            raise ValueError(
+                f"Two requests contradict each other: {request.text!r} -> {other!r} and -> {request.target_new!r}."
+            )
+    return found
 
 
 def proxy_facts() -> list[EditRequest]:
