@@ -75,7 +75,7 @@ class EditConfig:
     )
     covariance_tokens: int = field(default=5_000, metadata={"help": "Tokens of text for the key covariance."})
     ridge: float = field(
-        default=0.01, metadata={"help": "Added to the covariance's diagonal, in units of its mean eigenvalue."}
+        default=0.1, metadata={"help": "Added to the covariance's diagonal, in units of its mean eigenvalue."}
     )
     anchor_bare_prompt: bool = field(
         default=True,

@@ -31,7 +31,7 @@ def edit_folder() -> EditFolder:
             ),
             Edit("tower", [EditedFact(PARIS, 0.002, 0.75, 20)], {FIRST: delta(1, 1), SECOND: delta(1, 2)}),
         ],
-        EditConfig(layer=[1, 2], steps=4, covariance_tokens=20_000),
+        EditConfig(layer=[1, 2], steps=4, covariance_tokens=20_000, ridge=0.01),
         BaseModel("org/base-model", "0123456789abcdef0123456789abcdef", "a1b2c3", "LlamaForCausalLM"),
         {"goldenedit": "0.1.0", "peft": "0.21.2"},
         None,
