@@ -58,12 +58,12 @@ class EditConfig:
 
     contexts: int = field(default=10, metadata={"help": "Number of prefixes to the prompt, the empty one included."})
     context_length: int = field(default=10, metadata={"help": "Tokens of each sampled prefix."})
-    steps: int = field(default=12, metadata={"help": "Most steps of the value optimisation."})
+    steps: int = field(default=25, metadata={"help": "Most steps of the value optimisation."})
     lr: float = field(default=0.5, metadata={"help": "Learning rate of the value optimisation (Adam)."})
     kl_factor: float = field(default=0.0625, metadata={"help": 'Weight of the KL term on "{subject} is a".'})
     weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||delta|| / ||v0||^2."})
     clamp: float = field(default=4.0, metadata={"help": "Largest ||delta|| in units of ||v0||."})
-    stop_loss: float = field(default=0.05, metadata={"help": "A fact is finished once its loss is below this."})
+    stop_loss: float = field(default=0.05, metadata={"help": "A fact is finished once its answer's NLL is lower."})
     batch_size: int = field(default=8, metadata={"help": "Facts whose values are optimised side by side."})
 
     covariance: str = field(

@@ -7,7 +7,8 @@ the subject, makes the model answer the new target and leaves what it says the s
          + kl_factor * KL(p_edited("{subject} is a") || p_original)
          + weight_decay * ||delta|| / ||v0||^2
 
-`||v0||` is the mean over contexts: at the very start of a sequence a subject's value is often unlike itself.
+`||v0||` is the mean over contexts: at the very start of a sequence a subject's value is often unlike itself. A fact is
+finished once the first term is small: the others do not vanish, and would keep a finished fact moving.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def _optimise(
                 f"The optimisation for {group.requests[index].subject!r} -> {group.requests[index].target_new!r} is "
                 f"not finite at step {step}. Load the model in float32 or bfloat16, or lower EditConfig.lr."
             )
-        done = members[loss.detach() < options.stop_loss]
+        done = members[nll.detach() < options.stop_loss]
         active[done] = False
         if not active.any():
             break
