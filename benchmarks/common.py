@@ -7,9 +7,9 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from goldenedit import adapters as peft_adapters
 from goldenedit.editing.edit import PreparedFacts, prepare_facts
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
-from goldenedit.evaluation.scores import ProbabilityScores, probability_scores
+from goldenedit.evaluation.scores import FactLikelihoods, ProbabilityScores, probability_scores
 from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,10 +50,28 @@ def known_counterfacts(model: EditModel, data: Path) -> list[EditRequest]:
     return [requests[index] for index in known_facts(model.get_base_model(), model.tokenizer, requests)]
 
 
+def preferring(
+    model: EditModel, data: Path, count: int, skip: int = 0, without: Collection[EditRequest] = ()
+) -> tuple[list[EditRequest], list[FactLikelihoods]]:
+    """Return CounterFact records whose old answer the model prefers by any margin, and what it makes of them."""
+    requests, before = [], []
+    for request in load_requests(data / "counterfact.json"):
+        if request in without or len(requests) == skip + count:
+            continue
+        found = fact_likelihoods(model.get_base_model(), model.tokenizer, request, NEIGHBORS)
+        new, old = found.rewrite
+        if old < new:
+            requests.append(request)
+            before.append(found)
+    return requests[skip:], before[skip:]
+
+
 def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
     """Optimise the values of facts that are edited one by one later, side by side."""
     base, config = model.get_base_model(), model.edit_config
-    return prepare_facts(base, model.architecture, model.tokenizer, requests, config, model._prefixes())
+    return prepare_facts(
+        base, model.architecture, model.tokenizer, requests, config, model.base_facts.contexts(base, config)
+    )
 
 
 def score_single_edits(
@@ -65,9 +83,9 @@ def score_single_edits(
     counts: Sequence[int] = (),
 ) -> dict[int, ProbabilityScores]:
     """Make each edit alone, measure it, and take it back; score the first `counts` facts, by default all."""
-    measured = []
+    config, measured = replace(model.edit_config, method=method), []
     for index, request in enumerate(facts.requests):
-        with applied(model, lambda index=index: facts.deltas(method, statistics, [index])):
+        with applied(model, lambda index=index: facts.changes(config, statistics, chosen=[index]).deltas):
             measured.append(fact_likelihoods(model.get_base_model(), model.tokenizer, request, neighbors))
     return {count: probability_scores(measured[:count]) for count in counts or [len(measured)]}
 

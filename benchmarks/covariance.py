@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common import NEIGHBORS, as_row, known_counterfacts, load, parser, prepare, record, score_single_edits
+from common import as_row, known_counterfacts, load, parser, preferring, prepare, record, score_single_edits
 
-from goldenedit import EditConfig, load_requests
+from goldenedit import EditConfig
 from goldenedit.editing.covariance import key_statistics
 from goldenedit.editing.edit import PreparedFacts
 from goldenedit.editing.statistics import KeyStatistics
-from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
 
 
@@ -40,14 +39,7 @@ def main() -> None:
     model = load(arguments.model, config)
     base, tokenizer = model.get_base_model(), model.tokenizer
     tests = set(known_counterfacts(model, arguments.data)[:40])
-    requests, before = [], []
-    for request in load_requests(arguments.data / "counterfact.json"):
-        if request not in tests and len(requests) < arguments.facts:
-            found = fact_likelihoods(base, tokenizer, request, NEIGHBORS)
-            new, old = found.rewrite
-            if old < new:
-                requests.append(request)
-                before.append(found)
+    requests, before = preferring(model, arguments.data, arguments.facts, without=tests)
     facts = prepare(model, requests)
     rows = [{"covariance": "base model", **as_row(probability_scores(before))}]
     print(rows[-1], flush=True)

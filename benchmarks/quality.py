@@ -33,7 +33,7 @@ def main() -> None:
     rows = [{"method": "base model", **as_row(probability_scores(before[:count]))} for count in counts]
     layers = arguments.layers or [golden]
     config.target_layer = layers
-    statistics = model._key_statistics()  # of all layers, in one pass
+    statistics = model.base_facts.statistics(model.get_base_model(), config)  # of all layers, in one pass
     for layer in layers:
         config.target_layer = layer
         with timed() as seconds:

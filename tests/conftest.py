@@ -27,6 +27,12 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Make what a test draws from torch's own generator the same every time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def isolated_cache(request, tmp_path_factory, monkeypatch):
     """Keep the tests out of the user's cache; those with real models use it, for the models converted there."""
     if request.node.get_closest_marker("real") is None:

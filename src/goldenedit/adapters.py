@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from goldenedit.architecture.layers import linear_shape
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import adapter_tensors
 
@@ -145,12 +146,7 @@ def check_fits(model: PreTrainedModel | PeftModel, path: str, delta: LowRankDelt
         module = _plain(model, path)
     except AttributeError as error:
         raise ValueError(f"{path}, which the edit changes, is no module of this model.") from error
-    shape: tuple[Any, ...]
-    if hasattr(module, "out_features"):
-        shape = (module.out_features, module.in_features)
-    else:
-        weight = cast(torch.Tensor, module.weight)
-        shape = tuple(weight.T.shape if type(module).__name__ == "Conv1D" else weight.shape)
+    shape = linear_shape(module)
     wanted = (delta.B.shape[0], delta.A.shape[1])
     if shape != wanted:
         raise ValueError(f"The edit changes {path} as a matrix of shape {wanted}, but in this model it has {shape}.")

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from goldenedit.config import METHODS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,7 +65,7 @@ def edit(
     subject: Annotated[str | None, typer.Option(help="The entity, as spelled in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     file: Annotated[Path | None, typer.Option(help="Facts to edit as one batch (.json, .jsonl).")] = None,
-    method: Annotated[str, typer.Option(help="`r-rome` or `rome`.")] = "r-rome",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(f'`{name}`' for name in METHODS)}.")] = "r-rome",
     layer: Layer = "lga",
     covariance: Annotated[str, typer.Option(help="`sampled`, `identity`, a text file or a dataset.")] = "sampled",
     name: Annotated[str | None, typer.Option(help="Name of the edit.")] = None,

@@ -9,9 +9,22 @@ from typing import Any
 
 from goldenedit.requests import EditRequest
 
-METHODS = ("rome", "r-rome")
+METHODS = ("rome", "r-rome", "memit", "emmet", "alphaedit", "ft-l", "ft-m", "lora", "ultraedit")
+REGULARIZERS = ("rect", "prune")
 LAYER_SELECTORS = ("lga", "published")
+LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
+
+# What numbers may be: whole from 1 on, above 0, or from 0 on.
+_COUNTS = ("contexts", "context_length", "steps", "covariance_tokens", "pattern_layers", "finetune_steps", "lora_rank")
+_POSITIVE = (
+    *("lr", "clamp", "null_space_threshold", "null_space_ridge"),
+    *("finetune_lr", "finetune_epsilon", "ultraedit_lr"),
+)
+_NOT_NEGATIVE = (
+    *("kl_factor", "weight_decay", "stop_loss", "ridge", "contrast_weight", "covariance_weight", "gram_ridge"),
+    *("finetune_stop_loss", "dense_tolerance"),
+)
 
 
 @dataclass
@@ -34,6 +47,14 @@ class EditConfig:
         default="lga",
         metadata={"help": f"Layer to edit: a number, several numbers (edited together), or one of {LAYER_SELECTORS}."},
     )
+    layer_pattern: str = field(
+        default="golden",
+        metadata={
+            "help": f"Layers that are edited together, given LGA's golden one, one of {LAYER_PATTERNS}: that one "
+            "alone, the window that ends at it, first and last of this window, or the best scores within the fence."
+        },
+    )
+    pattern_layers: int = field(default=3, metadata={"help": "Length of the window, or number of best layers."})
     target_layer: int | list[int] | None = field(
         default=None, metadata={"help": "The layer that is edited; filled in."}
     )
@@ -64,7 +85,10 @@ class EditConfig:
     weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||delta|| / ||v0||^2."})
     clamp: float = field(default=4.0, metadata={"help": "Largest ||delta|| in units of ||v0||."})
     stop_loss: float = field(default=0.05, metadata={"help": "A fact is finished once its answer's NLL is lower."})
-    batch_size: int = field(default=8, metadata={"help": "Facts whose values are optimised side by side."})
+    batch_size: int | str = field(
+        default="auto",
+        metadata={"help": "Facts whose values are optimised side by side; 'auto' for as many as memory has room for."},
+    )
 
     covariance: str = field(
         default="sampled",
@@ -79,9 +103,7 @@ class EditConfig:
     )
     anchor_bare_prompt: bool = field(
         default=True,
-        metadata={
-            "help": "R-ROME: answer to the key of the bare prompt as to the averaged one; False as in the paper."
-        },
+        metadata={"help": "Answer to the key of the bare prompt as to the averaged one; False as in the papers."},
     )
     contrast: int = field(
         default=16, metadata={"help": "Invented subjects with the same last token that an edit is kept silent on."}
@@ -90,27 +112,72 @@ class EditConfig:
         default=0.1,
         metadata={"help": "Weight of these beside the covariance, relative to its trace; 0 as in the papers."},
     )
+    relative_constants: bool = field(
+        default=True,
+        metadata={
+            "help": "Measure covariance_weight, null_space_threshold and null_space_ridge against the keys at hand, "
+            "so that they mean the same for every model; False takes them as the papers do."
+        },
+    )
+    covariance_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "MEMIT: weight of the covariance, lambda, in units of the facts' key energy over the covariance's "
+            "trace; as published 15000 (GPT-2 XL: 20000)."
+        },
+    )
+    gram_ridge: float = field(
+        default=0.01, metadata={"help": "EMMET: ridge of K^T C^-1 K in units of its diagonal; 0 inserts exactly."}
+    )
+    null_space_threshold: float = field(
+        default=1.0,
+        metadata={
+            "help": "AlphaEdit: largest eigenvalue of the null space, in units of the mean one; as published 0.02."
+        },
+    )
+    null_space_ridge: float = field(
+        default=0.01,
+        metadata={
+            "help": "AlphaEdit: weight of the update's size, in units of the facts' key energy; as published 10."
+        },
+    )
+    finetune_steps: int = field(default=25, metadata={"help": "FT-L, FT-M, LoRA: most steps of Adam."})
+    finetune_lr: float = field(default=5e-4, metadata={"help": "FT-L, FT-M, LoRA: learning rate."})
+    finetune_stop_loss: float = field(default=0.01, metadata={"help": "FT-L, FT-M, LoRA: loss to stop below."})
+    finetune_epsilon: float = field(default=5e-4, metadata={"help": "FT-L: largest change of a weight."})
+    lora_rank: int = field(default=8, metadata={"help": "LoRA: rank."})
+    ultraedit_lr: float = field(default=1e-6, metadata={"help": "UltraEdit: size of the step."})
+    regularizer: str | None = field(
+        default=None, metadata={"help": f"What is done to the finished update, one of {REGULARIZERS}, or None."}
+    )
+    dense_tolerance: float = field(
+        default=0.01, metadata={"help": "Largest relative error of storing a dense update as one of low rank."}
+    )
+    max_perplexity_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Undo a batch after which perplexity on plain statements is more than so many times that of the "
+            "base model; None to measure nothing."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything that is sampled."})
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
+        _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
         if isinstance(self.layer, str):
             _check_choice("layer", self.layer, LAYER_SELECTORS, "a number or a list of numbers")
         else:
             self.layer = _layer_numbers(self.layer)
             self.target_layer = self.layer
-        for name in ("contexts", "context_length", "steps", "batch_size", "covariance_tokens"):
-            _check_number(name, getattr(self, name), 1, whole=True)
-        for name in ("contrast", "seed"):
-            _check_number(name, getattr(self, name), 0, whole=True)
-        if self.proxy_size is not None:
-            _check_number("proxy_size", self.proxy_size, 1, whole=True)
-        for name in ("lr", "clamp"):
-            _check_number(name, getattr(self, name), 0.0, exclusive=True)
-        for name in ("kl_factor", "weight_decay", "stop_loss", "ridge", "contrast_weight"):
-            _check_number(name, getattr(self, name), 0.0)
-        _check_number("tukey_kappa", self.tukey_kappa, 0.0, infinite=True)
+        if self.regularizer is not None:
+            _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")
+        if self.method == "alphaedit" and self.covariance == "identity":
+            raise ValueError("AlphaEdit needs key statistics: EditConfig.covariance cannot be 'identity'.")
+        if self.layer_pattern != "golden" and self.layer != "lga":
+            raise ValueError(f"EditConfig.layer_pattern {self.layer_pattern!r} needs layer='lga', got {self.layer!r}.")
+        self._check_numbers()
         if not isinstance(self.covariance, str) or not self.covariance:
             raise ValueError(f"EditConfig.covariance must be a source of text, got {self.covariance!r}.")
         _check_texts("target_modules", self.target_modules)
@@ -121,6 +188,25 @@ class EditConfig:
                 request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
                 for request in self.proxy
             ]
+
+    def _check_numbers(self) -> None:
+        for name in _COUNTS:
+            _check_number(name, getattr(self, name), 1, whole=True)
+        for name in ("contrast", "seed"):
+            _check_number(name, getattr(self, name), 0, whole=True)
+        if self.batch_size != "auto":
+            _check_number("batch_size", self.batch_size, 1, whole=True)
+        if self.proxy_size is not None:
+            _check_number("proxy_size", self.proxy_size, 1, whole=True)
+        if self.max_perplexity_ratio is not None:
+            _check_number("max_perplexity_ratio", self.max_perplexity_ratio, 1.0)
+        for name in _POSITIVE:
+            _check_number(name, getattr(self, name), 0.0, exclusive=True)
+        for name in _NOT_NEGATIVE:
+            _check_number(name, getattr(self, name), 0.0)
+        if self.dense_tolerance >= 1:
+            raise ValueError(f"EditConfig.dense_tolerance must be below 1, got {self.dense_tolerance}.")
+        _check_number("tukey_kappa", self.tukey_kappa, 0.0, infinite=True)
 
     @property
     def target_layers(self) -> list[int]:

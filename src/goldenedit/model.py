@@ -20,17 +20,25 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.config import EditConfig
-from goldenedit.editing.contexts import sample_contexts
-from goldenedit.editing.covariance import key_statistics
-from goldenedit.editing.edit import prepare_facts
+from goldenedit.editing.base_facts import BaseFacts
+from goldenedit.editing.edit import TRAINED, Changes, prepare_facts, train_facts
 from goldenedit.editing.rows import context_length, encode
-from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import proxy_hash, proxy_set, select_layer
 from goldenedit.requests import EditRequest, distinct
 from goldenedit.storage.card import render_card
 from goldenedit.storage.fingerprint import fingerprint
-from goldenedit.storage.folder import BaseModel, Edit, EditedFact, EditFolder, fuse, read_edit_folder, write_edit_folder
+from goldenedit.storage.folder import (
+    BaseModel,
+    Edit,
+    EditedFact,
+    EditFolder,
+    fuse,
+    joined_state,
+    read_edit_folder,
+    write_edit_folder,
+)
 from goldenedit.storage.hub import find_folder, push_folder
 
 logger = logging.getLogger(__name__)
@@ -76,6 +84,7 @@ class EditModel(nn.Module):
         edit_config: The filled config.
         architecture: Where the model keeps its layers.
         edits: The edits by name, in the order they were made.
+        base_facts: What is known of the base model, found when it was first needed.
     """
 
     def __init__(
@@ -105,8 +114,7 @@ class EditModel(nn.Module):
         )
         self.edits: dict[str, Edit] = {}
         self.model: PreTrainedModel | PeftModel = model
-        self._contexts: list[str] | None = None
-        self._statistics: dict[int, KeyStatistics] = {}
+        self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
         self._proxy_hash: str | None = None
 
     # ------------------------------------------------------------------ editing
@@ -154,52 +162,53 @@ class EditModel(nn.Module):
             encode(self.tokenizer, request.text, request.target_new, request.subject_end, longest)
         if not self.edit_config.target_layers:
             self.select_layer()
-        contexts = self._prefixes()
-        statistics = self._key_statistics()
-        prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, self.edit_config, contexts)
-        deltas = prepared.deltas(self.edit_config.method, statistics)
+        made = self._changes(requests)
         active = self.active_adapters
         try:
-            self.model = peft_adapters.add(self.model, name, deltas, self.base_info.name_or_path)
+            self.model = peft_adapters.add(self.model, name, made.deltas, self.base_info.name_or_path)
             self.set_adapter([*active, name])
             after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
             for request, found in zip(requests, after, strict=True):
                 if not math.isfinite(found.nll):
                     raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
+            self._check_perplexity(name)
         except BaseException:  # an interrupt too leaves the model as it was
             self.model = peft_adapters.remove(self.model, name)
             raise
         facts = [
             EditedFact(request, before, math.exp(-found.nll), steps)
-            for request, before, found, steps in zip(
-                requests, prepared.values.target_probability, after, prepared.values.steps, strict=True
-            )
+            for request, before, found, steps in zip(requests, made.probability_before, after, made.steps, strict=True)
         ]
-        self.edits[name] = Edit(name, facts, deltas, peft_adapters.is_conv1d(self.model, deltas))
+        conv1d = peft_adapters.is_conv1d(self.model, made.deltas)
+        self.edits[name] = Edit(name, facts, made.deltas, conv1d, made.state, made.relative_error)
         return self.edits[name]
 
-    def _prefixes(self) -> list[str]:
-        if self._contexts is None:
-            config = self.edit_config
-            with self.disable_adapter():
-                self._contexts = sample_contexts(
-                    self.get_base_model(), self.tokenizer, config.contexts, config.context_length, config.seed
-                )
-        return self._contexts
+    def _changes(self, requests: Sequence[EditRequest]) -> Changes:
+        """Find the change of weights that serves the requests; what the active edits remember is minded."""
+        base, config = self.get_base_model(), self.edit_config
+        remembered = joined_state(self.edits[name] for name in self.active_adapters)
+        if config.method in TRAINED:
+            return train_facts(base, self.architecture, self.tokenizer, requests, config, remembered)
+        with self.disable_adapter():
+            contexts = self.base_facts.contexts(base, config)
+            statistics = self.base_facts.statistics(base, config)
+        prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, config, contexts)
+        return prepared.changes(config, statistics, remembered)
 
-    def _key_statistics(self) -> dict[int, KeyStatistics]:
-        missing = [layer for layer in self.edit_config.target_layers if layer not in self._statistics]
-        if missing:
-            with self.disable_adapter():
-                self._statistics |= key_statistics(
-                    self.get_base_model(),
-                    self.architecture,
-                    self.tokenizer,
-                    missing,
-                    self.edit_config,
-                    self.base_info.fingerprint,
-                )
-        return self._statistics
+    def _check_perplexity(self, name: str) -> None:
+        """Raise ValueError where the active edits harm plain text more than the config allows."""
+        most = self.edit_config.max_perplexity_ratio
+        if most is None:
+            return
+        base = self.get_base_model()
+        with self.disable_adapter():
+            before = self.base_facts.perplexity(base)
+        after = perplexity(base, self.tokenizer, sample_texts())
+        if not after <= most * before:
+            raise ValueError(
+                f"With edit {name!r} perplexity on plain statements is {after:.2f}, against {before:.2f} of the base "
+                f"model: more than EditConfig.max_perplexity_ratio={most} allows, so the edit was undone."
+            )
 
     # ------------------------------------------------------------------ adapters, as PEFT has them
 
@@ -262,11 +271,18 @@ class EditModel(nn.Module):
         self.set_adapter(active)
         facts = [fact for part in parts for fact in part.facts]
         self.edits[adapter_name] = Edit(
-            adapter_name, facts, peft_adapters.read(self.model, adapter_name), parts[0].fan_in_fan_out
+            adapter_name,
+            facts,
+            peft_adapters.read(self.model, adapter_name),
+            parts[0].fan_in_fan_out,
+            joined_state(parts),
         )
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
-        """Write the active edits into the weights and return the plain model; this wrapper then has no edits."""
+        """Write the active edits into the weights and return the plain model.
+
+        This wrapper then has no edits, and sequential editors have forgotten them.
+        """
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=self.active_adapters
@@ -275,7 +291,7 @@ class EditModel(nn.Module):
             self.base_info = BaseModel(
                 self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
             )
-            self._contexts, self._statistics = None, {}
+            self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
         return self.model
 
     def unload(self) -> PreTrainedModel:
@@ -403,7 +419,8 @@ class EditModel(nn.Module):
         edits = content.edits
         if adapter_name is not None:
             facts = [fact for edit in edits for fact in edit.facts]
-            edits = [Edit(adapter_name, facts, fuse(edits)[1], edits[0].fan_in_fan_out)]
+            error = max(edit.relative_error for edit in edits)
+            edits = [Edit(adapter_name, facts, fuse(edits)[1], edits[0].fan_in_fan_out, joined_state(edits), error)]
         for edit in edits:
             self._new_name(edit.name)
             for path, delta in edit.deltas.items():

@@ -45,6 +45,28 @@ class Architecture:
         """Return the down projection of layer `index`."""
         return model.get_submodule(self.down_projections[index])
 
+    def shape(self, model: nn.Module, index: int) -> tuple[int, int]:
+        """Return the shape `(d_out, d_in)` of the down projection of layer `index`, quantised or not."""
+        return linear_shape(self.down_projection(model, index))
+
+    def weight(self, model: nn.Module, index: int) -> Tensor:
+        """Return the weight of the down projection of layer `index` in Linear orientation, `(d_out, d_in)`.
+
+        Raises:
+            ValueError: The weight is quantised or offloaded.
+        """
+        module = self.down_projection(model, index)
+        module = getattr(module, "base_layer", module)  # PEFT's wrapper, where the layer is edited already
+        weight = getattr(module, "weight", None)
+        weight = weight.T if type(module).__name__ == "Conv1D" and weight is not None else weight
+        shape = self.shape(model, index)
+        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.shape != shape:
+            raise ValueError(
+                f"The weight of {self.down_projections[index]} is quantised or offloaded: "
+                "EditConfig.regularizer cannot compare a change with it."
+            )
+        return weight.detach()
+
     def check_layer(self, index: int) -> None:
         """Raise ValueError unless layer `index` can be edited."""
         if index not in self.down_projections:
@@ -112,6 +134,15 @@ def _is_linear(module: nn.Module) -> bool:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return True
     return getattr(getattr(module, "weight", None), "ndim", 0) == 2
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the shape `(d_out, d_in)` of a linear map, whatever it keeps its weight as."""
+    plain: Any = getattr(module, "base_layer", module)  # PEFT wraps modules that carry adapters
+    if hasattr(plain, "out_features"):
+        return int(plain.out_features), int(plain.in_features)
+    rows, columns = plain.weight.shape
+    return (columns, rows) if type(plain).__name__ == "Conv1D" else (rows, columns)
 
 
 def _by_hand(model: nn.Module, layers: str, length: int, target_modules: str | Sequence[str]) -> dict[int, str]:

@@ -50,3 +50,25 @@ class LowRankDelta:
         a, b = self.A.norm(dim=1), self.B.norm(dim=0)
         scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-30)).sqrt(), torch.ones_like(a))
         return LowRankDelta(self.A * scale[:, None], self.B / scale)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `U (d_out, r)`, `s (r,)`, `V (r, d_in)` with `Delta = U diag(s) V`, in float64, largest `s` first."""
+        Qb, Rb = torch.linalg.qr(self.B.double())
+        Qa, Ra = torch.linalg.qr(self.A.double().T)
+        U, s, V = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+        return Qb @ U, s, V @ Qa.T
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, tolerance: float = 0.0) -> tuple[LowRankDelta, float]:
+        """Return the delta of least rank within `tolerance` of a dense change, and the relative error that is left.
+
+        Args:
+            dense: `(d_out, d_in)`.
+            tolerance: Largest error in the Frobenius norm, relative to that of `dense`; 0 keeps all.
+        """
+        U, s, V = torch.linalg.svd(dense.double(), full_matrices=False)
+        left = s.square().flip(0).cumsum(0).flip(0)  # energy of the values from each on
+        total = left[0].clamp_min(torch.finfo(left.dtype).tiny)
+        rank = max(1, int((left > tolerance**2 * total).sum()))
+        error = (left[rank] / total).sqrt().item() if rank < len(s) else 0.0
+        return cls(V[:rank].float(), (U[:, :rank] * s[:rank]).float()).balanced(), error

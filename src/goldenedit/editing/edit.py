@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import EditConfig
+from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.keys import FactKeys, contrast_keys
+from goldenedit.editing.keys import FactKeys, answered_keys, contrast_keys
+from goldenedit.editing.rows import encode
 from goldenedit.editing.statistics import KeyStatistics, relative_contrast
+from goldenedit.editing.training import answer_gradients, train
 from goldenedit.editing.values import ValueOptions, Values, optimise_values
-from goldenedit.editors import EDITORS
+from goldenedit.editors import EDITORS, SEQUENTIAL, Problem
+from goldenedit.editors.finetune import DenseChange, LowRankChange
+from goldenedit.editors.regularizers import prune, rect
+from goldenedit.editors.ultraedit import RunningMoments, ultraedit
+from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.requests import EditRequest
+
+# Editors that need no values and keys, but gradients.
+TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an editor made of a batch of facts.
+
+    Attributes:
+        deltas: Change of each edited module, by its path.
+        probability_before: Probability of each new answer before (geometric mean over its tokens).
+        steps: Optimiser steps of each fact.
+        state: What the editor remembers for later edits.
+        relative_error: What storing a dense change as one of low rank costs, in the Frobenius norm.
+    """
+
+    deltas: dict[str, LowRankDelta]
+    probability_before: list[float]
+    steps: list[int]
+    state: dict[str, Tensor] = field(default_factory=dict)
+    relative_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,33 +57,69 @@ class PreparedFacts:
         requests: The facts.
         values: What the value optimisation found.
         keys: Keys of each fact, by layer.
-        paths: Path of the edited module, by layer.
+        modules: Path of the edited module, by layer, and its weight `(d_out, d_in)` where a regulariser asks for it.
     """
 
     requests: Sequence[EditRequest]
     values: Values
     keys: dict[int, list[FactKeys]]
-    paths: dict[int, str]
+    modules: dict[int, tuple[str, Tensor | None]]
 
-    def deltas(
-        self, method: str, statistics: dict[int, KeyStatistics], chosen: Sequence[int] | None = None
-    ) -> dict[str, LowRankDelta]:
-        """Return the change of each edited module that inserts the facts `chosen`, by default all of them.
+    def changes(
+        self,
+        config: EditConfig,
+        statistics: Mapping[int, KeyStatistics],
+        remembered: Mapping[str, Tensor] | None = None,
+        chosen: Sequence[int] | None = None,
+    ) -> Changes:
+        """Return the change that inserts the facts `chosen`, by default all of them.
+
+        Args:
+            config: The editor and its constants.
+            statistics: Key statistics, by layer.
+            remembered: State of the edits made before.
+            chosen: Indices of facts.
 
         Raises:
             ValueError: A factor is not finite; the message names the fact.
         """
         chosen = range(len(self.requests)) if chosen is None else chosen
-        deltas = {}
+        deltas, state, errors = {}, {}, []
         for index, (layer, keys) in enumerate(self.keys.items()):
+            path, weight = self.modules[layer]
+            facts = [keys[fact] for fact in chosen]
+            previous = (remembered or {}).get(f"keys/{path}")
             residuals = self.values.delta[list(chosen), index].T
-            delta = EDITORS[method]([keys[fact] for fact in chosen], residuals, statistics[layer])
-            bad = ~(delta.A.isfinite().all(1) & delta.B.isfinite().all(0))
+            found = EDITORS[config.method](Problem(facts, residuals, statistics[layer], config, previous))
+            bad = ~(found.A.isfinite().all(1) & found.B.isfinite().all(0))
             if bad.any():
                 subject = self.requests[chosen[int(torch.argmax(bad.int()))]].subject
                 raise ValueError(f"The edit of {subject!r} at layer {layer} is not finite: raise EditConfig.ridge.")
-            deltas[self.paths[layer]] = delta
-        return deltas
+            deltas[path], error = stored(found, weight, config)
+            errors.append(error)
+            if config.method in SEQUENTIAL:
+                state[f"keys/{path}"] = answered_keys(facts)
+        before = [self.values.target_probability[fact] for fact in chosen]
+        return Changes(deltas, before, [self.values.steps[fact] for fact in chosen], state, max(errors))
+
+
+def stored(change: LowRankDelta | Tensor, weight: Tensor | None, config: EditConfig) -> tuple[LowRankDelta, float]:
+    """Apply the config's regulariser; return what is stored, factors of equal norms, and the relative error of that.
+
+    Args:
+        change: Factors, or a dense change `(d_out, d_in)`.
+        weight: `(d_out, d_in)`, which the regularisers compare with.
+    """
+    if config.regularizer is not None and weight is not None:
+        dense = change.dense() if isinstance(change, LowRankDelta) else change
+        if config.regularizer == "rect":
+            change = rect(dense, weight)
+        else:
+            factors = change if isinstance(change, LowRankDelta) else LowRankDelta.from_dense(change)[0]
+            change = prune(factors, weight)
+    if isinstance(change, LowRankDelta):
+        return change.balanced(), 0.0
+    return LowRankDelta.from_dense(change, config.dense_tolerance)
 
 
 def prepare_facts(
@@ -73,15 +139,127 @@ def prepare_facts(
     options = ValueOptions(
         config.steps, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss
     )
-    values = optimise_values(
-        model, architecture, tokenizer, requests, layers, contexts, options, batch_size=config.batch_size
-    )
+    at_once = _facts_at_once(model, architecture, tokenizer, requests, layers, contexts)
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else at_once
+    values = optimise_values(model, architecture, tokenizer, requests, layers, contexts, options, batch_size=batch_size)
     count = config.contrast if config.contrast_weight > 0 else 0
     contrasts = contrast_keys(model, architecture, tokenizer, requests, layers, count, config.seed)
+    anchor = config.anchor_bare_prompt and len(contexts) > 1  # else the bare key is the mean
     found: dict[int, list[FactKeys]] = {}
     for index, layer in enumerate(layers):
         found[layer] = []
         for keys, contrast in zip(values.keys[:, index], contrasts, strict=True):
             weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
-            found[layer].append(FactKeys(keys[0], keys.mean(0), weighed, config.anchor_bare_prompt))
-    return PreparedFacts(requests, values, found, {layer: architecture.down_projections[layer] for layer in layers})
+            found[layer].append(FactKeys(keys[0], keys.mean(0), weighed, anchor))
+    modules = {
+        layer: (
+            architecture.down_projections[layer],
+            architecture.weight(model, layer).cpu() if config.regularizer else None,
+        )
+        for layer in layers
+    }
+    return PreparedFacts(requests, values, found, modules)
+
+
+def _facts_at_once(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    contexts: Sequence[str],
+) -> int:
+    longest = max(contexts, key=len)
+    rows = [encode(tokenizer, longest + request.text, request.target_new) for request in requests]
+    return facts_at_once(
+        model,
+        layers=architecture.num_layers - layers[0],
+        mlp_width=architecture.shape(model, layers[0])[1],
+        rows=len(contexts) + 1,
+        tokens=max(len(row.input_ids) for row in rows),
+        answer_tokens=max(len(row.target) for row in rows),
+    )
+
+
+def train_facts(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    remembered: Mapping[str, Tensor],
+) -> Changes:
+    """Find the change of the editors that need no values and keys: FT-L, FT-M, LoRA and UltraEdit.
+
+    Raises:
+        ValueError: A request cannot be served, or the loss leaves the finite numbers.
+    """
+    before = likelihoods(model, tokenizer, [(request.text, request.target_new) for request in requests])
+    find = _ultraedit if config.method == "ultraedit" else _trained
+    found, steps, state = find(model, architecture, tokenizer, requests, config, remembered)
+    deltas, errors = {}, []
+    for layer, change in found.items():
+        weight = architecture.weight(model, layer).cpu() if config.regularizer else None
+        delta, error = stored(change, weight, config)
+        deltas[architecture.down_projections[layer]] = delta
+        errors.append(error)
+    return Changes(deltas, [math.exp(-one.nll) for one in before], [steps] * len(requests), state, max(errors))
+
+
+_Found = tuple[dict[int, "LowRankDelta | Tensor"], int, dict[str, Tensor]]
+
+
+def _ultraedit(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    remembered: Mapping[str, Tensor],
+) -> _Found:
+    gradients = answer_gradients(model, architecture, tokenizer, requests, config.target_layers)
+    features: dict[str, list[Tensor]] = {}
+    names = {layer: "moments/{}x{}".format(*architecture.shape(model, layer)) for layer in gradients}
+    for layer, pair in gradients.items():  # modules of one shape share their moments
+        features.setdefault(names[layer], []).append(torch.cat(pair, 1))
+    own = {name: RunningMoments.of(torch.cat(parts)) for name, parts in features.items()}
+    moments = {
+        name: one + RunningMoments.from_columns(remembered[name]) if name in remembered else one
+        for name, one in own.items()
+    }
+    found: dict[int, LowRankDelta | Tensor] = {
+        layer: ultraedit(inputs, outputs, moments[names[layer]], config.ultraedit_lr)
+        for layer, (inputs, outputs) in gradients.items()
+    }
+    return found, 1, {name: one.columns() for name, one in own.items()}
+
+
+def _trained(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    remembered: Mapping[str, Tensor],
+) -> _Found:
+    generator = torch.Generator().manual_seed(config.seed)
+    changes: dict[int, DenseChange | LowRankChange] = {}
+    for layer in config.target_layers:
+        d_out, d_in = architecture.shape(model, layer)
+        changes[layer] = (
+            LowRankChange(d_in, d_out, config.lora_rank, generator)
+            if config.method == "lora"
+            else DenseChange(d_in, d_out, config.finetune_epsilon if config.method == "ft-l" else None)
+        )
+    steps = train(
+        model,
+        architecture,
+        tokenizer,
+        requests,
+        changes,
+        "last" if config.method == "ft-l" else "masked",
+        config.finetune_steps,
+        config.finetune_lr,
+        config.finetune_stop_loss,
+    )
+    return {layer: change.change() for layer, change in changes.items()}, steps, {}

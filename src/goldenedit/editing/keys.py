@@ -34,6 +34,11 @@ class FactKeys:
     anchor_bare: bool = False
 
 
+def answered_keys(facts: Sequence[FactKeys]) -> Tensor:
+    """Return the keys that an edit must answer to, `(d_in, M)`: each fact's mean, then the bare ones where anchored."""
+    return torch.stack([*(fact.mean for fact in facts), *(fact.bare for fact in facts if fact.anchor_bare)], 1)
+
+
 @torch.no_grad()
 def contrast_keys(
     model: nn.Module,

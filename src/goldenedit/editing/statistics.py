@@ -53,9 +53,37 @@ class KeyStatistics:
                 "more text (EditConfig.covariance_tokens)."
             ) from error
 
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the second moment without its ridge, ascending, and its eigenvectors as columns, float64.
+
+        Raises:
+            ValueError: There is none: the covariance is the identity.
+        """
+        if self.second_moment is None:
+            raise ValueError("The identity has no null space: give EditConfig.covariance a source of text.")
+        values, vectors = torch.linalg.eigh(self.second_moment.double())
+        return values, vectors
+
     @property
     def _mean_eigenvalue(self) -> float:
         return 1.0 if self.second_moment is None else self.second_moment.diagonal().double().mean().item()
+
+    def trace(self, width: int) -> float:
+        """Return the trace of `C`, that of the identity of `width` where there is none."""
+        return self._mean_eigenvalue * width
+
+    def with_contrast(self, contrast: Tensor) -> KeyStatistics:
+        """Return statistics that hold `trace(C) D D^T` as well: what `solve` does with a contrast, for many facts."""
+        width = len(contrast)
+        eye = torch.eye(width, dtype=torch.float64)
+        C = (
+            eye
+            if self.second_moment is None
+            else self.second_moment.double().cpu() + self.ridge * self._mean_eigenvalue * eye
+        )
+        D = contrast.double().cpu()
+        return KeyStatistics(C + self._mean_eigenvalue * width * D @ D.T)
 
     def solve(self, keys: Tensor, contrast: Tensor | None = None) -> Tensor:
         """Return `(C + ridge * mean eigenvalue * I + trace(C) D D^T)^-1 keys`, `(d_in, N)`, in float64.
@@ -132,7 +160,7 @@ def second_moments(
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
             progress.update(int(mask.sum()))
-    moments = {layer: total / count for layer, total in sums.items()}
+    moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # where keys and cached moments are
     for layer, moment in moments.items():
         if not moment.isfinite().all():
             raise ValueError(f"Keys of layer {layer} are not finite: load the model in float32 or bfloat16.")

@@ -8,6 +8,7 @@ import logging
 import math
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -44,12 +45,20 @@ def select_layer(
         architecture.check_layer(layer)
 
 
-def choose(config: EditConfig) -> int:
-    """Return the golden layer of the config's scores, by its Tukey filter."""
-    import torch
-
-    scores = [math.nan if score is None else score for score in config.layer_scores or []]
-    return golden_layer(torch.tensor(scores, dtype=torch.float64), config.tukey_kappa)
+def choose(config: EditConfig) -> int | list[int]:
+    """Return the golden layer of the config's scores, by its Tukey filter, or the layers around it by its pattern."""
+    scores = torch.tensor([math.nan if score is None else score for score in config.layer_scores or []]).double()
+    golden = golden_layer(scores, config.tukey_kappa)
+    count = config.pattern_layers
+    window = [layer for layer in range(golden - count + 1, golden + 1) if layer >= 0 and not scores[layer].isnan()]
+    kept = scores.masked_fill(~tukey_filter(scores, config.tukey_kappa), -torch.inf)
+    layers = {
+        "golden": [golden],
+        "window": window,
+        "ends": sorted({window[0], golden}),
+        "best": sorted(layer for layer in kept.topk(min(count, len(kept))).indices.tolist() if kept[layer].isfinite()),
+    }[config.layer_pattern]
+    return layers[0] if len(layers) == 1 else layers
 
 
 def proxy_set(config: EditConfig) -> list[EditRequest]:

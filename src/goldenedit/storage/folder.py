@@ -7,11 +7,12 @@ loads their sum and this library takes them apart again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -26,6 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EDIT_CONFIG = "edit_config.json"
 EDITS = "edits.json"
+EDIT_STATE = "edit_state.safetensors"
 CARD = "README.md"
 
 _PREFIX = "base_model.model."
@@ -89,12 +91,16 @@ class Edit:
         facts: The facts.
         deltas: Change of each edited module, by its path in the base model.
         fan_in_fan_out: Whether the edited modules are of the Conv1D kind.
+        state: What the editor remembers for later edits, matrices whose columns of several edits are put side by side.
+        relative_error: What storing the change as low rank costs, in the Frobenius norm; 0 for most editors.
     """
 
     name: str
     facts: list[EditedFact]
     deltas: dict[str, LowRankDelta]
     fan_in_fan_out: bool = False
+    state: dict[str, Tensor] = field(default_factory=dict)
+    relative_error: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -128,6 +134,15 @@ def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
             modules[path] = padded if before is None else LowRankDelta(before.A + padded.A, before.B + padded.B)
         offset += edit.rank
     return total, modules
+
+
+def joined_state(edits: Iterable[Edit]) -> dict[str, Tensor]:
+    """Return what the editors of all edits remember."""
+    found: dict[str, list[Tensor]] = {}
+    for edit in edits:
+        for name, tensor in edit.state.items():
+            found.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors, 1) for name, tensors in sorted(found.items())}
 
 
 def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
@@ -165,7 +180,8 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     index = []
     for edit in content.edits:
         modules = sorted(edit.deltas)
-        index.append({"name": edit.name, "ranks": [offset, offset + edit.rank], "modules": modules})
+        ranks = [offset, offset + edit.rank]
+        index.append({"name": edit.name, "ranks": ranks, "modules": modules, "relative_error": edit.relative_error})
         offset += edit.rank
     config = content.config.to_dict()
     if isinstance(config["proxy"], list):
@@ -180,11 +196,14 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     }
     facts = [{"name": edit.name, "facts": [fact.to_dict() for fact in edit.facts]} for edit in content.edits]
     tensors = save(adapter_tensors(fuse(content.edits)[1]), {"format": "pt"})
+    state = {f"{edit.name}/{name}": held.contiguous() for edit in content.edits for name, held in edit.state.items()}
     with replacing_folder(folder) as new:
         (new / ADAPTER_WEIGHTS).write_bytes(tensors)
         _write_json(new / ADAPTER_CONFIG, adapter_config(content.edits, content.base_model))
         _write_json(new / EDIT_CONFIG, sidecar)
         _write_json(new / EDITS, facts)
+        if state:
+            (new / EDIT_STATE).write_bytes(save(state, {"format": "pt"}))
         (new / CARD).write_text(card, encoding="utf-8")
 
 
@@ -208,26 +227,14 @@ def read_edit_folder(folder: Path) -> EditFolder:
         )
     lora = _read_json(folder / ADAPTER_CONFIG)
     facts = _read_json(folder / EDITS)
-    try:
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise EditFolderError(f"{folder / ADAPTER_WEIGHTS} cannot be read: {error}") from error
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
+    state = _read_tensors(folder / EDIT_STATE) if (folder / EDIT_STATE).is_file() else {}
     modules = _read_factors(folder / ADAPTER_WEIGHTS, tensors, lora)
     try:
         by_name = {record["name"]: [EditedFact.from_dict(fact) for fact in record["facts"]] for record in facts}
         if [record["name"] for record in sidecar["edits"]] != list(by_name):
             raise ValueError(f"{EDIT_CONFIG} and {EDITS} name different edits")
-        edits = []
-        used = 0
-        for record in sidecar["edits"]:
-            start, stop = record["ranks"]
-            if start != used or stop <= start or not record["modules"]:
-                raise ValueError(f"edit {record['name']!r} has no ranks of its own")
-            deltas = {path: modules[path].part(start, stop) for path in record["modules"]}
-            edits.append(Edit(record["name"], by_name[record["name"]], deltas, lora["fan_in_fan_out"]))
-            used = stop
-        if used != lora["r"]:
-            raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")
+        edits = _read_edits(sidecar["edits"], by_name, modules, state, lora)
         return EditFolder(
             edits,
             EditConfig.from_dict(sidecar["config"]),
@@ -239,6 +246,43 @@ def read_edit_folder(folder: Path) -> EditFolder:
         raise EditFolderError(
             f"The files of {folder} do not fit together ({type(error).__name__}: {error})."
         ) from error
+
+
+def _read_edits(
+    records: list[dict[str, Any]],
+    facts: Mapping[str, list[EditedFact]],
+    modules: Mapping[str, LowRankDelta],
+    state: dict[str, Tensor],
+    lora: Mapping[str, Any],
+) -> list[Edit]:
+    """Take the edits apart that share an adapter, each with its range of ranks and what its editor remembers."""
+    edits = []
+    used = 0
+    for record in records:
+        start, stop = record["ranks"]
+        if start != used or stop <= start or not record["modules"]:
+            raise ValueError(f"edit {record['name']!r} has no ranks of its own")
+        deltas = {path: modules[path].part(start, stop) for path in record["modules"]}
+        prefix = f"{record['name']}/"
+        own = {name.removeprefix(prefix): state.pop(name) for name in sorted(state) if name.startswith(prefix)}
+        for name, held in own.items():
+            if held.ndim != 2 or not held.isfinite().all():
+                raise ValueError(f"{EDIT_STATE} holds no state of {record['name']!r} under {name!r}")
+        error = float(record.get("relative_error", 0.0))
+        edits.append(Edit(record["name"], facts[record["name"]], deltas, lora["fan_in_fan_out"], own, error))
+        used = stop
+    if used != lora["r"]:
+        raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")
+    if state:
+        raise ValueError(f"{EDIT_STATE} holds what belongs to no edit: {sorted(state)[:3]}")
+    return edits
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise EditFolderError(f"{path} cannot be read: {error}") from error
 
 
 def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[str, LowRankDelta]:
@@ -287,5 +331,5 @@ def _refuse_constant(name: str) -> float:
 
 def folder_size(folder: Path) -> int:
     """Return the bytes that the files of an edit folder take."""
-    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, CARD)
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, EDIT_STATE, CARD)
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())

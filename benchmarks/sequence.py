@@ -1,0 +1,63 @@
+"""A long sequence of edits: after each batch efficacy on all edits so far, locality, and perplexity on plain text.
+
+All 250 records of counterfact.json, then facts of the packaged proxy set, known to the model or not. Perplexity is of
+the texts of me_ppl_50.json.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+from common import load, parser, record, timed
+
+from goldenedit import EditConfig, load_requests, proxy_facts
+from goldenedit.evaluation.counterfact import fact_likelihoods
+from goldenedit.evaluation.perplexity import perplexity
+from goldenedit.evaluation.scores import probability_scores
+
+
+def main() -> None:
+    """Edit batch after batch with one editor, and measure after each."""
+    options = parser(__doc__)
+    options.add_argument("--method", default="alphaedit")
+    options.add_argument("--facts", type=int, default=500)
+    options.add_argument("--batch", type=int, default=50)
+    options.add_argument("--measured", type=int, default=100, help="edits so far that are measured, drawn with a seed")
+    options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
+    options.add_argument("--name", default="sequence", help="name of the results")
+    arguments = options.parse_args()
+
+    constants = {name: json.loads(value) for name, value in (text.split("=", 1) for text in arguments.set)}
+    model = load(arguments.model, EditConfig(method=arguments.method, layer="lga", **constants))
+    model.select_layer()
+    base, tokenizer = model.get_base_model(), model.tokenizer
+    texts = [entry["Text"] for entry in json.loads((arguments.data / "me_ppl_50.json").read_text())]
+    facts = [*load_requests(arguments.data / "counterfact.json"), *proxy_facts()]
+    requests = list({(fact.text, fact.subject): fact for fact in facts}.values())[: arguments.facts]
+    before = perplexity(base, tokenizer, texts)
+    rows = []
+    for start in range(0, len(requests), arguments.batch):
+        with timed() as seconds:
+            model.edit(requests[start : start + arguments.batch])
+        done = requests[: start + arguments.batch]
+        chosen = random.Random(0).sample(done, min(arguments.measured, len(done)))
+        scores = probability_scores([fact_likelihoods(base, tokenizer, request, 2) for request in chosen])
+        rows.append(
+            {
+                "method": arguments.method,
+                "edits": len(done),
+                "efficacy": round(scores.efficacy, 3),
+                "paraphrase": round(scores.paraphrase, 3),
+                "neighborhood": round(scores.neighborhood, 3),
+                "n": scores.n,
+                "perplexity ratio": round(perplexity(base, tokenizer, texts) / before, 3),
+                "seconds an edit": round(seconds() / len(requests[start : start + arguments.batch]), 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    record(f"{arguments.name}-{arguments.method}-{arguments.model}", rows)
+
+
+if __name__ == "__main__":
+    main()

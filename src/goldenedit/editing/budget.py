@@ -1,0 +1,43 @@
+"""How many facts fit into memory side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Tensors of the model's width, and of the MLP's, that autograd keeps for a token and a layer; and copies of the logits.
+_WIDTHS, _MLP_WIDTHS, _LOGITS = 16, 4, 4
+_SHARE = 0.5  # of the free memory
+_MOST = 16  # more side by side is no faster
+
+
+def facts_at_once(
+    model: nn.Module, layers: int, mlp_width: int, rows: int, tokens: int, answer_tokens: int, free: int | None = None
+) -> int:
+    """Return how many facts the value optimisation may run side by side: an estimate that errs on the small side.
+
+    Args:
+        layers: Layers that run with gradients.
+        mlp_width: Width of the keys, `d_in`.
+        rows: Rows of a fact, one a context.
+        tokens: Tokens of its longest row.
+        answer_tokens: Tokens of its answer, whose logits are kept.
+        free: Bytes of free memory; those of the model's device by default.
+    """
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    vocabulary, width = embeddings.shape
+    free = free_memory(embeddings.device) if free is None else free
+    kept = layers * tokens * (_WIDTHS * width + _MLP_WIDTHS * mlp_width) + _LOGITS * (answer_tokens + 1) * vocabulary
+    return max(1, min(_MOST, int(_SHARE * free / (4 * rows * kept))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that are free on a device; a gigabyte where that cannot be told."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    try:
+        with open("/proc/meminfo") as file:  # what is free, and what the system would give back at once
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 30

@@ -1,0 +1,179 @@
+"""Train a change of down projections on facts, beside weights that stay frozen: what FT-L, FT-M and LoRA share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
+from goldenedit.architecture.layers import Architecture
+from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
+from goldenedit.requests import EditRequest
+
+AnswerLoss = Literal["masked", "last"]
+
+
+class Change(Protocol):
+    """What is trained: a function of the module's input that is added to its output, with parameters of its own."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return what is trained."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move what is trained."""
+
+    def constrain(self) -> None:
+        """Project the parameters onto what is allowed, after each step."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return what is added, `(..., d_out)`."""
+
+
+def train(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    changes: Mapping[int, Change],
+    loss: AnswerLoss,
+    steps: int,
+    lr: float,
+    stop_loss: float,
+    batch_size: int = 16,
+) -> int:
+    """Train the changes of some layers by Adam on all requests together, and return the number of steps taken.
+
+    Args:
+        changes: What is added to the down projection of each layer.
+        loss: `masked`: cross entropy of the answer's tokens, each behind those before it; `last`: of all of them at the
+            last token of the prompt.
+        stop_loss: The mean loss below which training ends.
+        batch_size: Requests a forward; the gradients of all are added up before a step.
+
+    Raises:
+        ValueError: A request cannot be tokenised, or the loss leaves the finite numbers.
+    """
+    longest = context_length(model.config)
+    rows = [encode(tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
+    groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    modules = {architecture.down_projection(model, layer): change for layer, change in changes.items()}
+    for module, change in modules.items():
+        devices = [tensor.device for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
+        change.to(devices[0] if devices else model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    parameters = [parameter for change in changes.values() for parameter in change.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        _added(modules),
+        tqdm(total=steps, desc="Training", leave=False) as bar,
+    ):
+        for step in range(steps):
+            total = 0.0
+            sums = [torch.zeros_like(parameter) for parameter in parameters]
+            for group in groups:
+                found = answer_nll(model, tokenizer, group, loss).sum() / len(rows)
+                for held, gradient in zip(sums, torch.autograd.grad(found, parameters), strict=True):
+                    held += gradient
+                total += found.item()
+            if not torch.tensor(total).isfinite():
+                raise ValueError(f"The training loss is not finite at step {step}: lower EditConfig.finetune_lr.")
+            if total < stop_loss:
+                return step
+            for parameter, gradient in zip(parameters, sums, strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+            for change in changes.values():
+                change.constrain()
+            bar.update()
+    return steps
+
+
+def answer_nll(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], loss: AnswerLoss) -> Tensor:
+    """Return the NLL of each row's answer, mean over its tokens, `(B,)`."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    batch = pad(rows, padding_id(tokenizer), device)
+    positions = batch.read_positions
+    if loss == "last":  # the first token of an answer is predicted at the last of its prompt
+        positions = torch.tensor([row.target[0] - 1 for row in rows], device=device)[batch.read_rows]
+    with reading_logits(model, batch.read_rows, positions) as logits_of:
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits = logits_of(output).float()
+    wanted = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)
+    token_nll = nn.functional.cross_entropy(logits, wanted, reduction="none")
+    owners = batch.read_rows.to(logits.device)
+    lengths = torch.bincount(owners, minlength=len(rows))
+    return token_nll.new_zeros(len(rows)).index_add(0, owners, token_nll) / lengths
+
+
+def answer_gradients(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    batch_size: int = 16,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return what enters each layer's down projection and the gradient by what leaves it, where answers are predicted.
+
+    Args:
+        layers: The layers, ascending.
+
+    Returns:
+        By layer `(inputs (n, d_in), gradients (n, d_out))` float32, a row for each token of each answer; the loss is
+        the answers' summed mean cross entropy.
+    """
+    longest = context_length(model.config)
+    rows = [encode(tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    with evaluating(model), torch.enable_grad():
+        for start in range(0, len(rows), batch_size):
+            group = rows[start : start + batch_size]
+            roots: dict[int, tuple[Tensor, Tensor]] = {}
+            with ExitStack() as stack:
+                for layer in layers:
+                    module = architecture.down_projection(model, layer)
+                    stack.callback(module.register_forward_hook(_root(roots, layer), with_kwargs=True).remove)
+                total = answer_nll(model, tokenizer, group, "masked").sum()
+            gradients = torch.autograd.grad(total, [roots[layer][1] for layer in layers])
+            reads = [(index, position) for index, row in enumerate(group) for position in row.reads]
+            for layer, gradient in zip(layers, gradients, strict=True):
+                inputs = roots[layer][0].view(len(group), -1, roots[layer][0].shape[-1])
+                at = tuple(torch.tensor(reads, device=inputs.device).T)
+                gradient = gradient.view(len(group), -1, gradient.shape[-1])
+                found[layer].append((inputs[at].float().cpu(), gradient[at].float().cpu()))
+    return {
+        layer: (torch.cat([one for one, _ in parts]), torch.cat([other for _, other in parts]))
+        for layer, parts in found.items()
+    }
+
+
+def _root(roots: dict[int, tuple[Tensor, Tensor]], layer: int) -> Callable[..., Tensor]:
+    """Return a hook that adds a zero to the output, for the gradient to end at."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        zero = torch.zeros_like(output, requires_grad=True)
+        roots[layer] = (hidden_argument(args, kwargs).detach(), zero)
+        return output + zero
+
+    return add
+
+
+@contextmanager
+def _added(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
+    def hook(change: Change) -> Callable[..., Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            return output + change(hidden_argument(args, kwargs).float()).to(output.dtype)
+
+        return add
+
+    with ExitStack() as stack:
+        for module, change in changes.items():
+            stack.callback(module.register_forward_hook(hook(change), with_kwargs=True).remove)
+        yield

@@ -1,0 +1,59 @@
+"""FT-L and FT-M: plain gradient steps on the edited matrix, the baselines of the field, and a LoRA beside it.
+
+FT-L: Zhu et al. 2020, Modifying Memories in Transformer Models (arXiv 2012.00363), as ROME's authors ran it: the matrix
+stays within `epsilon` of what it was, and every token of the answer is asked for at the prompt's last token.
+FT-M: Zhang et al. 2024, A Comprehensive Study of Knowledge Editing (arXiv 2401.01286): cross entropy of the answer's
+tokens, each behind those before it.
+LoRA: Hu et al. 2021 (arXiv 2106.09685): the same loss, a change of low rank that starts at zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from goldenedit.editing.delta import LowRankDelta
+
+
+class DenseChange(nn.Module):
+    """A change of all entries of a matrix, kept within `[-epsilon, epsilon]` where that is given."""
+
+    def __init__(self, d_in: int, d_out: int, epsilon: float | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(d_out, d_in))
+        self.epsilon = epsilon
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return `inputs Delta^T`."""
+        return nn.functional.linear(inputs, self.weight)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Project onto the box."""
+        if self.epsilon is not None:
+            self.weight.clamp_(-self.epsilon, self.epsilon)
+
+    def change(self) -> Tensor:
+        """Return `Delta`, `(d_out, d_in)`."""
+        return self.weight.detach().cpu()
+
+
+class LowRankChange(nn.Module):
+    """A change `B A` of rank `r`: `A` drawn as PEFT draws it, `B` zero."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = d_in**-0.5
+        self.A = nn.Parameter(torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator))
+        self.B = nn.Parameter(torch.zeros(d_out, rank))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return `inputs A^T B^T`."""
+        return nn.functional.linear(nn.functional.linear(inputs, self.A), self.B)
+
+    def constrain(self) -> None:
+        """There is no constraint but the rank."""
+
+    def change(self) -> LowRankDelta:
+        """Return the factors."""
+        return LowRankDelta(self.A.detach().cpu().clone(), self.B.detach().cpu().clone())

@@ -1,0 +1,53 @@
+"""Perplexity of plain text: the quickest sign that edits harm what a model can do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture.hooks import evaluating
+from goldenedit.editing.rows import Row, context_length, pad, padding_id
+from goldenedit.requests import proxy_facts
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 16, most: int = 512
+) -> float:
+    """Return `exp` of the mean NLL over all tokens of all texts but the first of each.
+
+    Args:
+        texts: Texts, each a row of its own, cut after `most` tokens or where the model's context ends.
+
+    Raises:
+        ValueError: No text has two tokens.
+    """
+    longest = min(most, context_length(model.config) or most)
+    ids = [list(tokenizer(text, truncation=True, max_length=longest)["input_ids"]) for text in texts]
+    rows = [Row(tuple(one), -1, tuple(range(1, len(one))), len(one) - 1) for one in ids if len(one) > 1]
+    if not rows:
+        raise ValueError("Perplexity needs a text of at least two tokens.")
+    rows.sort(key=lambda row: len(row.input_ids))
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    total, count = 0.0, 0
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            batch = pad(rows[start : start + batch_size], padding_id(tokenizer), device)
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            mask = batch.attention_mask[:, 1:].bool().to(logits.device)
+            wanted = batch.input_ids[:, 1:].to(logits.device)[mask]
+            total += nn.functional.cross_entropy(logits[:, :-1][mask].float(), wanted, reduction="sum").item()
+            count += int(mask.sum())
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def sample_texts(count: int = 50) -> list[str]:
+    """Return plain statements of many kinds, in which the facts of the packaged set stand as they are."""
+    facts = [fact for fact in proxy_facts() if fact.target_true is not None]
+    step = max(1, len(facts) // count)
+    return [f"{fact.text} {fact.target_true}. {fact.paraphrases[0]}" for fact in facts[::step][:count]]

@@ -1,0 +1,114 @@
+"""Training beside frozen weights against plain autograd on the weights themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from goldenedit.architecture import read_architecture
+from goldenedit.editing.rows import encode
+from goldenedit.editing.training import answer_gradients, answer_nll, train
+from goldenedit.editors.finetune import DenseChange, LowRankChange
+from goldenedit.requests import EditRequest
+from models import MLP_WIDTH, WIDTH, tiny_model
+
+REQUESTS = [
+    EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome"),
+    EditRequest("The mother tongue of {} is", "Angela Merkel", "the language of Cambodia"),
+]
+STEPS = {"steps": 4, "lr": 1e-2, "stop_loss": 0.0}
+
+
+def plain_nll(model, tokenizer, request, loss):
+    row = encode(tokenizer, request.text, request.target_new)
+    log_probs = model(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+    at = [(row.target[0] if loss == "last" else position) - 1 for position in row.target]
+    return -torch.stack([log_probs[p, token] for p, token in zip(at, row.target_ids, strict=True)]).mean()
+
+
+@pytest.mark.parametrize("loss", ["masked", "last"])
+def test_the_loss_is_the_mean_over_an_answer_s_tokens(loss, tokenizer):
+    model = tiny_model("llama")
+    rows = [encode(tokenizer, request.text, request.target_new) for request in REQUESTS]
+    expected = torch.stack([plain_nll(model, tokenizer, request, loss) for request in REQUESTS])
+    torch.testing.assert_close(answer_nll(model, tokenizer, rows, loss), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj"])
+@pytest.mark.parametrize("loss", ["masked", "last"])
+def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenizer):
+    model = tiny_model(name)
+    architecture = read_architecture(model)
+    change = DenseChange(MLP_WIDTH, WIDTH)
+    assert train(model, architecture, tokenizer, REQUESTS, {1: change}, loss, **STEPS, batch_size=1) == 4
+
+    twin = copy.deepcopy(model)
+    weight = architecture.down_projection(twin, 1).weight
+    before = weight.detach().clone()
+    optimiser = torch.optim.Adam([weight], lr=STEPS["lr"])
+    for _ in range(STEPS["steps"]):
+        optimiser.zero_grad()
+        torch.stack([plain_nll(twin, tokenizer, request, loss) for request in REQUESTS]).mean().backward()
+        optimiser.step()
+    moved = (weight.detach() - before).T if name == "gpt2" else weight.detach() - before
+    assert (change.weight.detach() - moved).norm() <= 1e-2 * moved.norm()
+
+
+def test_an_epsilon_bounds_every_entry(tokenizer):
+    model = tiny_model("llama")
+    change = DenseChange(MLP_WIDTH, WIDTH, epsilon=5e-4)
+    train(model, read_architecture(model), tokenizer, REQUESTS, {1: change}, "last", **STEPS)
+    assert change.weight.detach().abs().max() == pytest.approx(5e-4)
+
+
+def test_training_stops_below_the_loss_it_is_given(tokenizer):
+    model = tiny_model("llama")
+    change = LowRankChange(MLP_WIDTH, WIDTH, 2, torch.Generator().manual_seed(0))
+    options = STEPS | {"stop_loss": 1e6}
+    assert train(model, read_architecture(model), tokenizer, REQUESTS, {1: change}, "masked", **options) == 0
+    assert not change.B.any()
+
+
+def test_weights_gradients_and_hooks_are_as_before(tokenizer):
+    model = tiny_model("gpt2").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    architecture = read_architecture(model)
+    train(model, architecture, tokenizer, REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, "masked", **STEPS)
+    answer_gradients(model, architecture, tokenizer, REQUESTS, [0, 1])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon"])
+def test_gradients_are_those_of_the_weight(name, tokenizer):
+    """The gradient of a weight is the sum over tokens of output gradient times input; the answer's tokens are some."""
+    model = tiny_model(name).requires_grad_(False)
+    architecture = read_architecture(model)
+    layers = [0, 2]
+    found = answer_gradients(model, architecture, tokenizer, REQUESTS, layers, batch_size=1)
+    tokens = sum(len(encode(tokenizer, request.text, request.target_new).target) for request in REQUESTS)
+    last = architecture.weight(model, 2)
+    for layer in layers:
+        inputs, gradients = found[layer]
+        assert inputs.shape == (tokens, MLP_WIDTH)
+        assert gradients.shape == (tokens, WIDTH)
+    # Behind the last layer only the positions that are read count, so their sum is the whole gradient.
+    weight = architecture.down_projection(model, 2).weight.requires_grad_()
+    loss = sum(plain_nll(model, tokenizer, request, "masked") for request in REQUESTS)
+    (expected,) = torch.autograd.grad(loss, weight)
+    expected = expected.T if name == "gpt2" else expected
+    assert last.shape == expected.shape
+    inputs, gradients = found[2]
+    assert (gradients.T @ inputs - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_a_low_rank_change_is_its_factors(tokenizer):
+    change = LowRankChange(MLP_WIDTH, WIDTH, 3, torch.Generator().manual_seed(0))
+    change.B.data.normal_()
+    delta = change.change()
+    inputs = torch.randn(2, MLP_WIDTH)
+    torch.testing.assert_close(change(inputs), inputs @ delta.dense().T)

@@ -1,0 +1,69 @@
+"""AlphaEdit: what is known stays, what is new goes in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrices import second_moment
+
+from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.alphaedit import alphaedit, null_space
+
+D_IN, D_OUT = 24, 10
+
+
+@pytest.mark.parametrize("facts", [1, 5, 30])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_update_is_the_paper_s(facts, again):
+    basis = null_space(KeyStatistics(second_moment(D_IN)), 0.05)
+    K, R = torch.randn(D_IN, facts), torch.randn(D_OUT, facts)
+    earlier = torch.randn(D_IN, 7)
+    delta = alphaedit(K, R, basis, earlier if again else None, 0.3).dense().double()
+    P = basis @ basis.T
+    K, R = K.double(), R.double()
+    seen = K @ K.T + ((earlier @ earlier.T).double() if again else 0.0)
+    expected = R @ K.T @ P @ torch.linalg.inv(seen @ P + 0.3 * torch.eye(D_IN, dtype=torch.float64))
+    torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_preserved_keys_keep_their_outputs():
+    C = second_moment(D_IN)
+    basis = null_space(KeyStatistics(C), 0.05)
+    vectors = torch.linalg.eigh(C).eigenvectors
+    preserved = vectors[:, -(D_IN - basis.shape[1]) :].float()
+    delta = alphaedit(torch.randn(D_IN, 5), torch.randn(D_OUT, 5), basis, None, 0.1).dense()
+    assert (delta @ preserved).abs().max() < 1e-5 * delta.abs().max()
+
+
+def test_a_small_ridge_inserts_the_facts():
+    K, R = torch.randn(D_IN, 4), torch.randn(D_OUT, 4)
+    basis = null_space(KeyStatistics(second_moment(D_IN)), 0.05)
+    delta = alphaedit(K, R, basis, None, 1e-6)
+    torch.testing.assert_close(delta.dense() @ K, R, rtol=1e-2, atol=1e-3)
+
+
+def test_earlier_edits_are_disturbed_less_when_they_are_remembered():
+    basis = null_space(KeyStatistics(second_moment(D_IN)), 0.05)
+    earlier, K, R = torch.randn(D_IN, 4), torch.randn(D_IN, 4), torch.randn(D_OUT, 4)
+    forgetful, mindful = (
+        (alphaedit(K, R, basis, previous, 0.1).dense() @ earlier).norm() for previous in (None, earlier)
+    )
+    assert mindful < 0.5 * forgetful
+
+
+def test_the_basis_holds_the_directions_below_the_threshold_alone():
+    C = second_moment(D_IN)
+    basis = null_space(KeyStatistics(C), 0.01)
+    assert basis.shape[1] == int((torch.linalg.eigvalsh(C) < 0.01).sum())
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=basis.dtype))
+    assert torch.linalg.eigvalsh(basis.T @ C @ basis).max() < 0.01
+
+
+def test_no_null_space_is_an_error_that_names_the_option():
+    with pytest.raises(ValueError, match="null_space_threshold"):
+        null_space(KeyStatistics(second_moment(D_IN)), 1e-9)
+
+
+def test_the_identity_has_no_null_space():
+    with pytest.raises(ValueError, match="covariance"):
+        null_space(KeyStatistics(None), 1.0)

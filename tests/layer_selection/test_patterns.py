@@ -1,0 +1,29 @@
+"""Which layers are edited together, given the scores."""
+
+from __future__ import annotations
+
+import pytest
+
+from goldenedit.config import EditConfig
+from goldenedit.layer_selection import choose
+
+SCORES = [1.0, 90.0, 2.0, None, 5.0, 6.0, 4.0, 3.0]  # layer 1 lies outside the fence, layer 5 is the golden one
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count", "expected"),
+    [
+        ("golden", 3, 5),
+        ("window", 2, [4, 5]),
+        ("window", 3, [4, 5]),  # layer 3 has nothing to edit
+        ("window", 10, [0, 1, 2, 4, 5]),
+        ("window", 1, 5),
+        ("ends", 4, [2, 5]),
+        ("ends", 1, 5),
+        ("best", 3, [4, 5, 6]),
+        ("best", 99, [0, 2, 4, 5, 6, 7]),
+        ("best", 1, 5),
+    ],
+)
+def test_the_pattern_decides(pattern, count, expected):
+    assert choose(EditConfig(layer_scores=SCORES, layer_pattern=pattern, pattern_layers=count)) == expected

@@ -1,0 +1,168 @@
+"""What every editor must do, whatever its maths: change the answer, keep the weights, save, load, repeat itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.config import METHODS
+from models import tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
+
+FACTS = [
+    EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris"),
+    EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German"),
+]
+MORE = [EditRequest("Berlin is in the city of", "Berlin", "London")]
+# Steps that move a tiny model; the defaults are for pretrained ones.
+SPECIAL = {
+    "ft-l": {"finetune_lr": 0.05, "finetune_epsilon": 0.05},
+    "ft-m": {"finetune_lr": 0.01},
+    "lora": {"finetune_lr": 0.05},
+    "ultraedit": {"ultraedit_lr": 1e-2},
+    "alphaedit": {"covariance": "sampled", "covariance_tokens": 500, "null_space_threshold": 5.0},
+}
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+def config(method: str, **options) -> EditConfig:
+    fast = {"layer": 1, "steps": 8, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 2}
+    fast["weight_decay"] = 0.02  # values of tiny models are short: with the default the decay would outweigh all else
+    return EditConfig(method, **fast | SPECIAL.get(method, {}) | options)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(30)[None]).logits
+
+
+@methods
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_a_batch_makes_its_answers_likelier_and_leaves_the_weights_alone(method, name, tokenizer):
+    base = tiny_model(name)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    unedited = logits(base)
+    model = get_edit_model(base, config(method), tokenizer)
+    made = model.edit(FACTS)
+    gain = [math.log(fact.probability_after / fact.probability_before) for fact in made.facts]
+    assert sum(gain) > 0.1  # facts of a random model get in each other's way: together they gain
+    with model.disable_adapter():
+        assert torch.equal(logits(model), unedited)
+    assert (logits(model) - unedited).abs().max() > 1e-4
+    assert all(torch.equal(value, before[key]) for key, value in model.unload().state_dict().items())
+
+
+@methods
+def test_the_same_edit_has_the_same_bytes_twice(method, tokenizer, tmp_path):
+    contents = []
+    for run in ("one", "two"):
+        model = get_edit_model(tiny_model("llama"), config(method), tokenizer)
+        model.edit(FACTS)
+        model.save_pretrained(tmp_path / run)
+        contents.append((tmp_path / run / "adapter_model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
+@methods
+def test_a_sequence_that_was_stopped_and_loaded_goes_on_as_one_that_was_not(method, tokenizer, tmp_path):
+    model = get_edit_model(tiny_model("llama"), config(method), tokenizer)
+    model.edit(FACTS)
+    model.save_pretrained(tmp_path / "half")
+    model.edit(MORE)
+
+    resumed = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "half", tokenizer=tokenizer)
+    resumed.edit(MORE)
+    for path, delta in model.edits["edit_2"].deltas.items():
+        other = resumed.edits["edit_2"].deltas[path]
+        torch.testing.assert_close(other.dense(), delta.dense(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["alphaedit", "ultraedit"])
+def test_an_editor_s_memory_is_saved_and_joined_and_goes_with_its_edit(method, tokenizer, tmp_path):
+    model = get_edit_model(tiny_model("llama"), config(method), tokenizer)
+    model.edit(FACTS)
+    model.edit(MORE)
+    model.save_pretrained(tmp_path / "edit")
+    loaded = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
+    for name, edit in model.edits.items():
+        assert edit.state
+        assert loaded.edits[name].state.keys() == edit.state.keys()
+        for key, value in edit.state.items():
+            assert torch.equal(loaded.edits[name].state[key], value)
+    (columns,) = {sum(edit.state[key].shape[1] for edit in model.edits.values()) for key in model.edits["edit_1"].state}
+    model.add_weighted_adapter(["edit_1", "edit_2"], [1.0, 1.0], "both")
+    assert all(value.shape[1] == columns for value in model.edits["both"].state.values())
+
+
+def test_alphaedit_without_statistics_is_refused():
+    with pytest.raises(ValueError, match="covariance"):
+        config("alphaedit", covariance="identity")
+
+
+def test_ultraedit_refuses_a_first_batch_of_one_token(tokenizer):
+    model = get_edit_model(tiny_model("llama"), config("ultraedit"), tokenizer)
+    with pytest.raises(ValueError, match="two of them"):
+        model.edit("The Eiffel Tower is in the city of", subject="The Eiffel Tower", target_new="a")
+    assert model.active_adapters == []
+
+
+def test_a_pattern_of_layers_needs_the_scores_it_is_about():
+    with pytest.raises(ValueError, match="layer_pattern"):
+        config("memit", layer_pattern="window")
+
+
+def test_memory_is_that_of_the_active_edits(tokenizer):
+    """A combination carries its parts' memory: while it stands for them they must not count twice."""
+    model = get_edit_model(tiny_model("llama"), config("alphaedit"), tokenizer)
+    model.edit(FACTS)
+    twin = get_edit_model(tiny_model("llama"), config("alphaedit"), tokenizer)
+    twin.edit(FACTS)
+    model.add_weighted_adapter(["edit_1"], [1.0], "same")
+    one, other = (each.edit(MORE) for each in (model, twin))
+    for path, delta in one.deltas.items():
+        torch.testing.assert_close(delta.dense(), other.deltas[path].dense(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("regularizer", ["rect", "prune"])
+@pytest.mark.parametrize("method", ["r-rome", "memit", "ft-m"])
+def test_a_regulariser_changes_the_update_and_tells_what_storing_it_costs(regularizer, method, tokenizer):
+    changes = {}
+    for name in (None, regularizer):
+        model = get_edit_model(tiny_model("llama"), config(method, regularizer=name, clamp=40.0), tokenizer)
+        made = model.edit(FACTS)
+        changes[name] = next(iter(made.deltas.values())).dense()
+        assert made.relative_error <= model.edit_config.dense_tolerance
+    assert changes[regularizer].norm() <= changes[None].norm() * (1 + 1e-3)
+    if regularizer == "rect":
+        kept = (changes[regularizer].abs() > 0.02 * changes[None].abs().max()).float().mean()
+        assert kept < 0.45
+
+
+def test_a_dense_update_is_stored_within_its_tolerance(tokenizer, tmp_path):
+    model = get_edit_model(tiny_model("llama"), config("ft-m", dense_tolerance=0.2), tokenizer)
+    exact = get_edit_model(tiny_model("llama"), config("ft-m", dense_tolerance=0.0), tokenizer)
+    cut, whole = (each.edit(FACTS) for each in (model, exact))
+    ((path, delta),) = cut.deltas.items()
+    assert delta.rank < whole.deltas[path].rank
+    wanted = whole.deltas[path].dense()
+    assert (delta.dense() - wanted).norm() / wanted.norm() == pytest.approx(cut.relative_error, rel=1e-2)
+    assert 0 < cut.relative_error <= 0.2
+    model.save_pretrained(tmp_path / "edit")
+    loaded = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
+    assert loaded.edits["edit_1"].relative_error == pytest.approx(cut.relative_error)
+
+
+def test_a_batch_that_harms_plain_text_is_undone_and_the_figures_told(tokenizer):
+    model = get_edit_model(tiny_model("llama"), config("r-rome", max_perplexity_ratio=1e6), tokenizer)
+    model.edit(FACTS[0])
+    model.edit_config.max_perplexity_ratio = 1.0 + 1e-9
+    model.edit_config.clamp, model.edit_config.lr = 1000.0, 50.0
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"perplexity on plain statements is [0-9.]+, against [0-9.]+ of the base"):
+        model.edit(MORE)
+    assert model.active_adapters == list(model.edits) == ["edit_1"]
+    assert torch.equal(logits(model), before)
