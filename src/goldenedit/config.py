@@ -9,7 +9,8 @@ from typing import Any
 
 from goldenedit.requests import EditRequest
 
-METHODS = ("rome", "r-rome", "memit", "emmet", "alphaedit", "ft-l", "ft-m", "lora", "ultraedit")
+TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")  # these need no values and keys, but gradients
+METHODS = ("rome", "r-rome", "memit", "emmet", "alphaedit", *TRAINED)
 REGULARIZERS = ("rect", "prune")
 LAYER_SELECTORS = ("lga", "published")
 LAYER_PATTERNS = ("golden", "window", "ends", "best")

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
-from goldenedit.config import EditConfig
+from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.base_facts import BaseFacts
-from goldenedit.editing.edit import TRAINED, Changes, prepare_facts, train_facts
+from goldenedit.editing.edit import Changes, prepare_facts, train_facts
 from goldenedit.editing.rows import context_length, encode
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts

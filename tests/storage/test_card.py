@@ -1,5 +1,6 @@
 """The model card, whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,12 @@ def test_the_selector_and_the_covariance_are_said():
     assert "| layer | 4, chosen by lga |" in card
     assert "| key covariance | identity |" in card
     assert "| editor | rome |" in card
+
+
+def test_a_card_tells_what_storing_a_dense_change_costs_and_no_covariance_that_was_not_used():
+    content = edit_folder()
+    content = replace(content, config=replace(content.config, method="ft-m"))
+    content.edits[0] = replace(content.edits[0], relative_error=0.0042)
+    card = render_card(content)
+    assert "| stored as low rank | relative error 4.2e-03 |\n| versions |" in card
+    assert "key covariance" not in card

@@ -26,9 +26,6 @@ from goldenedit.editors.ultraedit import RunningMoments, ultraedit
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.requests import EditRequest
 
-# Editors that need no values and keys, but gradients.
-TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")
-
 
 @dataclass(frozen=True)
 class Changes:

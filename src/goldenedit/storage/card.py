@@ -7,6 +7,7 @@ from importlib import resources
 
 import jinja2
 
+from goldenedit.config import TRAINED
 from goldenedit.storage.folder import EditFolder
 
 _SHOWN = 20
@@ -24,6 +25,8 @@ def render_card(content: EditFolder) -> str:
         base_model=content.base_model,
         base_name=content.base_model.name_or_path.rstrip("/").split("/")[-1],
         config=config,
+        by_keys=config.method not in TRAINED,
+        relative_error=max(edit.relative_error for edit in content.edits),
         count=len(facts),
         facts=facts[:_SHOWN],
         layers=", ".join(map(str, config.target_layers)),
