@@ -11,7 +11,6 @@ from dataclasses import replace
 from common import as_row, known_counterfacts, load, parser, preferring, prepare, record, score_single_edits
 
 from goldenedit import EditConfig
-from goldenedit.editing.covariance import key_statistics
 from goldenedit.editing.edit import PreparedFacts
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.scores import probability_scores
@@ -37,7 +36,6 @@ def main() -> None:
 
     config = EditConfig(layer=arguments.layer)
     model = load(arguments.model, config)
-    base, tokenizer = model.get_base_model(), model.tokenizer
     tests = set(known_counterfacts(model, arguments.data)[:40])
     requests, before = preferring(model, arguments.data, arguments.facts, without=tests)
     facts = prepare(model, requests)
@@ -57,9 +55,7 @@ def main() -> None:
         for tokens in arguments.tokens:
             config.covariance = source if source == "sampled" else str(arguments.data / source)
             config.covariance_tokens = tokens
-            found = key_statistics(
-                base, model.architecture, tokenizer, [arguments.layer], config, model.base_info.fingerprint
-            )[arguments.layer]
+            found = model.base_facts.statistics(model.get_base_model(), config)[arguments.layer]
             for ridge in arguments.ridges:
                 measure(source, tokens, ridge, KeyStatistics(found.second_moment, ridge))
     record(f"covariance-{arguments.model}-layer{arguments.layer}", rows)

@@ -108,12 +108,10 @@ def stored(change: LowRankDelta | Tensor, weight: Tensor | None, config: EditCon
         weight: `(d_out, d_in)`, which the regularisers compare with.
     """
     if config.regularizer is not None and weight is not None:
-        dense = change.dense() if isinstance(change, LowRankDelta) else change
         if config.regularizer == "rect":
-            change = rect(dense, weight)
+            change = rect(change.dense() if isinstance(change, LowRankDelta) else change, weight)
         else:
-            factors = change if isinstance(change, LowRankDelta) else LowRankDelta.from_dense(change)[0]
-            change = prune(factors, weight)
+            change = prune(change if isinstance(change, LowRankDelta) else LowRankDelta.from_dense(change)[0], weight)
     if isinstance(change, LowRankDelta):
         return change.balanced(), 0.0
     return LowRankDelta.from_dense(change, config.dense_tolerance)
@@ -136,8 +134,10 @@ def prepare_facts(
     options = ValueOptions(
         config.steps, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss
     )
-    at_once = _facts_at_once(model, architecture, tokenizer, requests, layers, contexts)
-    batch_size = config.batch_size if isinstance(config.batch_size, int) else at_once
+    if isinstance(config.batch_size, int):
+        batch_size = config.batch_size
+    else:
+        batch_size = _facts_at_once(model, architecture, tokenizer, requests, layers, contexts)
     values = optimise_values(model, architecture, tokenizer, requests, layers, contexts, options, batch_size=batch_size)
     count = config.contrast if config.contrast_weight > 0 else 0
     contrasts = contrast_keys(model, architecture, tokenizer, requests, layers, count, config.seed)
