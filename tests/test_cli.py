@@ -7,7 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from goldenedit.cli import app, main, parse_layer
+from goldenedit.cli import app, main, parse_layer, read_option
+from goldenedit.config import LAYER_SELECTORS
 from goldenedit.storage.folder import read_edit_folder
 from models import tiny_model
 
@@ -46,7 +47,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_commands():
     output = CliRunner().invoke(app, ["--help"])
     assert output.exit_code == 0
-    for command in ("locate", "edit", "evaluate", "show", "demo"):
+    for command in ("locate", "edit", "evaluate", "show", "demo", "benchmark"):
         assert f" {command} " in output.output
 
 
@@ -63,6 +64,14 @@ def test_every_command_has_help_and_describes_its_options(command):
 )
 def test_a_layer_is_a_word_a_number_or_numbers(text, layer):
     assert parse_layer(text) == layer
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [("steps=3", ("steps", 3)), ("ridge=0.5", ("ridge", 0.5)), ("covariance=identity", ("covariance", "identity"))],
+)
+def test_an_option_is_read_as_json_or_as_text(text, option):
+    assert read_option(text) == option
 
 
 def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
@@ -95,9 +104,31 @@ def test_locate_names_a_layer_and_draws_the_scores(capsys, folder, facts, tmp_pa
     plot = tmp_path / "scores.png"
     code, output, _ = run(capsys, "locate", folder, "--proxy", facts, "--loss", loss, "--plot", str(plot))
     assert code == 0
-    assert "Golden layer of" in output
     assert "█" in output
+    assert "forwards a fact" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_locate_compares_all_selectors_and_says_which_cannot_decide(capsys, folder, tmp_path):
+    named = [{**fact, "paraphrases": ["See {}"], "neighborhood": ["Rome is in", "Paris is a"]} for fact in FACTS]
+    for fact in named:
+        fact["paraphrases"] = [text.replace("{}", fact["subject"]) for text in fact["paraphrases"]]
+    (tmp_path / "named.json").write_text(json.dumps(named))
+    plot = tmp_path / "all.png"
+    options = ["--method", "all", "--sweep", "1", "--proxy", str(tmp_path / "named.json"), "--plot", str(plot)]
+    code, output, _ = run(capsys, "locate", folder, *options)
+    assert code == 0
+    for name in LAYER_SELECTORS:
+        assert f" {name} " in output or f"{name}:" in output
+    assert "published: No layer is published" in output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments", [["--set", "steps"], ["--set", "=3"]])
+def test_options_of_a_benchmark_are_names_with_values(capsys, arguments):
+    code, _, complaint = run(capsys, "benchmark", "golden-layers", "model", "--data", "facts.json", *arguments)
+    assert code == 2
+    assert "name=value" in complaint
 
 
 @pytest.mark.parametrize(

@@ -741,7 +741,7 @@ def test_lga_fills_the_layer_and_its_scores_and_keeps_them(base, tokenizer):
     assert first.target_layer in range(NUM_LAYERS)
     (path,) = (cache_dir() / "layer_scores").iterdir()
     assert json.loads(path.read_text())["scores"] == first.layer_scores
-    path.write_text(json.dumps({"scores": [0.0, 2.0, 1.0]}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scores": [0.0, 2.0, 1.0]}))
     second = get_edit_model(tiny_model("llama"), config(layer="lga", proxy=FACTS, tukey_kappa=9), tokenizer).edit_config
     assert (second.layer_scores, second.target_layer) == ([0.0, 2.0, 1.0], 1)
 

@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from goldenedit.config import METHODS, SCORED_SELECTORS
+from goldenedit.config import LAYER_SELECTORS, METHODS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from goldenedit.config import EditConfig
     from goldenedit.evaluation.evaluate import Evaluation
+    from goldenedit.layer_selection import LayerSelection
     from goldenedit.storage.folder import Edit
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+benchmark_app = typer.Typer(help="Benchmarks of the library's claims.", no_args_is_help=True)
+app.add_typer(benchmark_app, name="benchmark")
 console = Console()
 
 Model = Annotated[
@@ -33,7 +37,9 @@ Model = Annotated[
 ]
 Layer = Annotated[
     str,
-    typer.Option(help="`lga`, `selectivity`, `causal_tracing`, `published`, a number, or several with commas."),
+    typer.Option(
+        help=f"{', '.join(f'`{name}`' for name in LAYER_SELECTORS)}, a number, or several with commas.",
+    ),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save the edit in.")]
 
@@ -44,26 +50,51 @@ def locate(
     proxy: Annotated[Path | None, typer.Option(help="Facts to compare layers on (.json, .jsonl).")] = None,
     size: Annotated[int, typer.Option(help="Number of proxy facts.")] = 100,
     selector: Annotated[
-        str, typer.Option("--method", help=f"One of {', '.join(f'`{name}`' for name in SCORED_SELECTORS)}.")
+        str,
+        typer.Option(
+            "--method",
+            help=f"One of {', '.join(f'`{name}`' for name in LAYER_SELECTORS)}, or `all` but the slow `sweep`.",
+        ),
     ] = "lga",
+    sweep: Annotated[int, typer.Option(help="With `all`: edit so many facts at every layer as well.")] = 0,
+    editor: Annotated[str, typer.Option(help="Editor of `sweep`, `linear_response` and `published`.")] = "r-rome",
     loss: Annotated[str, typer.Option(help="`sequence` or `answer`.")] = "sequence",
     kappa: Annotated[float, typer.Option(help="Width of the outlier fence in interquartile ranges.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Save the chart as a picture.")] = None,
 ) -> None:
-    """Find the golden layer of MODEL, by Layer Gradient Analysis or another selector."""
-    from goldenedit import EditConfig, get_edit_model
+    """Find the golden layer of MODEL, by Layer Gradient Analysis, another selector, or all of them."""
+    from dataclasses import replace
 
-    config = EditConfig(
-        layer=selector, proxy=str(proxy) if proxy else None, proxy_size=size, lga_loss=loss, tukey_kappa=kappa
-    )
+    from goldenedit import EditConfig, EditModel
+    from goldenedit.layer_selection import proxy_set
+
+    source = str(proxy) if proxy else None
+    config = EditConfig(method=editor, proxy=source, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
+    proxy_set(config)  # what is wrong with it is told once
     base, tokenizer = load_model(model)
-    get_edit_model(base, config, tokenizer)
-    console.print(layer_chart(config))
-    console.print(f"Golden layer of {escape(model)}: [bold]{config.target_layer}[/bold]")
+    found: list[LayerSelection] = []
+    names = LAYER_SELECTORS if selector == "all" else (selector,)
+    for name in names:
+        if selector == "all" and name == "sweep" and not sweep:
+            continue
+        own = replace(config, layer=name, proxy_size=sweep if selector == "all" and name == "sweep" else size)
+        wrapped = EditModel(base, own, tokenizer)
+        try:
+            wrapped.select_layer()
+        except ValueError as error:
+            if selector != "all":
+                raise
+            console.print(f"{name}: {escape(str(error))}")
+            continue
+        assert wrapped.layer_selection is not None
+        found.append(wrapped.layer_selection)
+    if selector != "all" and found[0].scores is not None:
+        console.print(layer_chart(found[0], kappa))
+    console.print(selections_table(found))
     if plot is not None:
-        from goldenedit.plots import plot_layer_scores
+        from goldenedit.plots import plot_selections
 
-        plot_layer_scores(config, plot, title=model)
+        plot_selections(found, plot, model, kappa)
         console.print(f"Chart saved in {escape(str(plot))}")
 
 
@@ -128,6 +159,54 @@ def evaluate(
         console.print(f"Saved in {escape(str(output))}")
 
 
+@benchmark_app.command("golden-layers")
+def golden_layers(
+    models: Annotated[list[str], typer.Argument(help="Models: names on the Hub, folders, or packaged ones.")],
+    data: Annotated[
+        list[str],
+        typer.Option(help="Test facts: a file, or a dataset's name; `name=source` calls it otherwise. Repeat."),
+    ],
+    method: Annotated[list[str], typer.Option(help="Editor; repeat for several.")] = ["r-rome"],  # noqa: B006
+    test: Annotated[int | None, typer.Option(help="Test facts of each dataset, by default 20.")] = None,
+    proxy: Annotated[
+        int | None, typer.Option(help="Packaged proxy facts that are edited at every layer, by default 10.")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Facts of a cell, behind which a stopped run goes on, by default 10.")
+    ] = None,
+    options: Annotated[
+        list[str], typer.Option("--set", help="An option of EditConfig as name=value; repeat for several.")
+    ] = [],  # noqa: B006
+    small: Annotated[
+        bool, typer.Option(help="The small setting: 4 test and 4 proxy facts, 3 contexts, an early stop.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of cells, summaries, figures and report.")
+    ] = Path("golden-layers"),
+) -> None:
+    """Measure every layer selector by brute force: regret, rank correlation and cost, as JSON lines and a report.
+
+    A run that was stopped goes on where it was. `accelerate launch -m goldenedit benchmark golden-layers ...` shares
+    the layers among GPUs; without any, `torchrun --nproc_per_node 2 -m goldenedit ...` does so among processes.
+    """
+    from goldenedit.benchmark.golden_layers import Setting
+    from goldenedit.benchmark.run import run_golden_layers
+
+    constants: dict[str, Any] = dict(read_option(text) for text in options)
+    if small:
+        constants = {"contexts": 3, "stop_loss": 0.5, **constants}
+    sources: dict[str, str] = {}
+    for text in data:
+        name, source = name_of_data(text)
+        if name in sources:
+            raise typer.BadParameter(f"two sources are called {name!r}: give name=source.")
+        sources[name] = source
+    few = 4 if small else 10
+    numbers = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
+    setting = Setting(sources, method, options=constants, **numbers)
+    run_golden_layers(models, load_model, setting, output, console)
+
+
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(help="An edit folder.")]) -> None:
     """Show what an edit folder changes."""
@@ -175,6 +254,25 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
 
 
+def name_of_data(text: str) -> tuple[str, str]:
+    """Read a source of facts, or `name=source`, and return name and source."""
+    name, _, source = text.partition("=")
+    return (name, source) if source and not Path(text).exists() else (Path(text).stem, text)
+
+
+def read_option(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value in JSON or plain text."""
+    import json
+
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise typer.BadParameter(f"{text!r} is not name=value.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def parse_layer(text: str) -> int | list[int] | str:
     """Read a layer option: a word, a number, or numbers with commas."""
     parts = [part.strip() for part in text.split(",")]
@@ -183,14 +281,14 @@ def parse_layer(text: str) -> int | list[int] | str:
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
 
 
-def layer_chart(config: EditConfig, width: int = 40) -> Table:
-    """Return the layer scores as bars; layers outside the fence are dimmed, the golden one stands out."""
+def layer_chart(selection: LayerSelection, kappa: float, width: int = 40) -> Table:
+    """Return the layer scores as bars; layers outside LGA's fence are dimmed, the golden one stands out."""
     import torch
 
     from goldenedit.layer_selection import tukey_filter
 
-    scores = torch.tensor([float("nan") if score is None else score for score in config.layer_scores or []])
-    passed = tukey_filter(scores.double(), config.fence)
+    scores = torch.tensor([float("nan") if score is None else score for score in selection.scores or []])
+    passed = tukey_filter(scores.double(), kappa if selection.selector == "lga" else float("inf"))
     kept = scores[passed]
     low, high = min(0.0, kept.min().item()), kept.max().item()
     table = Table("layer", "score", "", box=None, padding=(0, 1))
@@ -199,9 +297,19 @@ def layer_chart(config: EditConfig, width: int = 40) -> Table:
             table.add_row(str(layer), "-", "")
             continue
         share = min(max((score - low) / max(high - low, 1e-30), 0.0), 1.0)
-        style = "bold yellow" if layer in config.target_layers else "" if passed[layer] else "dim"
+        style = "bold yellow" if layer in selection.layers else "" if passed[layer] else "dim"
         note = "" if passed[layer] else " outside the fence"
         table.add_row(str(layer), f"{score:.4g}", "█" * max(round(share * width), 1) + note, style=style)
+    return table
+
+
+def selections_table(selections: Sequence[LayerSelection]) -> Table:
+    """Return the layers that selectors chose, and what each cost when its scores were computed."""
+    table = Table("selector", "layer", "facts", "seconds", "forwards a fact")
+    for one in selections:
+        layers = ", ".join(map(str, one.layers))
+        cost = (f"{one.cost.seconds:.1f}", f"{one.forward_equivalents:.1f}") if one.facts else ("", "")
+        table.add_row(one.selector, f"[bold]{layers}[/bold]", str(one.facts or ""), *cost)
     return table
 
 

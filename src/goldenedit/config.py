@@ -12,8 +12,8 @@ from goldenedit.requests import EditRequest
 TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")  # these need no values and keys, but gradients
 METHODS = ("rome", "r-rome", "memit", "emmet", "pmet", "alphaedit", *TRAINED)
 REGULARIZERS = ("rect", "prune")
-SCORED_SELECTORS = ("lga", "selectivity", "causal_tracing")  # these have a score for each layer
-LAYER_SELECTORS = (*SCORED_SELECTORS, "published")
+SCORED_SELECTORS = ("lga", "selectivity", "linear_response", "causal_tracing", "sweep", "auto")  # a score per layer
+LAYER_SELECTORS = (*SCORED_SELECTORS, "published", "random")
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 

@@ -52,7 +52,8 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     started = time.perf_counter()
     model = get_edit_model(base, EditConfig(layer="lga"), tokenizer)
     console.rule("1. Layer Gradient Analysis")
-    console.print(layer_chart(model.edit_config))
+    assert model.layer_selection is not None
+    console.print(layer_chart(model.layer_selection, model.edit_config.tukey_kappa))
     seconds = time.perf_counter() - started
     console.print(f"Golden layer: [bold]{model.edit_config.target_layer}[/bold] ({seconds:.1f} s)")
 

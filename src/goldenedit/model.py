@@ -26,7 +26,7 @@ from goldenedit.editing.rows import context_length, encode
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
-from goldenedit.layer_selection import proxy_hash, proxy_set, select_layer
+from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.requests import EditRequest, distinct
 from goldenedit.storage.card import render_card
 from goldenedit.storage.fingerprint import fingerprint
@@ -85,6 +85,7 @@ class EditModel(nn.Module):
         edit_config: The filled config.
         architecture: Where the model keeps its layers.
         edits: The edits by name, in the order they were made.
+        layer_selection: What the layer selector found, and its cost; None before it ran.
         base_facts: What is known of the base model, found when it was first needed.
     """
 
@@ -116,6 +117,7 @@ class EditModel(nn.Module):
         self.edits: dict[str, Edit] = {}
         self.model: PreTrainedModel | PeftModel = model
         self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
+        self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
 
     # ------------------------------------------------------------------ editing
@@ -124,7 +126,8 @@ class EditModel(nn.Module):
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
         with self.disable_adapter():
             base = self.get_base_model()
-            select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_info.fingerprint)
+            selection = select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_facts)
+        self.layer_selection = selection
         if self.edit_config.layer in SCORED_SELECTORS:
             self._proxy_hash = proxy_hash(proxy_set(self.edit_config))
         assert self.edit_config.target_layer is not None

@@ -2,38 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from goldenedit.config import EditConfig
-from goldenedit.layer_selection import tukey_filter
+from goldenedit.layer_selection import LayerSelection, tukey_filter
 
 
-def plot_layer_scores(config: EditConfig, path: Path, title: str = "") -> None:
-    """Save a bar chart of the layer scores; layers outside the fence are grey and cut off, the golden one is gold.
+def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:
+    """Save bar charts of the scores of layer selectors, one below the other; the layers chosen are gold.
+
+    Args:
+        kappa: Width of LGA's fence; layers outside it are grey and cut off.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    shown = [selection for selection in selections if selection.scores is not None]
+    figure = _figure(8, 1 + 2.2 * max(len(shown), 1))
+    figure.suptitle(title)
+    rows = figure.subplots(max(len(shown), 1), squeeze=False)[:, 0]
+    for axes, selection in zip(rows, shown, strict=False):
+        scores = torch.tensor([float("nan") if score is None else score for score in selection.scores or []]).double()
+        passed = tukey_filter(scores, kappa if selection.selector == "lga" else float("inf"))
+        colors = ["tab:blue" if inside else "lightgrey" for inside in passed.tolist()]
+        for layer in selection.layers:
+            colors[layer] = "goldenrod"
+        axes.bar(range(len(scores)), scores.nan_to_num(0.0).tolist(), color=colors)
+        kept = scores[passed]
+        low, high = min(0.0, 1.1 * kept.min().item()), max(0.0, 1.1 * kept.max().item())
+        axes.set_ylim(low, high if high > low else 1.0)
+        axes.set(xlabel="layer", ylabel=selection.selector)
+    figure.savefig(path, dpi=150)
+
+
+def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
+    """Save S of a benchmark's edits as a heat map: a row for each dataset and editor, a column for each layer.
+
+    The best layer of each row has a star, the golden layer of the proxy facts a ring.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    curves = summary["curves"]
+    figure = _figure(10, 1.5 + 0.4 * len(curves))
+    axes = figure.subplots()
+    layers = sorted({layer for curve in curves for layer in curve["layers"]})
+    by_layer = [dict(zip(curve["layers"], curve["scores"], strict=True)) for curve in curves]
+    rows = [[scores.get(layer, float("nan")) for layer in layers] for scores in by_layer]
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.set_yticks(range(len(curves)), [f"{curve['dataset']}, {curve['method']}" for curve in curves])
+    axes.set_xticks(range(len(layers)), layers)
+    for row, curve in enumerate(curves):
+        axes.plot(layers.index(curve["best"]), row, "*", color="white")
+        if "golden" in curve and curve["golden"]["layer"] in layers:
+            axes.plot(layers.index(curve["golden"]["layer"]), row, "o", color="gold", fillstyle="none", markersize=12)
+    axes.set(xlabel="layer", title=f"S of {summary['model']} by edited layer")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=150)
+
+
+def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
+    """Save each selector's scores against S by brute force, a point for each layer, a colour for each dataset.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    method = summary["curves"][0]["method"]
+    curves = [curve for curve in summary["curves"] if curve["method"] == method]
+    scored = [
+        one for one in summary["selections"] if one["scores"] is not None and one["proxy"] == curves[0]["dataset"]
+    ]
+    figure = _figure(12, 3 * ((len(scored) + 3) // 4))
+    panels = figure.subplots((len(scored) + 3) // 4, 4, squeeze=False).flatten()
+    for axes in panels[len(scored) :]:
+        axes.set_visible(False)
+    for axes, selection in zip(panels, scored, strict=False):
+        for curve in curves:
+            points = [
+                (selection["scores"][layer], score)
+                for layer, score in zip(curve["layers"], curve["scores"], strict=True)
+                if selection["scores"][layer] is not None
+            ]
+            axes.scatter(*zip(*points, strict=True), s=8, label=curve["dataset"])
+        axes.set_title(selection["selector"], fontsize=8)
+        axes.set_ylabel("S")
+    panels[0].legend(fontsize=6)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Figures need matplotlib: pip install 'goldenedit[plot]'.") from error
-
-    scores = torch.tensor([float("nan") if score is None else score for score in config.layer_scores or []]).double()
-    passed = tukey_filter(scores, config.fence)
-    colors = ["tab:blue" if inside else "lightgrey" for inside in passed.tolist()]
-    for layer in config.target_layers:
-        colors[layer] = "goldenrod"
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(range(len(scores)), scores.nan_to_num(0.0).tolist(), color=colors)
-    kept = scores[passed]
-    axes.set_ylim(min(0.0, 1.1 * kept.min().item()), 1.1 * kept.max().item())
-    axes.set(
-        xlabel="layer",
-        ylabel=f"LGA score ({config.lga_loss} loss)" if config.layer == "lga" else str(config.layer),
-        title=title,
-    )
-    figure.savefig(path, dpi=150)
+    return Figure(figsize=(width, height), layout="constrained")

@@ -9,12 +9,14 @@ from torch import nn
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import (
     adding,
+    adding_delta,
     evaluating,
     first_tensor,
     hidden_argument,
     reading_logits,
     recording,
     stop_forward,
+    watching_gradients,
 )
 from models import TINY_CONFIGS, VOCAB_SIZE, WIDTH, tiny_model
 
@@ -152,3 +154,47 @@ def test_hidden_state_is_the_first_tensor():
         first_tensor({"hidden": tensor})
     with pytest.raises(TypeError, match="without a hidden state"):
         hidden_argument((None,), {})
+
+
+@every_architecture
+@torch.no_grad()
+def test_a_delta_that_is_added_is_a_delta_in_the_weight(name, ids):
+    model = tiny_model(name)
+    architecture = read_architecture(model)
+    module = architecture.down_projection(model, 1)
+    d_out, d_in = architecture.shape(model, 1)
+    A, B = torch.randn(2, d_in), torch.randn(d_out, 2)
+    before = model(input_ids=ids).logits
+    with adding_delta(module, A, B):
+        added = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, before)
+    architecture.weight(model, 1).add_(B @ A)
+    torch.testing.assert_close(added, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert (added - before).abs().max() > 1e-2
+
+
+@every_architecture
+def test_gradients_that_pass_by_are_those_of_autograd(name, ids):
+    model = tiny_model(name).requires_grad_(False)
+    architecture = read_architecture(model)
+    modules = {architecture.down_projection(model, layer): layer for layer in architecture.down_projections}
+    found = {}
+
+    def take(module, inputs, gradient):
+        found[modules[module]] = (inputs.view(-1, inputs.shape[-1]), gradient.view(-1, gradient.shape[-1]))
+
+    hooks = hook_count(model)
+    with watching_gradients(architecture.layer(model, 0), modules, take) as roots:
+        loss = model(input_ids=ids).logits.log_softmax(-1)[..., 0].sum()
+        torch.autograd.grad(loss, roots)
+    assert hook_count(model) == hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for module, layer in modules.items():
+        module.weight.requires_grad_(True)
+        loss = model(input_ids=ids).logits.log_softmax(-1)[..., 0].sum()
+        (expected,) = torch.autograd.grad(loss, module.weight)
+        module.weight.requires_grad_(False)
+        inputs, gradient = found[layer]
+        product = gradient.T @ inputs
+        own = product.T if expected.shape != product.shape or type(module).__name__ == "Conv1D" else product
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-4)

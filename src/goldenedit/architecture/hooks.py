@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -108,6 +108,60 @@ def adding(additions: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[Non
         for module, (positions, vectors) in additions.items():
             stack.callback(module.register_forward_hook(hook(positions, vectors)).remove)
         yield
+
+
+@contextmanager
+def watching_gradients(
+    first_layer: nn.Module, modules: Collection[nn.Module], take: Callable[[nn.Module, Tensor, Tensor], None]
+) -> Iterator[list[Tensor]]:
+    """Call `take(module, input, gradient of the output)` for each module as a backward pass reaches it.
+
+    Weights may be frozen: the graph starts at what enters `first_layer`. Differentiate the loss by the tensors of the
+    list that is yielded, which are there once the model has run, and no parameter gets a `.grad`.
+    """
+    roots: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs = args[0].detach()
+
+        # A hook on the tensor as it is now: it fires with this output's own gradient, whatever is added in place later,
+        # and what it needs is used at once, so that no layer's gradient outlives its layer.
+        def reached(gradient: Tensor) -> None:
+            take(module, held.pop(), gradient)
+
+        held = [inputs]
+        output.register_hook(reached)
+
+    def require_gradient(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = hidden_argument(args, kwargs)
+        root = given.detach().requires_grad_()
+        roots.append(root)
+        kwargs = {name: root if value is given else value for name, value in kwargs.items()}
+        return tuple(root if value is given else value for value in args), kwargs
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(keep).remove)
+        stack.callback(first_layer.register_forward_pre_hook(require_gradient, with_kwargs=True).remove)
+        stack.enter_context(torch.enable_grad())
+        yield roots
+
+
+@contextmanager
+def adding_delta(module: nn.Module, A: Tensor, B: Tensor) -> Iterator[None]:
+    """Add the low-rank change `B @ A` of its weight to what a linear map says; `A` `(r, d_in)`, `B` `(d_out, r)`."""
+
+    def add(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        return output + x @ A.to(x).T @ B.to(x).T
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

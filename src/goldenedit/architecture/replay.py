@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from goldenedit.architecture.hooks import Record, hidden_argument, reading_logits, recording
 from goldenedit.architecture.layers import Architecture
+from goldenedit.precision import matmul_precision
 
 logger = logging.getLogger(__name__)
 
 # Largest difference between replayed and captured logits, relative to the largest captured logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_MATMUL_TOLERANCE = {"highest": 0.0, "high": 1e-2, "medium": 5e-2}  # where the user lets float32 products be rounded
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ class Replayer:
     @torch.no_grad()
     def check(self, captured: Capture) -> None:
         """Compare the replay with the captured logits, without any edit, and fall back to a way that agrees."""
-        tolerance = _TOLERANCE.get(captured.logits.dtype, 1e-4) * captured.logits.abs().max().item()
+        relative = _TOLERANCE.get(captured.logits.dtype, 1e-4)
+        if captured.logits.dtype == torch.float32:
+            relative = max(relative, _MATMUL_TOLERANCE[matmul_precision()])
+        tolerance = relative * captured.logits.abs().max().item()
         while self.way != "whole":
             try:
                 difference = (self(captured) - captured.logits).abs().max().item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -37,12 +37,7 @@ def key_statistics(
     """
     if config.covariance == "identity":
         return dict.fromkeys(layers, KeyStatistics(None))
-    seed = config.seed if config.covariance == "sampled" else None
-    source = {"text": _source_name(config.covariance), "tokens": config.covariance_tokens, "seed": seed}
-    paths = {}
-    for layer in layers:
-        key = cache_key(fingerprint=fingerprint, module=architecture.down_projections[layer], **source)
-        paths[layer] = cache_dir() / "key_statistics" / f"{key}.safetensors"
+    paths = {layer: _cached(architecture, layer, config, fingerprint) for layer in layers}
     moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
     missing = [layer for layer in layers if layer not in moments]
     if missing:
@@ -54,7 +49,44 @@ def key_statistics(
     return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
 
 
-def _source_name(covariance: str) -> str:
+def _cached(architecture: Architecture, layer: int, config: EditConfig, fingerprint: str) -> Path:
+    """Return the file that the second moment of a layer is kept in."""
+    seed = config.seed if config.covariance == "sampled" else None
+    source = {"text": source_name(config.covariance), "tokens": config.covariance_tokens, "seed": seed}
+    key = cache_key(fingerprint=fingerprint, module=architecture.down_projections[layer], **source)
+    return cache_dir() / "key_statistics" / f"{key}.safetensors"
+
+
+class LazyStatistics(Mapping[int, KeyStatistics]):
+    """The key statistics of layers, read from the cache at each access and not kept: those of all layers are large."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int],
+        config: EditConfig,
+        fingerprint: str,
+    ) -> None:
+        self._layers = list(layers)
+        self._read = lambda wanted: key_statistics(model, architecture, tokenizer, wanted, config, fingerprint)
+        missing = [layer for layer in layers if not _cached(architecture, layer, config, fingerprint).is_file()]
+        if missing:
+            self._read(missing)  # in one pass
+
+    def __getitem__(self, layer: int) -> KeyStatistics:
+        return self._read([layer])[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def source_name(covariance: str) -> str:
+    """Return what names the text of a covariance in a cache: its source, with size and time of a file."""
     path = Path(covariance)
     if path.is_file():
         status = path.stat()

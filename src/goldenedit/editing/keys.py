@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating, recording, stop_forward
 from goldenedit.architecture.layers import Architecture
-from goldenedit.editing.rows import padding_id, subject_tokens
+from goldenedit.editing.rows import context_length, encode, padding_id, subject_tokens
 from goldenedit.requests import EditRequest, proxy_facts
 
 
@@ -75,6 +75,29 @@ def contrast_keys(
             for index, of_one in zip(group, keys.split(len(beginnings)), strict=True):
                 found[index] = of_one.permute(1, 2, 0)
     return found
+
+
+@torch.no_grad()
+def subject_keys(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    batch_size: int = 32,
+) -> Tensor:
+    """Return the key of each request at its bare prompt, `(N, m, d_in)` float32.
+
+    Args:
+        layers: The layers whose keys are wanted, ascending.
+        batch_size: Requests a forward.
+    """
+    longest = context_length(model.config)
+    rows = [encode(tokenizer, request.text, None, request.subject_end, longest) for request in requests]
+    ids = [list(row.input_ids[: row.subject + 1]) for row in rows]
+    groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    with evaluating(model):
+        return torch.cat([_last_keys(model, architecture, group, layers, padding_id(tokenizer)) for group in groups])
 
 
 def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:

@@ -97,7 +97,7 @@ def measure(
         facts = [replace(likelihoods_of_fact(fact, now.found, neighbors), paraphrase_accuracy=()) for fact in compared]
         families["probability"] = with_intervals(probability_scores, facts)
     families["token_match"] = with_intervals(
-        token_match_scores, [_matches(request, now.found, before.found) for request in requests]
+        token_match_scores, [matches_of(request, now.found, before.found) for request in requests]
     )
     if now.written:
         families["generation"] = with_intervals(
@@ -112,7 +112,8 @@ def _matched(request: EditRequest) -> list[Pair]:
     return [*own, *request.portability]
 
 
-def _matches(request: EditRequest, now: Mapping[Pair, Likelihood], before: Mapping[Pair, Likelihood]) -> FactMatches:
+def matches_of(request: EditRequest, now: Mapping[Pair, Likelihood], before: Mapping[Pair, Likelihood]) -> FactMatches:
+    """Put together the token matches of one fact, from what the model makes of it now and made of it before."""
     shares = [now[pair].accuracy for pair in _matched(request)]
     split = 1 + len(request.paraphrases)
     kept = [_share(now[pair].choices, before[pair].choices) for pair in request.locality]

@@ -200,14 +200,17 @@ def with_intervals(
     drawn = [asdict(score(draw.choices(facts, k=len(facts)))) for _ in range(resamples)]
     intervals = {}
     for name in asdict(scores):
-        values = sorted(one[name] for one in drawn if one[name] is not None)
+        values = [one[name] for one in drawn if one[name] is not None]
         if name != "n" and values and getattr(scores, name) is not None:
-            intervals[name] = (_quantile(values, 0.025), _quantile(values, 0.975))
+            intervals[name] = quantile_interval(values)
     return Measured(scores, intervals)
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+def quantile_interval(values: Sequence[float]) -> Interval:
+    """Return the 95% interval of values drawn by bootstrap."""
+    ordered = sorted(values)
+    low, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.025, 0.975))
+    return low, high
 
 
 def _check_facts(facts: Sequence[object]) -> None:

@@ -17,16 +17,15 @@ needs only the inputs `x` and the output gradients `delta` of the two sequences 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
+from goldenedit.architecture.hooks import evaluating, reading_logits, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
 from goldenedit.requests import EditRequest
@@ -88,8 +87,15 @@ def tukey_filter(scores: Tensor, kappa: float = 1.0) -> Tensor:
 
 
 def golden_layer(scores: Tensor, kappa: float = 1.0) -> int:
-    """Return the layer of the largest score that passes the Tukey filter."""
-    return int(scores.masked_fill(~tukey_filter(scores, kappa), -torch.inf).argmax())
+    """Return the layer of the largest score that passes the Tukey filter.
+
+    Raises:
+        ValueError: No score does: there is none, or none is finite.
+    """
+    passed = tukey_filter(scores, kappa) & scores.isfinite()
+    if not passed.any():
+        raise ValueError("No layer has a finite score: load the model in float32 or bfloat16, or name the layer.")
+    return int(scores.masked_fill(~passed, -torch.inf).argmax())
 
 
 def _encode_pairs(
@@ -135,49 +141,25 @@ def _gradient_dots(
     """Return `(layer, sum over pairs of the gradients' dot product)` for each linear map; rows come in pairs."""
     batch = pad(rows, padding_id(tokenizer), model.get_input_embeddings().weight.device)  # type: ignore[operator]
     mask = batch.attention_mask.bool()
-    inputs: dict[nn.Module, Tensor] = {}
     dots: list[tuple[int, float]] = []
 
-    def take_input(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs[module] = args[0].detach()
-        # A hook on the tensor as it is now: it fires with this output's own gradient, whatever is added in place later,
-        # and what it needs is used at once, so that no layer's gradient outlives its layer.
-        output.register_hook(take_gradient(module))
+    def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        dots.append((linears[module], _ghost_dot(inputs, gradient, mask)))
 
-    def take_gradient(module: nn.Module) -> Callable[[Tensor], None]:
-        def take(gradient: Tensor) -> None:
-            dots.append((linears[module], _ghost_dot(inputs.pop(module), gradient, mask)))
-
-        return take
-
-    def require_gradient(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Frozen weights make no graph: it starts at what enters the first layer.
-        given = hidden_argument(args, kwargs)
-        roots.append(given.detach().requires_grad_())
-        kwargs = {name: roots[0] if value is given else value for name, value in kwargs.items()}
-        return tuple(roots[0] if value is given else value for value in args), kwargs
-
-    roots: list[Tensor] = []
     if loss == "answer":
         read_rows, read_positions = batch.read_rows, batch.read_positions
     else:
         read_rows, read_positions = mask[:, 1:].nonzero().T  # logits at t predict token t + 1
     targets = batch.input_ids[read_rows, read_positions + 1]
-    with ExitStack() as stack:
-        for module in linears:
-            stack.callback(module.register_forward_hook(take_input).remove)
-        first = architecture.layer(model, 0)
-        stack.callback(first.register_forward_pre_hook(require_gradient, with_kwargs=True).remove)
-        stack.enter_context(torch.enable_grad())
-        logits_of = stack.enter_context(reading_logits(model, read_rows, read_positions))
+    with (
+        watching_gradients(architecture.layer(model, 0), linears, take) as roots,
+        reading_logits(model, read_rows, read_positions) as logits_of,
+    ):
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         token_loss = nn.functional.cross_entropy(
             logits_of(output).float(), targets.to(output.logits.device), reduction="none"
         )
         weights = 1.0 / torch.bincount(read_rows, minlength=len(rows))[read_rows].to(token_loss)
-        # Only the gradient of the first layer's input is asked for: no parameter gets a .grad, frozen or not.
         torch.autograd.grad((token_loss * weights).sum(), roots, allow_unused=True)
     return dots
 

@@ -21,6 +21,7 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, recording
 from goldenedit.architecture.layers import Architecture
+from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.requests import EditRequest
@@ -38,7 +39,7 @@ def selectivity_scores(
 
     Args:
         facts: The proxy set; facts without paraphrases that name the subject, or without neighbours, are passed by.
-        statistics: Key statistics of the layers to be scored.
+        statistics: Key statistics of the layers to be scored; each is asked for once.
 
     Raises:
         ValueError: No fact has both paraphrases and neighbours.
@@ -49,17 +50,19 @@ def selectivity_scores(
         raise ValueError("Selectivity needs facts with paraphrases that name the subject, and with neighbours.")
     sums = torch.zeros(len(layers), dtype=torch.float64)
     modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
+    keys = subject_keys(model, architecture, tokenizer, usable, layers)
+    directions = [statistics[layer].solve(keys[:, index].T).T for index, layer in enumerate(layers)]  # u of each fact
     with evaluating(model), tqdm(total=len(usable), desc="Selectivity", unit="fact", leave=False) as progress:
-        for fact in usable:
+        for number, fact in enumerate(usable):
             rows, paraphrases = _rows(model, tokenizer, fact)
             batch = pad(rows, padding_id(tokenizer), model.get_input_embeddings().weight.device)  # type: ignore[operator]
             with recording(modules) as record:
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             for index, layer in enumerate(layers):
-                keys = record.inputs[str(layer)]
-                keys = keys.view(len(rows), -1, keys.shape[-1]).float().cpu()
+                found = record.inputs[str(layer)]
+                found = found.view(len(rows), -1, found.shape[-1]).float().cpu()
                 sums[index] += _selectivity(
-                    keys, batch.subject.cpu(), batch.attention_mask.cpu(), paraphrases, statistics[layer]
+                    found, batch.subject.cpu(), batch.attention_mask.cpu(), paraphrases, directions[index][number]
                 )
             progress.update()
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
@@ -78,10 +81,10 @@ def _rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditReques
     return rows, len(named)
 
 
-def _selectivity(keys: Tensor, subject: Tensor, mask: Tensor, paraphrases: int, statistics: KeyStatistics) -> float:
+def _selectivity(keys: Tensor, subject: Tensor, mask: Tensor, paraphrases: int, u: Tensor) -> float:
     """Return `para - neigh` of one fact at one layer from the keys `(rows, T, d_in)` of all its rows."""
     at_subject = keys[torch.arange(1 + paraphrases), subject[: 1 + paraphrases]]
-    u = statistics.solve(at_subject[:1].T)[:, 0]
+    u = u.cpu()
     own = u @ at_subject[0].double()
     para = (at_subject[1:].double() @ u / own).mean()
     neighbours = (keys[1 + paraphrases :].double() @ u / own).abs()

@@ -1,0 +1,6 @@
+"""`python -m goldenedit`: the command line."""
+
+from goldenedit.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Is the golden layer near the best one? Brute force on test facts, and every selector measured by it.
+
+For each model, dataset and editor, test facts are edited at every layer. A selector's *regret* is what its layer loses
+against the best one, `1 - S(chosen) / S(best)`. Editors of batches insert test facts as batches. Selectors see proxy
+facts alone: the packaged set, of which some are edited at every layer too, and, for LGA, those of the dataset.
+
+All of it is in JSON: cells as they come, so that a run that was stopped goes on, and a summary for each model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from goldenedit.architecture.layers import Architecture
+from goldenedit.config import LGA_LOSSES, EditConfig
+from goldenedit.cost import Cost
+from goldenedit.editing.rows import context_length, encode
+from goldenedit.evaluation.counterfact import known_facts
+from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, find_layers, sweep
+from goldenedit.layer_selection.brute_force import Cell, is_comparable, tells_locality
+from goldenedit.layer_selection.selection import forward_flops
+from goldenedit.model import EditModel
+from goldenedit.requests import EditRequest, load_requests, proxy_facts
+
+PACKAGED = "packaged"
+_OWN = {"method", "layer", "layer_pattern", "pattern_layers", "proxy", "lga_loss", "tukey_kappa"}
+_BLOCK = 64  # facts that are looked at in one go
+BATCHED = ("memit", "emmet", "pmet", "alphaedit", "ultraedit")  # these editors are made for many facts at once
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        datasets: Names and sources of the test facts: files, or datasets of the Hub.
+        methods: Editors.
+        test: Test facts of each dataset, from its front.
+        proxy: Facts of the packaged set that brute force looks for the golden layer on.
+        dataset_proxy: Facts of each dataset, from its end, that LGA sees.
+        traced: Facts of the packaged set that causal tracing sees.
+        chunk: Facts of a cell; values are optimised side by side in it.
+        neighbors: Neighbourhood prompts of each fact.
+        options: Further options of `EditConfig`.
+
+    Raises:
+        ValueError: A number is too small, a name is taken, or an option is unknown or not open here.
+    """
+
+    datasets: Mapping[str, str]
+    methods: Sequence[str] = ("r-rome",)
+    test: int = 20
+    proxy: int = 10
+    dataset_proxy: int = 50
+    traced: int = 25
+    chunk: int = 10
+    neighbors: int = 5
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.test, self.proxy, self.chunk, self.traced) < 1:
+            raise ValueError("The benchmark needs at least one fact of each kind: raise test, proxy, chunk and traced.")
+        if PACKAGED in self.datasets:
+            raise ValueError(f"{PACKAGED!r} is the packaged proxy set: call the dataset otherwise.")
+        if taken := sorted(_OWN & set(self.options)):
+            raise ValueError(f"The benchmark chooses {taken} itself: leave them out.")
+        for method in self.methods:
+            self.config(method)
+
+    def config(self, method: str) -> EditConfig:
+        """Return the config of an editor."""
+        return EditConfig.from_dict({**self.options, "method": method})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Brute force of one editor on the facts of one dataset: what became of each fact at each layer, and the cost."""
+
+    outcomes: dict[int, list[Outcome]]
+    cost: Cost
+    forward_equivalents: float
+
+    @property
+    def facts(self) -> int:
+        """Number of facts."""
+        return len(next(iter(self.outcomes.values())))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that was found on one model.
+
+    Attributes:
+        model: Its name in the report.
+        num_layers: Number of its decoder layers.
+        curves: By dataset and editor; the packaged proxy facts are the dataset `PACKAGED`.
+        selections: By the dataset whose proxy facts were seen, and the selector's name.
+    """
+
+    model: str
+    num_layers: int
+    curves: dict[tuple[str, str], Curve]
+    selections: dict[tuple[str, str], LayerSelection]
+
+
+def measure_model(
+    model: EditModel,
+    name: str,
+    setting: Setting,
+    output: Path,
+    process: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> Measurement | None:
+    """Run the benchmark on one model, or this process's share of it.
+
+    Args:
+        model: The model, without edits.
+        name: What the model is called in the report.
+        output: Folder of the cells.
+        process: Number of this process; each takes every `processes`-th layer.
+        wait: Returns when every process has called it.
+
+    Returns:
+        All that was found; None in every process but the first.
+    """
+    splits = {PACKAGED: usable_facts(model, proxy_facts(), setting.proxy)}
+    proxies: dict[str, list[EditRequest]] = {}
+    for dataset, source in setting.datasets.items():
+        requests = load_requests(source)
+        splits[dataset] = usable_facts(model, requests, setting.test)
+        tested = {fact.text for fact in splits[dataset]}
+        others = [request for request in reversed(requests) if request.text not in tested]
+        proxies[dataset] = usable_facts(model, others, setting.dataset_proxy)
+    for dataset, facts in splits.items():
+        if not facts:
+            raise ValueError(
+                f"No fact of {dataset!r} can be used: they need locality, or paraphrases and neighbours with an old "
+                "answer that the model prefers."
+            )
+        if len({is_comparable(fact) for fact in facts}) > 1:
+            raise ValueError(
+                f"Facts of {dataset!r} are of two kinds, with neighbours and with locality: make two datasets of them."
+            )
+    layers = sorted(model.architecture.down_projections)
+    _sweep_all(model, name, setting, splits, output, process, layers[process::processes])
+    wait()
+    if process != 0:
+        return None
+    curves = _sweep_all(model, name, setting, splits, output, process, layers)
+    return Measurement(name, model.architecture.num_layers, curves, _select_all(model, setting, proxies))
+
+
+def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
+    """Return the first `count` facts that scores say something of, each prompt once.
+
+    They can be tokenised and have prompts whose answers must stay; where new and old answer are compared on neighbours,
+    the model prefers the old one (`known_facts`).
+    """
+    found: list[EditRequest] = []
+    seen: set[tuple[str, str]] = set()
+    for start in range(0, len(requests), _BLOCK):
+        fitting = []
+        for request in requests[start : start + _BLOCK]:
+            prompt = (request.text, request.subject)
+            if prompt not in seen and tells_locality(request) and _fits(model, request):
+                fitting.append(request)
+            seen.add(prompt)
+        compared = [request for request in fitting if is_comparable(request)]
+        known = {id(compared[index]) for index in known_facts(model.get_base_model(), model.tokenizer, compared)}
+        found += [request for request in fitting if not is_comparable(request) or id(request) in known]
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def _fits(model: EditModel, request: EditRequest) -> bool:
+    longest = context_length(model.get_base_model().config)
+    answers = [answer for answer in (request.target_new, request.target_true) if answer is not None]
+    pairs = [
+        *((prompt, answer) for prompt in (*request.paraphrases, *request.neighborhood) for answer in answers),
+        *request.portability,
+        *request.locality,
+    ]
+    try:
+        for answer in answers:
+            encode(model.tokenizer, request.text, answer, request.subject_end, longest)
+        for prompt, answer in pairs:
+            encode(model.tokenizer, prompt, answer, max_length=longest)
+    except ValueError:
+        return False
+    return True
+
+
+def _sweep_all(
+    model: EditModel,
+    name: str,
+    setting: Setting,
+    splits: Mapping[str, Sequence[EditRequest]],
+    output: Path,
+    process: int,
+    layers: Sequence[int],
+) -> dict[tuple[str, str], Curve]:
+    """Edit the facts of every split at some layers; cells that are in the folder are taken from there."""
+    store = CellStore(output / f"cells-{process}.jsonl", output.glob("cells-*.jsonl"))
+    base, config = model.get_base_model(), setting.config(setting.methods[0])
+    curves = {}
+    for dataset, facts in splits.items():
+        plain = forward_flops(base, model.tokenizer, facts)
+        cells: list[Cell] = []
+        for start in range(0, len(facts), setting.chunk):
+            found = sweep(
+                base,
+                model.architecture,
+                model.tokenizer,
+                facts[start : start + setting.chunk],
+                config,
+                model.base_facts,
+                store,
+                setting.methods,
+                layers,
+                BATCHED,
+                setting.neighbors,
+                {"model": name, "dataset": dataset, "facts": f"{start} to {start + setting.chunk}"},
+            )
+            cells += found.values()
+        for method in setting.methods:
+            own = [cell for cell in cells if cell.method == method]
+            outcomes = {
+                layer: [outcome for cell in own if cell.layer == layer for outcome in cell.outcomes] for layer in layers
+            }
+            outcomes = {layer: of_facts for layer, of_facts in outcomes.items() if len(of_facts) == len(facts)}
+            if not outcomes:
+                continue
+            cost = sum((cell.cost for cell in own), Cost())
+            curves[dataset, method] = Curve(outcomes, cost, cost.flops / plain)
+    return curves
+
+
+def _select_all(
+    model: EditModel, setting: Setting, proxies: Mapping[str, list[EditRequest]]
+) -> dict[tuple[str, str], LayerSelection]:
+    """Run every selector on the packaged proxy facts, and LGA on those of the datasets too.
+
+    Those that depend on the editor are run for the first one.
+    """
+    found: dict[tuple[str, str], LayerSelection] = {}
+
+    def run(dataset: str, name: str, architecture: Architecture, **options: Any) -> None:
+        config = replace(setting.config(setting.methods[0]), **options)
+        base, tokenizer = model.get_base_model(), model.tokenizer
+        found[dataset, name] = find_layers(base, architecture, tokenizer, config, model.base_facts)
+
+    whole = model.architecture
+    down = replace(whole, mlp_linears={layer: (path,) for layer, path in whole.down_projections.items()})
+    for loss in LGA_LOSSES:
+        for part, architecture in (("", whole), (", down projection", down)):
+            for fence, kappa in (("", 1.0), (", no filter", math.inf)):
+                run(PACKAGED, f"lga {loss}{part}{fence}", architecture, layer="lga", lga_loss=loss, tukey_kappa=kappa)
+        for dataset, facts in proxies.items():
+            if facts:
+                run(dataset, f"lga {loss}", whole, layer="lga", lga_loss=loss, proxy=facts)
+    run(PACKAGED, "auto", whole, layer="auto")
+    run(PACKAGED, "linear_response", whole, layer="linear_response")
+    run(PACKAGED, "selectivity", whole, layer="selectivity")
+    run(PACKAGED, "causal_tracing", whole, layer="causal_tracing", proxy_size=setting.traced)
+    layers = sorted(whole.down_projections)
+    found[PACKAGED, "middle"] = LayerSelection("middle", None, [layers[len(layers) // 2]])
+    with suppress(ValueError):  # nothing is published for most models
+        run(PACKAGED, "published", whole, layer="published")
+    return found

@@ -1,0 +1,332 @@
+"""From a measurement of golden layers to figures that can be read: a summary in JSON, and a report in Markdown."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from goldenedit.benchmark.golden_layers import PACKAGED, Curve, Measurement
+from goldenedit.evaluation.scores import Interval, quantile_interval, token_match_scores
+from goldenedit.layer_selection import LayerSelection, Outcome, edit_score
+
+_RESAMPLES = 500
+_HALVES = 200  # ways to split the facts for the held-out best layer
+Summary = dict[str, Any]
+
+
+def summarise(measurement: Measurement) -> Summary:
+    """Return scores by layer, per-sample optimum, and every selector's regret and rank correlation, for JSON."""
+    tested = {key: curve for key, curve in measurement.curves.items() if key[0] != PACKAGED}
+    methods = list(dict.fromkeys(method for _, method in tested))
+    golden = {
+        method: _layer_scores(measurement.curves[PACKAGED, method])
+        for method in methods
+        if (PACKAGED, method) in measurement.curves
+    }
+    curves = [
+        _curve(dataset, method, curve, _best(golden[method]) if dataset != PACKAGED and method in golden else None)
+        for (dataset, method), curve in measurement.curves.items()
+    ]
+    draws = {key: _resampled(curve) for key, curve in tested.items()}
+    selections = [
+        _selection(proxy, selection, name, tested, draws) for (proxy, name), selection in measurement.selections.items()
+    ]
+    for method in golden:
+        curve = measurement.curves[PACKAGED, method]
+        known = [golden[method].get(layer) for layer in range(measurement.num_layers)]
+        brute = LayerSelection(
+            "sweep", known, [_best(golden[method])], curve.facts, curve.cost, curve.forward_equivalents
+        )
+        own = {key: one for key, one in tested.items() if key[1] == method}
+        selections.append(_selection(PACKAGED, brute, f"brute force of {method}", own, draws))
+    return {
+        "model": measurement.model,
+        "num_layers": measurement.num_layers,
+        "curves": curves,
+        "selections": selections,
+        "random": [
+            {"dataset": dataset, "method": method, "regret": _regret(fmean(scores.values()), max(scores.values()))}
+            for (dataset, method), curve in tested.items()
+            if (scores := _layer_scores(curve))
+        ],
+    }
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation, ties sharing their mean rank; None where a side does not vary.
+
+    Example:
+        ```python
+        >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
+        0.5
+        ```
+    """
+    a, b = _ranks(first), _ranks(second)
+    mean = fmean(a)
+    spread = sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b)
+    if spread == 0:
+        return None
+    return float(sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True)) / spread**0.5)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def _layer_scores(curve: Curve) -> dict[int, float]:
+    return {layer: edit_score(outcomes) for layer, outcomes in curve.outcomes.items()}
+
+
+def _best(scores: Mapping[int, float]) -> int:
+    return max(scores, key=scores.__getitem__)
+
+
+def _interval(facts: int, statistic: Callable[[list[int]], float]) -> Interval:
+    """Return the 95% bootstrap interval of a statistic of facts, given by their indices."""
+    draw = random.Random(0)
+    return quantile_interval([statistic(draw.choices(range(facts), k=facts)) for _ in range(_RESAMPLES)])
+
+
+def _score_at(outcomes: Sequence[Outcome]) -> Callable[[list[int]], float]:
+    return lambda facts: edit_score([outcomes[fact] for fact in facts])
+
+
+def _curve(dataset: str, method: str, curve: Curve, golden: int | None) -> Summary:
+    """Return the scores by layer, the best layer for each fact, and those of the golden layer of the proxy facts."""
+    scores = _layer_scores(curve)
+    own_best = [
+        max(curve.outcomes.values(), key=lambda outcomes, fact=fact: outcomes[fact].score)[fact]  # type: ignore[misc]
+        for fact in range(curve.facts)
+    ]
+    matched = {layer: token_match_scores([one.matches for one in found]) for layer, found in curve.outcomes.items()}
+    found: Summary = {
+        "dataset": dataset,
+        "method": method,
+        "n": curve.facts,
+        "layers": list(scores),
+        "scores": list(scores.values()),
+        "rewrite": [matched[layer].rewrite for layer in scores],
+        "rephrase": [matched[layer].rephrase for layer in scores],
+        "best": _best(scores),
+        "held_out_best": _held_out_best(curve),
+        "per_sample": {"score": edit_score(own_best), "interval": _interval(curve.facts, _score_at(own_best))},
+        "seconds": curve.cost.seconds,
+        "forward_equivalents": curve.forward_equivalents,
+    }
+    if golden is not None:
+        own = curve.outcomes.get(golden)
+        interval = (0.0, 0.0) if own is None else _interval(curve.facts, _score_at(own))
+        found["golden"] = {"layer": golden, "score": scores.get(golden, 0.0), "interval": interval}
+    return found
+
+
+def _held_out_best(curve: Curve) -> float:
+    """Return S of the layer that is best on half of the facts, measured on the other half; mean over random halves.
+
+    The best of many layers is best by luck in part: this is what brute force finds without it.
+    """
+    if curve.facts < 2:
+        return max(_layer_scores(curve).values())
+    draw, found = random.Random(0), []
+    for _ in range(_HALVES):
+        facts = draw.sample(range(curve.facts), curve.facts)
+        half, rest = facts[: curve.facts // 2], facts[curve.facts // 2 :]
+        best = max(curve.outcomes.values(), key=lambda outcomes, half=half: _score_at(outcomes)(half))  # type: ignore[misc]
+        found.append(_score_at(best)(rest))
+    return fmean(found)
+
+
+def _selection(
+    proxy: str,
+    selection: LayerSelection,
+    name: str,
+    tested: Mapping[tuple[str, str], Curve],
+    draws: Mapping[tuple[str, str], Sequence[dict[int, float]]],
+) -> Summary:
+    """Return what a selector chose, what it cost, and how its layer does on the test facts.
+
+    A selector that saw a dataset's proxy facts is tested on that dataset alone.
+    """
+    layer = selection.layers[-1]  # of a window, the one that it is about
+    return {
+        "selector": name,
+        "proxy": proxy,
+        "layer": layer,
+        "scores": selection.scores,
+        "facts": selection.facts,
+        "seconds": selection.cost.seconds,
+        "forward_equivalents": selection.forward_equivalents,
+        "tests": [
+            {"dataset": dataset, "method": method, **_test(layer, selection.scores, curve, draws[dataset, method])}
+            for (dataset, method), curve in tested.items()
+            if proxy in (PACKAGED, dataset)
+        ],
+    }
+
+
+def _resampled(curve: Curve) -> list[dict[int, float]]:
+    """Return the scores by layer on facts drawn anew, with replacement."""
+    draw = random.Random(0)
+    drawn = [draw.choices(range(curve.facts), k=curve.facts) for _ in range(_RESAMPLES)]
+    return [{layer: _score_at(outcomes)(facts) for layer, outcomes in curve.outcomes.items()} for facts in drawn]
+
+
+def _regret(score: float, best: float) -> float | None:
+    """Return what is lost against the best, None where no layer has a score."""
+    return 1 - score / best if best > 0 else None
+
+
+def _test(
+    layer: int, predicted: Sequence[float | None] | None, curve: Curve, draws: Sequence[dict[int, float]]
+) -> Summary:
+    scores = _layer_scores(curve)
+    drawn = [_regret(draw.get(layer, 0.0), max(draw.values())) for draw in draws]
+    regrets = [regret for regret in drawn if regret is not None]
+    pairs = [] if predicted is None else [(predicted[one], scores[one]) for one in scores]
+    known = [(guess, score) for guess, score in pairs if guess is not None]
+    chosen = curve.outcomes.get(layer)
+    matched = None if chosen is None else token_match_scores([one.matches for one in chosen])
+    return {
+        "score": scores.get(layer, 0.0),
+        "regret": _regret(scores.get(layer, 0.0), max(scores.values())),
+        "interval": quantile_interval(regrets) if regrets else None,
+        "rank_correlation": rank_correlation(*zip(*known, strict=True)) if known else None,
+        "rewrite": matched and matched.rewrite,
+        "rephrase": matched and matched.rephrase,
+    }
+
+
+def render(summaries: Sequence[Summary], figures: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return the report of some models in Markdown.
+
+    Args:
+        figures: File names of each model's figures.
+    """
+    lines = ["# Golden layers", "", _EXPLANATION]
+    for summary in summaries:
+        lines += ["", f"## {summary['model']}", ""]
+        for title, text in (
+            ("Regret of every selector", _regret_table(summary)),
+            ("Golden layer against the best layer for each fact", _golden_table(summary)),
+            ("Token match against causal tracing", _tracing_table(summary)),
+            ("Cost", _cost_table(summary)),
+            ("S by layer", _layer_table(summary)),
+        ):
+            lines += [f"### {title}", "", text, ""]
+        lines += [f"![{name}]({name})" for name in (figures or {}).get(summary["model"], ())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_EXPLANATION = """\
+S of CounterFact is the harmonic mean of ES, PS and NS; of the other datasets that of token match on rewrite, rephrase
+(where there is one) and locality. Regret is 1 - S(layer) / S(best layer of the test facts); with few facts the best of
+many layers is so by luck in part. `lga sequence` is what `layer="lga"` does: loss over the sequence, MLP weights, with
+the filter. Selectors see the packaged proxy facts; those marked *own* see other facts of the dataset they are tested
+on. Selectors that depend on the editor were run for the first one. Intervals are 95%, by bootstrap over facts.
+Forward-equivalents are plain forwards for each fact; seconds are those of when a figure was first computed."""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _spread(interval: Interval) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _regret_table(summary: Summary) -> str:
+    columns = list(dict.fromkeys((one["dataset"], one["method"]) for one in summary["random"]))
+    methods = list(dict.fromkeys(method for _, method in columns))
+    rows = []
+    for selection in summary["selections"]:
+        tests = {(one["dataset"], one["method"]): one for one in selection["tests"]}
+        rows.append(
+            [
+                selection["selector"] + ("" if selection["proxy"] == PACKAGED else f", own ({selection['proxy']})"),
+                str(selection["layer"]),
+                *(_mean(tests[key]["regret"] for key in columns if key in tests and key[1] == one) for one in methods),
+                _mean(one["rank_correlation"] for one in tests.values()),
+                *(_number(tests[key]["regret"]) if key in tests else "" for key in columns),
+            ]
+        )
+    chance = {(one["dataset"], one["method"]): one["regret"] for one in summary["random"]}
+    means = [_mean(value for (_, method), value in chance.items() if method == one) for one in methods]
+    rows.append(["any layer, mean", "", *means, "", *(_number(chance[key]) for key in columns)])
+    header = ["selector", "layer", *(f"mean, {method}" for method in methods), "Spearman, mean"]
+    return _table([*header, *(f"{dataset}, {method}" for dataset, method in columns)], rows)
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _number(fmean(known)) if known else ""
+
+
+def _golden_table(summary: Summary) -> str:
+    rows = [
+        [
+            curve["dataset"],
+            curve["method"],
+            str(curve["n"]),
+            f"{curve['golden']['layer']}: {_number(curve['golden']['score'])}",
+            _spread(curve["golden"]["interval"]),
+            f"{curve['best']}: {_number(max(curve['scores']))}",
+            _number(curve["held_out_best"]),
+            _number(curve["per_sample"]["score"]),
+            _spread(curve["per_sample"]["interval"]),
+            _number(1 - curve["golden"]["score"] / curve["per_sample"]["score"] if curve["per_sample"]["score"] else 0),
+        ]
+        for curve in summary["curves"]
+        if "golden" in curve
+    ]
+    header = ["dataset", "editor", "n", "golden layer of the proxy facts: S", "95%", "best layer: S"]
+    header += ["held-out best: S"]
+    return _table([*header, "best layer for each fact: S", "95%", "regret against that"], rows)
+
+
+def _tracing_table(summary: Summary) -> str:
+    by_name = {one["selector"]: one for one in summary["selections"] if one["proxy"] == PACKAGED}
+    traced = {(one["dataset"], one["method"]): one for one in by_name["causal_tracing"]["tests"]}
+    rows = []
+    for name in ("auto", "lga sequence"):
+        for one in by_name[name]["tests"]:
+            other = traced[one["dataset"], one["method"]]
+            cells = [name, one["dataset"], one["method"]]
+            for part in ("rewrite", "rephrase"):
+                if one[part] is None:
+                    cells += ["", ""]
+                else:
+                    cells += [f"{100 * one[part]:.1f}", f"{100 * (one[part] - other[part]):+.1f}"]
+            rows.append(cells)
+    return _table(["selector", "dataset", "editor", "rewrite", "points won", "rephrase", "points won"], rows)
+
+
+def _cost_table(summary: Summary) -> str:
+    brute = [curve for curve in summary["curves"] if curve["method"] == summary["curves"][0]["method"]]
+    forwards = fmean(curve["forward_equivalents"] for curve in brute)
+    facts = sum(curve["n"] for curve in brute)
+    seconds = sum(curve["seconds"] for curve in brute) / facts
+    rows = [[f"brute force, {brute[0]['method']}", f"{forwards:.0f}", f"{seconds:.2f}", "1", "1"]]
+    for selection in summary["selections"]:
+        own, facts = selection["forward_equivalents"], selection["facts"]
+        if own and selection["proxy"] == PACKAGED and not selection["selector"].startswith("brute"):
+            each = selection["seconds"] / facts
+            ratios = [f"{forwards / own:.0f}", f"{seconds / each:.0f}"]
+            rows.append([selection["selector"], f"{own:.1f}", f"{each:.3f}", *ratios])
+    header = ["selector", "forward-equivalents a fact", "seconds a fact", "times cheaper in operations"]
+    return _table([*header, "times cheaper in seconds"], rows)
+
+
+def _layer_table(summary: Summary) -> str:
+    curves = summary["curves"]
+    layers = sorted({layer for curve in curves for layer in curve["layers"]})
+    by_layer = [dict(zip(curve["layers"], curve["scores"], strict=True)) for curve in curves]
+    rows = [[str(layer), *(_number(scores.get(layer)) for scores in by_layer)] for layer in layers]
+    return _table(["layer", *(f"{curve['dataset']}, {curve['method']} (n = {curve['n']})" for curve in curves)], rows)

@@ -1,0 +1,182 @@
+"""Brute force: cells against single edits made and measured the plain way, and sweeps that were stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from goldenedit import EditConfig, EditModel, EditRequest
+from goldenedit.editing import covariance
+from goldenedit.evaluation.scores import FactLikelihoods, FactMatches
+from goldenedit.layer_selection import CellStore, Outcome, brute_force, edit_score, sweep
+from models import NUM_LAYERS, tiny_model
+
+FACTS = [
+    EditRequest(
+        "The Eiffel Tower is in the city of",
+        "The Eiffel Tower",
+        "Rome",
+        "Paris",
+        paraphrases=("One finds The Eiffel Tower in",),
+        neighborhood=("The Louvre is in", "Berlin is in the city of"),
+    ),
+    EditRequest("Angela Merkel was born in", "Angela Merkel", "Berlin", locality=(("Paris is a", "city"),)),
+    EditRequest("The Kingdom of Cambodia is a", "Cambodia", "city", "fox", portability=(("Cambodia is", "a city"),)),
+]
+CONFIG = EditConfig(layer=0, contexts=2, steps=4, covariance="identity")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CellStore(tmp_path / "cells.jsonl")
+
+
+@pytest.fixture
+def model(tokenizer):
+    return EditModel(tiny_model("llama"), replace(CONFIG), tokenizer)
+
+
+def run(model, store, facts=FACTS, config=CONFIG, **options):
+    return sweep(
+        model.get_base_model(), model.architecture, model.tokenizer, facts, config, model.base_facts, store, **options
+    )
+
+
+@pytest.mark.parametrize("method", ["r-rome", "pmet", "ft-m"])
+def test_each_fact_is_edited_alone_and_measured(method, model, store):
+    cells = run(model, store, methods=[method])
+    assert sorted(cells) == [(method, layer) for layer in range(NUM_LAYERS)]
+    for layer in range(NUM_LAYERS):
+        for fact, outcome in zip(FACTS, cells[method, layer].outcomes, strict=True):
+            plain = EditModel(tiny_model("llama"), replace(CONFIG, method=method, layer=layer), model.tokenizer)
+            plain.edit(fact)
+            scores = plain.evaluate([fact]).edited
+            matched = scores["token_match"].scores
+            assert outcome.matches.rewrite == pytest.approx(matched.rewrite)
+            if fact.locality:
+                assert outcome.matches.locality == pytest.approx([matched.locality])
+            assert (outcome.likelihoods is not None) == bool(fact.neighborhood)
+            if outcome.likelihoods is not None:
+                assert edit_score([outcome]) == pytest.approx(scores["probability"].scores.score)
+
+
+def test_editors_of_batches_insert_all_facts_at_once(model, store):
+    together = run(model, store, methods=["memit"], together=["memit"])
+    alone = run(model, store, methods=["memit"])
+    assert [one.outcomes for one in together.values()] != [one.outcomes for one in alone.values()]
+    plain = EditModel(tiny_model("llama"), replace(CONFIG, method="memit", layer=1), model.tokenizer)
+    plain.edit(FACTS)
+    found = plain.evaluate(FACTS).edited["token_match"].scores
+    assert [one.matches.rewrite for one in together["memit", 1].outcomes] == pytest.approx(
+        [plain.evaluate([fact]).edited["token_match"].scores.rewrite for fact in FACTS]
+    )
+    assert found.n == len(FACTS)
+
+
+def test_values_are_found_once_for_editors_that_share_them_and_cost_each_of_them(model, store, monkeypatch):
+    calls, plain = [], brute_force.prepare_facts
+    monkeypatch.setattr(brute_force, "prepare_facts", lambda *given: calls.append(1) or plain(*given))
+    cells = run(model, store, methods=["rome", "r-rome", "memit", "pmet"], layers=[1])
+    assert len(calls) == 2  # PMET's are its own
+    rome, r_rome = cells["rome", 1].cost, cells["r-rome", 1].cost
+    assert rome.flops == pytest.approx(r_rome.flops, rel=0.05)
+
+
+def test_a_sweep_that_was_stopped_goes_on(model, store, tmp_path, monkeypatch):
+    whole = run(model, CellStore(tmp_path / "whole.jsonl"))
+    run(model, store, layers=[0])
+    text = store.path.read_text()
+    store.path.write_text(text + text[: len(text) // 2])  # killed in the middle of a line
+    again, calls, plain = CellStore(store.path), [], brute_force.prepare_facts
+    monkeypatch.setattr(brute_force, "prepare_facts", lambda *given: calls.append(1) or plain(*given))
+    cells = run(model, again)
+    assert len(calls) == NUM_LAYERS - 1
+    assert [cell.outcomes for cell in cells.values()] == [cell.outcomes for cell in whole.values()]
+    kept = CellStore(store.path)
+    assert len(kept.cells) == NUM_LAYERS
+    assert run(model, kept) == cells
+    assert [json.loads(line)["layer"] for line in store.path.read_text().splitlines() if line.endswith("}")] == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_cells_depend_on_the_edits_and_on_nothing_else(model, store):
+    run(model, store, layers=[0])
+    for other in (replace(CONFIG, proxy_size=3), replace(CONFIG, lga_loss="answer"), replace(CONFIG, layer=2)):
+        run(model, store, layers=[0], config=other)
+    assert len(store.cells) == 1
+    for other in (replace(CONFIG, steps=3), replace(CONFIG, seed=1)):
+        run(model, store, layers=[0], config=other)
+    run(model, store, FACTS[:2], layers=[0])
+    run(model, store, layers=[0], neighbors=1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run(model, store, layers=[0])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(store.cells) == 6
+
+
+def test_cells_of_other_processes_are_read_and_those_of_this_one_written(model, tmp_path):
+    mine, theirs = tmp_path / "cells-0.jsonl", tmp_path / "cells-1.jsonl"
+    run(model, CellStore(theirs), layers=[0, 1], about={"model": "tiny"})
+    assert json.loads(theirs.read_text().splitlines()[0])["model"] == "tiny"
+    run(model, CellStore(mine, [mine, theirs]))
+    assert len(mine.read_text().splitlines()) == 1
+
+
+def test_the_model_is_left_as_it_was(model, store):
+    ids = torch.tensor([model.tokenizer(FACTS[0].text)["input_ids"]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        run(model, store, methods=["r-rome", "lora"], layers=[1])
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_s_is_of_the_family_that_all_facts_have():
+    likelihoods = FactLikelihoods((1.0, 2.0), [(1.0, 2.0), (2.0, 1.0)], [(2.0, 1.0)])
+    both = Outcome(FactMatches(0.5, [0.25]), likelihoods)
+    matched = Outcome(FactMatches(1.0, [0.75], locality=[0.5]))
+    assert edit_score([both]) == pytest.approx(3 / (1 + 1 / 0.5 + 1))
+    assert edit_score([both, matched]) == pytest.approx(3 / (1 / 0.75 + 1 / 0.5 + 1 / 0.5))
+    assert both.score == pytest.approx((1 + 0.5 + 1) / 3)
+    assert matched.score == pytest.approx((1 + 0.75 + 0.5) / 3)
+    assert Outcome(FactMatches(0.5)).score == 0.5
+
+
+def test_a_cell_is_read_as_it_was_written(model, store):
+    cell = run(model, store, layers=[0])["r-rome", 0]
+    (read,) = CellStore(store.path).cells.values()
+    assert read == cell
+
+
+def test_a_layer_where_an_editor_fails_is_left_out_and_told(model, store, monkeypatch, caplog):
+    plain = brute_force.prepare_facts
+
+    def fail_at(*layers):
+        def prepare(*given):
+            if given[4].target_layers[0] in layers:
+                raise ValueError("there is no null space")
+            return plain(*given)
+
+        monkeypatch.setattr(brute_force, "prepare_facts", prepare)
+
+    fail_at(1)
+    assert sorted(run(model, store)) == [("r-rome", 0), ("r-rome", 2)]
+    assert "Layer 1 is left out for r-rome: there is no null space" in caplog.text
+    fail_at(0, 1, 2)
+    with pytest.raises(ValueError, match="null space"):
+        run(model, store, config=replace(CONFIG, steps=3))
+
+
+def test_key_statistics_are_computed_in_one_pass_for_all_layers(model, store, monkeypatch):
+    passes = []
+    plain = covariance.second_moments
+    monkeypatch.setattr(covariance, "second_moments", lambda *given: passes.append(given[4]) or plain(*given))
+    run(model, store, config=replace(CONFIG, covariance="sampled", covariance_tokens=200))
+    assert passes == [[0, 1, 2]]

@@ -1,0 +1,62 @@
+"""What a computation costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from goldenedit.cost import _FORMULAS, Cost, measuring
+from models import VOCAB_SIZE, tiny_model
+
+
+def test_products_count_two_operations_a_multiplication():
+    with measuring() as cost, torch.no_grad():
+        nn.Linear(3, 5, bias=False)(torch.ones(7, 3))
+        torch.ones(2, 4, 3) @ torch.ones(2, 3, 6)
+        assert cost().flops == 2 * 7 * 3 * 5 + 2 * 2 * 4 * 3 * 6
+    assert cost().flops == 2 * 7 * 3 * 5 + 2 * 2 * 4 * 3 * 6
+
+
+def test_a_backward_by_grad_counts_once_more_for_what_is_asked():
+    x = torch.ones(7, 3, requires_grad=True)
+    linear = nn.Linear(3, 5, bias=False).requires_grad_(False)
+    with measuring() as cost:
+        torch.autograd.grad(linear(x).sum(), x)
+    assert cost().flops == 2 * (2 * 7 * 3 * 5)
+
+
+def test_attention_counts_its_two_products_and_five_backward():
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    with measuring() as cost:
+        output = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        forward = cost().flops
+        torch.autograd.grad(output.sum(), q)
+    assert forward == 2 * (2 * 2 * 5 * 5 * 8)
+    assert cost().flops == forward + 5 * (2 * 2 * 5 * 5 * 8)
+
+
+def test_keys_may_have_fewer_heads_than_queries():
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8)
+    formula = _FORMULAS[torch.ops.aten._scaled_dot_product_flash_attention]
+    assert formula(query, key, key, out_val=None) == 2 * (2 * 4 * 5 * 7 * 8)
+
+
+@torch.no_grad()
+def test_a_forward_costs_about_two_operations_a_weight_and_token():
+    model = tiny_model("llama")
+    ids = torch.randint(VOCAB_SIZE, (2, 9))
+    with measuring() as cost:
+        model(input_ids=ids)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert cost().flops == pytest.approx(2 * weights * ids.numel(), rel=0.2)
+
+
+def test_seconds_stop_with_the_context_and_costs_add_up():
+    with measuring() as cost:
+        pass
+    first = cost()
+    torch.ones(300, 300) @ torch.ones(300, 300)
+    assert cost() == first
+    assert first + Cost(1.0, 5) == Cost(first.seconds + 1.0, 5)
+    assert first.seconds >= 0
