@@ -2,7 +2,7 @@
 
 `goldenedit benchmark golden-layers` with the settings of the tables. To have more facts in the time that there is,
 products of float32 may be rounded, `torch.set_float32_matmul_precision("medium")`, which on the processor of the tables
-leaves logits of up to 57 within 0.002; attention then runs without its fused kernel, which is slow on few tokens.
+leaves last hidden states of up to 57 within 0.002; attention then runs without its fused kernel, slow on few tokens.
 """
 
 from __future__ import annotations
