@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit import adapters as peft_adapters
+from goldenedit.cli import read_option
 from goldenedit.editing.edit import PreparedFacts, prepare_facts
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
@@ -58,13 +59,7 @@ def preferring_proxy(model: EditModel) -> list[EditRequest]:
 
 def constants(assignments: Sequence[str]) -> dict[str, Any]:
     """Return the options that a command line gives as `name=value`, values in JSON or plain text."""
-    found: dict[str, Any] = {}
-    for name, value in (text.split("=", 1) for text in assignments):
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
+    return dict(map(read_option, assignments))
 
 
 def preferring(

@@ -283,12 +283,7 @@ def parse_layer(text: str) -> int | list[int] | str:
 
 def layer_chart(selection: LayerSelection, kappa: float, width: int = 40) -> Table:
     """Return the layer scores as bars; layers outside LGA's fence are dimmed, the golden one stands out."""
-    import torch
-
-    from goldenedit.layer_selection import tukey_filter
-
-    scores = torch.tensor([float("nan") if score is None else score for score in selection.scores or []])
-    passed = tukey_filter(scores.double(), kappa if selection.selector == "lga" else float("inf"))
+    scores, passed = selection.score_tensor(), selection.within_fence(kappa)
     kept = scores[passed]
     low, high = min(0.0, kept.min().item()), kept.max().item()
     table = Table("layer", "score", "", box=None, padding=(0, 1))

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from goldenedit.layer_selection import LayerSelection, tukey_filter
+from goldenedit.layer_selection import LayerSelection
 
 
 def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:
@@ -25,8 +23,7 @@ def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str
     figure.suptitle(title)
     rows = figure.subplots(max(len(shown), 1), squeeze=False)[:, 0]
     for axes, selection in zip(rows, shown, strict=False):
-        scores = torch.tensor([float("nan") if score is None else score for score in selection.scores or []]).double()
-        passed = tukey_filter(scores, kappa if selection.selector == "lga" else float("inf"))
+        scores, passed = selection.score_tensor(), selection.within_fence(kappa)
         colors = ["tab:blue" if inside else "lightgrey" for inside in passed.tolist()]
         for layer in selection.layers:
             colors[layer] = "goldenrod"

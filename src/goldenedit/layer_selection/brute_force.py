@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -181,16 +182,15 @@ def sweep(
     """
     methods = list(methods) or [config.method]
     layers = sorted(architecture.down_projections) if layers is None else layers
-    missing: dict[tuple[str, int], str] = {}
+    missing: dict[tuple[str, int], tuple[str, EditConfig]] = {}
     found: dict[tuple[str, int], Cell] = {}
-    for layer in layers:
-        for method in methods:
-            own = replace(config, method=method, layer=layer, layer_pattern="golden")
-            key = _key(facts, own, architecture, base_facts.fingerprint, neighbors, method in together)
-            if key in store.cells:
-                found[method, layer] = store.cells[key]
-            else:
-                missing[method, layer] = key
+    for layer, method in product(layers, methods):
+        own = replace(config, method=method, layer=layer, layer_pattern="golden")
+        key = _key(facts, own, architecture, base_facts.fingerprint, neighbors, method in together)
+        if key in store.cells:
+            found[method, layer] = store.cells[key]
+        else:
+            missing[method, layer] = key, own
     if not missing:
         return found
     before = observe(model, tokenizer, facts, neighbors=neighbors)
@@ -198,21 +198,31 @@ def sweep(
     if any(method not in TRAINED for method, _ in missing):
         wanted = sorted({layer for _, layer in missing})
         statistics = LazyStatistics(model, architecture, tokenizer, wanted, config, base_facts.fingerprint)
-    shared: dict[int, dict[bool, tuple[PreparedFacts, Cost]]] = {}
+    shared: dict[bool, tuple[PreparedFacts, Cost]] = {}
+    last: int | None = None
     failed: ValueError | None = None
-    for method, layer in tqdm(missing, desc="Edits at every layer", unit="cell", leave=False):
-        shared = {layer: shared.get(layer, {})}  # values of one layer at a time
-        own = replace(config, method=method, layer=layer, layer_pattern="golden")
+    for (method, layer), (key, own) in tqdm(missing.items(), desc="Edits at every layer", unit="cell", leave=False):
+        if layer != last:
+            shared, last = {}, layer  # values are those of one layer
         try:
             cell = _cell(
-                *(model, architecture, tokenizer, facts, own, base_facts, statistics, shared[layer]),
-                *(together, before, neighbors),
+                model,
+                architecture,
+                tokenizer,
+                facts,
+                own,
+                base_facts,
+                statistics,
+                shared,
+                together,
+                before,
+                neighbors,
             )
         except ValueError as error:  # some editors cannot work everywhere: AlphaEdit, where there is no null space
             logger.warning("Layer %d is left out for %s: %s", layer, method, error)
             failed = error
             continue
-        store.add(missing[method, layer], cell, about or {})
+        store.add(key, cell, about or {})
         found[method, layer] = cell
     for method in methods:
         if failed is not None and not any(made == method for made, _ in found):

@@ -6,7 +6,7 @@ An idea of this project, which joins key selectivity with what gradients say of 
     m(x)   = log p(new | x) - log p(old | x), mean over each answer's tokens
     G_t(x) = gradient of m(x) by the value of token t
     r      = rho g / ||g||,  g = G_s(prompt) at the last token s of the subject
-    rho    = min(clamp ||v0||, (NLL(new | prompt) + margin) / ||g||)
+    rho    = overshoot min(clamp ||v0||, (NLL(new | prompt) + margin) / ||g||)
 
 the answers to a prompt `x` move, to first order, by
 
@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import evaluating, reading_logits, recording, watching_gradients
+from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.keys import FactKeys, contrast_keys, subject_keys
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
+from goldenedit.editing.rows import Row, context_length, encode
 from goldenedit.editing.statistics import KeyStatistics, relative_contrast
+from goldenedit.editing.training import answer_nll
 from goldenedit.editors import EDITORS, Problem
 from goldenedit.evaluation.scores import harmonic_mean
 from goldenedit.formats import Pair
@@ -141,7 +142,6 @@ def predicted_margins(
     """
     layers = {architecture.down_projection(model, layer): layer for layer in detectors}
     rows = _rows(model, tokenizer, fact, kept)
-    batch = pad(rows, padding_id(tokenizer), model.get_input_embeddings().weight.device)  # type: ignore[operator]
     subject = rows[0].subject
     shifts: dict[int, Tensor] = {}
 
@@ -159,13 +159,8 @@ def predicted_margins(
     with (
         recording({str(layer): module for module, layer in layers.items()}) as record,
         watching_gradients(architecture.layer(model, 0), layers, take) as roots,
-        reading_logits(model, batch.read_rows, batch.read_positions) as logits_of,
     ):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        logits = logits_of(output).float()
-        token_loss = nn.functional.cross_entropy(logits, target_ids(rows, logits.device), reduction="none")
-        sizes = [len(row.target) for row in rows]
-        log_probs = -torch.stack([losses.mean() for losses in token_loss.split(sizes)])
+        log_probs = -answer_nll(model, tokenizer, rows, "masked")
         margins = log_probs[::2] - log_probs[1::2]
         torch.autograd.grad(margins.sum(), roots, allow_unused=True)
     return {layer: margins.detach().cpu() + shifts[layer] for layer in detectors}

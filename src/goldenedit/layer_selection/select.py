@@ -29,7 +29,7 @@ from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
 from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filter
 from goldenedit.layer_selection.linear_response import linear_response_scores
 from goldenedit.layer_selection.published import published_layers
-from goldenedit.layer_selection.selection import LayerSelection, forward_flops
+from goldenedit.layer_selection.selection import LayerSelection, forward_flops, score_tensor
 from goldenedit.layer_selection.selectivity import selectivity_scores
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
@@ -86,7 +86,7 @@ def find_layers(
         parts = [
             _scored(part, model, architecture, tokenizer, config, base_facts) for part in ("linear_response", "lga")
         ]
-        response, gradients = (_as_tensor(part.scores) for part in parts)
+        response, gradients = (part.score_tensor() for part in parts)
         scores = _as_list(auto_scores(response, gradients, config.tukey_kappa), architecture)
         forwards = sum(part.forward_equivalents for part in parts)
         found = LayerSelection(name, scores, [], parts[0].facts, parts[0].cost + parts[1].cost, forwards)
@@ -131,10 +131,6 @@ def _scored(
     return kept
 
 
-def _as_tensor(scores: Sequence[float | None] | None) -> Tensor:
-    return torch.tensor([math.nan if score is None else score for score in scores or []]).double()
-
-
 def _as_list(scores: Tensor, architecture: Architecture) -> list[float | None]:
     """Return scores as JSON has them; layers that cannot be edited have none."""
     return [
@@ -145,7 +141,7 @@ def _as_list(scores: Tensor, architecture: Architecture) -> list[float | None]:
 
 def choose(config: EditConfig) -> int | list[int]:
     """Return the golden layer of the config's scores, within the fence, or the layers around it by its pattern."""
-    scores = _as_tensor(config.layer_scores)
+    scores = score_tensor(config.layer_scores)
     golden = golden_layer(scores, config.fence)
     count = config.pattern_layers
     window = [layer for layer in range(golden - count + 1, golden + 1) if layer >= 0 and not scores[layer].isnan()]

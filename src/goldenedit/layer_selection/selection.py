@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.rows import context_length, encode
+from goldenedit.layer_selection.lga import tukey_filter
 from goldenedit.requests import EditRequest
 
 
@@ -37,6 +39,14 @@ class LayerSelection:
     cost: Cost = field(default_factory=Cost)
     forward_equivalents: float = 0.0
 
+    def score_tensor(self) -> Tensor:
+        """Return the scores, `(num_layers,)` float64, NaN where a layer has none."""
+        return score_tensor(self.scores)
+
+    def within_fence(self, kappa: float) -> Tensor:
+        """Return which layers may be chosen: with LGA those within the Tukey filter, else those with a score."""
+        return tukey_filter(self.score_tensor(), kappa if self.selector == "lga" else math.inf)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the selection as JSON has it."""
         return asdict(self)
@@ -45,6 +55,11 @@ class LayerSelection:
     def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:
         """Read what `to_dict` returned."""
         return cls(**{**record, "cost": Cost(**record["cost"])})
+
+
+def score_tensor(scores: Sequence[float | None] | None) -> Tensor:
+    """Return scores as JSON has them as a float64 tensor, NaN for None."""
+    return torch.tensor([math.nan if score is None else score for score in scores or []], dtype=torch.float64)
 
 
 @torch.no_grad()
