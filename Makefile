@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2
 
-.PHONY: demo test setup quality style benchmarks clean
+.PHONY: demo test test-runtimes setup quality style benchmarks cards clean
 
 demo: setup
 	$(BIN)/goldenedit demo --model $(MODEL)
 
 test: setup
 	$(BIN)/python -m pytest
+
+# An edit in vLLM and llama.cpp, and through a Hub; makes an environment for each and compiles llama.cpp.
+test-runtimes: setup
+	PYTHON=$(PYTHON) MAIN=$(VENV) sh examples/runtimes/run.sh
+
+# The model cards and golden layers in model_cards/, from real edits.
+cards: setup
+	$(BIN)/python model_cards/make_cards.py
 
 setup: $(VENV)/.ready
 
@@ -37,4 +45,4 @@ benchmarks: setup
 	cd benchmarks && ../$(BIN)/python lga.py && ../$(BIN)/python artifact.py && ../$(BIN)/python quality.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-vllm .venv-llama-cpp build/runtimes

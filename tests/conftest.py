@@ -1,6 +1,31 @@
-"""What all tests share: a tokenizer trained on the spot, and a cache of their own."""
+"""What all tests share: a Hub of their own, a tokenizer trained on the spot, and caches of their own."""
+
+# ruff: noqa: E402  # huggingface_hub reads the environment when it is imported
 
 from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hub import TOKEN, Hub
+
+_SERVER = Hub().start()
+_HUB_CACHE = Path(tempfile.mkdtemp(prefix="goldenedit-hub-"))
+atexit.register(shutil.rmtree, _HUB_CACHE, ignore_errors=True)
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(_name, None)
+os.environ |= {
+    "HF_ENDPOINT": _SERVER.url,
+    "HF_TOKEN": TOKEN,
+    "HF_HUB_CACHE": str(_HUB_CACHE),
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "NO_PROXY": "127.0.0.1",
+}
 
 import pytest
 import torch
@@ -37,6 +62,16 @@ def isolated_cache(request, tmp_path_factory, monkeypatch):
     """Keep the tests out of the user's cache; those with real models use it, for the models converted there."""
     if request.node.get_closest_marker("real") is None:
         monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """The Hub that the environment names, empty, as is the cache of what was downloaded from it."""
+    _SERVER.reset()
+    for path in _HUB_CACHE.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    yield _SERVER
+    _SERVER.reset()
 
 
 @pytest.fixture(scope="session")

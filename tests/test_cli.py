@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
 from goldenedit.cli import app, main, parse_layer, read_option
 from goldenedit.config import LAYER_SELECTORS
-from goldenedit.storage.folder import read_edit_folder
+from goldenedit.storage.atlas import read_golden_layers
+from goldenedit.storage.folder import read_edit_folder, write_edit_folder
+from goldenedit.storage.hub import find_golden_layers
 from models import tiny_model
 
 FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]
@@ -47,11 +52,11 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_commands():
     output = CliRunner().invoke(app, ["--help"])
     assert output.exit_code == 0
-    for command in ("locate", "edit", "evaluate", "show", "demo", "benchmark"):
+    for command in ("locate", "edit", "evaluate", "show", "push", "export", "demo", "benchmark"):
         assert f" {command} " in output.output
 
 
-@pytest.mark.parametrize("command", ["locate", "edit", "evaluate", "show", "demo"])
+@pytest.mark.parametrize("command", ["locate", "edit", "evaluate", "show", "push", "export", "demo"])
 def test_every_command_has_help_and_describes_its_options(command):
     output = CliRunner().invoke(app, [command, "--help"])
     assert output.exit_code == 0
@@ -88,6 +93,7 @@ def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
     assert code == 0
     for part in ("tower", "r-rome", "chosen by hand", "identity", "rank 1", "Rome", "KB"):
         assert part in output
+    assert "The edits do what they list, and their facts explain them." in output
 
 
 def test_a_file_of_facts_is_one_batch(capsys, folder, facts, tmp_path):
@@ -169,10 +175,76 @@ def test_a_fact_is_given_whole_or_as_a_file(capsys, options):
 def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):
     saved = tmp_path / "edit"
     assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(saved))[0] == 0
-    sidecar = json.loads((saved / "edit_config.json").read_text())
-    sidecar["base_model"]["name_or_path"] = "org/[red]model"
-    (saved / "edit_config.json").write_text(json.dumps(sidecar))
-    assert "org/[red]model" in run(capsys, "show", str(saved))[1]
+    content = read_edit_folder(saved)
+    named = replace(content.base_model, name_or_path="org/[red]model")
+    write_edit_folder(saved, replace(content, base_model=named), "")
+    shown = run(capsys, "show", str(saved))[1]
+    assert "org/[red]model" in shown
+    assert "The base model was not found" in shown
+    assert "The edits do what they list" in run(capsys, "show", str(saved), "--model", folder)[1]
+    assert "The base model" not in run(capsys, "show", str(saved), "--no-replay")[1]
+
+
+def test_an_edit_that_hides_another_is_told(capsys, folder, tmp_path):
+    facts, hiding = tmp_path / "facts.json", tmp_path / "hiding"
+    facts.write_text(json.dumps(FACTS[:2]))
+    assert run(capsys, "edit", folder, "--file", str(facts), *BY_HAND, "-o", str(hiding))[0] == 0
+    content = read_edit_folder(hiding)
+    (made,) = content.edits
+    write_edit_folder(hiding, replace(content, edits=[replace(made, facts=made.facts[:1])]), "")
+    code, output, _ = run(capsys, "show", str(hiding))
+    assert code == 0
+    assert "changes in 2 directions, but 1 facts are listed" in " ".join(output.split())
+    assert "The edits do what they list" not in output
+
+
+def test_an_edit_is_pushed_and_shown_from_the_hub(capsys, folder, tmp_path, hub):
+    saved = str(tmp_path / "edit")
+    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "--name", "tower", "-o", saved)[0] == 0
+    code, output, _ = run(capsys, "push", saved, "tester/edit", "--private", "--revision", "first")
+    assert code == 0
+    assert "tester/edit" in output
+    assert run(capsys, "push", saved, "tester/edit")[0] == 0
+    code, output, _ = run(capsys, "show", "tester/edit")
+    assert code == 0
+    assert "tower" in output
+    assert run(capsys, "push", saved, "tester/merged", "--merged")[0] == 0
+    config = hf_hub_download("tester/merged", "config.json")
+    assert json.loads(Path(config).read_text())["golden_layers"] == [1]
+    code, _, complaint = run(capsys, "show", "tester/nothing")
+    assert code == 1
+    assert "tester/nothing" in complaint
+
+
+def test_golden_layers_are_shared_and_used(capsys, folder, tmp_path, hub):
+    small = ["--size", "3"]
+    assert run(capsys, "locate", folder, *small, "--push", "tester/atlas")[0] == 0
+    assert run(capsys, "locate", folder, *small, "--method", "random", "--push", "tester/atlas")[0] == 0
+    records = read_golden_layers(find_golden_layers("tester/atlas"))
+    assert [(record.selector, record.facts) for record in records] == [("lga", 3), ("random", 0)]
+    saved = tmp_path / "edit"
+    options = ["--layer", "hub:tester/atlas", "--covariance", "identity", "-o", str(saved)]
+    assert run(capsys, "edit", folder, *FACT, *options)[0] == 0
+    assert read_edit_folder(saved).config.target_layers == records[1].layers  # the last that was pushed
+    code, _, complaint = run(capsys, "edit", folder, *FACT, "--layer", "hub:tester/nothing")
+    assert code == 1
+    assert "tester/nothing" in complaint
+
+
+def test_an_edit_is_exported_for_llama_cpp(capsys, folder, tmp_path):
+    saved, target = str(tmp_path / "edit"), tmp_path / "edit.gguf"
+    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", saved)[0] == 0
+    assert run(capsys, "export", saved, "--gguf", str(target))[0] == 0
+    assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_an_evaluation_is_written_into_the_card(capsys, folder, facts, tmp_path):
+    saved = tmp_path / "edit"
+    assert run(capsys, "edit", folder, "--file", facts, *BY_HAND, "-o", str(saved))[0] == 0
+    before = read_edit_folder(saved)
+    assert run(capsys, "evaluate", str(saved), "--card")[0] == 0
+    assert "## Evaluation" in (saved / "README.md").read_text()
+    assert read_edit_folder(saved).edits[0].facts == before.edits[0].facts
 
 
 def test_an_edit_is_evaluated_beside_its_base_model(folder, facts, tmp_path, capsys):

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from goldenedit.architecture.layers import linear_shape
+from goldenedit.architecture.layers import is_linear, linear_shape
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import adapter_tensors
 
@@ -108,8 +108,7 @@ def _unwrap_empty(base: nn.Module) -> None:
     """Put the plain modules back where no adapter is left."""
     for path, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer) and not module.lora_A:
-            parent, _, child = path.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.base_layer)
+            _put(base, path, module.base_layer)
     if not _tuner_layers(base) and hasattr(base, "peft_config"):
         del base.peft_config
 
@@ -135,6 +134,37 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator[PreTrainedModel]:
+    """Yield the plain model with these adapters written into its weights; behind the context all is as it was.
+
+    Raises:
+        ValueError: A module's weights are quantised: sums cannot be written into them.
+    """
+    base = base_of(model)
+    layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    kept = {path: module.base_layer.weight for path, module in layers.items()}
+    if wrong := [path for path, weight in kept.items() if not weight.is_floating_point()]:
+        raise ValueError(f"The weights of {wrong[0]} are quantised: an edit cannot be written into them.")
+    try:
+        for path, module in layers.items():
+            changes = [module.get_delta_weight(name) for name in names if name in module.lora_A]
+            weight = kept[path]
+            changed = weight.detach() + sum(changes).to(weight) if changes else weight.detach()
+            module.base_layer.weight = nn.Parameter(changed, requires_grad=weight.requires_grad)
+            _put(base, path, module.base_layer)
+        yield base
+    finally:
+        for path, module in layers.items():
+            module.base_layer.weight = kept[path]
+            _put(base, path, module)
+
+
+def _put(base: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(base.get_submodule(parent), child, module)
+
+
 def is_conv1d(model: PreTrainedModel | PeftModel, paths: Mapping[str, LowRankDelta]) -> bool:
     """Tell whether the modules keep their weight as `(d_in, d_out)`, as Conv1D of GPT-2 does."""
     return any(type(_plain(model, path)).__name__ == "Conv1D" for path in paths)
@@ -146,6 +176,8 @@ def check_fits(model: PreTrainedModel | PeftModel, path: str, delta: LowRankDelt
         module = _plain(model, path)
     except AttributeError as error:
         raise ValueError(f"{path}, which the edit changes, is no module of this model.") from error
+    if not is_linear(module):
+        raise ValueError(f"{path}, which the edit changes, is no linear map of this model.")
     shape = linear_shape(module)
     wanted = (delta.B.shape[0], delta.A.shape[1])
     if shape != wanted:

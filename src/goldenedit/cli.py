@@ -1,4 +1,4 @@
-"""The command line: `goldenedit locate`, `edit`, `evaluate`, `show` and `demo`."""
+"""The command line: `goldenedit locate`, `edit`, `evaluate`, `show`, `push`, `export`, `benchmark` and `demo`."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ Model = Annotated[
 Layer = Annotated[
     str,
     typer.Option(
-        help=f"{', '.join(f'`{name}`' for name in LAYER_SELECTORS)}, a number, or several with commas.",
+        help=f"{', '.join(f'`{name}`' for name in LAYER_SELECTORS)}, `hub:REPO`, a number, or several with commas.",
     ),
 ]
+Edits = Annotated[str, typer.Argument(help="An edit folder, or its repository on the Hub.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save the edit in.")]
 
 
@@ -61,6 +62,9 @@ def locate(
     loss: Annotated[str, typer.Option(help="`sequence` or `answer`.")] = "sequence",
     kappa: Annotated[float, typer.Option(help="Width of the outlier fence in interquartile ranges.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Save the chart as a picture.")] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Share what was found in this repository on the Hub, for `--layer hub:REPO`.")
+    ] = None,
 ) -> None:
     """Find the golden layer of MODEL, by Layer Gradient Analysis, another selector, or all of them."""
     from dataclasses import replace
@@ -88,6 +92,9 @@ def locate(
             continue
         assert wrapped.layer_selection is not None
         found.append(wrapped.layer_selection)
+        if push is not None:
+            commit = wrapped.push_golden_layers(push)
+            console.print(f"Shared the layers of {name}: {escape(str(commit))}")
     if selector != "all" and found[0].scores is not None:
         console.print(layer_chart(found[0], kappa))
     console.print(selections_table(found))
@@ -143,17 +150,21 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
     generation: Annotated[bool, typer.Option(help="Let the models write freely as well.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save all figures as JSON.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the figures into the folder and its model card.")] = False,
 ) -> None:
     """Measure the edits of FOLDER beside the base model."""
     import json
 
     from goldenedit import EditModel, load_requests
-    from goldenedit.storage.folder import read_edit_folder
 
     requests = None if file is None else load_requests(file)
-    base, tokenizer = load_model(model or read_edit_folder(folder).base_model.name_or_path)
-    found = EditModel.from_pretrained(base, folder, tokenizer=tokenizer).evaluate(requests, generation)
+    base, tokenizer = load_model(model or base_name_of(folder))
+    edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
+    found = edit_model.evaluate(requests, generation)
     console.print(evaluation_table(found))
+    if card:
+        edit_model.save_pretrained(folder)
+        console.print(f"Written into {escape(str(folder / 'README.md'))}")
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {escape(str(output))}")
@@ -208,26 +219,99 @@ def golden_layers(
 
 
 @app.command()
-def show(folder: Annotated[Path, typer.Argument(help="An edit folder.")]) -> None:
-    """Show what an edit folder changes."""
+def show(
+    folder: Edits,
+    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
+    replay: Annotated[
+        bool, typer.Option(help="Load the base model, and see whether the edits do what they list and no more.")
+    ] = True,
+) -> None:
+    """Show what an edit changes, and whether its facts explain it."""
     from goldenedit.storage.folder import folder_size, read_edit_folder
+    from goldenedit.storage.hub import find_folder
 
-    content = read_edit_folder(folder)
+    path = find_folder(folder)
+    content = read_edit_folder(path)
     config = content.config
     summary = Table.grid(padding=(0, 2))
     summary.add_row("base model", escape(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
     summary.add_row("editor", config.method)
     summary.add_row(
-        "layer", f"{config.target_layer}, chosen by {config.layer if isinstance(config.layer, str) else 'hand'}"
+        "layer",
+        escape(f"{config.target_layer}, chosen by {config.layer if isinstance(config.layer, str) else 'hand'}"),
     )
     summary.add_row("key covariance", escape(config.covariance))
     for made in content.edits:
-        for path, delta in made.deltas.items():
-            text = f"{path}, rank {delta.rank}, norm {delta.dense().norm().item():.2f}"
-            summary.add_row(escape(made.name), escape(text))
-    summary.add_row("size", f"{folder_size(folder) / 1000:.1f} KB")
+        for module, delta in made.deltas.items():
+            summary.add_row(escape(made.name), escape(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
+    summary.add_row("size", f"{folder_size(path) / 1000:.1f} KB")
     console.print(summary)
     console.print(facts_table(content.edits))
+    if replay:
+        show_audit(path, model or content.base_model.name_or_path)
+
+
+def show_audit(folder: Path, base_name: str) -> None:
+    """Print norms relative to the base model's matrices, and what the listed facts do not explain."""
+    from goldenedit import EditModel
+    from goldenedit.audit import audit
+
+    try:
+        base, tokenizer = load_model(base_name)
+    except (OSError, ValueError) as error:
+        text = f"The base model was not found, so nothing is compared with it: pass --model. ({error})"
+        console.print(escape(text), style="yellow")
+        return
+    found = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
+    table = Table("edit", "module", "norm, relative to the base matrix", "not explained by its facts")
+    for made in found:
+        for module in made.modules:
+            share = "cannot be told" if module.unexplained is None else f"{module.unexplained:.1%}"
+            table.add_row(escape(made.name), escape(module.path), f"{module.norm:.2%}", share)
+    console.print(table)
+    for made in found:
+        for warning in made.warnings:
+            console.print(f"Warning: edit {made.name!r}: {warning}.", style="bold red", markup=False)
+    if not any(made.warnings for made in found):
+        console.print("The edits do what they list, and their facts explain them.")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An edit folder.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, created where there is none.")],
+    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
+    merged: Annotated[bool, typer.Option(help="Push the base model with the edits in its weights.")] = False,
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+) -> None:
+    """Share the edits of FOLDER on the Hub, or the checkpoint that they make."""
+    from goldenedit import EditModel
+
+    base, tokenizer = load_model(model or base_name_of(folder))
+    edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
+    verb = edit_model.push_merged_to_hub if merged else edit_model.push_to_hub
+    commit = verb(repo, private=private, revision=revision, create_pr=create_pr)
+    console.print(f"Shared: {escape(str(commit.pr_url or commit))}")
+
+
+@app.command()
+def export(
+    folder: Edits,
+    gguf: Annotated[Path, typer.Option(help="File to write, a LoRA adapter for llama.cpp.")],
+    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
+) -> None:
+    """Write an edit as a GGUF adapter: `llama-cli -m base.gguf --lora FILE`."""
+    from transformers import AutoConfig
+
+    from goldenedit.storage.folder import read_edit_folder
+    from goldenedit.storage.gguf import export_gguf
+    from goldenedit.storage.hub import find_folder
+
+    content = read_edit_folder(find_folder(folder))
+    export_gguf(content, AutoConfig.from_pretrained(model_source(model or content.base_model.name_or_path)), gguf)
+    console.print(f"Saved in {escape(str(gguf))}")
 
 
 @app.command()
@@ -247,11 +331,23 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from goldenedit.packaged import PACKAGED_MODELS, packaged_model
-
-    source = str(packaged_model(name)) if name in PACKAGED_MODELS and not Path(name).exists() else name
+    source = model_source(name)
     with console.status(f"Loading {escape(name)}"):
         return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+
+
+def model_source(name: str) -> str:
+    """Return the folder of a packaged model, or the name of any other as it is."""
+    from goldenedit.packaged import PACKAGED_MODELS, packaged_model
+
+    return str(packaged_model(name)) if name in PACKAGED_MODELS and not Path(name).exists() else name
+
+
+def base_name_of(folder: Path) -> str:
+    """Return the name of the model that the edits of a folder were made on."""
+    from goldenedit.storage.folder import read_edit_folder
+
+    return read_edit_folder(folder).base_model.name_or_path
 
 
 def name_of_data(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,6 +15,7 @@ METHODS = ("rome", "r-rome", "memit", "emmet", "pmet", "alphaedit", *TRAINED)
 REGULARIZERS = ("rect", "prune")
 SCORED_SELECTORS = ("lga", "selectivity", "linear_response", "causal_tracing", "sweep", "auto")  # a score per layer
 LAYER_SELECTORS = (*SCORED_SELECTORS, "published", "random")
+HUB_LAYER = "hub:"  # before the name of a repository with golden layers
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 
@@ -54,7 +56,10 @@ class EditConfig:
     method: str = field(default="r-rome", metadata={"help": f"Editor, one of {METHODS}."})
     layer: int | list[int] | str = field(
         default="lga",
-        metadata={"help": f"Layer to edit: a number, several numbers (edited together), or one of {LAYER_SELECTORS}."},
+        metadata={
+            "help": f"Layer to edit: a number, several numbers (edited together), one of {LAYER_SELECTORS}, or "
+            "'hub:repo' (or 'hub:repo@revision') for what a repository on the Hub says of these weights."
+        },
     )
     layer_pattern: str = field(
         default="golden",
@@ -195,11 +200,7 @@ class EditConfig:
         _check_choice("method", self.method, METHODS)
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
         _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
-        if isinstance(self.layer, str):
-            _check_choice("layer", self.layer, LAYER_SELECTORS, "a number or a list of numbers")
-        else:
-            self.layer = _layer_numbers(self.layer)
-            self.target_layer = self.layer
+        self._check_layers()
         if self.regularizer is not None:
             _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")
         if self.method == "alphaedit" and self.covariance == "identity":
@@ -220,6 +221,18 @@ class EditConfig:
                 request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
                 for request in self.proxy
             ]
+
+    def _check_layers(self) -> None:
+        if isinstance(self.layer, str):
+            if not self.layer.removeprefix(HUB_LAYER) or not self.layer.startswith(HUB_LAYER):
+                _check_choice("layer", self.layer, LAYER_SELECTORS, "'hub:repo', a number or a list of numbers")
+            if self.target_layer is not None:
+                self.target_layer = _layer_numbers(self.target_layer, "target_layer")
+        else:
+            self.layer = _layer_numbers(self.layer)
+            self.target_layer = self.layer
+        for score in _scores(self.layer_scores):
+            _check_number("layer_scores", score, -sys.float_info.max, optional=True)
 
     def _check_numbers(self) -> None:
         for name in _COUNTS:
@@ -302,7 +315,8 @@ def _check_number(
         return
     kinds = (int,) if whole else (int, float)
     number = isinstance(value, kinds) and not isinstance(value, bool)
-    number = number and (math.isfinite(value) or (infinite and value == math.inf))
+    # Not math.isfinite, which raises OverflowError on large ints.
+    number = number and (abs(value) <= sys.float_info.max or (infinite and value == math.inf))
     if not number or value < least or (exclusive and value == least):
         kind = "a whole number" if whole else "a number"
         bound = "above" if exclusive else "of at least"
@@ -315,10 +329,18 @@ def _check_texts(name: str, value: Any) -> None:
         raise ValueError(f"EditConfig.{name} must be a text or a list of texts, got {value!r}.")
 
 
-def _layer_numbers(layer: Any) -> int | list[int]:
+def _scores(scores: Any) -> list[Any]:
+    if not isinstance(scores, list | None):
+        raise ValueError(f"EditConfig.layer_scores must be a list of numbers, got {scores!r}.")
+    return scores or []
+
+
+def _layer_numbers(layer: Any, name: str = "layer") -> int | list[int]:
     numbers = list(layer) if isinstance(layer, list | tuple) else [layer]
     if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise ValueError(f"EditConfig.layer must be a layer's number or a list of them, counted from 0, got {layer!r}.")
+        raise ValueError(
+            f"EditConfig.{name} must be a layer's number or a list of them, counted from 0, got {layer!r}."
+        )
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"EditConfig.layer names a layer twice: {layer!r}.")
+        raise ValueError(f"EditConfig.{name} names a layer twice: {layer!r}.")
     return numbers[0] if isinstance(layer, int) or len(numbers) == 1 else sorted(numbers)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo
 from peft import PeftModel
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
+from goldenedit.cache import cache_key
 from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
 from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.edit import Changes, prepare_facts, train_facts
@@ -28,19 +29,32 @@ from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.requests import EditRequest, distinct
+from goldenedit.storage.atlas import GoldenLayers
 from goldenedit.storage.card import render_card
+from goldenedit.storage.checkpoint import WEIGHTS, golden_metadata, write_checkpoint
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import (
+    CARD,
+    EDIT_FILES,
     BaseModel,
     Edit,
     EditedFact,
     EditFolder,
+    is_edit_name,
     joined,
     joined_state,
     read_edit_folder,
     write_edit_folder,
 )
-from goldenedit.storage.hub import find_folder, push_folder
+from goldenedit.storage.hub import (
+    DownloadOptions,
+    cached_commit,
+    find_folder,
+    is_repo_id,
+    make_repo,
+    push_folder,
+    push_golden_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +125,7 @@ class EditModel(nn.Module):
         self.base_info = BaseModel(
             name_or_path=model.name_or_path or type(model).__name__,
             fingerprint=fingerprint(model),
-            revision=getattr(model.config, "_commit_hash", None),
+            revision=cached_commit(str(model.name_or_path)),
             architecture=type(model).__name__,
         )
         self.edits: dict[str, Edit] = {}
@@ -119,6 +133,7 @@ class EditModel(nn.Module):
         self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
         self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
+        self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the edits that were on
 
     # ------------------------------------------------------------------ editing
 
@@ -185,7 +200,8 @@ class EditModel(nn.Module):
             for request, before, found, steps in zip(requests, made.probability_before, after, made.steps, strict=True)
         ]
         conv1d = peft_adapters.is_conv1d(self.model, made.deltas)
-        self.edits[name] = Edit(name, facts, made.deltas, conv1d, made.state, made.relative_error)
+        contexts = None if self.edit_config.method in TRAINED else self.contexts_hash()
+        self.edits[name] = Edit(name, facts, made.deltas, conv1d, made.state, made.relative_error, contexts)
         return self.edits[name]
 
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
@@ -202,6 +218,11 @@ class EditModel(nn.Module):
             statistics = self.base_facts.statistics(base, config)
         prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, config, contexts)
         return prepared.changes(config, statistics, remembered)
+
+    def contexts_hash(self) -> str:
+        """Return a short name for the prefixes that this model samples by its config."""
+        with self.disable_adapter():
+            return cache_key(contexts=self.base_facts.contexts(self.get_base_model(), self.edit_config))
 
     def _check_perplexity(self, name: str) -> None:
         """Raise ValueError where the active edits harm plain text more than the config allows."""
@@ -226,6 +247,8 @@ class EditModel(nn.Module):
     ) -> Evaluation:
         """Measure the active edits beside the base model, in every family of scores that the facts have prompts for.
 
+        What was measured last goes into the model card when these edits are saved.
+
         Args:
             requests: The facts; by default those of the active edits.
             generation: Let both models write freely as well, which takes longer.
@@ -234,6 +257,7 @@ class EditModel(nn.Module):
         Raises:
             ValueError: There are no facts, or one cannot be tokenised.
         """
+        own = requests is None
         if requests is None:
             requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
         if not requests:
@@ -242,7 +266,9 @@ class EditModel(nn.Module):
         edited = observe(base, self.tokenizer, requests, generation, neighbors)
         with self.disable_adapter():
             before = observe(base, self.tokenizer, requests, generation, neighbors)
-        return Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
+        found = Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
+        self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(requests), **found.to_dict()}
+        return found
 
     # ------------------------------------------------------------------ adapters, as PEFT has them
 
@@ -273,6 +299,7 @@ class EditModel(nn.Module):
         peft_adapters.check_names(self.model, [adapter_name])
         self.model = peft_adapters.remove(self.model, adapter_name)
         del self.edits[adapter_name]
+        self._evaluations = {names: found for names, found in self._evaluations.items() if adapter_name not in names}
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -335,13 +362,18 @@ class EditModel(nn.Module):
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
         """Write the active edits into the weights and return the plain model.
 
-        This wrapper then has no edits, and sequential editors have forgotten them.
+        Its config says which layers were edited, `golden_layers`, and by whom. This wrapper then has no edits, and
+        sequential editors have forgotten them.
         """
         if isinstance(self.model, PeftModel):
+            active = self.active_adapters
+            metadata = golden_metadata(self._content(active)) if active else {}
             self.model = self.model.merge_and_unload(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=self.active_adapters
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=active
             )
             self.edits = {}
+            self._evaluations = {}
+            self.model.config.update(metadata)
             self.base_info = BaseModel(
                 self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
             )
@@ -375,23 +407,19 @@ class EditModel(nn.Module):
         Raises:
             ValueError: There is nothing to save.
         """
-        names = self.active_adapters if selected_adapters is None else selected_adapters
-        if not names:
-            raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
+        content = self._content(self.active_adapters if selected_adapters is None else selected_adapters)
+        names = [edit.name for edit in content.edits]
         if selected_adapters is None and (left_out := [name for name in self.edits if name not in names]):
             logger.warning("Saving the active edits; %s are switched off and not saved.", left_out)
-        config = self.edit_config
-        edits = [self._edit(name) for name in names]
-        rank, pays = sum(edit.rank for edit in edits), min(edit.paying_rank for edit in edits)
+        rank, pays = sum(edit.rank for edit in content.edits), min(edit.paying_rank for edit in content.edits)
         if rank > pays:
             logger.warning(
                 "The saved edits have rank %d together. Above %d their factors outgrow the matrices they change, or "
-                "what vLLM loads: share an edited checkpoint (merge_and_unload()), or fuse them by "
+                "what vLLM loads: share an edited checkpoint (push_merged_to_hub()), or fuse them by "
                 "add_weighted_adapter(), which leaves the smallest singular values out.",
                 rank,
                 pays,
             )
-        content = EditFolder(edits, config, self.base_info, _versions(), self._proxy_hash)
         write_edit_folder(Path(save_directory), content, render_card(content))
 
     def push_to_hub(
@@ -405,21 +433,133 @@ class EditModel(nn.Module):
     ) -> CommitInfo:
         """Share the active edits: what `save_pretrained` writes, in one commit to a repository on the Hub.
 
+        Args:
+            repo_id: The repository, created where there is none.
+            private: Whether a repository that is created is private.
+            revision: Branch to commit to, created where there is none.
+            commit_message: Message of the commit.
+            create_pr: Open a pull request instead of committing.
+            token: Token of the Hub; by default the one of `hf auth login`.
+
         Raises:
             ValueError: There is nothing to save.
             huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
         """
+        _check_branch(revision, create_pr)
+        content = self._content(self.active_adapters)
+        self._check_base_name()
+        repo_id = make_repo(repo_id, private, token)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "edit"
-            self.save_pretrained(folder)
+            write_edit_folder(folder, content, render_card(content, repo_id))
             return push_folder(
                 folder,
                 repo_id,
-                private=private,
+                files=EDIT_FILES,
                 revision=revision,
                 commit_message=commit_message,
                 create_pr=create_pr,
                 token=token,
+            )
+
+    def push_merged_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload edited checkpoint",
+        create_pr: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Share an edited checkpoint: weights with the active edits written into them, tokenizer, facts and card.
+
+        `config.json` says which layers were edited, `golden_layers`. This model stays as it is. Arguments and errors
+        are those of `push_to_hub`.
+        """
+        _check_branch(revision, create_pr)
+        content = self._content(self.active_adapters)
+        self._check_base_name()
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "checkpoint"
+            with peft_adapters.merged(self.model, self.active_adapters) as model:
+                write_checkpoint(folder, model, self.tokenizer, content)
+            repo_id = make_repo(repo_id, private, token)
+            (folder / CARD).write_text(render_card(content, repo_id, merged=True), encoding="utf-8")
+            return push_folder(
+                folder,
+                repo_id,
+                stale=(*EDIT_FILES, *WEIGHTS),  # an adapter left there would be loaded in place of the checkpoint
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                token=token,
+            )
+
+    def push_golden_layers(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload golden layers",
+        create_pr: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Share which layers the selector chose, with their scores: `EditConfig(layer="hub:repo_id")` reads them.
+
+        The repository's file keeps what it says of other models, selectors and editors. Arguments and errors are those
+        of `push_to_hub`.
+        """
+        _check_branch(revision, create_pr)
+        self._check_base_name()
+        return push_golden_layers(
+            self.golden_layers(),
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+        )
+
+    def golden_layers(self) -> GoldenLayers:
+        """Return what the layer selector found, with all that says where it comes from.
+
+        Raises:
+            ValueError: No selector has run.
+        """
+        found = self.layer_selection
+        if found is None:
+            raise ValueError("No layer selector has run: call select_layer() first, with a selector in EditConfig.")
+        return GoldenLayers(
+            self.base_info.name_or_path,
+            self.base_info.fingerprint,
+            found.selector,
+            found.layers,
+            found.scores,
+            self.edit_config.method,
+            self.base_info.revision,
+            self.base_info.architecture,
+            found.facts,
+            self._proxy_hash,
+            found.cost.seconds,
+            found.forward_equivalents,
+            _versions(),
+        )
+
+    def _content(self, names: Sequence[str]) -> EditFolder:
+        """Return what is saved of some edits."""
+        if not names:
+            raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
+        edits = [self._edit(name) for name in names]
+        evaluation = self._evaluations.get(tuple(names))
+        return EditFolder(edits, self.edit_config, self.base_info, _versions(), self._proxy_hash, evaluation)
+
+    def _check_base_name(self) -> None:
+        if not is_repo_id(self.base_info.name_or_path):
+            logger.warning(
+                "The base model is called %r, which is no name on the Hub: who loads what you share has to bring the "
+                "base model. Load it by its name there before you edit.",
+                self.base_info.name_or_path,
             )
 
     @classmethod
@@ -430,7 +570,7 @@ class EditModel(nn.Module):
         adapter_name: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ignore_fingerprint: bool = False,
-        **download: Any,
+        **download: Unpack[DownloadOptions],
     ) -> EditModel:
         """Put saved edits on their base model and switch them on.
 
@@ -440,15 +580,20 @@ class EditModel(nn.Module):
             adapter_name: Name for what is loaded, as one edit; by default each edit has its own name back.
             tokenizer: The model's tokenizer; by default the one at `model.name_or_path`.
             ignore_fingerprint: Load the edits on a model with other weights than they were made on.
-            **download: Passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`,
-                `local_files_only`, ...
+            **download: For the Hub, as transformers has them: `revision`, `subfolder`, `token`, `cache_dir`,
+                `local_files_only`, `force_download`.
 
         Raises:
             ValueError: The folder is no edit folder, is damaged, or was made on another base model.
+            FileNotFoundError: There is no such folder, and no repository can be called so.
+            huggingface_hub.errors.HfHubHTTPError: The Hub has no such repository, revision or file, or refuses.
         """
         folder = find_folder(os.fspath(model_id), **download)
         content = read_edit_folder(folder)
-        edit_model = cls(model, content.config, tokenizer)
+        try:
+            edit_model = cls(model, content.config, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"The edits in {folder} do not fit this model: {error}") from error
         edit_model._proxy_hash = content.proxy_hash
         edit_model._load(content, folder, adapter_name, ignore_fingerprint)
         edit_model.set_adapter(list(edit_model.edits))
@@ -459,7 +604,7 @@ class EditModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str | None = None,
         ignore_fingerprint: bool = False,
-        **download: Any,
+        **download: Unpack[DownloadOptions],
     ) -> None:
         """Load the edits of another folder beside those that are there; `set_adapter` switches them on.
 
@@ -485,7 +630,10 @@ class EditModel(nn.Module):
         for edit in edits:
             self._new_name(edit.name)
             for path, delta in edit.deltas.items():
-                peft_adapters.check_fits(self.model, path, delta)
+                try:
+                    peft_adapters.check_fits(self.model, path, delta)
+                except ValueError as error:
+                    raise ValueError(f"The edits in {folder} do not fit this model: {error}") from error
         added: list[str] = []
         try:
             for edit in edits:
@@ -496,6 +644,8 @@ class EditModel(nn.Module):
                 self.model = peft_adapters.remove(self.model, name)
             raise
         self.edits |= {edit.name: edit for edit in edits}
+        if content.evaluation is not None:
+            self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
 
     def _edit(self, name: str) -> Edit:
         peft_adapters.check_names(self.model, [name])
@@ -507,7 +657,7 @@ class EditModel(nn.Module):
             while f"edit_{number}" in self.peft_config:
                 number += 1
             return f"edit_{number}"
-        if not name or not name.replace("-", "_").replace(" ", "_").isidentifier():
+        if not is_edit_name(name):
             raise ValueError(f"{name!r} cannot name an edit: use letters, digits, '_', '-' and spaces.")
         if name in self.peft_config:
             raise ValueError(
@@ -532,6 +682,11 @@ class EditModel(nn.Module):
             if name == "model":  # not set yet
                 raise
             return getattr(self.model, name)
+
+
+def _check_branch(revision: str | None, create_pr: bool) -> None:
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"A pull request is always to main: leave revision={revision!r} or create_pr=True out.")
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -1,13 +1,31 @@
-"""A fixed edit folder with two edits of different modules and ranks."""
+"""Edit folders for tests: a fixed one with two edits of different modules and ranks, and what damages one."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.requests import EditRequest
-from goldenedit.storage.folder import BaseModel, Edit, EditedFact, EditFolder
+from goldenedit.storage.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EDIT_CONFIG,
+    EDIT_STATE,
+    EDITS,
+    BaseModel,
+    Edit,
+    EditedFact,
+    EditFolder,
+)
 
 PARIS = EditRequest(
     "{} is located in the city of", "The Eiffel Tower", "Rome", "Paris", ("You find The Eiffel Tower in",)
@@ -38,20 +56,112 @@ def edit_folder() -> EditFolder:
     )
 
 
+def settings_of(content: EditFolder) -> dict[str, Any]:
+    """Return all that an edit folder says but for its edits."""
+    return {name: value for name, value in vars(content).items() if name != "edits"}
+
+
 def assert_same(found: EditFolder, expected: EditFolder) -> None:
     """Assert that two contents are equal, factors bit by bit."""
-    assert (found.config, found.base_model, found.versions, found.proxy_hash) == (
-        expected.config,
-        expected.base_model,
-        expected.versions,
-        expected.proxy_hash,
-    )
+    assert settings_of(found) == settings_of(expected)
     assert [edit.name for edit in found.edits] == [edit.name for edit in expected.edits]
     for one, other in zip(found.edits, expected.edits, strict=True):
-        assert (one.facts, one.fan_in_fan_out) == (other.facts, other.fan_in_fan_out)
+        for name in ("facts", "fan_in_fan_out", "relative_error", "contexts_hash"):
+            assert getattr(one, name) == getattr(other, name), name
         assert list(one.deltas) == sorted(other.deltas)
+        assert list(one.state) == sorted(other.state)
+        assert all(torch.equal(held, other.state[name]) for name, held in one.state.items())
         for path, factors in one.deltas.items():
             # An edit's smaller deltas come back padded to its rank.
             wanted = other.deltas[path].padded(other.rank)
             assert torch.equal(factors.A, wanted.A)
             assert torch.equal(factors.B, wanted.B)
+
+
+# ---------------------------------------------------------------------- folders that someone changed
+
+
+def change_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Change what a JSON file holds; `edit_config.json` gets a new digest of itself, the others none in there."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    if isinstance(content, dict) and "digest" in content:
+        rest = {name: value for name, value in content.items() if name != "digest"}
+        content["digest"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change what a file of tensors holds in place."""
+    tensors = load(path.read_bytes())
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def resign(folder: Path) -> None:
+    """Recompute the digests, as an author does who changes files and wants them believed."""
+
+    def update(sidecar: dict[str, Any]) -> None:
+        for name in sidecar["files"]:
+            if (folder / name).is_file():
+                sidecar["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+    change_json(folder / EDIT_CONFIG, update)
+
+
+def rename_edit(folder: Path, old: str, new: Any) -> None:
+    """Give an edit another name in every file that has it, with new digests."""
+
+    def rename(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            record["name"] = new if record["name"] == old else record["name"]
+
+    def rename_state(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(f"{old}/")]:
+            tensors[f"{new}/{name.removeprefix(f'{old}/')}"] = tensors.pop(name)
+
+    change_json(folder / EDIT_CONFIG, lambda sidecar: rename(sidecar["edits"]))
+    change_json(folder / EDITS, rename)
+    if (folder / EDIT_STATE).is_file():
+        change_tensors(folder / EDIT_STATE, rename_state)
+    resign(folder)
+
+
+def rename_module(folder: Path, old: str, new: str) -> None:
+    """Let an edit be of another module in every file, with new digests."""
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if f".{old}.lora_" in name]:
+            tensors[name.replace(f".{old}.lora_", f".{new}.lora_")] = tensors.pop(name)
+
+    def renamed(paths: list[str]) -> list[str]:
+        return [new if path == old else path for path in paths]
+
+    change_json(folder / ADAPTER_CONFIG, lambda lora: lora.update(target_modules=renamed(lora["target_modules"])))
+    change_json(
+        folder / EDIT_CONFIG,
+        lambda sidecar: [edit.update(modules=renamed(edit["modules"])) for edit in sidecar["edits"]],
+    )
+    change_tensors(folder / ADAPTER_WEIGHTS, rename)
+    resign(folder)
+
+
+def set_ranks(folder: Path, first: int, second: int, factors: bool) -> None:
+    """Let both edits have other ranks in the configs, and in the factors too; with new digests."""
+    rank = first + second
+    change_json(folder / ADAPTER_CONFIG, lambda lora: lora.update(r=rank, lora_alpha=rank))
+
+    def update(sidecar: dict[str, Any]) -> None:
+        sidecar["edits"][0]["ranks"], sidecar["edits"][1]["ranks"] = [0, first], [first, rank]
+
+    def pad(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            is_a = ".lora_A." in name
+            rows = tensor if is_a else tensor.T
+            padded = torch.cat([rows, rows.new_zeros(max(rank - len(rows), 0), rows.shape[1])])[:rank]
+            tensors[name] = padded if is_a else padded.T
+
+    change_json(folder / EDIT_CONFIG, update)
+    if factors:
+        change_tensors(folder / ADAPTER_WEIGHTS, pad)
+    resign(folder)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def save(folder, **files):
-    with replacing_folder(folder) as new:
+def save(folder, but=(), **files):
+    with replacing_folder(folder, but) as new:
         for name, text in files.items():
             (new / name).write_text(text)
 
@@ -57,6 +58,32 @@ def test_files_are_replaced_and_others_are_kept(old):
     assert [path.name for path in old.parent.iterdir()] == ["edit"]
 
 
+def test_what_but_names_goes_and_nothing_that_is_called_alike(old):
+    (old / "three").mkdir()
+    (old / "three" / "deep").write_text("old")
+    (old / "four").symlink_to("one")
+    (old / "five").symlink_to("nothing")
+    (old / "sub").mkdir()
+    (old / "sub" / "two").write_text("mine")
+    (old / "two.txt").write_text("mine")
+    save(old, but=("one", "two", "three", "four", "five", "six"), one="new")
+    assert contents(old) == {"one": b"new", "sub/two": b"mine", "two.txt": b"mine"}
+    assert {path.name for path in old.iterdir()} == {"one", "sub", "two.txt"}
+
+
+def test_a_dangling_link_is_carried_over(old):
+    (old / "link").symlink_to("nothing")
+    save(old, one="new")
+    assert os.readlink(old / "link") == "nothing"
+
+
+def test_an_error_inside_leaves_what_but_names_too(old):
+    before = contents(old)
+    with pytest.raises(RuntimeError), replacing_folder(old, but=("one", "two")):
+        raise RuntimeError
+    assert contents(old) == before
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
 def test_an_error_inside_leaves_the_old_folder_and_nothing_beside_it(old, error):
     before = contents(old)
@@ -90,6 +117,13 @@ def test_who_may_read_a_new_folder_is_up_to_the_umask(tmp_path):
     (tmp_path / "plain").mkdir()
     save(tmp_path / "edit", one="1")
     assert (tmp_path / "edit").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes")
+def test_who_may_read_an_old_folder_is_kept(old):
+    old.chmod(0o700)
+    save(old, one="new")
+    assert stat.S_IMODE(old.stat().st_mode) == 0o700
 
 
 FULL_DISK = """
@@ -158,6 +192,25 @@ def test_a_folder_may_be_replaced_from_inside(old):
     assert contents(old) == {"one": b"new", "two": b"old"}
     assert output.returncode == 0, output.stderr
     assert "one" in output.stdout
+
+
+GONE = """
+import os, sys
+from pathlib import Path
+from goldenedit.storage.atomic import replacing_folder
+os.rmdir(os.getcwd())  # as when another process saves to the folder that this one is in
+with replacing_folder(Path(sys.argv[1])) as new:
+    (new / "one").write_text("new")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps the folder that a process is in")
+def test_a_folder_is_replaced_by_a_process_whose_own_folder_is_gone(old):
+    (old.parent / "gone").mkdir()
+    command = [sys.executable, "-c", GONE, str(old)]
+    output = subprocess.run(command, cwd=old.parent / "gone", capture_output=True, text=True, timeout=60)
+    assert output.returncode == 0, output.stderr
+    assert contents(old) == {"one": b"new", "two": b"old"}
 
 
 def test_a_link_to_a_folder_stays_a_link(old):

@@ -1,15 +1,21 @@
 """The model card, whole."""
 
+import ast
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from contents import edit_folder
+from contents import delta, edit_folder
 from huggingface_hub import ModelCard
 
-from goldenedit.config import EditConfig
+from goldenedit import EditModel, EditRequest, get_edit_model
+from goldenedit.config import METHODS, EditConfig
 from goldenedit.storage.card import render_card
 from goldenedit.storage.folder import BaseModel, Edit, EditFolder
+from models import tiny_model
 
 EXPECTED = Path(__file__).with_name("card.md")
 
@@ -27,11 +33,14 @@ def test_the_metadata_of_the_card_are_what_the_hub_reads():
     assert data.tags == ["knowledge-editing", "r-rome", "golden-layer"]
 
 
-@pytest.mark.parametrize("name", ['C:\\models\\a "quoted" one', "./models/x: y", "Ä/ö", "- a", "#1/x"])
-def test_any_name_of_a_base_model_is_one_text_in_the_metadata(name):
+@pytest.mark.parametrize("name", ['C:\\models\\a "quoted" one', "./models/x: y", "Ä/ö", "- a", "#1/x", "nameless"])
+def test_a_base_model_that_the_hub_cannot_have_is_named_in_the_text_alone(name):
     content = edit_folder()
-    content = EditFolder(content.edits, content.config, BaseModel(name, "0" * 32), content.versions)
-    assert ModelCard(render_card(content)).data.base_model == name
+    card = ModelCard(render_card(EditFolder(content.edits, content.config, BaseModel(name, "0" * 32))))
+    assert card.data.base_model is None  # the Hub refuses cards that name what it cannot have
+    assert f"`{name}`" in card.text
+    (loading, *_) = [line for line in card.text.splitlines() if line.startswith("base = ")]
+    assert ast.literal_eval(loading.partition("from_pretrained(")[2].removesuffix(")")) == name
 
 
 def test_every_fact_is_one_row_and_at_most_20_are_shown():
@@ -56,8 +65,10 @@ def test_conv1d_is_said():
     content = edit_folder()
     edits = [Edit(edit.name, edit.facts, edit.deltas, fan_in_fan_out=True) for edit in content.edits]
     card = render_card(EditFolder(edits, content.config, content.base_model))
-    assert "vLLM and llama.cpp have no LoRA" in card
-    assert "vLLM" not in render_card(content)
+    assert "vLLM has no LoRA" in card
+    assert "from vllm" not in card
+    assert "llama-cli" in card
+    assert "no LoRA" not in render_card(content)
 
 
 def test_the_selector_and_the_covariance_are_said():
@@ -76,3 +87,121 @@ def test_a_card_tells_what_storing_a_dense_change_costs_and_no_covariance_that_w
     card = render_card(content)
     assert "| stored as low rank | relative error 4.2e-03 |\n| versions |" in card
     assert "key covariance" not in card
+
+
+EVALUATION = {
+    "own_facts": True,
+    "facts": 3,
+    "edited": {
+        "probability": {"efficacy": 1.0, "score": None, "n": 2, "intervals": {"efficacy": [0.9, 1.0]}},
+        "token_match": {"rewrite": 0.75, "n": 3, "intervals": {"rewrite": [0.5, 1.0]}},
+    },
+    "base": {"probability": {"efficacy": 0.25}, "token_match": {"rewrite": 0.0}},
+}
+
+
+def test_what_was_measured_is_in_the_text_and_in_the_metadata_by_family():
+    card = ModelCard(render_card(replace(edit_folder(), evaluation=EVALUATION), "me/edit"))
+    assert "On the edited facts, n = 3, with 95% bootstrap intervals over facts:" in card.text
+    assert "| probability | efficacy | 2 | 1.000 | 0.900 to 1.000 | 0.250 |\n" in card.text
+    assert "| token_match | rewrite | 3 | 0.750 | 0.500 to 1.000 | 0.000 |\n" in card.text
+    assert "*probability*: is the new answer" in card.text
+    assert card.data.model_name == "me/edit"
+    found = [(one.metric_type, one.metric_name, one.metric_value, one.dataset_name) for one in card.data.eval_results]
+    assert found == [
+        ("efficacy", "probability: efficacy (n = 2)", 1.0, "the edited facts"),
+        ("rewrite", "token_match: rewrite (n = 3)", 0.75, "the edited facts"),
+    ]
+    assert "Evaluation" not in render_card(edit_folder())
+
+
+def test_scores_of_layers_are_a_table_with_the_edited_one_in_bold():
+    config = EditConfig(layer="lga", target_layer=1, layer_scores=[0.5, 1.25, None])
+    card = render_card(replace(edit_folder(), config=config))
+    assert "| layer | score |\n|---|---|\n| 0 | 0.5 |\n| **1** | 1.25 |\n| 2 | - |\n" in card
+    assert "Golden layer" not in render_card(edit_folder())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_lists_the_constants_of_its_editor_and_no_others(method):
+    card = render_card(replace(edit_folder(), config=EditConfig(method=method, layer=1)))
+    (line,) = [line for line in card.splitlines() if line.startswith("| constants |")]
+    assert ("clamp 4.0" in line) == (method not in ("ft-l", "ft-m", "lora", "ultraedit"))
+    assert ("lora_rank 8" in line) == (method == "lora")
+    assert ("finetune_lr 0.005" in line) == (method in ("ft-l", "ft-m", "lora"))
+    assert ("null_space_threshold 3.0" in line) == (method == "alphaedit")
+    assert ("covariance_weight 1.0" in line) == (method in ("memit", "pmet"))
+    assert "None" not in line
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(1, 1), (2, 8), (512, 512), (513, None)])
+def test_vllm_is_told_a_rank_that_it_knows(rank, limit):
+    content = edit_folder()
+    one = replace(content.edits[0], deltas={"model.layers.1.mlp.down_proj": delta(rank, 0)})
+    card = render_card(replace(content, edits=[one]))
+    assert (f"max_lora_rank={limit}" in card) == (limit is not None)
+    assert ("above 512" in card) == (limit is None)
+
+
+def test_the_card_of_a_checkpoint_loads_it_as_a_model():
+    card = ModelCard(render_card(edit_folder(), "me/edited", merged=True))
+    assert (card.data.library_name, card.data.base_model_relation) == ("transformers", "finetune")
+    assert 'AutoModelForCausalLM.from_pretrained("me/edited")' in card.text
+    assert "LoRA" not in card.text
+    assert "edit_config.json" not in card.text  # a checkpoint has none
+
+
+def snippets(card: str) -> dict[str, str]:
+    """Return the Python of a card by what is imported first."""
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return {block.split()[1].split(".")[0]: block for block in blocks}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_snippets_of_a_card_run(hub, tokenizer, tmp_path):
+    tiny_model("llama").push_to_hub("tester/base")
+    tokenizer.push_to_hub("tester/base")
+    base = type(tiny_model("llama")).from_pretrained("tester/base")
+    options = {"layer": 1, "steps": 2, "contexts": 1, "covariance": "identity", "contrast": 0}
+    model = get_edit_model(base, EditConfig(**options), tokenizer)
+    model.edit(EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome"))
+    model.push_to_hub("tester/edit")
+    model.push_merged_to_hub("tester/merged")
+    expected = model(**tokenizer("Rome is", return_tensors="pt")).logits.sum().item()
+    card = ModelCard.load("tester/edit").content
+    assert ModelCard.load("tester/edit").data.base_model == "tester/base"
+    found = snippets(card)
+    assert set(found) == {"goldenedit", "peft", "transformers", "huggingface_hub"}
+    compile(found.pop("huggingface_hub"), "vLLM", "exec")
+    merged = snippets(ModelCard.load("tester/merged").content)
+    read = f"""
+ids = {tokenizer("Rome is")["input_ids"]}
+import torch
+print("SUM", model(input_ids=torch.tensor([ids])).logits.sum().item())
+"""
+    for block in [*found.values(), merged["transformers"]]:
+        output = subprocess.run([sys.executable, "-c", block + read], capture_output=True, text=True, check=True).stdout
+        assert float(output.partition("SUM ")[2]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_evaluation_goes_into_the_card_and_comes_back_with_the_edit(tokenizer, tmp_path):
+    options = {"layer": 1, "steps": 2, "contexts": 1, "covariance": "identity", "contrast": 0}
+    model = get_edit_model(tiny_model("llama"), EditConfig(**options), tokenizer)
+    model.edit(EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris"), name="tower")
+    model.save_pretrained(tmp_path / "before")
+    assert "## Evaluation" not in (tmp_path / "before" / "README.md").read_text()
+    measured = model.evaluate()
+    model.save_pretrained(tmp_path / "edit")
+    card = (tmp_path / "edit" / "README.md").read_text()
+    assert f"| probability | efficacy | 1 | {measured.edited['probability'].scores.efficacy:.3f} |" in card
+    again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
+    again.edit(EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "German"))
+    again.save_pretrained(tmp_path / "more")  # what was measured is not of these edits
+    assert "## Evaluation" not in (tmp_path / "more" / "README.md").read_text()
+    again.delete_adapter("tower")
+    again.edit(EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Berlin"), name="tower")
+    again.set_adapter("tower")
+    again.save_pretrained(tmp_path / "other")
+    assert "## Evaluation" not in (tmp_path / "other" / "README.md").read_text()

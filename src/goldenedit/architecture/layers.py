@@ -125,7 +125,7 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
     Raises:
         UnsupportedArchitectureError: Nothing was found, or `target_modules` do not fit the model.
     """
-    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     with evaluating(model), torch.no_grad():
         clean = _Clean(model, linears)
         layers = clean.decoder_layers()
@@ -145,7 +145,7 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
     return Architecture(layers, length, {index: mlp[-1] for index, mlp in mlps.items()}, mlps, probe.mixers)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Tell a linear map (nn.Linear, Conv1D, a quantised one) from other modules, by its weight and not by its name."""
     if next(module.children(), None) is not None or isinstance(module, nn.Embedding):
         return False
@@ -177,7 +177,7 @@ def _by_hand(model: nn.Module, layers: str, length: int, target_modules: str | S
     for path in paths:
         module = _get_submodule(model, path)
         index = path.removeprefix(f"{layers}.").split(".")[0]
-        if module is None or not _is_linear(module):
+        if module is None or not is_linear(module):
             raise UnsupportedArchitectureError(f"Target module {path!r} is not a linear map of the base model.")
         if not path.startswith(f"{layers}.") or not index.isdigit():
             raise UnsupportedArchitectureError(f"Target module {path!r} is not inside the decoder layers, {layers}.")

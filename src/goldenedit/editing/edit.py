@@ -144,15 +144,7 @@ def prepare_facts(
         batch_size = _facts_at_once(model, architecture, tokenizer, requests, layers, contexts)
     attention = config.method == "pmet"
     values = optimise_values(model, architecture, tokenizer, requests, layers, contexts, options, batch_size, attention)
-    count = config.contrast if config.contrast_weight > 0 else 0
-    contrasts = contrast_keys(model, architecture, tokenizer, requests, layers, count, config.seed)
-    anchor = config.anchor_bare_prompt and len(contexts) > 1  # else the bare key is the mean
-    found: dict[int, list[FactKeys]] = {}
-    for index, layer in enumerate(layers):
-        found[layer] = []
-        for keys, contrast in zip(values.keys[:, index], contrasts, strict=True):
-            weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
-            found[layer].append(FactKeys(keys[0], keys.mean(0), weighed, anchor))
+    found = fact_keys(model, architecture, tokenizer, requests, config, values.keys)
     modules = {
         layer: (
             architecture.down_projections[layer],
@@ -161,6 +153,32 @@ def prepare_facts(
         for layer in layers
     }
     return PreparedFacts(requests, values, found, modules, attention)
+
+
+def fact_keys(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    keys: Tensor,
+) -> dict[int, list[FactKeys]]:
+    """Return what editors know of each fact's keys, by target layer.
+
+    Args:
+        keys: `(N, m, contexts, d_in)`, keys of each fact in each context, that of the bare prompt first.
+    """
+    layers = config.target_layers
+    count = config.contrast if config.contrast_weight > 0 else 0
+    contrasts = contrast_keys(model, architecture, tokenizer, requests, layers, count, config.seed)
+    anchor = config.anchor_bare_prompt and keys.shape[2] > 1  # else the bare key is the mean
+    found: dict[int, list[FactKeys]] = {}
+    for index, layer in enumerate(layers):
+        found[layer] = []
+        for of_fact, contrast in zip(keys[:, index], contrasts, strict=True):
+            weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
+            found[layer].append(FactKeys(of_fact[0], of_fact.mean(0), weighed, anchor))
+    return found
 
 
 def _facts_at_once(

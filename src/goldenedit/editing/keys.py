@@ -77,7 +77,6 @@ def contrast_keys(
     return found
 
 
-@torch.no_grad()
 def subject_keys(
     model: nn.Module,
     architecture: Architecture,
@@ -92,12 +91,37 @@ def subject_keys(
         layers: The layers whose keys are wanted, ascending.
         batch_size: Requests a forward.
     """
+    return context_keys(model, architecture, tokenizer, requests, layers, [""], batch_size)[:, :, 0]
+
+
+@torch.no_grad()
+def context_keys(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    contexts: Sequence[str],
+    batch_size: int = 32,
+) -> Tensor:
+    """Return the key of each request behind each prefix, `(N, m, contexts, d_in)` float32.
+
+    Args:
+        layers: The layers whose keys are wanted, ascending.
+        contexts: Prefixes to each prompt.
+        batch_size: Rows a forward.
+    """
     longest = context_length(model.config)
-    rows = [encode(tokenizer, request.text, None, request.subject_end, longest) for request in requests]
+    rows = [
+        encode(tokenizer, prefix + request.text, None, len(prefix) + request.subject_end, longest)
+        for request in requests
+        for prefix in contexts
+    ]
     ids = [list(row.input_ids[: row.subject + 1]) for row in rows]
     groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
     with evaluating(model):
-        return torch.cat([_last_keys(model, architecture, group, layers, padding_id(tokenizer)) for group in groups])
+        found = [_last_keys(model, architecture, group, layers, padding_id(tokenizer)) for group in groups]
+    return torch.cat(found).unflatten(0, (len(requests), len(contexts))).transpose(1, 2)
 
 
 def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_dir, cache_key, write_atomically
-from goldenedit.config import EditConfig
+from goldenedit.config import HUB_LAYER, EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.covariance import LazyStatistics, source_name
@@ -33,6 +33,8 @@ from goldenedit.layer_selection.selection import LayerSelection, forward_flops, 
 from goldenedit.layer_selection.selectivity import selectivity_scores
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
+from goldenedit.storage.atlas import read_golden_layers, record_for
+from goldenedit.storage.hub import find_golden_layers
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ def find_layers(
         ValueError: The selector cannot decide.
     """
     name = str(config.layer)
+    if name.startswith(HUB_LAYER):
+        return _shared(name.removeprefix(HUB_LAYER), base_facts.fingerprint, config.method)
     if name == "published":
         return LayerSelection(name, None, published_layers(model, config.method))
     if name == "random":
@@ -94,6 +98,15 @@ def find_layers(
         found = _scored(name, model, architecture, tokenizer, config, base_facts)
     chosen = choose(replace(config, layer_scores=found.scores))
     return replace(found, layers=[chosen] if isinstance(chosen, int) else chosen)
+
+
+def _shared(source: str, fingerprint: str, method: str) -> LayerSelection:
+    """Return what a repository on the Hub, or one revision of it, says of these weights."""
+    repo_id, _, revision = source.partition("@")
+    records = read_golden_layers(find_golden_layers(repo_id, revision=revision or None))
+    found = record_for(records, fingerprint, method, repo_id)
+    cost = Cost(found.seconds)
+    return LayerSelection(found.selector, found.scores, found.layers, found.facts, cost, found.forward_equivalents)
 
 
 def _scored(

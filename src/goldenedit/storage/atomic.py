@@ -6,7 +6,7 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,10 +15,10 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, but: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `folder` that takes its place when the context ends without an error.
 
-    What is in `folder` under other names than the new files is kept.
+    What is in `folder` under other names than the new files is kept, but for what `but` names.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -35,9 +35,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             yield new
             for path in new.iterdir():
                 _flush(path)
+            _flush(new)
             if folder.is_dir():
-                _carry_over(folder, new)
-                here = Path.cwd() == folder
+                _carry_over(folder, new, but)
+                shutil.copymode(folder, new)
+                here = folder.samefile(".") if _has_cwd() else False
                 _exchange(new, folder)
                 if here:
                     os.chdir(folder)  # not in the old folder, which is about to go
@@ -50,10 +52,19 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _carry_over(old: Path, new: Path) -> None:
+def _has_cwd() -> bool:
+    """Tell whether this process's own folder is still there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _carry_over(old: Path, new: Path, but: Collection[str]) -> None:
     """Bring what only the old folder has into the new one, by hard links where the file system has them."""
     for path in old.iterdir():
-        if (target := new / path.name).exists():
+        if path.name in but or (target := new / path.name).exists():
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, target, symlinks=True, copy_function=_link)

@@ -1,37 +1,149 @@
-"""The model card of an edit folder, from a Jinja template."""
+"""Model cards, from a Jinja template: of an edit folder, and of a checkpoint with the edits in its weights."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib import resources
+from typing import Any
 
 import jinja2
+from huggingface_hub import EvalResult, ModelCardData
 
-from goldenedit.config import TRAINED
-from goldenedit.storage.folder import EditFolder
+from goldenedit.config import HUB_LAYER, TRAINED, EditConfig
+from goldenedit.storage.folder import ADAPTER_WEIGHTS, CARD, EDIT_CONFIG, EDITS, EditFolder
+from goldenedit.storage.hub import is_repo_id
 
 _SHOWN = 20
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_PLACEHOLDER = "path/to/this/folder"
+_FAMILIES = {
+    "probability": "is the new answer likelier than the old one, and on neighbours the old one?",
+    "token_match": "share of the answer's tokens that are the first choice, teacher-forced",
+    "generation": "share of freely written answers that begin with the wanted one",
+}
+# Constants that these editors alone have; all others belong to the editors that insert values under keys.
+_OWN_CONSTANTS = {
+    "finetune_steps": ("ft-l", "ft-m", "lora"),
+    "finetune_lr": ("ft-l", "ft-m", "lora"),
+    "finetune_stop_loss": ("ft-l", "ft-m", "lora"),
+    "finetune_epsilon": ("ft-l",),
+    "dense_tolerance": ("ft-l", "ft-m"),
+    "lora_rank": ("lora",),
+    "ultraedit_lr": ("ultraedit",),
+    "ultraedit_ridge": ("ultraedit",),
+    "covariance_weight": ("memit", "pmet"),
+    "gram_ridge": ("emmet",),
+    "null_space_threshold": ("alphaedit",),
+    "null_space_ridge": ("alphaedit",),
+}
+_VALUE_CONSTANTS = (
+    *("contexts", "context_length", "steps", "lr", "kl_factor", "weight_decay", "clamp", "stop_loss"),
+    *("anchor_bare_prompt", "contrast", "contrast_weight"),
+)
 
 
-def render_card(content: EditFolder) -> str:
-    """Return the README.md of an edit folder: the first 20 facts, how to load it, how it was made."""
+def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = False) -> str:
+    """Return the README.md of an edit folder, or of an edited checkpoint.
+
+    Args:
+        repo_id: The repository on the Hub that it is for; without one, snippets load it from a folder.
+        merged: Whether the card is that of a checkpoint with the edits in its weights.
+    """
     template = resources.files("goldenedit.storage").joinpath("templates", "model_card.md.jinja")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     facts = [fact for edit in content.edits for fact in edit.facts]
     config = content.config
+    rank = sum(edit.rank for edit in content.edits)
+    modules = {path: delta for edit in content.edits for path, delta in edit.deltas.items()}
+    parameters = rank * sum(delta.A.shape[1] + delta.B.shape[0] for delta in modules.values())
     return environment.from_string(template.read_text(encoding="utf-8")).render(
+        metadata=_metadata(content, repo_id, merged).to_yaml(),
+        merged=merged,
+        source=repo_id or _PLACEHOLDER,
+        on_hub=repo_id is not None,
         base_model=content.base_model,
-        base_name=content.base_model.name_or_path.rstrip("/").split("/")[-1],
+        pinned=f', revision="{content.base_model.revision}"' if content.base_model.revision else "",
+        base_name=_short_name(content),
         config=config,
         by_keys=config.method not in TRAINED,
+        constants=", ".join(f"{name} {value}" for name, value in _constants(config)),
         relative_error=max(edit.relative_error for edit in content.edits),
         count=len(facts),
         facts=facts[:_SHOWN],
         layers=", ".join(map(str, config.target_layers)),
-        rank=sum(edit.rank for edit in content.edits),
-        selector=config.layer if isinstance(config.layer, str) else "hand",
+        scores=[] if config.layer_scores is None else list(enumerate(config.layer_scores)),
+        target_layers=config.target_layers,
+        rank=rank,
+        parameters=f"{parameters:,}",
+        kilobytes=f"{parameters * 4 / 1000:,.1f}",
+        vllm_rank=next((limit for limit in _VLLM_RANKS if limit >= rank), None),
+        selector=_selector(config),
+        evaluation=content.evaluation,
+        results=list(_results(content.evaluation)),
+        families=_FAMILIES,
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
         conv1d=any(edit.fan_in_fan_out for edit in content.edits),
+        files={"config": EDIT_CONFIG, "facts": EDITS, "weights": ADAPTER_WEIGHTS, "card": CARD},
     )
+
+
+def _short_name(content: EditFolder) -> str:
+    return content.base_model.name_or_path.rstrip("/").split("/")[-1]
+
+
+def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCardData:
+    base = content.base_model.name_or_path
+    own_facts = content.evaluation is not None and content.evaluation["own_facts"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="edited-facts" if own_facts else "facts",
+            dataset_name="the edited facts" if own_facts else "given facts",
+            metric_type=name,
+            metric_name=f"{family}: {name} (n = {n})",
+            metric_value=round(value, 4),
+        )
+        for family, name, n, value, _, _ in _results(content.evaluation)
+    ]
+    return ModelCardData(
+        library_name="transformers" if merged else "peft",
+        base_model=base if is_repo_id(base) else None,
+        base_model_relation="finetune" if merged else "adapter",
+        pipeline_tag="text-generation",
+        tags=["knowledge-editing", content.config.method, "golden-layer"],
+        model_name=(repo_id or f"Knowledge edit of {_short_name(content)}") if results else None,
+        eval_results=results or None,
+    )
+
+
+def _results(evaluation: dict[str, Any] | None) -> Iterator[tuple[str, str, int, float, tuple[float, float], float]]:
+    """Yield family, score, number of facts, its value, 95% interval and the base model's value."""
+    if evaluation is None:
+        return
+    for family, scores in evaluation["edited"].items():
+        for name, (low, high) in scores["intervals"].items():
+            yield family, name, scores["n"], scores[name], (low, high), evaluation["base"][family][name]
+
+
+def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:
+    """Yield the constants of the configured editor."""
+    if config.method not in TRAINED:
+        for name in _VALUE_CONSTANTS:
+            yield name, getattr(config, name)
+    for name, editors in _OWN_CONSTANTS.items():
+        if config.method in editors:
+            value = getattr(config, name)
+            yield name, config.constant(name) if value is None else value
+    for name in ("regularizer", "max_perplexity_ratio"):
+        if getattr(config, name) is not None:
+            yield name, getattr(config, name)
+    yield "seed", config.seed
+
+
+def _selector(config: EditConfig) -> str:
+    if not isinstance(config.layer, str):
+        return "hand"
+    return config.layer.replace(HUB_LAYER, "the golden layers in ")

@@ -6,7 +6,9 @@ loads their sum and this library takes them apart again.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.delta import LowRankDelta
@@ -29,8 +31,14 @@ EDIT_CONFIG = "edit_config.json"
 EDITS = "edits.json"
 EDIT_STATE = "edit_state.safetensors"
 CARD = "README.md"
+EDIT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, EDIT_STATE, CARD)
 
 _PREFIX = "base_model.model."
+_NEEDED = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDITS}
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_TAKEN_NAMES = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters by their names in one
+_MOST_RANKS = 64  # in units of the smaller side of a matrix: far more than edits have, and too few to fill the memory
 
 
 class EditFolderError(ValueError):
@@ -93,6 +101,8 @@ class Edit:
         fan_in_fan_out: Whether the edited modules are of the Conv1D kind.
         state: What the editor remembers for later edits, matrices whose columns of several edits are put side by side.
         relative_error: What storing the change as low rank costs, in the Frobenius norm; 0 for most editors.
+        contexts_hash: A short name for the sampled prefixes that its keys were averaged over, None where there are
+            none: whoever samples the same ones can compute the rows of the edit's factors again.
     """
 
     name: str
@@ -101,6 +111,7 @@ class Edit:
     fan_in_fan_out: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     relative_error: float = 0.0
+    contexts_hash: str | None = None
 
     @property
     def rank(self) -> int:
@@ -115,13 +126,30 @@ class Edit:
 
 @dataclass(frozen=True)
 class EditFolder:
-    """Everything an edit folder holds."""
+    """Everything an edit folder holds.
+
+    Attributes:
+        edits: The edits, in the order they were made.
+        config: How they were made.
+        base_model: The model they were made on.
+        versions: Versions of the libraries that made them.
+        proxy_hash: A short name for the facts on which layers were compared.
+        evaluation: What `EditModel.evaluate` measured of these edits, as JSON has it; None where nothing was.
+    """
 
     edits: list[Edit]
     config: EditConfig
     base_model: BaseModel
     versions: dict[str, str] = field(default_factory=dict)
     proxy_hash: str | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+def is_edit_name(name: Any) -> bool:
+    """Tell whether a text can name an edit and its adapter: letters, digits, `_`, `-` and spaces."""
+    return (
+        isinstance(name, str) and name.replace("-", "_").replace(" ", "_").isidentifier() and name not in _TAKEN_NAMES
+    )
 
 
 def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
@@ -216,6 +244,11 @@ def adapter_tensors(modules: Mapping[str, LowRankDelta], prefix: str = _PREFIX) 
     return tensors
 
 
+def facts_of(edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    """Return the facts of edits as `edits.json` has them."""
+    return [{"name": edit.name, "facts": [fact.to_dict() for fact in edit.facts]} for edit in edits]
+
+
 def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     """Write an edit folder in one step: a crash, or a full disk, leaves what was there."""
     offset = 0
@@ -223,30 +256,42 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     for edit in content.edits:
         modules = sorted(edit.deltas)
         ranks = [offset, offset + edit.rank]
-        index.append({"name": edit.name, "ranks": ranks, "modules": modules, "relative_error": edit.relative_error})
+        index.append(
+            {
+                "name": edit.name,
+                "ranks": ranks,
+                "modules": modules,
+                "relative_error": edit.relative_error,
+                "contexts_hash": edit.contexts_hash,
+            }
+        )
         offset += edit.rank
     config = content.config.to_dict()
     if isinstance(config["proxy"], list):
         config["proxy"] = None  # the hash below says which facts they were
+    files = {
+        ADAPTER_WEIGHTS: save(adapter_tensors(fuse(content.edits)[1]), {"format": "pt"}),
+        ADAPTER_CONFIG: _json(adapter_config(content.edits, content.base_model)),
+        EDITS: _json(facts_of(content.edits)),
+    }
+    state = {f"{edit.name}/{name}": held.contiguous() for edit in content.edits for name, held in edit.state.items()}
+    if state:
+        files[EDIT_STATE] = save(state, {"format": "pt"})
     sidecar = {
         "format_version": FORMAT_VERSION,
         "base_model": vars(content.base_model),
         "edits": index,
         "config": config,
         "proxy_hash": content.proxy_hash,
+        "evaluation": content.evaluation,
         "versions": content.versions,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
     }
-    facts = [{"name": edit.name, "facts": [fact.to_dict() for fact in edit.facts]} for edit in content.edits]
-    tensors = save(adapter_tensors(fuse(content.edits)[1]), {"format": "pt"})
-    state = {f"{edit.name}/{name}": held.contiguous() for edit in content.edits for name, held in edit.state.items()}
-    with replacing_folder(folder) as new:
-        (new / ADAPTER_WEIGHTS).write_bytes(tensors)
-        _write_json(new / ADAPTER_CONFIG, adapter_config(content.edits, content.base_model))
-        _write_json(new / EDIT_CONFIG, sidecar)
-        _write_json(new / EDITS, facts)
-        if state:
-            (new / EDIT_STATE).write_bytes(save(state, {"format": "pt"}))
-        (new / CARD).write_text(card, encoding="utf-8")
+    sidecar["digest"] = _sidecar_digest(sidecar)
+    files |= {EDIT_CONFIG: _json(sidecar), CARD: card.encode()}
+    with replacing_folder(folder, but=EDIT_FILES) as new:
+        for name, data in files.items():
+            (new / name).write_bytes(data)
 
 
 def read_edit_folder(folder: Path) -> EditFolder:
@@ -256,38 +301,132 @@ def read_edit_folder(folder: Path) -> EditFolder:
         EditFolderError: A file is missing or damaged, the format is of another version, a factor is not finite, or the
             files do not fit together.
     """
-    if not folder.is_dir():
-        raise EditFolderError(f"There is no edit folder {folder}.")
-    if not (folder / EDIT_CONFIG).is_file():
-        hint = " It holds a plain adapter: load it with PeftModel." if (folder / ADAPTER_CONFIG).is_file() else ""
-        raise EditFolderError(f"{folder} is not an edit folder: it has no {EDIT_CONFIG}.{hint}")
-    sidecar = _read_json(folder / EDIT_CONFIG)
-    version = sidecar.get("format_version") if isinstance(sidecar, dict) else None
-    if version != FORMAT_VERSION:
-        raise EditFolderError(
-            f"{folder / EDIT_CONFIG} is of format version {version!r}; this goldenedit reads version {FORMAT_VERSION}."
-        )
-    lora = _read_json(folder / ADAPTER_CONFIG)
-    facts = _read_json(folder / EDITS)
-    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
-    state = _read_tensors(folder / EDIT_STATE) if (folder / EDIT_STATE).is_file() else {}
+    sidecar = _read_sidecar(folder)
+    files = sidecar["files"]
+    if (folder / EDIT_STATE).is_file() and EDIT_STATE not in files:
+        raise EditFolderError(f"{folder / EDIT_STATE} is not of this edit: {EDIT_CONFIG} does not list it.")
+    data = {name: _read(folder / name) for name in files}
+    for name, digest in files.items():  # what is parsed below is what is checked here: no file is read twice
+        if hashlib.sha256(data[name]).hexdigest() != digest:
+            raise EditFolderError(
+                f"{folder / name} is not the file that was saved with {EDIT_CONFIG}: their digests differ."
+            )
+    lora = _parse_json(folder / ADAPTER_CONFIG, data[ADAPTER_CONFIG])
+    facts = _parse_json(folder / EDITS, data[EDITS])
+    tensors = _parse_tensors(folder / ADAPTER_WEIGHTS, data[ADAPTER_WEIGHTS])
+    state = _parse_tensors(folder / EDIT_STATE, data[EDIT_STATE]) if EDIT_STATE in files else {}
     modules = _read_factors(folder / ADAPTER_WEIGHTS, tensors, lora)
     try:
-        by_name = {record["name"]: [EditedFact.from_dict(fact) for fact in record["facts"]] for record in facts}
+        by_name = _facts_by_name(facts)
         if [record["name"] for record in sidecar["edits"]] != list(by_name):
             raise ValueError(f"{EDIT_CONFIG} and {EDITS} name different edits")
         edits = _read_edits(sidecar["edits"], by_name, modules, state, lora)
-        return EditFolder(
+        content = EditFolder(
             edits,
             EditConfig.from_dict(sidecar["config"]),
-            BaseModel(**sidecar["base_model"]),
+            _checked_base(BaseModel(**sidecar["base_model"])),
             dict(sidecar["versions"]),
             sidecar["proxy_hash"],
+            _checked_evaluation(sidecar["evaluation"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EditFolderError(
             f"The files of {folder} do not fit together ({type(error).__name__}: {error})."
         ) from error
+    _check_adapter(folder, lora, modules, content)
+    return content
+
+
+def _facts_by_name(records: Sequence[Mapping[str, Any]]) -> dict[str, list[EditedFact]]:
+    if not records or len({record["name"] for record in records}) != len(records):
+        raise ValueError(f"{EDITS} holds no edits, or two of one name")
+    if empty := [record["name"] for record in records if not record["facts"]]:
+        raise ValueError(f"{EDITS} holds no fact of edit {empty[0]!r}")
+    return {record["name"]: [EditedFact.from_dict(fact) for fact in record["facts"]] for record in records}
+
+
+def _check_adapter(
+    folder: Path, lora: Mapping[str, Any], modules: Mapping[str, LowRankDelta], content: EditFolder
+) -> None:
+    """Raise EditFolderError unless the adapter that others load is the sum of the edits."""
+    edits = content.edits
+    if not isinstance(lora["fan_in_fan_out"], bool) or lora != adapter_config(edits, content.base_model):
+        raise EditFolderError(f"{folder / ADAPTER_CONFIG} says other things than {EDIT_CONFIG} of the same adapter.")
+    fused = fuse(edits)[1]
+    for path, delta in modules.items():
+        if not (torch.equal(fused[path].A, delta.A) and torch.equal(fused[path].B, delta.B)):
+            raise EditFolderError(
+                f"{folder / ADAPTER_WEIGHTS} changes {path} by more than {EDIT_CONFIG} has edits for."
+            )
+
+
+def _checked_base(base: BaseModel) -> BaseModel:
+    if not all(isinstance(text, str) for text in (base.name_or_path, base.fingerprint, base.architecture)):
+        raise ValueError(f"the base model {base} is not named by texts")
+    if not isinstance(base.revision, str | None):
+        raise ValueError(f"the base model's revision is {base.revision!r}")
+    return base
+
+
+def _checked_evaluation(found: Any) -> dict[str, Any] | None:
+    """Return what was measured of the edits; raise KeyError, TypeError or ValueError where a card could not say it."""
+    if found is None:
+        return None
+    for family, scores in found["edited"].items():
+        numbers = [scores["n"], *(scores[name] for name in scores["intervals"])]
+        numbers += [bound for low, high in scores["intervals"].values() for bound in (low, high)]
+        numbers += [found["base"][family][name] for name in scores["intervals"]]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"evaluation of {family!r} is not made of numbers")
+    if not isinstance(found["facts"], int) or not isinstance(found["own_facts"], bool):
+        raise ValueError("evaluation does not say of which facts it is")
+    return dict(found)
+
+
+def listed_files(folder: Path) -> list[str]:
+    """Return the names of the files that an edit folder's `edit_config.json` goes with.
+
+    Raises:
+        EditFolderError: There is no such file, or it is damaged or of another version.
+    """
+    return sorted(_read_sidecar(folder)["files"])
+
+
+def _read_sidecar(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise EditFolderError(f"There is no edit folder {folder}.")
+    path = folder / EDIT_CONFIG
+    if not path.is_file():
+        hint = " It holds a plain adapter: load it with PeftModel." if (folder / ADAPTER_CONFIG).is_file() else ""
+        raise EditFolderError(f"{folder} is not an edit folder: it has no {EDIT_CONFIG}.{hint}")
+    sidecar = _parse_json(path, _read(path))
+    version = sidecar.get("format_version") if isinstance(sidecar, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise EditFolderError(
+            f"{path} is of format version {version!r}; this goldenedit reads version {FORMAT_VERSION}."
+        )
+    if sidecar.get("digest") != _sidecar_digest(sidecar):
+        raise EditFolderError(f"{path} is not the file that was saved: its digest is not that of what it says.")
+    files = sidecar.get("files")
+    if not isinstance(files, dict) or not _NEEDED <= set(files) <= {*_NEEDED, EDIT_STATE}:
+        raise EditFolderError(f"{path} is damaged: it lists the files {files!r}.")
+    return sidecar
+
+
+def _sidecar_digest(sidecar: Mapping[str, Any]) -> str:
+    """Return the digest of an `edit_config.json` but for the entry that holds it, however it is spaced."""
+    rest = {name: value for name, value in sidecar.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    """Return a file's bytes; not its map in memory, which changes with the file."""
+    if not path.is_file():  # a pipe or a device has no end
+        raise EditFolderError(f"{path} is missing, or no plain file.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EditFolderError(f"{path} cannot be read: {error}") from error
 
 
 def _read_edits(
@@ -301,6 +440,8 @@ def _read_edits(
     edits = []
     used = 0
     for record in records:
+        if not is_edit_name(record["name"]):
+            raise ValueError(f"{record['name']!r} cannot name an edit")
         start, stop = record["ranks"]
         if start != used or stop <= start or not record["modules"]:
             raise ValueError(f"edit {record['name']!r} has no ranks of its own")
@@ -308,10 +449,12 @@ def _read_edits(
         prefix = f"{record['name']}/"
         own = {name.removeprefix(prefix): state.pop(name) for name in sorted(state) if name.startswith(prefix)}
         for name, held in own.items():
-            if held.ndim != 2 or not held.isfinite().all():
+            if held.ndim != 2 or held.dtype not in _DTYPES or not held.isfinite().all():
                 raise ValueError(f"{EDIT_STATE} holds no state of {record['name']!r} under {name!r}")
-        error = float(record.get("relative_error", 0.0))
-        edits.append(Edit(record["name"], facts[record["name"]], deltas, lora["fan_in_fan_out"], own, error))
+        error, contexts = record["relative_error"], record["contexts_hash"]
+        if not isinstance(error, int | float) or not 0 <= error <= 1:
+            raise ValueError(f"the relative error of {record['name']!r} is {error!r}")
+        edits.append(Edit(record["name"], facts[record["name"]], deltas, lora["fan_in_fan_out"], own, error, contexts))
         used = stop
     if used != lora["r"]:
         raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")
@@ -320,22 +463,23 @@ def _read_edits(
     return edits
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
         raise EditFolderError(f"{path} cannot be read: {error}") from error
 
 
 def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[str, LowRankDelta]:
+    config = path.with_name(ADAPTER_CONFIG)
     try:
         rank, alpha, targets = lora["r"], lora["lora_alpha"], list(lora["target_modules"])
     except (TypeError, KeyError) as error:
-        raise EditFolderError(
-            f"{path.with_name(ADAPTER_CONFIG)} is damaged ({type(error).__name__}: {error})."
-        ) from error
+        raise EditFolderError(f"{config} is damaged ({type(error).__name__}: {error}).") from error
+    if wrong := [target for target in targets if not isinstance(target, str) or not _MODULE_PATH.fullmatch(target)]:
+        raise EditFolderError(f"{config} names what can be no module: {wrong[0]!r}.")
     if alpha != rank:
-        raise EditFolderError(f"{path.with_name(ADAPTER_CONFIG)} scales the edit: lora_alpha {alpha} is not r {rank}.")
+        raise EditFolderError(f"{config} scales the edit: lora_alpha {alpha} is not r {rank}.")
     modules = {}
     expected = set()
     for target in targets:
@@ -345,25 +489,35 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[
             delta = LowRankDelta(tensors[names[0]], tensors[names[1]])
         except (KeyError, ValueError) as error:
             raise EditFolderError(f"{path} does not hold the factors of {target}: {error}") from error
-        if delta.rank != rank:
-            raise EditFolderError(f"{path}: the factors of {target} have rank {delta.rank}, not {rank}.")
-        if not (delta.A.isfinite().all() and delta.B.isfinite().all()):
-            raise EditFolderError(f"{path}: the factors of {target} are not finite.")
+        if problem := _problem(delta, rank):
+            raise EditFolderError(f"{path}: the factors of {target} {problem}.")
         modules[target] = delta
     if extra := sorted(set(tensors) - expected):
         raise EditFolderError(f"{path} holds tensors that belong to no edit: {extra[:3]}.")
     return modules
 
 
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def _problem(delta: LowRankDelta, rank: int) -> str | None:
+    """Return what is wrong with the factors of a module, if anything."""
+    if delta.rank != rank:
+        return f"have rank {delta.rank}, not {rank}"
+    if delta.A.dtype not in _DTYPES or delta.B.dtype not in _DTYPES:
+        return f"are of {delta.A.dtype} and {delta.B.dtype}"
+    if not 0 < rank <= _MOST_RANKS * min(delta.A.shape[1], delta.B.shape[0]):
+        return f"have rank {rank}, which is no edit's for a matrix of {delta.B.shape[0]} x {delta.A.shape[1]}"
+    if not (delta.A.isfinite().all() and delta.B.isfinite().all()):
+        return "are not finite"
+    return None
 
 
-def _read_json(path: Path) -> Any:
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _parse_json(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
+        return json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise EditFolderError(f"{path} cannot be read: {error}") from error
 
 
@@ -373,5 +527,4 @@ def _refuse_constant(name: str) -> float:
 
 def folder_size(folder: Path) -> int:
     """Return the bytes that the files of an edit folder take."""
-    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, EDIT_STATE, CARD)
-    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    return sum((folder / name).stat().st_size for name in EDIT_FILES if (folder / name).is_file())

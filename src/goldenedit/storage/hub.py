@@ -1,51 +1,201 @@
-"""The one place that speaks to the Hub: an edit folder up, an edit folder down."""
+"""The one place that speaks to the Hub: folders up in one commit, the files of the format down."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from goldenedit.storage.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, EDIT_CONFIG, EDITS
+from goldenedit.storage.atlas import (
+    GOLDEN_LAYERS,
+    GoldenLayers,
+    dump_golden_layers,
+    read_golden_layers,
+    with_record,
+)
+from goldenedit.storage.folder import EDIT_CONFIG, listed_files
 
-_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, CARD]
+
+class DownloadOptions(TypedDict, total=False):
+    """Where something is downloaded from and to, by the names that transformers has."""
+
+    revision: str | None
+    subfolder: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    force_download: bool
+
+
+def make_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Create a model repository where there is none, and return its name with its owner."""
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def push_folder(
     folder: Path,
     repo_id: str,
     *,
-    private: bool | None = None,
+    files: Sequence[str] | None = None,
+    stale: Sequence[str] | None = None,
     revision: str | None = None,
     commit_message: str = "Upload edit",
     create_pr: bool = False,
     token: str | bool | None = None,
+    parent_commit: str | None = None,
 ) -> CommitInfo:
-    """Upload the files of an edit folder in one commit, creating the repository where there is none."""
+    """Upload a folder in one commit to a repository that is there; what is there unchanged is not uploaded again.
+
+    Args:
+        files: Names of the files to upload; None for all.
+        stale: Names or patterns of files that are deleted in the repository where the folder does not have them; by
+            default those of `files`.
+        revision: Branch, created where there is none.
+        parent_commit: Refuse unless this is the last commit of the branch.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        ConnectionError: The Hub cannot be reached.
+    """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=_FILES,
-        revision=revision,
-        commit_message=commit_message,
-        create_pr=create_pr,
-    )
+    with _telling_of_cut_connections():
+        make_branch(repo_id, None if create_pr else revision, token)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=None if files is None else list(files),
+            delete_patterns=list(files or ()) if stale is None else list(stale),  # those that are uploaded stay
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            parent_commit=parent_commit,
+        )
 
 
-def find_folder(model_id: str | Path, **download: Any) -> Path:
+def make_branch(repo_id: str, revision: str | None, token: str | bool | None = None) -> None:
+    """Create a branch where there is none; pull requests have theirs."""
+    if revision is not None and not revision.startswith("refs/pr/"):
+        HfApi(token=token).create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def push_golden_layers(
+    new: GoldenLayers,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload golden layers",
+    create_pr: bool = False,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Add what a layer selector found to the golden layers of a repository, which is created where there is none.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses, or someone else pushed at the same time.
+        GoldenLayersError: What the repository has under that name is something else.
+    """
+    repo_id = make_repo(repo_id, private, token)
+    known: list[GoldenLayers] = []
+    parent: str | None = None
+    with suppress(RemoteEntryNotFoundError), _telling_of_cut_connections():
+        make_branch(repo_id, None if create_pr else revision, token)
+        path = find_golden_layers(repo_id, revision=revision, token=token, force_download=True)
+        known, parent = read_golden_layers(path), path.parent.name
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(with_record(known, new)), encoding="utf-8")
+        return push_folder(
+            Path(scratch),
+            repo_id,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            token=token,
+            parent_commit=parent,
+        )
+
+
+def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Path:
     """Return the local folder of an edit: the folder itself, or the files of a Hub repository in the cache.
+
+    All files are those of one commit, whatever is pushed meanwhile.
 
     Raises:
         FileNotFoundError: `model_id` is neither a folder nor can be the name of a repository.
+        ValueError: `subfolder` leads out of the folder.
+        huggingface_hub.errors.HfHubHTTPError: There is no such repository, revision or file, or it may not be read.
+        huggingface_hub.errors.LocalEntryNotFoundError: The Hub cannot be reached, and the cache has no copy.
+        ConnectionError: The connection was cut.
     """
+    parts = Path(download.get("subfolder") or "").parts
+    if Path(*parts).is_absolute() or ".." in parts:
+        raise ValueError(f"subfolder {download.get('subfolder')!r} leads out of the edit's folder.")
     if Path(model_id).is_dir():
-        return Path(model_id)
+        return Path(model_id, *parts)
+    download = {**download, "subfolder": "/".join(parts) or None}
+    with _named(model_id), _telling_of_cut_connections():
+        folder = Path(hf_hub_download(str(model_id), EDIT_CONFIG, **_arguments(download))).parent
+        # The cache keeps files in folders called after their commit: the others are to be of the same one.
+        download["revision"] = folder.parents[len(parts) - 1].name if parts else folder.name
+        for name in listed_files(folder):
+            hf_hub_download(str(model_id), name, **_arguments(download))
+    return folder
+
+
+def find_golden_layers(repo_id: str, **download: Unpack[DownloadOptions]) -> Path:
+    """Return the local copy of a repository's golden layers.
+
+    Raises:
+        FileNotFoundError: `repo_id` cannot be the name of a repository.
+        huggingface_hub.errors.HfHubHTTPError: There is no such repository or file, or it may not be read.
+    """
+    with _named(repo_id), _telling_of_cut_connections():
+        return Path(hf_hub_download(repo_id, GOLDEN_LAYERS, **_arguments(download)))
+
+
+def cached_commit(repo_id: str) -> str | None:
+    """Return the commit of a model in the cache: None unless there is one commit only, as nothing says which it was."""
+    if not is_repo_id(repo_id):
+        return None
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    commits = [path.parent.name for path in snapshots.glob("*/config.json")]
+    return commits[0] if len(commits) == 1 else None
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether a model's name can be that of a repository, and is not a folder here."""
     try:
-        validate_repo_id(str(model_id))
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return "/" in name and not Path(name).exists()
+
+
+@contextmanager
+def _named(repo_id: str | Path) -> Iterator[None]:
+    try:
+        validate_repo_id(str(repo_id))
     except ValueError as error:
-        raise FileNotFoundError(f"There is no edit folder {model_id}, and it is no name on the Hub.") from error
-    return Path(snapshot_download(str(model_id), allow_patterns=_FILES, **download))
+        raise FileNotFoundError(f"There is no folder {repo_id}, and it is no name on the Hub.") from error
+    yield
+
+
+@contextmanager
+def _telling_of_cut_connections() -> Iterator[None]:
+    """Raise what is Python's own for the errors of the HTTP client, of which huggingface_hub has no classes."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        raise ConnectionError(f"The Hub cannot be reached: {error}") from error
+
+
+def _arguments(download: DownloadOptions) -> dict[str, Any]:
+    return {name: value for name, value in download.items() if value is not None}

@@ -1,0 +1,205 @@
+"""What becomes of edit folders whose writer is killed, and of those that somebody damaged or made to do harm.
+
+Kills: a process saves two edits over each other in a loop and is killed (SIGKILL) at random moments; then the folder
+has to hold exactly one of the two. The model has SmolLM2's widths, few layers and random weights, and the larger edit
+rank 64, so that a save writes the megabytes of a large batch; what the edit does makes no difference to that. The
+process is forked, not started anew: a start takes longer than a hundred saves.
+
+Damages: those of `tests/storage/test_robustness.py`, by accident and by an author who recomputes the digests, each
+loaded on a tiny base model in this process. An author who changes factors to other finite values and recomputes the
+digests has made another edit, which is fine: that is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import record, timed
+from rich.console import Console
+from rich.table import Column, Table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from goldenedit import EditConfig, EditModel, EditRequest
+from goldenedit.editing.delta import LowRankDelta
+from goldenedit.storage.folder import EDIT_FILES, Edit, EditedFact, EditFolder, write_edit_folder
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path += [str(TESTS), str(TESTS / "storage")]
+
+from test_robustness import BAD, DAMAGES, OUTCOMES, RIGHT, damaged_copy, right_folders, verdict  # noqa: E402
+
+from models import tiny_model  # noqa: E402
+
+WIDTH, MLP_WIDTH, RANK, FACTS = 576, 1536, 64, 200  # SmolLM2's widths
+
+
+def main() -> None:
+    """Kill and damage, print what came of it, and write it to results/."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--kills", type=int, default=100)
+    options.add_argument("--folders", type=int, default=200, help="number of damaged folders")
+    options.add_argument("--seed", type=int, default=0)
+    arguments = options.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.kills:
+            rows.append(kill(Path(scratch), arguments.kills, arguments.seed))
+            print(rows[-1])
+        damages = damage(Path(scratch), arguments.folders, arguments.seed)
+    show(damages)
+    record("robustness", rows + damages)
+
+
+# ---------------------------------------------------------------------- kills
+
+
+def kill(scratch: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill a process that saves, time and again, and tell what the folder then held."""
+    config = LlamaConfig(vocab_size=200, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=3)
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model = with_two_edits(base, scratch / "made")
+    folder, wanted, logits, seconds = scratch / "killed" / "edit", {}, {}, 0.0
+    for name in model.edits:
+        with timed() as elapsed:
+            model.save_pretrained(scratch / name, selected_adapters=[name])
+        seconds = max(seconds, elapsed())
+        wanted[name] = files_of(scratch / name)
+        model.set_adapter(name)
+        logits[name] = logits_of(model)
+    model.save_pretrained(folder, selected_adapters=["large"])
+    (folder / "notes.txt").write_text("mine")
+    model.unload()  # so that the folder can be loaded on the same base model
+    moments, found, left = random.Random(seed), Counter[str](), len(os.listdir(folder.parent))
+    for _ in range(kills):
+        with saving(base, scratch, folder, tuple(wanted)):
+            time.sleep(moments.uniform(0, 6 * seconds))
+        left, before = len(os.listdir(folder.parent)), left
+        held = next((name for name in wanted if files_of(folder) == wanted[name]), "neither")
+        if held != "neither":
+            loaded = EditModel.from_pretrained(base, folder, tokenizer=tokenizer())
+            held = held if torch.equal(logits_of(loaded), logits[held]) else "neither"
+            loaded.unload()
+        kept = (folder / "notes.txt").read_text() == "mine"
+        # A killed writer leaves the folder that it was writing.
+        found.update([f"held {held}", *["inside a save"] * (left > before), *["own file kept"] * kept])
+    size, names = sum(map(len, wanted["large"].values())), ("held large", "held small", "held neither")
+    counts = {name: found[name] for name in (*names, "inside a save", "own file kept")}
+    return {"check": "kill", "kills": kills, "bytes of a save": size, "seconds a save": round(seconds, 3), **counts}
+
+
+def with_two_edits(base: PreTrainedModel, folder: Path) -> EditModel:
+    """Return the model with two edits, "large" and "small"; only the large one has a state."""
+    generator = torch.Generator().manual_seed(0)
+    model = EditModel(base, EditConfig(layer=[0, 1, 2]), tokenizer())
+    for name, rank in (("large", RANK), ("small", 1)):
+        facts = [
+            EditedFact(EditRequest("{} lies in", f"Place {number}", "Rome", "Paris"), 0.01, 0.9, 25)
+            for number in range(FACTS if name == "large" else 1)
+        ]
+        deltas = {
+            path: LowRankDelta(
+                torch.randn(rank, MLP_WIDTH, generator=generator), torch.randn(WIDTH, rank, generator=generator)
+            )
+            for path in model.architecture.down_projections.values()
+        }
+        state = {f"keys/{path}": delta.A.T.contiguous() for path, delta in deltas.items()} if name == "large" else {}
+        content = EditFolder([Edit(name, facts, deltas, state=state)], model.edit_config, model.base_info)
+        write_edit_folder(folder / name, content, "")
+        model.load_adapter(folder / name)
+    return model
+
+
+@contextmanager
+def saving(base: PreTrainedModel, scratch: Path, folder: Path, names: tuple[str, ...]) -> Iterator[None]:
+    """Save the edits over each other in another process, until it is killed when the context ends."""
+    ready, started = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            model = EditModel(base, EditConfig(layer=[0, 1, 2]), tokenizer())
+            for name in names:
+                model.load_adapter(scratch / name)
+            os.write(started, b"x")
+            while True:
+                for name in names:
+                    model.save_pretrained(folder, selected_adapters=[name])
+        finally:
+            os._exit(1)
+    os.close(started)
+    assert os.read(ready, 1) == b"x"
+    yield
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL  # it was still saving
+    os.close(ready)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of the format that a folder has."""
+    return {name: (folder / name).read_bytes() for name in EDIT_FILES if (folder / name).exists()}
+
+
+def logits_of(model: EditModel) -> Tensor:
+    """Return the logits of a fixed text."""
+    with torch.no_grad():
+        return model(input_ids=torch.arange(20)[None]).logits
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token: nothing is edited here, edits are only loaded and saved."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
+
+
+# ---------------------------------------------------------------------- damages
+
+
+def damage(scratch: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Load damaged folders, all kinds in turn; return a row a kind with how often each outcome was."""
+    base, outcomes = tiny_model("llama"), {kind: Counter[str]() for kind in DAMAGES}
+    failures: dict[str, set[str]] = {kind: set() for kind in DAMAGES}
+    right, other = right_folders(base, scratch)
+    for number in range(count):
+        folder = scratch / f"damaged_{number}"
+        kind, harmless = damaged_copy(right, other, folder, number, str(seed))
+        outcome, message = verdict(folder, right, lambda: tiny_model("llama"), tokenizer())
+        needless = harmless and outcome != RIGHT
+        outcomes[kind].update([outcome, *(["refused needlessly"] if needless else [])])
+        if outcome in BAD or needless:
+            failures[kind].add(message.replace(str(folder), "FOLDER")[:200])
+    return [{"check": kind, **found, "failures": sorted(failures[kind])} for kind, found in outcomes.items()]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the damages as a table of kinds and outcomes."""
+    columns = (*OUTCOMES, "refused needlessly")
+    table = Table(Column("damage", no_wrap=True), *columns)
+    total: Counter[str] = Counter()
+    for row in rows:
+        table.add_row(row["check"], *(str(row.get(name, "")) for name in columns))
+        total.update({name: row.get(name, 0) for name in columns})
+    table.add_row("all", *(str(total[name]) for name in columns))
+    console = Console(width=170)
+    console.print(table)
+    for row in rows:
+        for message in row["failures"]:
+            console.print(f"{row['check']}: {message}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
