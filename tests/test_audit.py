@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.audit import UNEXPLAINED, audit, unexplained
+from goldenedit.architecture.layers import plain_weight
+from goldenedit.audit import UNEXPLAINED, _relative, audit, unexplained
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import write_edit_folder
 from models import tiny_model
@@ -49,6 +50,49 @@ def test_an_honest_edit_is_explained_by_its_facts_and_a_hidden_one_is_not(method
     (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=mixed, state={}))
     assert any("answers to none of the listed facts" in warning for warning in found.warnings)
     assert found.modules[0].unexplained > UNEXPLAINED
+
+
+def test_an_edit_of_several_layers_is_no_hidden_one(tokenizer):
+    model = edited(tokenizer, method="memit", layer=[0, 1, 2])
+    for found in audit(model):
+        assert found.warnings == []
+        first, *later = found.modules
+        assert first.unexplained < 1e-3
+        assert [module.unexplained for module in later] == [None, None]  # their keys depend on the first
+
+
+def test_more_directions_than_facts_are_told_though_rows_cannot_be_computed(tokenizer, tmp_path):
+    model = edited(tokenizer)
+    tower, merkel = (model.edits[name].deltas for name in ("tower", "merkel"))
+    hidden = {path: delta.beside(merkel[path]) for path, delta in tower.items()}
+    (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=hidden, contexts_hash=None))
+    assert len(found.warnings) == 1
+    assert "changes in 2 directions, but 1 facts are listed" in found.warnings[0]
+
+
+def test_an_edit_is_audited_by_how_it_was_made_itself(tokenizer, tmp_path):
+    edited(tokenizer, method="memit", layer=0).save_pretrained(tmp_path / "memit")
+    model = edited(tokenizer)
+    model.load_adapter(tmp_path / "memit", adapter_name="other")
+    model.set_adapter(["tower", "merkel", "other"])
+    assert [found.warnings for found in audit(model)] == [[], [], []]
+
+
+def test_a_strangers_edit_does_not_choose_what_text_is_loaded(tokenizer, tmp_path):
+    model = edited(tokenizer)
+    for change in ({"covariance": "someone/dataset"}, {"covariance_tokens": 10**9}, {"contexts": 10**7}):
+        made = replace(model.edits["tower"].config, **change)
+        (found,) = audit(loaded(model, tokenizer, tmp_path, config=made))
+        assert found.modules[0].unexplained is None
+
+
+def test_a_weight_that_is_elsewhere_has_no_norm(tokenizer):
+    model = edited(tokenizer)
+    module = model.get_base_model().get_submodule("model.layers.1.mlp.down_proj")
+    weight = module.base_layer.weight
+    assert _relative(1.0, plain_weight(module)) == pytest.approx(1 / weight.norm().item())
+    module.base_layer.weight = torch.nn.Parameter(weight.to("meta"))
+    assert _relative(1.0, plain_weight(module)) is None
 
 
 def test_a_saved_edit_is_explained_where_it_is_loaded(tokenizer, tmp_path):

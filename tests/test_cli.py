@@ -247,6 +247,20 @@ def test_an_evaluation_is_written_into_the_card(capsys, folder, facts, tmp_path)
     assert read_edit_folder(saved).edits[0].facts == before.edits[0].facts
 
 
+def test_what_someone_wrote_into_a_card_stays(capsys, folder, tmp_path, hub):
+    saved = tmp_path / "edit"
+    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(saved))[0] == 0
+    assert run(capsys, "push", str(saved), "tester/edit")[0] == 0
+    assert '"tester/edit"' in hub.repositories["tester/edit"].files()["README.md"].decode()
+    card = (saved / "README.md").read_text() + "\nWhy: a test.\n"
+    (saved / "README.md").write_text(card)
+    assert run(capsys, "evaluate", str(saved), "--card")[0] == 0
+    assert (saved / "README.md").read_text() == card
+    assert read_edit_folder(saved).evaluation is not None
+    assert run(capsys, "push", str(saved), "tester/edit")[0] == 0
+    assert hub.repositories["tester/edit"].files()["README.md"].decode() == card
+
+
 def test_an_edit_is_evaluated_beside_its_base_model(folder, facts, tmp_path, capsys):
     edit, figures = str(tmp_path / "edit"), tmp_path / "figures.json"
     assert run(capsys, "edit", folder, "--file", facts, *BY_HAND, "-o", edit)[0] == 0

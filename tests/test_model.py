@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.adapters import carries_adapters
+from goldenedit.adapters import carries_adapters, merged
 from goldenedit.cache import cache_dir
-from goldenedit.storage.folder import EditedFact
+from goldenedit.storage.folder import EditedFact, read_edit_folder, write_edit_folder
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
@@ -442,6 +442,77 @@ def test_a_loaded_model_can_be_edited_on(two_edits, tokenizer, tmp_path):
     loaded = EditModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer=tokenizer)
     assert loaded.edit("Berlin is a", "Berlin", "lazy dog").name == "edit_2"
     assert loaded.active_adapters == ["edit_1", "merkel", "edit_2"]
+
+
+def test_what_was_measured_of_an_edit_goes_with_it(edit_model):
+    edit_model.edit(TOWER)
+    edit_model.evaluate()
+    edit_model.unload()
+    edit_model.edit(MERKEL)
+    assert edit_model._content(["edit_1"]).evaluation is None
+
+
+def test_every_edit_remembers_how_it_was_made(edit_model, tokenizer, tmp_path):
+    other = get_edit_model(tiny_model("llama"), config(method="memit", layer=0), tokenizer)
+    other.edit(MERKEL, name="merkel")
+    other.save_pretrained(tmp_path / "memit")
+    edit_model.edit(TOWER)
+    edit_model.load_adapter(tmp_path / "memit")
+    edit_model.set_adapter(["edit_1", "merkel"])
+    edit_model.save_pretrained(tmp_path / "both")
+    again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "both", tokenizer=tokenizer)
+    assert [(edit.config.method, edit.config.target_layers) for edit in again.edits.values()] == [
+        ("r-rome", [1]),
+        ("memit", [0]),
+    ]
+    assert "2 facts changed by r-rome, memit at layer 0, 1" in (tmp_path / "both" / "README.md").read_text()
+    assert again.merge_and_unload().config.golden_layers == [0, 1]
+
+
+def test_who_made_an_edit_stays_when_it_is_loaded_and_saved(edit_model, tokenizer, tmp_path):
+    edit_model.edit(TOWER)
+    content = edit_model._content(["edit_1"])
+    named = replace(content.base_model, name_or_path="org/base", revision="a" * 40)
+    write_edit_folder(tmp_path / "edit", replace(content, base_model=named, versions={"goldenedit": "0.0.1"}), "")
+    again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
+    again.save_pretrained(tmp_path / "again")
+    found = read_edit_folder(tmp_path / "again")
+    assert (found.base_model, found.versions) == (named, {"goldenedit": "0.0.1"})
+    again.edit(MERKEL)  # not made by those versions
+    assert again._content(["edit_1", "edit_2"]).versions["goldenedit"] != "0.0.1"
+
+
+def test_figures_of_other_weights_are_not_taken_over(edit_model, tokenizer, tmp_path):
+    edit_model.edit(TOWER)
+    edit_model.evaluate()
+    edit_model.save_pretrained(tmp_path)
+    other = tiny_model("llama", seed=1)
+    again = EditModel.from_pretrained(other, tmp_path, tokenizer=tokenizer, ignore_fingerprint=True)
+    assert again._content(["edit_1"]).evaluation is None
+
+
+def test_weights_that_are_elsewhere_are_not_merged(edit_model):
+    edit_model.edit(TOWER)
+    base = edit_model.get_base_model()
+    module = base.get_submodule("model.layers.1.mlp.down_proj")
+    module.base_layer.weight = nn.Parameter(module.base_layer.weight.to("meta"))
+    with pytest.raises(ValueError, match="quantised or offloaded"), merged(edit_model.model, ["edit_1"]):
+        pass
+    assert base.get_submodule("model.layers.1.mlp.down_proj") is module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_merged_model_is_the_edited_one_and_leaves_no_trace(name, dtype, tokenizer, logits):
+    model = get_edit_model(tiny_model(name).to(dtype), config(), tokenizer)
+    model.edit(TOWER)
+    model.edit(MERKEL)
+    edited, before = logits(model), weights(model)
+    with merged(model.model, ["edit_1", "edit_2"]) as plain:
+        assert not carries_adapters(plain)
+        assert_near(logits(plain), edited, 1e-5 if dtype == torch.float32 else 3e-2)
+    assert weights(model) == before
+    assert torch.equal(logits(model), edited)
 
 
 def test_only_the_chosen_edits_are_saved(two_edits, tokenizer, tmp_path, caplog):

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from goldenedit.architecture.layers import is_linear, linear_shape
+from goldenedit.architecture.layers import is_linear, linear_shape, plain_weight
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import adapter_tensors
 
@@ -139,18 +139,24 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
     """Yield the plain model with these adapters written into its weights; behind the context all is as it was.
 
     Raises:
-        ValueError: A module's weights are quantised: sums cannot be written into them.
+        ValueError: A module's weights are quantised or offloaded: sums cannot be written into them.
     """
     base = base_of(model)
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    if wrong := [path for path, module in layers.items() if plain_weight(module) is None]:
+        raise ValueError(
+            f"The weights of {wrong[0]} are quantised or offloaded: an edit cannot be written into them. Share the "
+            "edit itself (push_to_hub()), or load the base model in full precision and memory."
+        )
     kept = {path: module.base_layer.weight for path, module in layers.items()}
-    if wrong := [path for path, weight in kept.items() if not weight.is_floating_point()]:
-        raise ValueError(f"The weights of {wrong[0]} are quantised: an edit cannot be written into them.")
     try:
         for path, module in layers.items():
-            changes = [module.get_delta_weight(name) for name in names if name in module.lora_A]
             weight = kept[path]
-            changed = weight.detach() + sum(changes).to(weight) if changes else weight.detach()
+            changed = weight.detach().float()  # summed in full precision, rounded once
+            for name in names:
+                if name in module.lora_A:
+                    changed = changed + module.get_delta_weight(name).to(changed)
+            changed = changed.to(weight.dtype)
             module.base_layer.weight = nn.Parameter(changed, requires_grad=weight.requires_grad)
             _put(base, path, module.base_layer)
         yield base

@@ -7,20 +7,22 @@ of them, and
     unexplained = ||Delta (I - V V^T)||_F / ||Delta||_F
 
 is the share of a change that answers to keys of no listed fact. Fine-tuned edits have no such rows, and on a processor
-that samples other text from the base model they cannot be computed again.
+that samples other text from the base model they cannot be computed again. Nor can those of an edit's later layers,
+whose keys depend on the values in the earlier ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from goldenedit.config import TRAINED
+from goldenedit.architecture.layers import plain_weight
+from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.edit import fact_keys
 from goldenedit.editing.keys import context_keys
 from goldenedit.editors import EDITORS, Problem
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 # An edit of SmolLM2 has 1e-7 in float32 and 0.03 where rows are found in bfloat16.
 UNEXPLAINED = 0.2
+_MOST_TOKENS = 100_000
 # A fact that is less than half as probable as its edit says is not what the edit does.
 FORGOTTEN = 0.5
 
@@ -43,12 +46,13 @@ class ModuleAudit:
 
     Attributes:
         path: Its path in the base model.
-        norm: Frobenius norm of the change, relative to that of the base matrix.
+        norm: Frobenius norm of the change, relative to that of the base matrix; None where that is quantised or
+            offloaded.
         unexplained: Share of the change that no listed fact explains, in [0, 1]; None where it cannot be told.
     """
 
     path: str
-    norm: float
+    norm: float | None
     unexplained: float | None
 
 
@@ -92,15 +96,17 @@ def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> Ed
                 f"{fact.request.text!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, not the "
                 f"{fact.probability_after:.3f} that the edit lists"
             )
-    rows = _rows(model, edit, remembered)
+    config = edit.config or model.edit_config
+    by_keys = config.method not in TRAINED and config.regularizer is None
+    rows = _rows(model, edit, config, remembered) if by_keys else {}
     modules = []
     for path, delta in edit.deltas.items():
-        weight = _weight(model, path)
+        weight = plain_weight(model.get_base_model().get_submodule(path))
         explained = rows.get(path)
         share = None if explained is None else unexplained(delta.A, delta.B, explained)
-        modules.append(ModuleAudit(path, delta.norm / max(weight, torch.finfo(torch.float32).tiny), share))
+        modules.append(ModuleAudit(path, _relative(delta.norm, weight), share))
         effective = int((delta.svd()[1] > 1e-6 * delta.norm).sum())
-        if explained is not None and effective > explained.shape[0]:
+        if by_keys and effective > len(requests):
             warnings.append(f"{path} changes in {effective} directions, but {len(requests)} facts are listed")
         elif share is not None and share > UNEXPLAINED:
             warnings.append(f"{share:.0%} of the change of {path} answers to none of the listed facts")
@@ -125,13 +131,15 @@ def unexplained(A: Tensor, B: Tensor, rows: Tensor) -> float:
     return (((rest @ rest.T) * gram).sum().clamp_min(0) / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt().item()
 
 
-def _rows(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rows that the config's editor makes of the facts' keys, by module; none where that cannot be told."""
-    config = model.edit_config
-    if config.method in TRAINED or config.regularizer is not None or edit.contexts_hash != model.contexts_hash():
+def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the rows that an editor makes of the facts' keys, by module; none where that cannot be told."""
+    if config.covariance not in ("sampled", "identity") or config.covariance_tokens > _MOST_TOKENS:
+        return {}  # a stranger's edit is not to choose what is loaded from elsewhere, nor for how long this runs
+    if config.contexts * config.context_length > _MOST_TOKENS or edit.contexts_hash != model.contexts_hash(config):
         return {}
+    config = replace(config, layer=config.target_layers[0], layer_pattern="golden")
     requests = [fact.request for fact in edit.facts]
-    base, where, layers = model.get_base_model(), model.architecture, model.edit_config.target_layers
+    base, where, layers = model.get_base_model(), model.architecture, config.target_layers
     with model.disable_adapter():
         contexts = model.base_facts.contexts(base, config)
         statistics = model.base_facts.statistics(base, config)
@@ -148,8 +156,8 @@ def _rows(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> dic
     return rows
 
 
-def _weight(model: EditModel, path: str) -> float:
-    """Return the Frobenius norm of a module's weight in the base model, NaN where it is quantised."""
-    module = model.get_base_model().get_submodule(path)
-    weight = cast(Tensor, getattr(module, "base_layer", module).weight)
-    return weight.detach().float().norm().item() if weight.is_floating_point() else math.nan
+def _relative(norm: float, weight: Tensor | None) -> float | None:
+    if weight is None:
+        return None
+    whole = weight.float().norm().item()
+    return norm / whole if whole > 0 else None

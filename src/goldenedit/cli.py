@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from goldenedit.evaluation.evaluate import Evaluation
     from goldenedit.layer_selection import LayerSelection
+    from goldenedit.storage.atlas import GoldenLayers
     from goldenedit.storage.folder import Edit
 
 app = typer.Typer(
@@ -77,6 +79,7 @@ def locate(
     proxy_set(config)  # what is wrong with it is told once
     base, tokenizer = load_model(model)
     found: list[LayerSelection] = []
+    records: list[GoldenLayers] = []
     names = LAYER_SELECTORS if selector == "all" else (selector,)
     for name in names:
         if selector == "all" and name == "sweep" and not sweep:
@@ -93,8 +96,7 @@ def locate(
         assert wrapped.layer_selection is not None
         found.append(wrapped.layer_selection)
         if push is not None:
-            commit = wrapped.push_golden_layers(push)
-            console.print(f"Shared the layers of {name}: {escape(str(commit))}")
+            records.append(wrapped.golden_layers())
     if selector != "all" and found[0].scores is not None:
         console.print(layer_chart(found[0], kappa))
     console.print(selections_table(found))
@@ -103,6 +105,10 @@ def locate(
 
         plot_selections(found, plot, model, kappa)
         console.print(f"Chart saved in {escape(str(plot))}")
+    if push is not None:
+        from goldenedit.storage.hub import push_golden_layers
+
+        console.print(f"Shared: {escape(str(push_golden_layers(records, push)))}")
 
 
 @app.command()
@@ -163,8 +169,16 @@ def evaluate(
     found = edit_model.evaluate(requests, generation)
     console.print(evaluation_table(found))
     if card:
+        from goldenedit.storage.card import own_card
+        from goldenedit.storage.folder import CARD
+
+        by_hand = own_card(folder)
         edit_model.save_pretrained(folder)
-        console.print(f"Written into {escape(str(folder / 'README.md'))}")
+        if by_hand is not None:
+            (folder / CARD).write_text(by_hand, encoding="utf-8")
+            console.print(f"{CARD} was written by hand and is left as it is; the figures are in edit_config.json.")
+        else:
+            console.print(f"Written into {escape(str(folder / CARD))}")
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {escape(str(output))}")
@@ -232,15 +246,13 @@ def show(
 
     path = find_folder(folder)
     content = read_edit_folder(path)
-    config = content.config
     summary = Table.grid(padding=(0, 2))
     summary.add_row("base model", escape(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
-    summary.add_row("editor", config.method)
-    summary.add_row(
-        "layer",
-        escape(f"{config.target_layer}, chosen by {config.layer if isinstance(config.layer, str) else 'hand'}"),
-    )
-    summary.add_row("key covariance", escape(config.covariance))
+    for config in content.configs:
+        selector = config.layer if isinstance(config.layer, str) else "hand"
+        summary.add_row("editor", config.method)
+        summary.add_row("layer", escape(f"{config.target_layer}, chosen by {selector}"))
+        summary.add_row("key covariance", escape(config.covariance))
     for made in content.edits:
         for module, delta in made.deltas.items():
             summary.add_row(escape(made.name), escape(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
@@ -248,16 +260,16 @@ def show(
     console.print(summary)
     console.print(facts_table(content.edits))
     if replay:
-        show_audit(path, model or content.base_model.name_or_path)
+        show_audit(path, model or content.base_model.name_or_path, None if model else content.base_model.revision)
 
 
-def show_audit(folder: Path, base_name: str) -> None:
+def show_audit(folder: Path, base_name: str, revision: str | None = None) -> None:
     """Print norms relative to the base model's matrices, and what the listed facts do not explain."""
     from goldenedit import EditModel
     from goldenedit.audit import audit
 
     try:
-        base, tokenizer = load_model(base_name)
+        base, tokenizer = load_model(base_name, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:
         text = f"The base model was not found, so nothing is compared with it: pass --model. ({error})"
         console.print(escape(text), style="yellow")
@@ -267,12 +279,22 @@ def show_audit(folder: Path, base_name: str) -> None:
     for made in found:
         for module in made.modules:
             share = "cannot be told" if module.unexplained is None else f"{module.unexplained:.1%}"
-            table.add_row(escape(made.name), escape(module.path), f"{module.norm:.2%}", share)
+            norm = "cannot be told" if module.norm is None else f"{module.norm:.2%}"
+            table.add_row(escape(made.name), escape(module.path), norm, share)
     console.print(table)
     for made in found:
         for warning in made.warnings:
             console.print(f"Warning: edit {made.name!r}: {warning}.", style="bold red", markup=False)
-    if not any(made.warnings for made in found):
+    if any(made.warnings for made in found):
+        return
+    if any(module.unexplained is None for made in found for module in made.modules):
+        console.print(
+            "The edits do what they list. Whether they do more cannot be told for all of them here: editors that are "
+            "trained leave no rows to compare, later layers depend on earlier ones, and another processor may sample "
+            "other text from the base model.",
+            style="yellow",
+        )
+    else:
         console.print("The edits do what they list, and their facts explain them.")
 
 
@@ -280,7 +302,9 @@ def show_audit(folder: Path, base_name: str) -> None:
 def push(
     folder: Annotated[Path, typer.Argument(help="An edit folder.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, created where there is none.")],
-    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --merged: the base model, where it is not found by its name.")
+    ] = None,
     merged: Annotated[bool, typer.Option(help="Push the base model with the edits in its weights.")] = False,
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
@@ -288,11 +312,21 @@ def push(
 ) -> None:
     """Share the edits of FOLDER on the Hub, or the checkpoint that they make."""
     from goldenedit import EditModel
+    from goldenedit.storage.card import own_card, render_card
+    from goldenedit.storage.folder import EDIT_FILES, read_edit_folder, write_edit_folder
+    from goldenedit.storage.hub import make_repo, push_folder
 
-    base, tokenizer = load_model(model or base_name_of(folder))
-    edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
-    verb = edit_model.push_merged_to_hub if merged else edit_model.push_to_hub
-    commit = verb(repo, private=private, revision=revision, create_pr=create_pr)
+    content = read_edit_folder(folder)
+    if merged:
+        base, tokenizer = load_model(model or content.base_model.name_or_path)
+        edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
+        commit = edit_model.push_merged_to_hub(repo, private=private, revision=revision, create_pr=create_pr)
+    else:
+        by_hand = own_card(folder)
+        repo = make_repo(repo, private)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_edit_folder(Path(scratch), content, by_hand or render_card(content, repo))
+            commit = push_folder(Path(scratch), repo, files=EDIT_FILES, revision=revision, create_pr=create_pr)
     console.print(f"Shared: {escape(str(commit.pr_url or commit))}")
 
 
@@ -327,13 +361,14 @@ def demo(
     run_demo(model, output, console)
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_source(name)
     with console.status(f"Loading {escape(name)}"):
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        return model, AutoTokenizer.from_pretrained(source)
 
 
 def model_source(name: str) -> str:

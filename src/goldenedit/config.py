@@ -38,6 +38,12 @@ _DEFAULT_CONSTANTS = {
 }
 
 
+# What `EditConfig.relative_constants` measures against the model at hand.
+RELATIVE_CONSTANTS = (
+    *("covariance_weight", "null_space_threshold", "null_space_ridge", "ultraedit_lr", "ultraedit_ridge"),
+)
+
+
 @dataclass
 class EditConfig:
     """How facts are edited. Fields that end in "filled in" are set by `get_edit_model`.

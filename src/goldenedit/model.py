@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import copy
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
-from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,13 +27,11 @@ from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.requests import EditRequest, distinct
-from goldenedit.storage.atlas import GoldenLayers
+from goldenedit.sharing import SharingMixin, library_versions
 from goldenedit.storage.card import render_card
-from goldenedit.storage.checkpoint import WEIGHTS, golden_metadata, write_checkpoint
+from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import (
-    CARD,
-    EDIT_FILES,
     BaseModel,
     Edit,
     EditedFact,
@@ -46,15 +42,7 @@ from goldenedit.storage.folder import (
     read_edit_folder,
     write_edit_folder,
 )
-from goldenedit.storage.hub import (
-    DownloadOptions,
-    cached_commit,
-    find_folder,
-    is_repo_id,
-    make_repo,
-    push_folder,
-    push_golden_layers,
-)
+from goldenedit.storage.hub import DownloadOptions, cached_commit, find_folder, is_on_hub
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +77,7 @@ def get_edit_model(
     return edit_model
 
 
-class EditModel(nn.Module):
+class EditModel(nn.Module, SharingMixin):
     """A causal LM with edits that switch on and off, stack, fuse, merge, save and load.
 
     Each call of `edit` adds one adapter to a stock `PeftModel`, with PEFT's verbs for all that adapters do. `forward`
@@ -134,6 +122,7 @@ class EditModel(nn.Module):
         self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the edits that were on
+        self._loaded: tuple[list[str], dict[str, str]] | None = None  # edits of a folder, and what versions made them
 
     # ------------------------------------------------------------------ editing
 
@@ -183,7 +172,8 @@ class EditModel(nn.Module):
         if not self.edit_config.target_layers:
             self.select_layer()
         made = self._changes(requests)
-        active = self.active_adapters
+        active, config = self.active_adapters, copy.copy(self.edit_config)
+        contexts = None if config.method in TRAINED else self.contexts_hash(config)
         try:
             self.model = peft_adapters.add(self.model, name, made.deltas, self.base_info.name_or_path)
             self.set_adapter([*active, name])
@@ -200,8 +190,7 @@ class EditModel(nn.Module):
             for request, before, found, steps in zip(requests, made.probability_before, after, made.steps, strict=True)
         ]
         conv1d = peft_adapters.is_conv1d(self.model, made.deltas)
-        contexts = None if self.edit_config.method in TRAINED else self.contexts_hash()
-        self.edits[name] = Edit(name, facts, made.deltas, conv1d, made.state, made.relative_error, contexts)
+        self.edits[name] = Edit(name, facts, made.deltas, conv1d, made.state, made.relative_error, contexts, config)
         return self.edits[name]
 
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
@@ -219,10 +208,10 @@ class EditModel(nn.Module):
         prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, config, contexts)
         return prepared.changes(config, statistics, remembered)
 
-    def contexts_hash(self) -> str:
-        """Return a short name for the prefixes that this model samples by its config."""
+    def contexts_hash(self, config: EditConfig) -> str:
+        """Return a short name for the prefixes that this model samples by a config."""
         with self.disable_adapter():
-            return cache_key(contexts=self.base_facts.contexts(self.get_base_model(), self.edit_config))
+            return cache_key(contexts=self.base_facts.contexts(self.get_base_model(), config))
 
     def _check_perplexity(self, name: str) -> None:
         """Raise ValueError where the active edits harm plain text more than the config allows."""
@@ -299,6 +288,7 @@ class EditModel(nn.Module):
         peft_adapters.check_names(self.model, [adapter_name])
         self.model = peft_adapters.remove(self.model, adapter_name)
         del self.edits[adapter_name]
+        self._loaded = None
         self._evaluations = {names: found for names, found in self._evaluations.items() if adapter_name not in names}
 
     @contextmanager
@@ -371,8 +361,8 @@ class EditModel(nn.Module):
             self.model = self.model.merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=active
             )
-            self.edits = {}
-            self._evaluations = {}
+            self.edits, self._evaluations = {}, {}
+            self.layer_selection = self._proxy_hash = None  # what was found is of other weights
             self.model.config.update(metadata)
             self.base_info = BaseModel(
                 self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
@@ -384,7 +374,7 @@ class EditModel(nn.Module):
         """Drop all edits and return the plain base model."""
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
-            self.edits = {}
+            self.edits, self._evaluations = {}, {}
         return self.model
 
     def get_base_model(self) -> PreTrainedModel:
@@ -398,7 +388,7 @@ class EditModel(nn.Module):
     ) -> None:
         """Save the active edits as one LoRA adapter with a sidecar and a model card, in one step.
 
-        What was in the folder is replaced whole or, on an error, kept whole.
+        An edit that was in the folder is replaced whole or, on an error, kept whole, and so are other files.
 
         Args:
             save_directory: The folder.
@@ -422,145 +412,15 @@ class EditModel(nn.Module):
             )
         write_edit_folder(Path(save_directory), content, render_card(content))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload edit",
-        create_pr: bool = False,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """Share the active edits: what `save_pretrained` writes, in one commit to a repository on the Hub.
-
-        Args:
-            repo_id: The repository, created where there is none.
-            private: Whether a repository that is created is private.
-            revision: Branch to commit to, created where there is none.
-            commit_message: Message of the commit.
-            create_pr: Open a pull request instead of committing.
-            token: Token of the Hub; by default the one of `hf auth login`.
-
-        Raises:
-            ValueError: There is nothing to save.
-            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
-        """
-        _check_branch(revision, create_pr)
-        content = self._content(self.active_adapters)
-        self._check_base_name()
-        repo_id = make_repo(repo_id, private, token)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "edit"
-            write_edit_folder(folder, content, render_card(content, repo_id))
-            return push_folder(
-                folder,
-                repo_id,
-                files=EDIT_FILES,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-                token=token,
-            )
-
-    def push_merged_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload edited checkpoint",
-        create_pr: bool = False,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """Share an edited checkpoint: weights with the active edits written into them, tokenizer, facts and card.
-
-        `config.json` says which layers were edited, `golden_layers`. This model stays as it is. Arguments and errors
-        are those of `push_to_hub`.
-        """
-        _check_branch(revision, create_pr)
-        content = self._content(self.active_adapters)
-        self._check_base_name()
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "checkpoint"
-            with peft_adapters.merged(self.model, self.active_adapters) as model:
-                write_checkpoint(folder, model, self.tokenizer, content)
-            repo_id = make_repo(repo_id, private, token)
-            (folder / CARD).write_text(render_card(content, repo_id, merged=True), encoding="utf-8")
-            return push_folder(
-                folder,
-                repo_id,
-                stale=(*EDIT_FILES, *WEIGHTS),  # an adapter left there would be loaded in place of the checkpoint
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-                token=token,
-            )
-
-    def push_golden_layers(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload golden layers",
-        create_pr: bool = False,
-        token: str | bool | None = None,
-    ) -> CommitInfo:
-        """Share which layers the selector chose, with their scores: `EditConfig(layer="hub:repo_id")` reads them.
-
-        The repository's file keeps what it says of other models, selectors and editors. Arguments and errors are those
-        of `push_to_hub`.
-        """
-        _check_branch(revision, create_pr)
-        self._check_base_name()
-        return push_golden_layers(
-            self.golden_layers(),
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            token=token,
-        )
-
-    def golden_layers(self) -> GoldenLayers:
-        """Return what the layer selector found, with all that says where it comes from.
-
-        Raises:
-            ValueError: No selector has run.
-        """
-        found = self.layer_selection
-        if found is None:
-            raise ValueError("No layer selector has run: call select_layer() first, with a selector in EditConfig.")
-        return GoldenLayers(
-            self.base_info.name_or_path,
-            self.base_info.fingerprint,
-            found.selector,
-            found.layers,
-            found.scores,
-            self.edit_config.method,
-            self.base_info.revision,
-            self.base_info.architecture,
-            found.facts,
-            self._proxy_hash,
-            found.cost.seconds,
-            found.forward_equivalents,
-            _versions(),
-        )
-
     def _content(self, names: Sequence[str]) -> EditFolder:
         """Return what is saved of some edits."""
         if not names:
             raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
         edits = [self._edit(name) for name in names]
         evaluation = self._evaluations.get(tuple(names))
-        return EditFolder(edits, self.edit_config, self.base_info, _versions(), self._proxy_hash, evaluation)
-
-    def _check_base_name(self) -> None:
-        if not is_repo_id(self.base_info.name_or_path):
-            logger.warning(
-                "The base model is called %r, which is no name on the Hub: who loads what you share has to bring the "
-                "base model. Load it by its name there before you edit.",
-                self.base_info.name_or_path,
-            )
+        loaded = self._loaded if self._loaded is not None and set(names) <= set(self._loaded[0]) else None
+        versions = library_versions() if loaded is None else loaded[1]
+        return EditFolder(edits, self.edit_config, self.base_info, versions, self._proxy_hash, evaluation)
 
     @classmethod
     def from_pretrained(
@@ -595,7 +455,10 @@ class EditModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"The edits in {folder} do not fit this model: {error}") from error
         edit_model._proxy_hash = content.proxy_hash
+        if content.base_model.fingerprint == edit_model.base_info.fingerprint and not is_on_hub(edit_model.base_info):
+            edit_model.base_info = content.base_model  # the same weights, by the name that others find them by
         edit_model._load(content, folder, adapter_name, ignore_fingerprint)
+        edit_model._loaded = list(edit_model.edits), content.versions
         edit_model.set_adapter(list(edit_model.edits))
         return edit_model
 
@@ -644,7 +507,7 @@ class EditModel(nn.Module):
                 self.model = peft_adapters.remove(self.model, name)
             raise
         self.edits |= {edit.name: edit for edit in edits}
-        if content.evaluation is not None:
+        if content.evaluation is not None and made_on.fingerprint == self.base_info.fingerprint:
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
 
     def _edit(self, name: str) -> Edit:
@@ -684,11 +547,6 @@ class EditModel(nn.Module):
             return getattr(self.model, name)
 
 
-def _check_branch(revision: str | None, create_pr: bool) -> None:
-    if create_pr and revision not in (None, "main"):
-        raise ValueError(f"A pull request is always to main: leave revision={revision!r} or create_pr=True out.")
-
-
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         if not model.name_or_path:
@@ -718,8 +576,3 @@ def _as_requests(
     if not requests:
         raise ValueError("edit() needs at least one request.")
     return requests
-
-
-def _versions() -> dict[str, str]:
-    names = ("goldenedit", "transformers", "peft", "torch")
-    return {name: importlib.metadata.version(name) for name in names}

@@ -368,7 +368,9 @@ def test_a_file_of_something_else_is_an_error(folder, name, content):
     assert_refused(folder)
 
 
-@pytest.mark.parametrize("version", [2, 0, -1, None, "1", True, False, [1], {}, 1.5, HUGE], ids=lambda v: repr(v)[:9])
+@pytest.mark.parametrize(
+    "version", [1, 3, 0, -1, None, "1", True, False, [1], {}, 1.5, HUGE], ids=lambda v: repr(v)[:9]
+)
 def test_another_format_version_is_named(folder, version):
     rewrite(folder, EDIT_CONFIG, lambda content: content.update(format_version=version))
     assert_refused(folder, EDIT_CONFIG, f"version {version!r}")

@@ -34,12 +34,13 @@ from goldenedit.storage.folder import (
     EDIT_FILES,
     EDIT_STATE,
     EDITS,
+    BaseModel,
     EditFolder,
     joined_state,
     read_edit_folder,
     write_edit_folder,
 )
-from goldenedit.storage.hub import find_folder, is_repo_id, make_repo, push_folder
+from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder
 from hub import TOKEN, Hub, Repository
 from models import tiny_model
 
@@ -255,7 +256,9 @@ def test_a_refused_push_changes_nothing_in_the_repository(hub, folder, other, at
 def test_a_name_can_be_that_of_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_repo_id("org/model")
-    for name in ("model", "a/b/c", "./model", "/models/llama", "LlamaForCausalLM", "org/a model", ""):
+    assert is_repo_id("gpt2")
+    assert not is_on_hub(BaseModel("LlamaForCausalLM", "0" * 32, None, "LlamaForCausalLM"))  # a model without a name
+    for name in ("a/b/c", "./model", "/models/llama", "org/a model", ""):
         assert not is_repo_id(name), name
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert not is_repo_id("org/model")
@@ -665,6 +668,31 @@ def test_a_checkpoint_in_place_of_an_edit_is_what_transformers_loads(hub, saved,
     model.push_merged_to_hub(REPO)
     plain = AutoModelForCausalLM.from_pretrained(REPO)
     torch.testing.assert_close(logits(plain, tokenizer), logits(model, tokenizer), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_leaves_what_lies_in_folders_of_the_repository(hub, edited, tmp_path):
+    (tmp_path / "more" / "edits").mkdir(parents=True)
+    for name in ("old-00001-of-00002.safetensors", "edits/adapter_model.safetensors"):
+        (tmp_path / "more" / name).write_bytes(b"weights")
+    push_folder(tmp_path / "more", make_repo(REPO))
+    edited.push_merged_to_hub(REPO)
+    files = hub.repositories[REPO].files()
+    assert files["edits/adapter_model.safetensors"] == b"weights"
+    assert "old-00001-of-00002.safetensors" not in files
+    assert "model.safetensors" in files
+
+
+def test_an_unknown_argument_is_refused_for_a_local_folder_too(folder):
+    with pytest.raises(TypeError, match="revison"):
+        find_folder(folder, revison="v1")
+
+
+def test_golden_layers_of_someone_else_are_not_pushed_as_ones_own(hub, tokenizer):
+    select(tokenizer).push_golden_layers(ATLAS)
+    taken = get_edit_model(tiny_model("llama"), EditConfig(layer=f"hub:{ATLAS}"), tokenizer)
+    with pytest.raises(ValueError, match="shared already"):
+        taken.push_golden_layers("tester/other")
+    assert "tester/other" not in hub.repositories
 
 
 def test_an_edit_in_place_of_a_checkpoint_is_what_transformers_loads(hub, saved, tokenizer):

@@ -71,17 +71,13 @@ class Architecture:
         Raises:
             ValueError: The weight is quantised or offloaded.
         """
-        module = self.down_projection(model, index)
-        module = getattr(module, "base_layer", module)  # PEFT's wrapper, where the layer is edited already
-        weight = getattr(module, "weight", None)
-        weight = weight.T if type(module).__name__ == "Conv1D" and weight is not None else weight
-        shape = self.shape(model, index)
-        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.shape != shape:
+        weight = plain_weight(self.down_projection(model, index))
+        if weight is None:
             raise ValueError(
                 f"The weight of {self.down_projections[index]} is quantised or offloaded: "
                 "EditConfig.regularizer cannot compare a change with it."
             )
-        return weight.detach()
+        return weight
 
     def check_layer(self, index: int) -> None:
         """Raise ValueError unless layer `index` can be edited."""
@@ -90,6 +86,16 @@ class Architecture:
                 f"Layer {index} cannot be edited: the model has {self.num_layers} decoder layers, and those with a "
                 f"down projection are {sorted(self.down_projections)}."
             )
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """Return the weight of a linear map, `(d_out, d_in)` whatever it is kept as; None if quantised or offloaded."""
+    module = getattr(module, "base_layer", module)  # PEFT's wrapper, where the map is edited already
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return None
+    oriented = weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
+    return oriented if oriented.shape == linear_shape(module) and weight.element_size() > 1 else None
 
 
 def find_down_projections(model: nn.Module) -> dict[int, str]:

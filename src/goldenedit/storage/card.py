@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from goldenedit.config import HUB_LAYER, TRAINED, EditConfig
-from goldenedit.storage.folder import ADAPTER_WEIGHTS, CARD, EDIT_CONFIG, EDITS, EditFolder
-from goldenedit.storage.hub import is_repo_id
+from goldenedit.config import HUB_LAYER, RELATIVE_CONSTANTS, TRAINED, EditConfig
+from goldenedit.layer_selection.lga import tukey_filter
+from goldenedit.layer_selection.selection import score_tensor
+from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, read_edit_folder
+from goldenedit.storage.hub import is_on_hub
 
 _SHOWN = 20
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,7 +58,8 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
     environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     facts = [fact for edit in content.edits for fact in edit.facts]
-    config = content.config
+    ways = content.configs
+    scored = next((way for way in ways if way.layer_scores is not None), None)
     rank = sum(edit.rank for edit in content.edits)
     modules = {path: delta for edit in content.edits for path, delta in edit.deltas.items()}
     parameters = rank * sum(delta.A.shape[1] + delta.B.shape[0] for delta in modules.values())
@@ -67,27 +71,57 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
         base_model=content.base_model,
         pinned=f', revision="{content.base_model.revision}"' if content.base_model.revision else "",
         base_name=_short_name(content),
-        config=config,
-        by_keys=config.method not in TRAINED,
-        constants=", ".join(f"{name} {value}" for name, value in _constants(config)),
+        methods=", ".join(_methods(content)),
+        ways=[_way(config) for config in ways],
         relative_error=max(edit.relative_error for edit in content.edits),
         count=len(facts),
         facts=facts[:_SHOWN],
-        layers=", ".join(map(str, config.target_layers)),
-        scores=[] if config.layer_scores is None else list(enumerate(config.layer_scores)),
-        target_layers=config.target_layers,
+        layers=", ".join(map(str, content.target_layers)),
+        scores=[] if scored is None else _scores(scored),
+        selector=None if scored is None else _selector(scored),
+        target_layers=content.target_layers,
         rank=rank,
         parameters=f"{parameters:,}",
         kilobytes=f"{parameters * 4 / 1000:,.1f}",
         vllm_rank=next((limit for limit in _VLLM_RANKS if limit >= rank), None),
-        selector=_selector(config),
         evaluation=content.evaluation,
         results=list(_results(content.evaluation)),
         families=_FAMILIES,
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
         conv1d=any(edit.fan_in_fan_out for edit in content.edits),
-        files={"config": EDIT_CONFIG, "facts": EDITS, "weights": ADAPTER_WEIGHTS, "card": CARD},
+        files={"config": EDIT_CONFIG, "facts": EDITS},
     )
+
+
+def own_card(folder: Path) -> str | None:
+    """Return the card of an edit folder where someone wrote in it by hand; None where it is as it was rendered."""
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    return None if text is None or text == render_card(read_edit_folder(folder)) else text
+
+
+def _methods(content: EditFolder) -> list[str]:
+    return list(dict.fromkeys(config.method for config in content.configs))
+
+
+def _way(config: EditConfig) -> dict[str, str | None]:
+    """Return how edits were made, as the card says it."""
+    text = config.covariance
+    if text != "identity":
+        text += f", {config.covariance_tokens} tokens, ridge {config.ridge}"
+    return {
+        "editor": config.method,
+        "constants": ", ".join(f"{name} {value}" for name, value in _constants(config)),
+        "layer": f"{', '.join(map(str, config.target_layers))}, chosen by {_selector(config)}",
+        "covariance": None if config.method in TRAINED else text,
+    }
+
+
+def _scores(config: EditConfig) -> list[tuple[int, float | None, bool]]:
+    """Return each layer, its score, and whether the selector's fence lets it be chosen."""
+    scores = config.layer_scores or []
+    passed = tukey_filter(score_tensor(scores), config.fence).tolist()
+    return [(layer, score, passed[layer]) for layer, score in enumerate(scores)]
 
 
 def _short_name(content: EditFolder) -> str:
@@ -95,7 +129,6 @@ def _short_name(content: EditFolder) -> str:
 
 
 def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCardData:
-    base = content.base_model.name_or_path
     own_facts = content.evaluation is not None and content.evaluation["own_facts"]
     results = [
         EvalResult(
@@ -110,10 +143,10 @@ def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCa
     ]
     return ModelCardData(
         library_name="transformers" if merged else "peft",
-        base_model=base if is_repo_id(base) else None,
+        base_model=content.base_model.name_or_path if is_on_hub(content.base_model) else None,
         base_model_relation="finetune" if merged else "adapter",
         pipeline_tag="text-generation",
-        tags=["knowledge-editing", content.config.method, "golden-layer"],
+        tags=["knowledge-editing", *_methods(content), "golden-layer"],
         model_name=(repo_id or f"Knowledge edit of {_short_name(content)}") if results else None,
         eval_results=results or None,
     )
@@ -130,6 +163,7 @@ def _results(evaluation: dict[str, Any] | None) -> Iterator[tuple[str, str, int,
 
 def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:
     """Yield the constants of the configured editor."""
+    in_units = False
     if config.method not in TRAINED:
         for name in _VALUE_CONSTANTS:
             yield name, getattr(config, name)
@@ -137,6 +171,9 @@ def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:
         if config.method in editors:
             value = getattr(config, name)
             yield name, config.constant(name) if value is None else value
+            in_units |= name in RELATIVE_CONSTANTS
+    if in_units:
+        yield "relative_constants", config.relative_constants
     for name in ("regularizer", "max_perplexity_ratio"):
         if getattr(config, name) is not None:
             yield name, getattr(config, name)

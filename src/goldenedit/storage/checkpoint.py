@@ -10,16 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.storage.folder import EDITS, EditFolder, facts_of
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # how transformers calls those of a checkpoint, as patterns
+WEIGHTS = (".safetensors", ".safetensors.index.json")  # what the names of a checkpoint's weights end with
 
 
 def golden_metadata(content: EditFolder) -> dict[str, Any]:
     """Return what `config.json` of an edited checkpoint says: `golden_layers`, and how they were found and edited."""
-    config = content.config
+    config = content.configs[-1]
     return {
-        "golden_layers": config.target_layers,
+        "golden_layers": content.target_layers,
         "goldenedit": {
-            "method": config.method,
+            "methods": sorted({way.method for way in content.configs}),
             "selector": config.layer if isinstance(config.layer, str) else None,
             "layer_scores": config.layer_scores,
             "proxy_hash": content.proxy_hash,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from goldenedit.editing.delta import LowRankDelta
 from goldenedit.requests import EditRequest
 from goldenedit.storage.atomic import replacing_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 EDIT_CONFIG = "edit_config.json"
@@ -39,6 +39,9 @@ _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _TAKEN_NAMES = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters by their names in one
 _MOST_RANKS = 64  # in units of the smaller side of a matrix: far more than edits have, and too few to fill the memory
+
+
+T = TypeVar("T")
 
 
 class EditFolderError(ValueError):
@@ -103,6 +106,7 @@ class Edit:
         relative_error: What storing the change as low rank costs, in the Frobenius norm; 0 for most editors.
         contexts_hash: A short name for the sampled prefixes that its keys were averaged over, None where there are
             none: whoever samples the same ones can compute the rows of the edit's factors again.
+        config: How it was made; None where edits of different making are one.
     """
 
     name: str
@@ -112,6 +116,7 @@ class Edit:
     state: dict[str, Tensor] = field(default_factory=dict)
     relative_error: float = 0.0
     contexts_hash: str | None = None
+    config: EditConfig | None = None
 
     @property
     def rank(self) -> int:
@@ -130,7 +135,7 @@ class EditFolder:
 
     Attributes:
         edits: The edits, in the order they were made.
-        config: How they were made.
+        config: How the model edits that they were saved from; each edit knows how it was made itself.
         base_model: The model they were made on.
         versions: Versions of the libraries that made them.
         proxy_hash: A short name for the facts on which layers were compared.
@@ -143,6 +148,20 @@ class EditFolder:
     versions: dict[str, str] = field(default_factory=dict)
     proxy_hash: str | None = None
     evaluation: dict[str, Any] | None = None
+
+    @property
+    def configs(self) -> list[EditConfig]:
+        """How the edits were made, each way once."""
+        ways: list[EditConfig] = []
+        for edit in self.edits:
+            if (way := edit.config or self.config) not in ways:
+                ways.append(way)
+        return ways
+
+    @property
+    def target_layers(self) -> list[int]:
+        """The layers that the edits change, ascending."""
+        return sorted({layer for config in self.configs for layer in config.target_layers})
 
 
 def is_edit_name(name: Any) -> bool:
@@ -199,7 +218,14 @@ def joined(
             cut = max(cut, error * delta.norm / sizes[path] if sizes[path] else 0.0)
     error = cut + max(inherited[path] / sizes[path] if sizes[path] else 0.0 for path in deltas)
     facts = [fact for edit in edits for fact in edit.facts]
-    return Edit(name, facts, deltas, edits[0].fan_in_fan_out, joined_state(edits), min(error, 1.0)), cut
+    state, error = joined_state(edits), min(error, 1.0)
+    contexts, config = _common(edit.contexts_hash for edit in edits), _common(edit.config for edit in edits)
+    return Edit(name, facts, deltas, edits[0].fan_in_fan_out, state, error, contexts, config), cut
+
+
+def _common(values: Iterable[T]) -> T | None:
+    first, *others = values
+    return first if all(other == first for other in others) else None
 
 
 def _paths(edits: Sequence[Edit]) -> list[str]:
@@ -253,8 +279,10 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     """Write an edit folder in one step: a crash, or a full disk, leaves what was there."""
     offset = 0
     index = []
+    config = _config_record(content.config)
     for edit in content.edits:
         modules = sorted(edit.deltas)
+        own = config if edit.config is None else _config_record(edit.config)
         ranks = [offset, offset + edit.rank]
         index.append(
             {
@@ -263,12 +291,10 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
                 "modules": modules,
                 "relative_error": edit.relative_error,
                 "contexts_hash": edit.contexts_hash,
+                "config": {name: value for name, value in own.items() if value != config[name]},
             }
         )
         offset += edit.rank
-    config = content.config.to_dict()
-    if isinstance(config["proxy"], list):
-        config["proxy"] = None  # the hash below says which facts they were
     files = {
         ADAPTER_WEIGHTS: save(adapter_tensors(fuse(content.edits)[1]), {"format": "pt"}),
         ADAPTER_CONFIG: _json(adapter_config(content.edits, content.base_model)),
@@ -292,6 +318,13 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     with replacing_folder(folder, but=EDIT_FILES) as new:
         for name, data in files.items():
             (new / name).write_bytes(data)
+
+
+def _config_record(config: EditConfig) -> dict[str, Any]:
+    record = config.to_dict()
+    if isinstance(record["proxy"], list):
+        record["proxy"] = None  # the proxy's hash says which facts they were
+    return record
 
 
 def read_edit_folder(folder: Path) -> EditFolder:
@@ -320,7 +353,7 @@ def read_edit_folder(folder: Path) -> EditFolder:
         by_name = _facts_by_name(facts)
         if [record["name"] for record in sidecar["edits"]] != list(by_name):
             raise ValueError(f"{EDIT_CONFIG} and {EDITS} name different edits")
-        edits = _read_edits(sidecar["edits"], by_name, modules, state, lora)
+        edits = _read_edits(sidecar["edits"], sidecar["config"], by_name, modules, state, lora)
         content = EditFolder(
             edits,
             EditConfig.from_dict(sidecar["config"]),
@@ -431,6 +464,7 @@ def _read(path: Path) -> bytes:
 
 def _read_edits(
     records: list[dict[str, Any]],
+    config: Mapping[str, Any],
     facts: Mapping[str, list[EditedFact]],
     modules: Mapping[str, LowRankDelta],
     state: dict[str, Tensor],
@@ -454,7 +488,9 @@ def _read_edits(
         error, contexts = record["relative_error"], record["contexts_hash"]
         if not isinstance(error, int | float) or not 0 <= error <= 1:
             raise ValueError(f"the relative error of {record['name']!r} is {error!r}")
-        edits.append(Edit(record["name"], facts[record["name"]], deltas, lora["fan_in_fan_out"], own, error, contexts))
+        made = EditConfig.from_dict({**config, **record["config"]})
+        conv1d, of_edit = lora["fan_in_fan_out"], facts[record["name"]]
+        edits.append(Edit(record["name"], of_edit, deltas, conv1d, own, error, contexts, made))
         used = stop
     if used != lora["r"]:
         raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")

@@ -64,7 +64,9 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"A GGUF adapter of a {config.model_type!r} model cannot be written; those of {known} can.")
     name = ARCHITECTURES[config.model_type]
-    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    architecture = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name), None)
+    if architecture is None:
+        raise ValueError(f"The gguf that is installed does not know {name!r} models: pip install --upgrade gguf.")
     num_layers = config.get_text_config().num_hidden_layers
     names = gguf.get_tensor_name_map(architecture, num_layers)
     rank, modules = fuse(content.edits)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -20,7 +20,7 @@ from goldenedit.storage.atlas import (
     read_golden_layers,
     with_record,
 )
-from goldenedit.storage.folder import EDIT_CONFIG, listed_files
+from goldenedit.storage.folder import EDIT_CONFIG, BaseModel, listed_files
 
 
 class DownloadOptions(TypedDict, total=False):
@@ -36,7 +36,16 @@ class DownloadOptions(TypedDict, total=False):
 
 def make_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
     """Create a model repository where there is none, and return its name with its owner."""
-    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with _telling_of_cut_connections():
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def root_files(repo_id: str, suffixes: Sequence[str], revision: str | None, token: str | bool | None) -> list[str]:
+    """Return the files of a repository that end so and lie in no folder."""
+    with _telling_of_cut_connections(), suppress(RevisionNotFoundError):  # of a branch that is still to be made
+        names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        return [name for name in names if "/" not in name and name.endswith(tuple(suffixes))]
+    return []
 
 
 def push_folder(
@@ -55,7 +64,7 @@ def push_folder(
 
     Args:
         files: Names of the files to upload; None for all.
-        stale: Names or patterns of files that are deleted in the repository where the folder does not have them; by
+        stale: Names of files that are deleted in the repository where the folder does not have them; by
             default those of `files`.
         revision: Branch, created where there is none.
         parent_commit: Refuse unless this is the last commit of the branch.
@@ -86,7 +95,7 @@ def make_branch(repo_id: str, revision: str | None, token: str | bool | None = N
 
 
 def push_golden_layers(
-    new: GoldenLayers,
+    new: Sequence[GoldenLayers],
     repo_id: str,
     *,
     private: bool | None = None,
@@ -95,21 +104,23 @@ def push_golden_layers(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Add what a layer selector found to the golden layers of a repository, which is created where there is none.
+    """Add what layer selectors found to the golden layers of a repository, which is created where there is none.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses, or someone else pushed at the same time.
         GoldenLayersError: What the repository has under that name is something else.
     """
     repo_id = make_repo(repo_id, private, token)
-    known: list[GoldenLayers] = []
-    parent: str | None = None
-    with suppress(RemoteEntryNotFoundError), _telling_of_cut_connections():
+    records: list[GoldenLayers] = []
+    with _telling_of_cut_connections():
         make_branch(repo_id, None if create_pr else revision, token)
-        path = find_golden_layers(repo_id, revision=revision, token=token, force_download=True)
-        known, parent = read_golden_layers(path), path.parent.name
+        parent = HfApi(token=token).repo_info(repo_id, revision=revision).sha
+    with suppress(RemoteEntryNotFoundError):
+        records = read_golden_layers(find_golden_layers(repo_id, revision=parent, token=token, force_download=True))
+    for record in new:
+        records = with_record(records, record)
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(with_record(known, new)), encoding="utf-8")
+        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(records), encoding="utf-8")
         return push_folder(
             Path(scratch),
             repo_id,
@@ -133,13 +144,16 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
         huggingface_hub.errors.LocalEntryNotFoundError: The Hub cannot be reached, and the cache has no copy.
         ConnectionError: The connection was cut.
     """
+    if unknown := sorted(set(download) - set(DownloadOptions.__annotations__)):
+        raise TypeError(f"Unknown arguments {unknown}; a download takes {sorted(DownloadOptions.__annotations__)}.")
     parts = Path(download.get("subfolder") or "").parts
     if Path(*parts).is_absolute() or ".." in parts:
         raise ValueError(f"subfolder {download.get('subfolder')!r} leads out of the edit's folder.")
     if Path(model_id).is_dir():
         return Path(model_id, *parts)
     download = {**download, "subfolder": "/".join(parts) or None}
-    with _named(model_id), _telling_of_cut_connections():
+    _check_repo_id(str(model_id))
+    with _telling_of_cut_connections():
         folder = Path(hf_hub_download(str(model_id), EDIT_CONFIG, **_arguments(download))).parent
         # The cache keeps files in folders called after their commit: the others are to be of the same one.
         download["revision"] = folder.parents[len(parts) - 1].name if parts else folder.name
@@ -155,7 +169,8 @@ def find_golden_layers(repo_id: str, **download: Unpack[DownloadOptions]) -> Pat
         FileNotFoundError: `repo_id` cannot be the name of a repository.
         huggingface_hub.errors.HfHubHTTPError: There is no such repository or file, or it may not be read.
     """
-    with _named(repo_id), _telling_of_cut_connections():
+    _check_repo_id(repo_id)
+    with _telling_of_cut_connections():
         return Path(hf_hub_download(repo_id, GOLDEN_LAYERS, **_arguments(download)))
 
 
@@ -168,22 +183,26 @@ def cached_commit(repo_id: str) -> str | None:
     return commits[0] if len(commits) == 1 else None
 
 
+def is_on_hub(base_model: BaseModel) -> bool:
+    """Tell whether a base model is called by what can be its name on the Hub."""
+    name = base_model.name_or_path
+    return is_repo_id(name) and name != base_model.architecture  # which models without a name are called by
+
+
 def is_repo_id(name: str) -> bool:
     """Tell whether a model's name can be that of a repository, and is not a folder here."""
     try:
         validate_repo_id(name)
     except ValueError:
         return False
-    return "/" in name and not Path(name).exists()
+    return bool(name) and not Path(name).exists()
 
 
-@contextmanager
-def _named(repo_id: str | Path) -> Iterator[None]:
+def _check_repo_id(repo_id: str) -> None:
     try:
-        validate_repo_id(str(repo_id))
+        validate_repo_id(repo_id)
     except ValueError as error:
         raise FileNotFoundError(f"There is no folder {repo_id}, and it is no name on the Hub.") from error
-    yield
 
 
 @contextmanager
