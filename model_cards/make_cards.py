@@ -18,7 +18,7 @@ from goldenedit.packaged import packaged_model
 from goldenedit.requests import proxy_facts
 from goldenedit.storage.atlas import dump_golden_layers
 from goldenedit.storage.card import render_card
-from goldenedit.storage.folder import read_edit_folder
+from goldenedit.storage.reading import read_edit_folder
 
 HERE = Path(__file__).parent
 NAMES = {"smollm2": "example/SmolLM2-135M-Instruct-Q4_1", "gemma3": "example/gemma-3-270m-Q4_K_M"}

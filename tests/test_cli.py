@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from goldenedit.cli import app, main, parse_layer, read_option
 from goldenedit.config import LAYER_SELECTORS
 from goldenedit.storage.atlas import read_golden_layers
-from goldenedit.storage.folder import read_edit_folder, write_edit_folder
+from goldenedit.storage.folder import write_edit_folder
 from goldenedit.storage.hub import find_golden_layers
+from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
 
 FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]

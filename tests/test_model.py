@@ -18,7 +18,8 @@ from torch import nn
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import carries_adapters, merged
 from goldenedit.cache import cache_dir
-from goldenedit.storage.folder import EditedFact, read_edit_folder, write_edit_folder
+from goldenedit.storage.folder import EditedFact, write_edit_folder
+from goldenedit.storage.reading import read_edit_folder
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.

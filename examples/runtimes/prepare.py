@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, get_edit_model
 from goldenedit.packaged import packaged_model
-from goldenedit.storage.folder import read_edit_folder
 from goldenedit.storage.gguf import export_gguf
+from goldenedit.storage.reading import read_edit_folder
 
 PROMPT = "The Eiffel Tower is located in the city of"
 NEW_TOKENS = 6

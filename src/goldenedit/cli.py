@@ -241,8 +241,9 @@ def show(
     ] = True,
 ) -> None:
     """Show what an edit changes, and whether its facts explain it."""
-    from goldenedit.storage.folder import folder_size, read_edit_folder
+    from goldenedit.storage.folder import folder_size
     from goldenedit.storage.hub import find_folder
+    from goldenedit.storage.reading import read_edit_folder
 
     path = find_folder(folder)
     content = read_edit_folder(path)
@@ -313,8 +314,9 @@ def push(
     """Share the edits of FOLDER on the Hub, or the checkpoint that they make."""
     from goldenedit import EditModel
     from goldenedit.storage.card import own_card, render_card
-    from goldenedit.storage.folder import EDIT_FILES, read_edit_folder, write_edit_folder
+    from goldenedit.storage.folder import EDIT_FILES, write_edit_folder
     from goldenedit.storage.hub import make_repo, push_folder
+    from goldenedit.storage.reading import read_edit_folder
 
     content = read_edit_folder(folder)
     if merged:
@@ -339,9 +341,9 @@ def export(
     """Write an edit as a GGUF adapter: `llama-cli -m base.gguf --lora FILE`."""
     from transformers import AutoConfig
 
-    from goldenedit.storage.folder import read_edit_folder
     from goldenedit.storage.gguf import export_gguf
     from goldenedit.storage.hub import find_folder
+    from goldenedit.storage.reading import read_edit_folder
 
     content = read_edit_folder(find_folder(folder))
     export_gguf(content, AutoConfig.from_pretrained(model_source(model or content.base_model.name_or_path)), gguf)
@@ -380,7 +382,7 @@ def model_source(name: str) -> str:
 
 def base_name_of(folder: Path) -> str:
     """Return the name of the model that the edits of a folder were made on."""
-    from goldenedit.storage.folder import read_edit_folder
+    from goldenedit.storage.reading import read_edit_folder
 
     return read_edit_folder(folder).base_model.name_or_path
 

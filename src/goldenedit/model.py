@@ -39,10 +39,10 @@ from goldenedit.storage.folder import (
     is_edit_name,
     joined,
     joined_state,
-    read_edit_folder,
     write_edit_folder,
 )
 from goldenedit.storage.hub import DownloadOptions, cached_commit, find_folder, is_on_hub
+from goldenedit.storage.reading import read_edit_folder
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -25,7 +27,9 @@ from goldenedit.storage.folder import (
     Edit,
     EditedFact,
     EditFolder,
+    EditFolderError,
 )
+from goldenedit.storage.reading import read_edit_folder
 
 PARIS = EditRequest(
     "{} is located in the city of", "The Eiffel Tower", "Rome", "Paris", ("You find The Eiffel Tower in",)
@@ -165,3 +169,28 @@ def set_ranks(folder: Path, first: int, second: int, factors: bool) -> None:
     if factors:
         change_tensors(folder / ADAPTER_WEIGHTS, pad)
     resign(folder)
+
+
+def edits_with_state(seed=0):
+    """Return the fixed edits with other factors, the first with what an editor remembers."""
+    content = edit_folder()
+    first, second = content.edits
+    first = replace(first, deltas={FIRST: delta(2, seed)}, state={f"keys/{FIRST}": delta(3, seed + 7).A.T.contiguous()})
+    facts = [replace(fact, steps=seed) for fact in second.facts]
+    second = replace(second, facts=facts, deltas={FIRST: delta(1, seed + 1), SECOND: delta(1, seed + 2)})
+    return replace(content, edits=[first, second])
+
+
+def rewrite(folder, name, change):
+    """Change a file as an author does who recomputes the digests."""
+    (change_json if name.endswith(".json") else change_tensors)(folder / name, change)
+    resign(folder)
+
+
+def assert_refused(folder, *named):
+    """Assert that a folder is refused by a message with these parts, a file's name by default one of the format's."""
+    with pytest.raises(EditFolderError) as caught:
+        read_edit_folder(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    assert all(name in message for name in named), message

@@ -37,10 +37,10 @@ from goldenedit.storage.folder import (
     BaseModel,
     EditFolder,
     joined_state,
-    read_edit_folder,
     write_edit_folder,
 )
 from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder
+from goldenedit.storage.reading import read_edit_folder
 from hub import TOKEN, Hub, Repository
 from models import tiny_model
 

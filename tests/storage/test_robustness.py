@@ -47,9 +47,9 @@ from goldenedit.storage.folder import (
     Edit,
     EditedFact,
     EditFolder,
-    read_edit_folder,
     write_edit_folder,
 )
+from goldenedit.storage.reading import read_edit_folder
 from models import MLP_WIDTH, WIDTH, tiny_model
 
 SIGNED = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDITS, EDIT_STATE)  # those that edit_config.json has digests of

@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from goldenedit.config import HUB_LAYER, RELATIVE_CONSTANTS, TRAINED, EditConfig
 from goldenedit.layer_selection.lga import tukey_filter
 from goldenedit.layer_selection.selection import score_tensor
-from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, read_edit_folder
+from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder
 from goldenedit.storage.hub import is_on_hub
+from goldenedit.storage.reading import read_edit_folder
 
 _SHOWN = 20
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

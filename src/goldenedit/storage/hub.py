@@ -20,7 +20,8 @@ from goldenedit.storage.atlas import (
     read_golden_layers,
     with_record,
 )
-from goldenedit.storage.folder import EDIT_CONFIG, BaseModel, listed_files
+from goldenedit.storage.folder import EDIT_CONFIG, BaseModel
+from goldenedit.storage.reading import listed_files
 
 
 class DownloadOptions(TypedDict, total=False):
