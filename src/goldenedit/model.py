@@ -32,6 +32,8 @@ from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import (
+    ADAPTER_CONFIG,
+    EDIT_CONFIG,
     BaseModel,
     Edit,
     EditedFact,
@@ -453,7 +455,7 @@ class EditModel(nn.Module, SharingMixin):
         try:
             edit_model = cls(model, content.config, tokenizer)
         except ValueError as error:
-            raise ValueError(f"The edits in {folder} do not fit this model: {error}") from error
+            raise ValueError(f"{folder / EDIT_CONFIG} does not fit this model: {error}") from error
         edit_model._proxy_hash = content.proxy_hash
         if content.base_model.fingerprint == edit_model.base_info.fingerprint and not is_on_hub(edit_model.base_info):
             edit_model.base_info = content.base_model  # the same weights, by the name that others find them by
@@ -483,8 +485,8 @@ class EditModel(nn.Module, SharingMixin):
         made_on = content.base_model
         if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
             raise ValueError(
-                f"The edits in {folder} were made on {made_on.name_or_path} (fingerprint {made_on.fingerprint}), but "
-                f"this model is {self.base_info.name_or_path} (fingerprint {self.base_info.fingerprint}). Load that "
+                f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
+                f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint {self.base_info.fingerprint}). Load that "
                 "model, or pass ignore_fingerprint=True to use the edits all the same."
             )
         edits = content.edits
@@ -496,7 +498,7 @@ class EditModel(nn.Module, SharingMixin):
                 try:
                     peft_adapters.check_fits(self.model, path, delta)
                 except ValueError as error:
-                    raise ValueError(f"The edits in {folder} do not fit this model: {error}") from error
+                    raise ValueError(f"{folder / ADAPTER_CONFIG} does not fit this model: {error}") from error
         added: list[str] = []
         try:
             for edit in edits:

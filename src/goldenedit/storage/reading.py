@@ -78,7 +78,7 @@ def read_edit_folder(folder: Path) -> EditFolder:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EditFolderError(
-            f"The files of {folder} do not fit together ({type(error).__name__}: {error})."
+            f"{folder / EDIT_CONFIG} does not fit the files beside it ({type(error).__name__}: {error})."
         ) from error
     _check_adapter(folder, lora, modules, content)
     return content
