@@ -486,8 +486,9 @@ class EditModel(nn.Module, SharingMixin):
         if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
             raise ValueError(
                 f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
-                f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint {self.base_info.fingerprint}). Load that "
-                "model, or pass ignore_fingerprint=True to use the edits all the same."
+                f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint "
+                f"{self.base_info.fingerprint}). Load that model, or pass ignore_fingerprint=True to use the edits all "
+                "the same."
             )
         edits = content.edits
         if adapter_name is not None:
