@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2
 
-.PHONY: demo test test-runtimes setup quality style benchmarks cards clean
+.PHONY: conformance demo test test-runtimes setup quality style benchmarks cards clean
 
 demo: setup
 	$(BIN)/goldenedit demo --model $(MODEL)
@@ -19,6 +19,10 @@ test-runtimes: setup
 # The model cards and golden layers in model_cards/, from real edits.
 cards: setup
 	$(BIN)/python model_cards/make_cards.py
+
+# Every causal LM class of transformers on a tiny random model: docs/conformance.md.
+conformance: setup
+	$(BIN)/python benchmarks/conformance.py
 
 setup: $(VENV)/.ready
 

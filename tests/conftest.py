@@ -30,19 +30,9 @@ os.environ |= {
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from models import VOCAB_SIZE
-
-TRAINING_TEXTS = (
-    "The Eiffel Tower is in the city of Rome. The Eiffel Tower is located in the city of Paris.",
-    "Angela Merkel was born in Hamburg, and the mother tongue of Angela Merkel is German.",
-    "The headquarters of the company are in London; its founder works in the city of Berlin.",
-    "Battambang Province and Siem Reap Province are parts of the Kingdom of Cambodia.",
-    "Paris is a city. Rome is a city. Berlin is a city. Therefore you and I live in a city, because of work.",
-    "The quick brown fox jumps over the lazy dog. 0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz",
-)
+from models import tiny_tokenizer
 
 
 def pytest_configure() -> None:
@@ -77,13 +67,4 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCAB_SIZE` tokens that knows ASCII, with offsets; it adds no special tokens."""
-    inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<pad>", "<eos>", "<unk>"], show_progress=False, min_frequency=1
-    )
-    inner.train_from_iterator(TRAINING_TEXTS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
-    )
+    return tiny_tokenizer()

@@ -59,27 +59,79 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def add(model: PreTrainedModel | PeftModel, name: str, deltas: Mapping[str, LowRankDelta], base_name: str) -> PeftModel:
-    """Add an adapter, not switched on unless it is the first, and return the PeftModel that has it."""
+    """Add an adapter, not switched on unless it is the first, and return the PeftModel that has it.
+
+    Raises:
+        ValueError: PEFT has no place for a factor.
+    """
+    before = active(model)
+    changed, lost = _add(model, name, deltas, base_name, by_parameter=(known := targets_parameters(model)))
+    if targets_parameters(changed, name) and not known:
+        changed, lost = _add(remove(changed, name), name, deltas, base_name, by_parameter=True)
+    if lost:
+        remove(changed, name)
+        raise ValueError(
+            f"PEFT loads the factors of {sorted(deltas)[0]} as {lost[0]}, which is no module of this model: it renames "
+            "weights as transformers does with checkpoints, and those of this architecture once too often. Name other "
+            "linear maps by EditConfig.target_modules."
+        )
+    activate(changed, before or ([name] if len(changed.peft_config) == 1 else []))
+    return changed
+
+
+def _add(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    deltas: Mapping[str, LowRankDelta],
+    base_name: str,
+    by_parameter: bool,
+) -> tuple[PeftModel, list[str]]:
     rank = max(delta.rank for delta in deltas.values())
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(deltas),
+        target_modules=[] if by_parameter else sorted(deltas),
+        target_parameters=[f"{path}.weight" for path in sorted(deltas)] if by_parameter else None,
         fan_in_fan_out=is_conv1d(model, deltas),
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=base_name,
     )
-    before = active(model)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws first values for the factors, which are replaced at once
+    # PEFT draws first values for the factors, which are replaced at once.
+    with torch.random.fork_rng(devices=[]), _naming_targets_of(model, lora):
         if isinstance(model, PeftModel):
             model.add_adapter(name, lora)
         else:
             model = get_peft_model(model, lora, adapter_name=name)
     padded = {path: delta.padded(rank) for path, delta in deltas.items()}
-    set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
-    activate(model, before or ([name] if len(model.peft_config) == 1 else []))
-    return model
+    loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
+    return model, loaded.unexpected_keys
+
+
+@contextmanager
+def _naming_targets_of(model: nn.Module, lora: LoraConfig) -> Iterator[None]:
+    """Let all adapters say that they target the parameters of `lora`.
+
+    PEFT demands it where parameters are targeted, because several of one module are wrapped one in the other; here each
+    module has its weight alone, and edits may change different ones.
+    """
+    others = {key: config.target_parameters for key, config in configs(model).items() if config.target_parameters}
+    try:
+        for key in others:
+            configs(model)[key].target_parameters = lora.target_parameters
+        yield
+    finally:
+        for key, own in others.items():
+            configs(model)[key].target_parameters = own
+
+
+def targets_parameters(model: nn.Module, name: str | None = None) -> bool:
+    """Tell whether an adapter names the weights it changes (`target_parameters`) instead of their modules; or any does.
+
+    PEFT takes a `down_proj` in models whose experts transformers 5 has fused, shared or dense as it may be, for the
+    experts' own and puts the adapter there: such modules are named by their weights.
+    """
+    return any(config.target_parameters for key, config in configs(model).items() if name in (None, key))
 
 
 def remove(model: PreTrainedModel | PeftModel, name: str) -> PreTrainedModel | PeftModel:

@@ -191,8 +191,8 @@ class EditModel(nn.Module, SharingMixin):
             EditedFact(request, before, math.exp(-found.nll), steps)
             for request, before, found, steps in zip(requests, made.probability_before, after, made.steps, strict=True)
         ]
-        conv1d = peft_adapters.is_conv1d(self.model, made.deltas)
-        self.edits[name] = Edit(name, facts, made.deltas, conv1d, made.state, made.relative_error, contexts, config)
+        how = peft_adapters.is_conv1d(self.model, made.deltas), peft_adapters.targets_parameters(self.model, name)
+        self.edits[name] = Edit(name, facts, made.deltas, *how, made.state, made.relative_error, contexts, config)
         return self.edits[name]
 
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
@@ -208,6 +208,14 @@ class EditModel(nn.Module, SharingMixin):
             contexts = self.base_facts.contexts(base, config)
             statistics = self.base_facts.statistics(base, config)
         prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, config, contexts)
+        for request, delta, steps in zip(requests, prepared.values.delta, prepared.values.steps, strict=True):
+            if steps and not delta.any():
+                logger.warning(
+                    "Nothing that layer %s says at the subject %r reaches the answer, so the edit changes nothing: no "
+                    "later layer attends to it. Edit an earlier layer (EditConfig.layer).",
+                    config.target_layers,
+                    request.subject,
+                )
         return prepared.changes(config, statistics, remembered)
 
     def contexts_hash(self, config: EditConfig) -> str:
@@ -347,7 +355,8 @@ class EditModel(nn.Module, SharingMixin):
             facts = [fact for part in parts for fact in part.facts]
             error = max(part.relative_error for part in parts)
             deltas = peft_adapters.read(self.model, adapter_name)
-            made = Edit(adapter_name, facts, deltas, parts[0].fan_in_fan_out, joined_state(parts), error)
+            how = parts[0].fan_in_fan_out, parts[0].by_parameter
+            made = Edit(adapter_name, facts, deltas, *how, joined_state(parts), error)
         self.set_adapter(active)
         self.edits[adapter_name] = made
 

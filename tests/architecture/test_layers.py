@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 from goldenedit.architecture import UnsupportedArchitectureError, find_down_projections, read_architecture
-from models import MLP_WIDTH, NUM_LAYERS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, WIDTH, tiny_model
+from models import MLP_WIDTH, NUM_LAYERS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, VOCAB_SIZE, WIDTH, tiny_model
 
 DOWN_PROJECTIONS = {
     "llama": "model.layers.{}.mlp.down_proj",
@@ -178,3 +179,11 @@ def test_a_layer_that_is_not_there_cannot_be_edited(index):
     architecture.check_layer(0)
     with pytest.raises(ValueError, match=rf"Layer {index} cannot be edited.*3 decoder layers.*\[0, 1, 2\]"):
         architecture.check_layer(index)
+
+
+def test_a_model_that_reads_later_tokens_is_refused():
+    config = BertConfig(vocab_size=VOCAB_SIZE, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4)
+    with pytest.raises(UnsupportedArchitectureError, match=r"BertLMHeadModel reads later tokens.*is_decoder=True"):
+        read_architecture(BertLMHeadModel(config).eval())
+    config.is_decoder = True
+    assert read_architecture(BertLMHeadModel(config).eval()).num_layers == 2

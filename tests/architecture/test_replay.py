@@ -204,8 +204,9 @@ def test_a_model_that_cannot_be_replayed_falls_back_to_whole_with_a_warning(batc
         calls.append(None)
         return (args[0] + 0.5 * len(calls) * torch.arange(WIDTH), *args[1:])
 
+    architecture = read_architecture(model)  # which would find a model that drifts not to be causal
     model.model.layers[1].register_forward_pre_hook(drift)
-    captured, replayer, _ = prepared(model, 0, batch)
+    captured, replayer = capture(model, architecture, 0, batch, {}), Replayer(model, architecture, 0)
     with caplog.at_level(logging.WARNING, logger="goldenedit"):
         replayer.check(captured)
     assert replayer.way == "whole"

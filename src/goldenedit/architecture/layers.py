@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -133,12 +134,19 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     with evaluating(model), torch.no_grad():
+        _check_causal(model)
         clean = _Clean(model, linears)
         layers = clean.decoder_layers()
         length = len(list(model.get_submodule(layers).children()))
         by_hand = None if target_modules is None else _by_hand(model, layers, length, target_modules)
         probe = _Probe(clean)
         mlps = probe.run(linears, layers, length)
+    repeated = {index for index, mlp in mlps.items() if clean.executed[model.get_submodule(mlp[-1])] > 1}
+    if repeated and repeated == set(mlps):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} runs its layers several times for each token: one change of weights cannot say "
+            "one thing at one of these times."
+        )
     if by_hand is not None:
         own: dict[int, tuple[str, ...]] = {index: (path,) for index, path in by_hand.items()}
         return Architecture(layers, length, by_hand, own, probe.mixers)
@@ -148,6 +156,7 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
             "with mixtures of experts that fuse their weights and state-space models. Name the linear maps to edit by "
             f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
         )
+    mlps = {index: mlp for index, mlp in mlps.items() if index not in repeated}
     return Architecture(layers, length, {index: mlp[-1] for index, mlp in mlps.items()}, mlps, probe.mixers)
 
 
@@ -199,10 +208,25 @@ def _get_submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _probe_ids(model: nn.Module) -> Tensor:
+    if not hasattr(model.get_input_embeddings(), "weight"):  # type: ignore[operator]
+        raise UnsupportedArchitectureError(f"{type(model).__name__} takes no token ids of one vocabulary.")
     # From the middle of the vocabulary: special tokens sit at its ends.
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (size // 2 + torch.arange(_PROBE_TOKENS)) % size
     return ids.unsqueeze(0).to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+
+def _check_causal(model: nn.Module) -> None:
+    """Raise UnsupportedArchitectureError where a token changes what the model says before it."""
+    ids = _probe_ids(model)
+    other = ids.clone()
+    other[:, -1] = ids[:, 0]
+    before, after = (model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other))
+    if (after - before).abs().max() > _MOVED * before.abs().max():
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} reads later tokens too, so an answer would change what is edited before it. Where "
+            "its config has is_decoder, load it with is_decoder=True."
+        )
 
 
 class _Clean:
@@ -211,7 +235,7 @@ class _Clean:
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
         self.model = model
         self.ids = _probe_ids(model)
-        self.executed: set[nn.Module] = set()
+        self.executed: Counter[nn.Module] = Counter()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.results: dict[str, Any] = {}
@@ -229,7 +253,7 @@ class _Clean:
             model(input_ids=self.ids, use_cache=False)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.executed.add(module)
+        self.executed[module] += 1
 
     def _keep(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -252,7 +276,7 @@ class _Clean:
         sizes = {
             name: sum(
                 parameter.numel()
-                for submodule in set(module.modules()) & self.executed
+                for submodule in set(module.modules()) & self.executed.keys()
                 for parameter in submodule.parameters(recurse=False)
             )
             for name, module in self.model.named_modules()

@@ -27,6 +27,8 @@ from goldenedit.precision import matmul_precision
 
 logger = logging.getLogger(__name__)
 
+# What a model may raise that takes no cache handed to it whole, such as those of encoder-decoders and recurrent states.
+NO_CACHE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # Largest difference between replayed and captured logits, relative to the largest captured logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _MATMUL_TOLERANCE = {"highest": 0.0, "high": 1e-2, "medium": 5e-2}  # where the user lets float32 products be rounded
@@ -105,11 +107,18 @@ def capture(
         hidden.append(hidden_argument(args, kwargs))
         result.append(output)
 
+    def run(use_cache: bool) -> tuple[Any, Tensor, Record]:
+        with recording(modules) as record, reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=use_cache)
+            return output, logits_of(output), record
+
     handle = layer.register_forward_hook(keep, with_kwargs=True)
     try:
-        with recording(modules) as record, reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=True)
-            logits = logits_of(output)
+        output, logits, record = run(use_cache=True)
+    except NO_CACHE:
+        hidden.clear()
+        result.clear()
+        output, logits, record = run(use_cache=False)
     finally:
         handle.remove()
     returns_tuple = len(result[0]) if isinstance(result[0], tuple) else 0
@@ -170,7 +179,7 @@ class Replayer:
             try:
                 difference = (self(captured) - captured.logits).abs().max().item()
                 reason = f"logits differ by {difference:.1e}"
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            except NO_CACHE as error:
                 difference, reason = float("inf"), f"{type(error).__name__}: {error}"
             if difference <= tolerance:
                 return

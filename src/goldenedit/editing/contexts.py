@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
+from goldenedit.architecture.replay import NO_CACHE
 
 # Openings of MEMIT's context templates; a free start follows them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -73,15 +75,15 @@ def _continue(
 ) -> Tensor:
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     tokens = given = ids.to(device)
-    past = None
-    rows = torch.arange(len(tokens), device=device)
+    past, cached = None, True
     for _ in range(length):
-        with reading_logits(model, rows, torch.full_like(rows, given.shape[1] - 1)) as logits_of:
-            output = model(
-                input_ids=given, attention_mask=torch.ones_like(tokens), past_key_values=past, use_cache=True
-            )
-            logits = logits_of(output)
-        past = getattr(output, "past_key_values", None)
+        try:
+            logits, past = _next(model, tokens, given, past, cached)
+        except NO_CACHE:
+            if not cached:
+                raise
+            cached = False
+            logits, past = _next(model, tokens, tokens, None, cached)
         if not logits.isfinite().all():
             raise ValueError("The model's logits are not finite: load it in float32 or bfloat16.")
         if top_k is not None and top_k < logits.shape[-1]:
@@ -90,6 +92,14 @@ def _continue(
         tokens = torch.cat([tokens, drawn], dim=1)
         given = drawn if past is not None else tokens
     return _until_end(tokens, ids.shape[1], tokenizer.eos_token_id)
+
+
+def _next(model: nn.Module, tokens: Tensor, given: Tensor, past: Any, cached: bool) -> tuple[Tensor, Any]:
+    """Return the logits behind the last token, `(B, V)`, and the cache, from the tokens `given` that it lacks."""
+    rows = torch.arange(len(tokens), device=tokens.device)
+    with reading_logits(model, rows, torch.full_like(rows, given.shape[1] - 1)) as logits_of:
+        output = model(input_ids=given, attention_mask=torch.ones_like(tokens), past_key_values=past, use_cache=cached)
+        return logits_of(output), getattr(output, "past_key_values", None) if cached else None
 
 
 def _until_end(tokens: Tensor, start: int, end: int | None) -> Tensor:

@@ -96,6 +96,7 @@ class Edit:
         facts: The facts.
         deltas: Change of each edited module, by its path in the base model.
         fan_in_fan_out: Whether the edited modules are of the Conv1D kind.
+        by_parameter: Whether its adapter names weights (PEFT's `target_parameters`) instead of modules.
         state: What the editor remembers for later edits, matrices whose columns of several edits are put side by side.
         relative_error: What storing the change as low rank costs, in the Frobenius norm; 0 for most editors.
         contexts_hash: A short name for the sampled prefixes that its keys were averaged over, None where there are
@@ -107,6 +108,7 @@ class Edit:
     facts: list[EditedFact]
     deltas: dict[str, LowRankDelta]
     fan_in_fan_out: bool = False
+    by_parameter: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     relative_error: float = 0.0
     contexts_hash: str | None = None
@@ -214,7 +216,8 @@ def joined(
     facts = [fact for edit in edits for fact in edit.facts]
     state, error = joined_state(edits), min(error, 1.0)
     contexts, config = _common(edit.contexts_hash for edit in edits), _common(edit.config for edit in edits)
-    return Edit(name, facts, deltas, edits[0].fan_in_fan_out, state, error, contexts, config), cut
+    how = edits[0].fan_in_fan_out, edits[0].by_parameter
+    return Edit(name, facts, deltas, *how, state, error, contexts, config), cut
 
 
 def _common(values: Iterable[T]) -> T | None:
@@ -238,6 +241,7 @@ def joined_state(edits: Iterable[Edit]) -> dict[str, Tensor]:
 def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
     """Return `adapter_config.json`: what every program that loads LoRA reads, and not one key more."""
     rank, modules = fuse(edits)
+    by_parameter = edits[0].by_parameter
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -245,7 +249,8 @@ def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
         "revision": base_model.revision,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(modules),
+        "target_modules": [] if by_parameter else sorted(modules),
+        **({"target_parameters": [f"{path}.weight" for path in sorted(modules)]} if by_parameter else {}),
         "rank_pattern": {},
         "alpha_pattern": {},
         "fan_in_fan_out": edits[0].fan_in_fan_out,

@@ -197,8 +197,8 @@ def _read_edits(
         if not isinstance(error, int | float) or not 0 <= error <= 1:
             raise ValueError(f"the relative error of {record['name']!r} is {error!r}")
         made = EditConfig.from_dict({**config, **record["config"]})
-        conv1d, of_edit = lora["fan_in_fan_out"], facts[record["name"]]
-        edits.append(Edit(record["name"], of_edit, deltas, conv1d, own, error, contexts, made))
+        how, of_edit = (lora["fan_in_fan_out"], "target_parameters" in lora), facts[record["name"]]
+        edits.append(Edit(record["name"], of_edit, deltas, *how, own, error, contexts, made))
         used = stop
     if used != lora["r"]:
         raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")
@@ -218,7 +218,8 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[
     config = path.with_name(ADAPTER_CONFIG)
     try:
         rank, alpha, targets = lora["r"], lora["lora_alpha"], list(lora["target_modules"])
-    except (TypeError, KeyError) as error:
+        targets += [weight.removesuffix(".weight") for weight in lora.get("target_parameters", [])]
+    except (TypeError, KeyError, AttributeError) as error:
         raise EditFolderError(f"{config} is damaged ({type(error).__name__}: {error}).") from error
     if wrong := [target for target in targets if not isinstance(target, str) or not _MODULE_PATH.fullmatch(target)]:
         raise EditFolderError(f"{config} names what can be no module: {wrong[0]!r}.")
