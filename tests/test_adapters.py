@@ -15,13 +15,13 @@ from zoo import zoo_model
 
 @pytest.fixture
 def edited(tokenizer) -> EditModel:
-    """A mixture of experts with edits of a dense layer and of two layers' shared experts."""
+    """A mixture of experts with edits of a dense layer, of a shared expert, and of both, which differ in width."""
     config = EditConfig(layer=0, covariance="identity", contexts=2, context_length=3, steps=2)
     model = EditModel(zoo_model("deepseek_v2"), config, tokenizer)
     model.edit(FACTS[0])
     model.edit_config.target_layer = 2
     model.edit(FACTS[1])
-    model.edit_config.target_layer = [1, 2]
+    model.edit_config.target_layer = [0, 2]
     model.edit_config.method = "memit"
     model.edit("Rome is a", "Rome", "quick brown fox")
     return model
@@ -37,7 +37,7 @@ def test_edits_of_different_layers_stack(edited):
     assert modules == {
         "edit_1": ["model.layers.0.mlp.down_proj"],
         "edit_2": ["model.layers.2.mlp.shared_experts.down_proj"],
-        "edit_3": [f"model.layers.{layer}.mlp.shared_experts.down_proj" for layer in (1, 2)],
+        "edit_3": ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.shared_experts.down_proj"],
     }
     for name, edit in edited.edits.items():
         assert set(edited.peft_config[name].target_parameters) == {f"{path}.weight" for path in edit.deltas}

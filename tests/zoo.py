@@ -23,9 +23,11 @@ _WIDTHS = (
 )
 _MLP_WIDTHS = (
     "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner ffn_hidden_size"
-    " moe_intermediate_size intermediate_size_mlp dense_intermediate_size feed_forward_size shared_intermediate_size"
-    " shared_expert_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size"
-    " shared_experts_intermediate_size"
+    " intermediate_size_mlp dense_intermediate_size feed_forward_size expert_ffn_hidden_size"
+)
+_EXPERT_WIDTHS = (  # unlike those of dense layers: layers differ in shape
+    "moe_intermediate_size shared_intermediate_size shared_expert_intermediate_size"
+    " moe_shared_expert_intermediate_size shared_experts_intermediate_size"
 )
 _LAYERS = "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks"
 _COUNTS = {
@@ -53,6 +55,7 @@ _TINY: dict[str, Any] = {
     **dict.fromkeys(_LAYERS.split(), NUM_LAYERS),
     **dict.fromkeys(_WIDTHS.split(), WIDTH),
     **dict.fromkeys(_MLP_WIDTHS.split(), 2 * WIDTH),
+    **dict.fromkeys(_EXPERT_WIDTHS.split(), WIDTH + WIDTH // 2),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 1,

@@ -112,7 +112,7 @@ def test_deltas_equal_those_of_a_plain_optimisation(name, layers, clamp, attenti
     model = tiny_model(name)
     options = replace(OPTIONS, clamp=clamp)
     values = optimise(model, tokenizer, REQUESTS, layers, options, attention=attention)
-    assert values.keys.shape == (3, len(layers), len(CONTEXTS), MLP_WIDTH)
+    assert [keys.shape for keys in values.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
     for index, request in enumerate(REQUESTS[:2]):
         reference = Reference(model, tokenizer, request, layers, options, attention=attention)
         expected = reference.deltas()[: len(layers)]
@@ -129,13 +129,14 @@ def test_requests_together_equal_each_alone(name, layers, tokenizer):
     together = optimise(model, tokenizer, REQUESTS, layers)
     by_two = optimise(model, tokenizer, REQUESTS, layers, batch_size=2)
     assert together.delta.shape == (3, len(layers), WIDTH)
-    assert together.keys.shape == (3, len(layers), len(CONTEXTS), MLP_WIDTH)
-    assert together.delta.dtype == together.keys.dtype == torch.float32
+    assert [keys.shape for keys in together.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
+    assert {tensor.dtype for tensor in (together.delta, *together.keys)} == {torch.float32}
     for index, request in enumerate(REQUESTS):
         alone = optimise(model, tokenizer, [request], layers)
         for many in (together, by_two):
             assert_close(many.delta[index], alone.delta[0])
-            assert_close(many.keys[index], alone.keys[0])
+            for keys, own in zip(many.keys, alone.keys, strict=True):
+                assert_close(keys[index], own[0])
             assert many.steps[index] == alone.steps[0]
 
 
@@ -162,7 +163,7 @@ def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, a
         reference = Reference(model, tokenizer, request, layers, OPTIONS)
         with torch.no_grad():
             keys = [torch.stack(reference.run(row, values.delta[index])[1]) for row in reference.rows]
-        assert_close(values.keys[index], torch.stack(keys, 1))
+        assert_close(torch.stack([of_layer[index] for of_layer in values.keys]), torch.stack(keys, 1))
 
 
 @models
@@ -176,7 +177,8 @@ def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer):
     handle.remove()
     assert by_layers.replay == "layers"
     assert_close(by_layers.delta, suffix.delta)
-    assert_close(by_layers.keys, suffix.keys)
+    for keys, expected in zip(by_layers.keys, suffix.keys, strict=True):
+        assert_close(keys, expected)
 
 
 @models

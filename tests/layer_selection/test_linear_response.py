@@ -59,7 +59,7 @@ def test_predictions_are_the_slope_of_small_edits(name, identity, tokenizer):
     architecture = read_architecture(model)
     statistics = dict.fromkeys(range(NUM_LAYERS), KeyStatistics(None if identity else second_moment(), 0.1))
     before = margins(model, tokenizer, FACT)
-    keys = subject_keys(model, architecture, tokenizer, [FACT], list(range(NUM_LAYERS)))[0]
+    keys = [found[0] for found in subject_keys(model, architecture, tokenizer, [FACT], list(range(NUM_LAYERS)))]
     detectors = {layer: detector(keys[layer], None, SMALL, statistics[layer]) for layer in range(NUM_LAYERS)}
     predicted = predicted_margins(model, architecture, tokenizer, FACT, detectors, SMALL.clamp, KEPT)
     subject = encode(tokenizer, FACT.text, None, FACT.subject_end).subject
@@ -155,7 +155,7 @@ def test_the_answer_is_pushed_as_far_as_it_must_be(tokenizer):
     model = tiny_model("llama").double()
     architecture = read_architecture(model)
     own = replace(FACT, paraphrases=(), neighborhood=())
-    keys = subject_keys(model, architecture, tokenizer, [own], [0])[0]
+    (keys,) = subject_keys(model, architecture, tokenizer, [own], [0])
     (margin,) = predicted_margins(
         model, architecture, tokenizer, own, {0: detector(keys[0], None, SMALL, KeyStatistics(None))}, 1e9, []
     )[0]

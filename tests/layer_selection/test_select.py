@@ -12,6 +12,7 @@ from goldenedit.config import SCORED_SELECTORS
 from goldenedit.layer_selection import LayerSelection, select
 from goldenedit.layer_selection.auto import PLATEAU, auto_scores
 from models import NUM_LAYERS, tiny_model
+from zoo import zoo_model
 
 FACTS = [
     EditRequest(
@@ -117,3 +118,12 @@ def test_a_sweep_that_was_stopped_costs_what_all_of_it_cost(tokenizer, monkeypat
     resumed = selected(tokenizer, layer="sweep")[1]
     monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))
     assert selected(tokenizer, layer="sweep")[1].cost.flops == resumed.cost.flops
+
+
+@pytest.mark.parametrize("selector", SCORED_SELECTORS)
+def test_layers_may_differ_in_width(selector, tokenizer):
+    base = zoo_model("deepseek_v2")  # a dense first layer, then experts with a narrower shared one
+    model = EditModel(base, replace(CONFIG, layer=selector), tokenizer)
+    model.select_layer()
+    assert len({model.architecture.shape(base, layer) for layer in range(model.architecture.num_layers)}) == 2
+    assert all(score is not None for score in model.edit_config.layer_scores)

@@ -161,21 +161,21 @@ def fact_keys(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     config: EditConfig,
-    keys: Tensor,
+    keys: Sequence[Tensor],
 ) -> dict[int, list[FactKeys]]:
     """Return what editors know of each fact's keys, by target layer.
 
     Args:
-        keys: `(N, m, contexts, d_in)`, keys of each fact in each context, that of the bare prompt first.
+        keys: By layer `(N, contexts, d_in)`, keys of each fact in each context, that of the bare prompt first.
     """
     layers = config.target_layers
     count = config.contrast if config.contrast_weight > 0 else 0
     contrasts = contrast_keys(model, architecture, tokenizer, requests, layers, count, config.seed)
-    anchor = config.anchor_bare_prompt and keys.shape[2] > 1  # else the bare key is the mean
+    anchor = config.anchor_bare_prompt and keys[0].shape[1] > 1  # else the bare key is the mean
     found: dict[int, list[FactKeys]] = {}
-    for index, layer in enumerate(layers):
+    for index, (layer, of_layer) in enumerate(zip(layers, keys, strict=True)):
         found[layer] = []
-        for of_fact, contrast in zip(keys[:, index], contrasts, strict=True):
+        for of_fact, contrast in zip(of_layer, contrasts, strict=True):
             weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
             found[layer].append(FactKeys(of_fact[0], of_fact.mean(0), weighed, anchor))
     return found

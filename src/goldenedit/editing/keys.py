@@ -49,8 +49,8 @@ def contrast_keys(
     count: int,
     seed: int,
     batch_size: int = 8,
-) -> list[Tensor | None]:
-    """Return keys of invented subjects that end in the same token as each request's subject, `(m, d_in, count)`.
+) -> list[list[Tensor] | None]:
+    """Return keys of invented subjects that end in the same token as each request's subject, by layer `(d_in, count)`.
 
     In early layers the key of "Battambang Province" is mostly that of "Province", so an edit of one province answers to
     all of them. The beginnings of other subjects before the same last token show which part of the key is the token's
@@ -63,7 +63,7 @@ def contrast_keys(
     """
     own = [subject_tokens(tokenizer, request.text, request.subject_start, request.subject_end) for request in requests]
     many = [index for index, ids in enumerate(own) if len(ids) > 1]
-    found: list[Tensor | None] = [None] * len(requests)
+    found: list[list[Tensor] | None] = [None] * len(requests)
     beginnings = _beginnings(tokenizer, count, seed)
     if not beginnings or not many:
         return found
@@ -72,8 +72,9 @@ def contrast_keys(
             group = many[start : start + batch_size]
             rows = [[*beginning, own[index][-1]] for index in group for beginning in beginnings]
             keys = _last_keys(model, architecture, rows, layers, padding_id(tokenizer))
-            for index, of_one in zip(group, keys.split(len(beginnings)), strict=True):
-                found[index] = of_one.permute(1, 2, 0)
+            for row, index in enumerate(group):
+                own_rows = slice(row * len(beginnings), (row + 1) * len(beginnings))
+                found[index] = [of_layer[own_rows].T for of_layer in keys]
     return found
 
 
@@ -84,14 +85,15 @@ def subject_keys(
     requests: Sequence[EditRequest],
     layers: Sequence[int],
     batch_size: int = 32,
-) -> Tensor:
-    """Return the key of each request at its bare prompt, `(N, m, d_in)` float32.
+) -> list[Tensor]:
+    """Return the key of each request at its bare prompt, by layer `(N, d_in)` float32.
 
     Args:
         layers: The layers whose keys are wanted, ascending.
         batch_size: Requests a forward.
     """
-    return context_keys(model, architecture, tokenizer, requests, layers, [""], batch_size)[:, :, 0]
+    found = context_keys(model, architecture, tokenizer, requests, layers, [""], batch_size)
+    return [of_layer[:, 0] for of_layer in found]
 
 
 @torch.no_grad()
@@ -103,8 +105,8 @@ def context_keys(
     layers: Sequence[int],
     contexts: Sequence[str],
     batch_size: int = 32,
-) -> Tensor:
-    """Return the key of each request behind each prefix, `(N, m, contexts, d_in)` float32.
+) -> list[Tensor]:
+    """Return the key of each request behind each prefix, by layer `(N, contexts, d_in)` float32.
 
     Args:
         layers: The layers whose keys are wanted, ascending.
@@ -121,7 +123,7 @@ def context_keys(
     groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
     with evaluating(model):
         found = [_last_keys(model, architecture, group, layers, padding_id(tokenizer)) for group in groups]
-    return torch.cat(found).unflatten(0, (len(requests), len(contexts))).transpose(1, 2)
+    return [torch.cat(parts).unflatten(0, (len(requests), len(contexts))) for parts in zip(*found, strict=True)]
 
 
 def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
@@ -138,8 +140,8 @@ def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> li
 
 def _last_keys(
     model: nn.Module, architecture: Architecture, rows: list[list[int]], layers: Sequence[int], pad: int
-) -> Tensor:
-    """Return the keys at the last token of each row, `(rows, m, d_in)` float32."""
+) -> list[Tensor]:
+    """Return the keys at the last token of each row, by layer `(rows, d_in)` float32."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = int(lengths.max())
@@ -157,7 +159,7 @@ def _last_keys(
         keys = record.inputs[str(layer)]
         index = torch.arange(len(rows), device=keys.device)
         at_end.append(keys.view(len(rows), longest, -1)[index, (lengths - 1).to(keys.device)].float().cpu())
-    return torch.stack(at_end, 1)
+    return at_end
 
 
 def _special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

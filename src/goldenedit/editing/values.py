@@ -52,14 +52,14 @@ class Values:
 
     Attributes:
         delta: `(N, m, d_model)` float32, to be added to the values.
-        keys: `(N, m, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
+        keys: By layer `(N, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
         steps: Optimiser steps of each fact.
         target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
         replay: The way the model was run again: `suffix`, `layers` or `whole`.
     """
 
     delta: Tensor
-    keys: Tensor
+    keys: list[Tensor]
     steps: list[int]
     target_probability: list[float]
     replay: str
@@ -109,7 +109,7 @@ def optimise_values(
     back = sorted(range(len(order)), key=order.__getitem__)
     return Values(
         torch.cat([result.delta for result in results])[back],
-        torch.cat([result.keys for result in results])[back],
+        [torch.cat(parts)[back] for parts in zip(*(result.keys for result in results), strict=True)],
         steps=[steps[index] for index in back],
         target_probability=[probabilities[index] for index in back],
         replay=results[0].replay,
@@ -222,7 +222,7 @@ def _optimise(
     keys = _keys(replay, whole, sites[: len(layers)], delta, group)
     return Values(
         delta.float().cpu(),
-        keys.view(count, each, *keys.shape[1:])[:, :-1].transpose(1, 2).float().cpu(),
+        [of_layer.view(count, each, -1)[:, :-1].float().cpu() for of_layer in keys],
         steps,
         (-bare_nll).exp().tolist(),
         replay.way,
@@ -244,11 +244,11 @@ def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], del
 
 
 @torch.no_grad()
-def _keys(replay: Replayer, whole: Capture, sites: Sequence[nn.Module], delta: Tensor, group: _Group) -> Tensor:
-    """Return the keys of every row, `(B, m, d_in)`, with the deltas in place: those before a layer move its keys."""
+def _keys(replay: Replayer, whole: Capture, sites: Sequence[nn.Module], delta: Tensor, group: _Group) -> list[Tensor]:
+    """Return the keys of every row, by layer `(B, d_in)`, with the deltas in place: earlier ones move later keys."""
     if len(sites) == 1:
-        return _at_subject(group.batch, whole.record.inputs["0"])[:, None]
+        return [_at_subject(group.batch, whole.record.inputs["0"])]
     with recording({str(index): site for index, site in enumerate(sites)}) as record:
         _edited(replay, whole, sites, delta, group.rows_each)
     replayed = replace(whole.batch, subject=replay.positions(whole.batch))
-    return torch.stack([_at_subject(replayed, record.inputs[str(index)]) for index in range(len(sites))], 1)
+    return [_at_subject(replayed, record.inputs[str(index)]) for index in range(len(sites))]

@@ -196,7 +196,7 @@ def _detectors(
         own = statistics[layer]
         found[layer] = torch.stack(
             [
-                detector(keys[fact, index], None if contrast is None else contrast[index], config, own)
+                detector(keys[index][fact], None if contrast is None else contrast[index], config, own)
                 for fact, contrast in enumerate(contrasts)
             ]
         )

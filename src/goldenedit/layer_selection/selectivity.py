@@ -51,7 +51,7 @@ def selectivity_scores(
     sums = torch.zeros(len(layers), dtype=torch.float64)
     modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
     keys = subject_keys(model, architecture, tokenizer, usable, layers)
-    directions = [statistics[layer].solve(keys[:, index].T).T for index, layer in enumerate(layers)]  # u of each fact
+    directions = [statistics[layer].solve(of_layer.T).T for layer, of_layer in zip(layers, keys, strict=True)]  # u
     with evaluating(model), tqdm(total=len(usable), desc="Selectivity", unit="fact", leave=False) as progress:
         for number, fact in enumerate(usable):
             rows, paraphrases = _rows(model, tokenizer, fact)
