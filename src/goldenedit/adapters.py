@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from goldenedit.architecture.layers import is_linear, linear_shape, plain_weight
+from goldenedit.devices import execution_device
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import adapter_tensors
 
@@ -103,6 +104,11 @@ def _add(
             model.add_adapter(name, lora)
         else:
             model = get_peft_model(model, lora, adapter_name=name)
+    for layer in _tuner_layers(base_of(model)):
+        for factors in (layer.lora_A, layer.lora_B):
+            # On no device, as the weight beside it that accelerate offloads; but nothing would move this one.
+            if name in factors and factors[name].weight.is_meta:
+                factors[name].to_empty(device=execution_device(layer.base_layer))
     padded = {path: delta.padded(rank) for path, delta in deltas.items()}
     loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
     return model, loaded.unexpected_keys
@@ -195,7 +201,9 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
     """
     base = base_of(model)
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    if wrong := [path for path, module in layers.items() if plain_weight(module) is None]:
+    if wrong := [
+        path for path, module in layers.items() if module.base_layer.weight.is_meta or plain_weight(module) is None
+    ]:
         raise ValueError(
             f"The weights of {wrong[0]} are quantised or offloaded: an edit cannot be written into them. Share the "
             "edit itself (push_to_hub()), or load the base model in full precision and memory."

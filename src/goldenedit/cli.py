@@ -77,7 +77,7 @@ def locate(
     source = str(proxy) if proxy else None
     config = EditConfig(method=editor, proxy=source, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
     proxy_set(config)  # what is wrong with it is told once
-    base, tokenizer = load_model(model)
+    base, tokenizer, is_first = load_together(model)
     found: list[LayerSelection] = []
     records: list[GoldenLayers] = []
     names = LAYER_SELECTORS if selector == "all" else (selector,)
@@ -100,12 +100,12 @@ def locate(
     if selector != "all" and found[0].scores is not None:
         console.print(layer_chart(found[0], kappa))
     console.print(selections_table(found))
-    if plot is not None:
+    if plot is not None and is_first:
         from goldenedit.plots import plot_selections
 
         plot_selections(found, plot, model, kappa)
         console.print(f"Chart saved in {escape(str(plot))}")
-    if push is not None:
+    if push is not None and is_first:
         from goldenedit.storage.hub import push_golden_layers
 
         console.print(f"Shared: {escape(str(push_golden_layers(records, push)))}")
@@ -136,11 +136,11 @@ def edit(
     else:
         requests = [EditRequest(prompt, subject, target)]
     config = EditConfig(method=method, layer=parse_layer(layer), covariance=covariance)
-    base, tokenizer = load_model(model)
+    base, tokenizer, is_first = load_together(model)
     edit_model = get_edit_model(base, config, tokenizer)
     made = edit_model.edit(requests, name=name)
     console.print(facts_table([made]))
-    if output is not None:
+    if output is not None and is_first:
         from goldenedit.storage.folder import folder_size
 
         edit_model.save_pretrained(output)
@@ -371,6 +371,25 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
     with console.status(f"Loading {escape(name)}"):
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         return model, AutoTokenizer.from_pretrained(source)
+
+
+def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Load a model in each process of `accelerate launch` or torchrun; tell whether this one may print and write.
+
+    The others are silent from then on.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from goldenedit.parallel import join_processes
+
+    processes, device = join_processes()
+    if not processes.is_first:
+        console.quiet = True
+        disable_progress_bar()
+    model, tokenizer = load_model(name)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    return model, tokenizer, processes.is_first
 
 
 def model_source(name: str) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +101,7 @@ class EditModel(nn.Module, SharingMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        model = extract_model_from_parallel(model, keep_torch_compile=False)  # edits go into what was compiled
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
         if peft_adapters.carries_adapters(model):

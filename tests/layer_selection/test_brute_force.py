@@ -177,6 +177,6 @@ def test_a_layer_where_an_editor_fails_is_left_out_and_told(model, store, monkey
 def test_key_statistics_are_computed_in_one_pass_for_all_layers(model, store, monkeypatch):
     passes = []
     plain = covariance.second_moments
-    monkeypatch.setattr(covariance, "second_moments", lambda *given: passes.append(given[4]) or plain(*given))
+    monkeypatch.setattr(covariance, "second_moments", lambda *given, **more: passes.append(given[4]) or plain(*given))
     run(model, store, config=replace(CONFIG, covariance="sampled", covariance_tokens=200))
     assert passes == [[0, 1, 2]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -199,11 +200,14 @@ def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout, then give each module back the mode it had."""
+    """Run the model without dropout and uncompiled, then give each module back the mode it had."""
     modes = {module: module.training for module in model.modules()}
+    # Compiled code passes hooks by that came after it, and compiling the hooks would take longer than running them.
+    compiled = "torch._dynamo" in sys.modules
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

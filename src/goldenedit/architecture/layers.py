@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument
+from goldenedit.devices import input_device, onloaded_parameter
 
 _PROBE_TOKENS = 8
 _NOISED_TOKEN = 1  # not the first: attention sinks make it special, and later tokens must be there to see the noise
@@ -70,12 +71,12 @@ class Architecture:
         """Return the weight of the down projection of layer `index` in Linear orientation, `(d_out, d_in)`.
 
         Raises:
-            ValueError: The weight is quantised or offloaded.
+            ValueError: The weight is quantised.
         """
         weight = plain_weight(self.down_projection(model, index))
         if weight is None:
             raise ValueError(
-                f"The weight of {self.down_projections[index]} is quantised or offloaded: "
+                f"The weight of {self.down_projections[index]} is quantised: "
                 "EditConfig.regularizer cannot compare a change with it."
             )
         return weight
@@ -90,9 +91,11 @@ class Architecture:
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight of a linear map, `(d_out, d_in)` whatever it is kept as; None if quantised or offloaded."""
+    """Return the weight of a linear map, `(d_out, d_in)` whatever it is kept as; None if quantised."""
     module = getattr(module, "base_layer", module)  # PEFT's wrapper, where the map is edited already
     weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        weight = onloaded_parameter(module, "weight")
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         return None
     oriented = weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
@@ -213,7 +216,7 @@ def _probe_ids(model: nn.Module) -> Tensor:
     # From the middle of the vocabulary: special tokens sit at its ends.
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (size // 2 + torch.arange(_PROBE_TOKENS)) % size
-    return ids.unsqueeze(0).to(model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    return ids.unsqueeze(0).to(input_device(model))
 
 
 def _check_causal(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ All of it is in JSON: cells as they come, so that a run that was stopped goes on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, find_
 from goldenedit.layer_selection.brute_force import Cell, is_comparable, tells_locality
 from goldenedit.layer_selection.selection import forward_flops
 from goldenedit.model import EditModel
+from goldenedit.parallel import processes_of
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 
 PACKAGED = "packaged"
@@ -113,21 +114,13 @@ def measure_model(
     name: str,
     setting: Setting,
     output: Path,
-    process: int = 0,
-    processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> Measurement | None:
-    """Run the benchmark on one model, or this process's share of it.
+) -> Measurement:
+    """Run the benchmark on one model, in this process or in all that have it, and return all that was found.
 
     Args:
         model: The model, without edits.
         name: What the model is called in the report.
         output: Folder of the cells.
-        process: Number of this process; each takes every `processes`-th layer.
-        wait: Returns when every process has called it.
-
-    Returns:
-        All that was found; None in every process but the first.
     """
     splits = {PACKAGED: usable_facts(model, proxy_facts(), setting.proxy)}
     proxies: dict[str, list[EditRequest]] = {}
@@ -147,12 +140,7 @@ def measure_model(
             raise ValueError(
                 f"Facts of {dataset!r} are of two kinds, with neighbours and with locality: make two datasets of them."
             )
-    layers = sorted(model.architecture.down_projections)
-    _sweep_all(model, name, setting, splits, output, process, layers[process::processes])
-    wait()
-    if process != 0:
-        return None
-    curves = _sweep_all(model, name, setting, splits, output, process, layers)
+    curves = _sweep_all(model, name, setting, splits, output)
     return Measurement(name, model.architecture.num_layers, curves, _select_all(model, setting, proxies))
 
 
@@ -203,12 +191,11 @@ def _sweep_all(
     setting: Setting,
     splits: Mapping[str, Sequence[EditRequest]],
     output: Path,
-    process: int,
-    layers: Sequence[int],
 ) -> dict[tuple[str, str], Curve]:
-    """Edit the facts of every split at some layers; cells that are in the folder are taken from there."""
-    store = CellStore(output / f"cells-{process}.jsonl", output.glob("cells-*.jsonl"))
+    """Edit the facts of every split at every layer; cells that are in the folder are taken from there."""
     base, config = model.get_base_model(), setting.config(setting.methods[0])
+    store = CellStore(output / f"cells-{processes_of(base).index}.jsonl", output.glob("cells-*.jsonl"))
+    layers = sorted(model.architecture.down_projections)
     curves = {}
     for dataset, facts in splits.items():
         plain = forward_flops(base, model.tokenizer, facts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from goldenedit.benchmark.report import render, summarise
 from goldenedit.cache import write_atomically
 from goldenedit.config import EditConfig
 from goldenedit.model import EditModel
+from goldenedit.parallel import join_processes
 
 Loader = Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -26,22 +26,20 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
     Raises:
         ValueError: A dataset or a model cannot be read.
     """
-    import torch
     from accelerate import PartialState
 
     called = {name: Path(name).name or "model" for name in models}
     if len(set(called.values())) < len(models):
         raise ValueError(f"Two of the models {list(models)} have one name: measure them into folders of their own.")
-    # Without accelerators it must be told to take notice of other processes; these wait as long as it takes.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    share = (state.process_index, state.num_processes, state.wait_for_everyone)
+    join_processes()
+    state = PartialState()
     for name, short in called.items():
         base, tokenizer = load(name)
         base.to(state.device)
         config = EditConfig(layer="random", target_modules=setting.config(setting.methods[0]).target_modules)
-        found = measure_model(EditModel(base, config, tokenizer), short, setting, output, *share)
+        found = measure_model(EditModel(base, config, tokenizer), short, setting, output)
         del base  # before the next one takes its place
-        if found is not None:
+        if state.is_main_process:
             text = json.dumps(summarise(found), indent=1) + "\n"
             write_atomically(output / f"{short}.summary.json", text.encode())
             write_report(output)

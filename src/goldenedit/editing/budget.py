@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from goldenedit.devices import input_device
+
 # Tensors of the model's width, and of the MLP's, that autograd keeps for a token and a layer; and copies of the logits.
 _WIDTHS, _MLP_WIDTHS, _LOGITS = 16, 4, 4
 _SHARE = 0.5  # of the free memory
@@ -24,9 +26,8 @@ def facts_at_once(
         answer_tokens: Tokens of its answer, whose logits are kept.
         free: Bytes of free memory; those of the model's device by default.
     """
-    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
-    vocabulary, width = embeddings.shape
-    free = free_memory(embeddings.device) if free is None else free
+    vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    free = free_memory(input_device(model)) if free is None else free
     kept = layers * tokens * (_WIDTHS * width + _MLP_WIDTHS * mlp_width) + _LOGITS * (answer_tokens + 1) * vocabulary
     return max(1, min(_MOST, int(_SHARE * free / (4 * rows * kept))))
 

@@ -13,6 +13,7 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.replay import NO_CACHE
+from goldenedit.devices import input_device
 
 # Openings of MEMIT's context templates; a free start follows them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -73,7 +74,7 @@ def _continue(
     generator: torch.Generator,
     top_k: int | None,
 ) -> Tensor:
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     tokens = given = ids.to(device)
     past, cached = None, True
     for _ in range(length):

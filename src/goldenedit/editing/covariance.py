@@ -16,6 +16,7 @@ from goldenedit.cache import cache_dir, cache_key
 from goldenedit.config import EditConfig
 from goldenedit.editing.contexts import sample_continuations
 from goldenedit.editing.statistics import KeyStatistics, load_second_moment, save_second_moment, second_moments
+from goldenedit.parallel import Processes, processes_of
 from goldenedit.requests import proxy_facts
 
 _OPENING_TOKENS = 8
@@ -29,20 +30,28 @@ def key_statistics(
     layers: Sequence[int],
     config: EditConfig,
     fingerprint: str,
+    processes: Processes | None = None,
 ) -> dict[int, KeyStatistics]:
     """Return the key statistics of each wanted layer; what is not cached is computed in one pass.
+
+    Args:
+        processes: Those that want the same layers, and share what is computed; by default all that have the model.
 
     Raises:
         ValueError: `config.covariance` is no known source, or has no text.
     """
     if config.covariance == "identity":
         return dict.fromkeys(layers, KeyStatistics(None))
+    processes = processes_of(model) if processes is None else processes
     paths = {layer: _cached(architecture, layer, config, fingerprint) for layer in layers}
     moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
-    missing = [layer for layer in layers if layer not in moments]
+    # Caches may differ between machines.
+    missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
     if missing:
-        texts = _texts(model, tokenizer, config)
-        found = second_moments(model, architecture, tokenizer, texts, missing, config.covariance_tokens)
+        (texts,) = processes.map(lambda _: _texts(model, tokenizer, config), [None])  # the same for all
+        found = second_moments(
+            model, architecture, tokenizer, texts, missing, config.covariance_tokens, processes=processes
+        )
         for layer, moment in found.items():
             save_second_moment(paths[layer], moment)
         moments |= found
@@ -70,10 +79,14 @@ class LazyStatistics(Mapping[int, KeyStatistics]):
         fingerprint: str,
     ) -> None:
         self._layers = list(layers)
-        self._read = lambda wanted: key_statistics(model, architecture, tokenizer, wanted, config, fingerprint)
-        missing = [layer for layer in layers if not _cached(architecture, layer, config, fingerprint).is_file()]
+        # Each process reads the layers that it works on.
+        alone = Processes()
+        self._read = lambda wanted: key_statistics(model, architecture, tokenizer, wanted, config, fingerprint, alone)
+        there = [_cached(architecture, layer, config, fingerprint).is_file() for layer in layers]
+        known = [all(found) for found in zip(*processes_of(model).gather(there), strict=True)]
+        missing = [layer for layer, is_known in zip(layers, known, strict=True) if not is_known]
         if missing:
-            self._read(missing)  # in one pass
+            key_statistics(model, architecture, tokenizer, missing, config, fingerprint)  # in one pass
 
     def __getitem__(self, layer: int) -> KeyStatistics:
         return self._read([layer])[layer]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating, recording, stop_forward
 from goldenedit.architecture.layers import Architecture
+from goldenedit.devices import input_device
 from goldenedit.editing.rows import context_length, encode, padding_id, subject_tokens
 from goldenedit.requests import EditRequest, proxy_facts
 
@@ -142,7 +143,7 @@ def _last_keys(
     model: nn.Module, architecture: Architecture, rows: list[list[int]], layers: Sequence[int], pad: int
 ) -> list[Tensor]:
     """Return the keys at the last token of each row, by layer `(rows, d_in)` float32."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = int(lengths.max())
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)

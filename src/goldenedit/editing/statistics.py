@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument, stop_forward
-from goldenedit.architecture.layers import Architecture
+from goldenedit.architecture.layers import Architecture, linear_shape
 from goldenedit.cache import write_atomically
+from goldenedit.devices import execution_device, input_device
 from goldenedit.editing.rows import context_length, padding_id
+from goldenedit.parallel import Processes, processes_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +127,55 @@ def second_moments(
     layers: Sequence[int],
     max_tokens: int,
     batch_tokens: int = 2048,
+    processes: Processes | None = None,
 ) -> dict[int, Tensor]:
     """Return `E[k k^T]` of each wanted layer over the tokens of `texts`, accumulated in float32, all in one pass.
+
+    Under `accelerate launch` or torchrun the texts are shared among the processes (see `goldenedit.parallel`).
 
     Args:
         texts: Texts, taken from the front until `max_tokens` tokens are seen; cut to 256 tokens each.
         layers: Layers whose keys are wanted; the model runs no further than the last of them.
         max_tokens: Number of tokens to look at.
         batch_tokens: Tokens a forward, padding included.
+        processes: Those that have the same texts; by default all that have the model.
 
     Raises:
         ValueError: `texts` hold no tokens, or a key is not finite.
     """
+    rows = _token_rows(tokenizer, texts, min(256, context_length(model.config) or 256), max_tokens)
+    count = sum(map(len, rows))
+    sums: dict[int, Tensor] = {}
+    device = input_device(model)
+    processes = processes_of(model) if processes is None else processes
+    batches = processes.share(list(_batches(rows, batch_tokens, padding_id(tokenizer))))
+    own = sum(int(mask.sum()) for _, mask in batches)
+    with evaluating(model), tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress:
+        for tokens, mask in batches:
+            with stop_forward() as stop, ExitStack() as stack:
+                for layer in layers:
+                    hook = _accumulate(sums, layer, mask.reshape(-1) > 0, stop if layer == max(layers) else None)
+                    module = architecture.down_projection(model, layer)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+            progress.update(int(mask.sum()))
+    for layer in layers:
+        if layer not in sums:  # more processes than batches
+            module = architecture.down_projection(model, layer)
+            sums[layer] = torch.zeros([linear_shape(module)[1]] * 2, device=execution_device(module))
+        sums[layer] = processes.total(sums[layer])
+    moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # where keys and cached moments are
+    for layer, moment in moments.items():
+        if not moment.isfinite().all():
+            raise ValueError(f"Keys of layer {layer} are not finite: load the model in float32 or bfloat16.")
+    return moments
+
+
+def _token_rows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int, max_tokens: int
+) -> list[list[int]]:
     rows: list[list[int]] = []
     count = 0
-    longest = min(256, context_length(model.config) or 256)
     for text in texts:
         ids = list(tokenizer(text, truncation=True, max_length=longest)["input_ids"])[: max_tokens - count]
         if len(ids) > 1:
@@ -149,22 +185,7 @@ def second_moments(
             break
     if not rows:
         raise ValueError("There is no text to compute key statistics on.")
-    sums: dict[int, Tensor] = {}
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    with evaluating(model), tqdm(total=count, desc="Key statistics", unit="token", leave=False) as progress:
-        for tokens, mask in _batches(rows, batch_tokens, padding_id(tokenizer)):
-            with stop_forward() as stop, ExitStack() as stack:
-                for layer in layers:
-                    hook = _accumulate(sums, layer, mask.reshape(-1) > 0, stop if layer == max(layers) else None)
-                    module = architecture.down_projection(model, layer)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
-            progress.update(int(mask.sum()))
-    moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # where keys and cached moments are
-    for layer, moment in moments.items():
-        if not moment.isfinite().all():
-            raise ValueError(f"Keys of layer {layer} are not finite: load the model in float32 or bfloat16.")
-    return moments
+    return rows
 
 
 def _accumulate(

@@ -13,6 +13,7 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
 from goldenedit.architecture.layers import Architecture
+from goldenedit.devices import execution_device, input_device
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
 from goldenedit.requests import EditRequest
 
@@ -64,8 +65,7 @@ def train(
     groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     modules = {architecture.down_projection(model, layer): change for layer, change in changes.items()}
     for module, change in modules.items():
-        devices = [tensor.device for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
-        change.to(devices[0] if devices else model.get_input_embeddings().weight.device)  # type: ignore[operator]
+        change.to(execution_device(module))
     parameters = [parameter for change in changes.values() for parameter in change.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=lr)
     with (
@@ -97,7 +97,7 @@ def train(
 
 def answer_nll(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], loss: AnswerLoss) -> Tensor:
     """Return the NLL of each row's answer, mean over its tokens, `(B,)`."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     batch = pad(rows, padding_id(tokenizer), device)
     positions = batch.read_positions
     if loss == "last":  # the first token of an answer is predicted at the last of its prompt

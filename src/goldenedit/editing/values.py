@@ -28,6 +28,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import adding, evaluating, recording
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture
+from goldenedit.devices import input_device
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
 from goldenedit.requests import EditRequest
 
@@ -135,7 +136,7 @@ class _Group:
                 end = len(prefix) + request.subject_end
                 rows.append(encode(tokenizer, prefix + request.text, request.target_new, end, longest))
             rows.append(encode(tokenizer, f"{request.subject} is a", None, len(request.subject), longest))
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = input_device(model)
         self.batch = pad(rows, padding_id(tokenizer), device)
         self.targets = target_ids(rows, device)
 
@@ -230,9 +231,13 @@ def _optimise(
 
 
 def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
-    """Return a recorded tensor, `(B, T, d)` or `(B * T, d)`, at the subject's last token, `(B, d)` float32."""
+    """Return a recorded tensor, `(B, T, d)` or `(B * T, d)`, at the subject's last token, `(B, d)` float32.
+
+    It is where the tokens are: layers may be on several devices.
+    """
     rows = torch.arange(len(batch.subject), device=tensor.device)
-    return tensor.view(len(rows), -1, tensor.shape[-1])[rows, batch.subject.to(tensor.device)].float()
+    found = tensor.view(len(rows), -1, tensor.shape[-1])[rows, batch.subject.to(tensor.device)]
+    return found.float().to(batch.subject.device)
 
 
 def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, rows_each: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
+from goldenedit.devices import input_device
 from goldenedit.editing.rows import context_length, encode, pad, padding_id, target_ids
 
 
@@ -45,7 +46,7 @@ def likelihoods(
     """
     rows = [encode(tokenizer, prompt, answer, max_length=context_length(model.config)) for prompt, answer in pairs]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     found: dict[int, Likelihood] = {}
     with evaluating(model):
         for start in range(0, len(order), batch_size):

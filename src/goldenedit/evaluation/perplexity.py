@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating
+from goldenedit.devices import input_device
 from goldenedit.editing.rows import Row, context_length, pad, padding_id
 from goldenedit.requests import proxy_facts
 
@@ -32,7 +33,7 @@ def perplexity(
     if not rows:
         raise ValueError("Perplexity needs a text of at least two tokens.")
     rows.sort(key=lambda row: len(row.input_ids))
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     total, count = 0.0, 0
     with evaluating(model):
         for start in range(0, len(rows), batch_size):

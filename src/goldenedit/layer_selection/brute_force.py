@@ -38,6 +38,7 @@ from goldenedit.evaluation.scores import (
     probability_scores,
     token_match_scores,
 )
+from goldenedit.parallel import Processes, processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest
 
@@ -164,10 +165,12 @@ def sweep(
 ) -> dict[tuple[str, int], Cell]:
     """Edit the facts at each layer with each editor, and return what became of them by editor and layer.
 
+    Under `accelerate launch` or torchrun the layers are shared among the processes (see `goldenedit.parallel`).
+
     Args:
         model: The model, without edits.
         config: Constants of the editors.
-        store: Where cells are taken from and kept.
+        store: Where cells are taken from and kept; each process adds to a file of its own.
         methods: Editors; by default the config's.
         layers: Layers; by default all that can be edited.
         together: Editors that insert all facts at once, as batches are; the others each fact alone.
@@ -182,52 +185,66 @@ def sweep(
     """
     methods = list(methods) or [config.method]
     layers = sorted(architecture.down_projections) if layers is None else layers
-    missing: dict[tuple[str, int], tuple[str, EditConfig]] = {}
-    found: dict[tuple[str, int], Cell] = {}
+    wanted: dict[tuple[str, int], tuple[str, EditConfig]] = {}
     for layer, method in product(layers, methods):
         own = replace(config, method=method, layer=layer, layer_pattern="golden")
         key = _key(facts, own, architecture, base_facts.fingerprint, neighbors, method in together)
-        if key in store.cells:
-            found[method, layer] = store.cells[key]
-        else:
-            missing[method, layer] = key, own
+        wanted[method, layer] = key, own
+    found = _known(store, {cell: key for cell, (key, _) in wanted.items()}, processes_of(model))
+    missing = {cell: parts for cell, parts in wanted.items() if cell not in found}
     if not missing:
         return found
     before = observe(model, tokenizer, facts, neighbors=neighbors)
     statistics: Mapping[int, KeyStatistics] = {}
+    edited = sorted({layer for _, layer in missing})
     if any(method not in TRAINED for method, _ in missing):
-        wanted = sorted({layer for _, layer in missing})
-        statistics = LazyStatistics(model, architecture, tokenizer, wanted, config, base_facts.fingerprint)
-    shared: dict[bool, tuple[PreparedFacts, Cost]] = {}
-    last: int | None = None
-    failed: ValueError | None = None
-    for (method, layer), (key, own) in tqdm(missing.items(), desc="Edits at every layer", unit="cell", leave=False):
-        if layer != last:
-            shared, last = {}, layer  # values are those of one layer
-        try:
-            cell = _cell(
-                model,
-                architecture,
-                tokenizer,
-                facts,
-                own,
-                base_facts,
-                statistics,
-                shared,
-                together,
-                before,
-                neighbors,
-            )
-        except ValueError as error:  # some editors cannot work everywhere: AlphaEdit, where there is no null space
-            logger.warning("Layer %d is left out for %s: %s", layer, method, error)
-            failed = error
-            continue
-        store.add(key, cell, about or {})
-        found[method, layer] = cell
-    for method in methods:
-        if failed is not None and not any(made == method for made, _ in found):
-            raise failed
+        statistics = LazyStatistics(model, architecture, tokenizer, edited, config, base_facts.fingerprint)
+
+    def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], ValueError | None]:
+        made: dict[tuple[str, int], Cell] = {}
+        shared: dict[bool, tuple[PreparedFacts, Cost]] = {}  # values are those of one layer
+        failed: ValueError | None = None
+        for method in methods:
+            if (method, layer) not in missing:
+                continue
+            key, own = missing[method, layer]
+            try:
+                cell = _cell(
+                    model,
+                    architecture,
+                    tokenizer,
+                    facts,
+                    own,
+                    base_facts,
+                    statistics,
+                    shared,
+                    together,
+                    before,
+                    neighbors,
+                )
+            except ValueError as error:  # some editors cannot work everywhere: AlphaEdit, where there is no null space
+                logger.warning("Layer %d is left out for %s: %s", layer, method, error)
+                failed = error
+                continue
+            store.add(key, cell, about or {})
+            made[method, layer] = cell
+            progress.update()
+        return made, failed
+
+    with tqdm(total=len(missing), desc="Edits at every layer", unit="cell", leave=False) as progress:
+        results = processes_of(model).map(edit_layer, edited)
+    for made, _ in results:
+        found |= made
+    failures = [failed for _, failed in results if failed is not None]
+    if failures and set(methods) > {method for method, _ in found}:
+        raise failures[-1]
     return found
+
+
+def _known(store: CellStore, keys: Mapping[tuple[str, int], str], processes: Processes) -> dict[tuple[str, int], Cell]:
+    """Return the cells that any of the processes has."""
+    own = {cell: store.cells[key] for cell, key in keys.items() if key in store.cells}
+    return {cell: one for part in processes.gather(own) for cell, one in part.items()}
 
 
 def edit_constants(config: EditConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, first_tensor, reading_logits
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch
+from goldenedit.devices import execution_device, input_device
 from goldenedit.editing.rows import context_length, encode, pad, padding_id, subject_span, target_ids
 from goldenedit.layer_selection.lga import greedy_answer
 from goldenedit.requests import EditRequest
@@ -47,6 +48,7 @@ def causal_tracing_scores(
     if not facts:
         raise ValueError("Causal tracing needs at least one fact.")
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    device = input_device(model)
     deviation = _NOISE * _embedding_deviation(embeddings, tokenizer, facts)
     generator = torch.Generator().manual_seed(seed)
     effects = torch.zeros(architecture.num_layers, dtype=torch.float64)
@@ -55,8 +57,8 @@ def causal_tracing_scores(
         for fact in facts:
             old = fact.target_true or greedy_answer(model, tokenizer, fact.text)
             row = encode(tokenizer, fact.text, old, fact.subject_end, context_length(model.config))
-            batch = pad([row] * draws, padding_id(tokenizer), embeddings.weight.device)
-            targets = target_ids([row] * draws, embeddings.weight.device)
+            batch = pad([row] * draws, padding_id(tokenizer), device)
+            targets = target_ids([row] * draws, device)
             span = subject_span(tokenizer, fact.text, fact.subject_start, fact.subject_end)
             clean: dict[nn.Module, Tensor] = {}
             with _watching(layers, clean, row.subject):
@@ -79,8 +81,7 @@ def _embedding_deviation(
     for fact in facts:
         tokens = tokenizer(fact.text)["input_ids"]
         ids += [tokens[index] for index in subject_span(tokenizer, fact.text, fact.subject_start, fact.subject_end)]
-    device = embeddings.weight.device
-    return float(embeddings(torch.tensor([ids], device=device)).float().std())  # type: ignore[arg-type]
+    return float(embeddings(torch.tensor([ids], device=execution_device(embeddings))).float().std())  # type: ignore[arg-type]
 
 
 def _probability(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:

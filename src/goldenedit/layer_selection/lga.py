@@ -27,7 +27,9 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, reading_logits, watching_gradients
 from goldenedit.architecture.layers import Architecture
+from goldenedit.devices import input_device
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
+from goldenedit.parallel import Processes, processes_of
 from goldenedit.requests import EditRequest
 
 Loss = Literal["sequence", "answer"]
@@ -43,6 +45,8 @@ def lga_scores(
 ) -> Tensor:
     """Return the LGA score of each layer, `(num_layers,)` float64; NaN where a layer has no MLP to score.
 
+    Under `accelerate launch` or torchrun the facts are shared among the processes (see `goldenedit.parallel`).
+
     Args:
         facts: The proxy set. Facts without `target_true` are scored against the model's own greedy answer.
         loss: Mean cross entropy over all tokens of the sequence, or over those of the answer.
@@ -53,18 +57,22 @@ def lga_scores(
     """
     if not facts:
         raise ValueError("LGA needs at least one fact.")
-    pairs = _encode_pairs(model, tokenizer, facts)
+    processes = processes_of(model)
+    pairs = _encode_pairs(model, tokenizer, facts, processes)
     pairs.sort(key=lambda pair: len(pair[0].input_ids))
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     scores[list(architecture.mlp_linears)] = 0.0
     linears = {model.get_submodule(path): layer for layer, paths in architecture.mlp_linears.items() for path in paths}
-    with evaluating(model), tqdm(total=len(pairs), desc="Layer gradients", unit="fact", leave=False) as progress:
-        for start in range(0, len(pairs), batch_size):
+    starts = processes.share(range(0, len(pairs), batch_size))
+    own = sum(len(pairs[start : start + batch_size]) for start in starts)
+    with evaluating(model), tqdm(total=own, desc="Layer gradients", unit="fact", leave=False) as progress:
+        for start in starts:
             group = pairs[start : start + batch_size]
             rows = [row for pair in group for row in pair]
             for layer, dot in _gradient_dots(model, tokenizer, architecture, linears, rows, loss):
                 scores[layer] += dot
             progress.update(len(group))
+    scores = processes.total(scores)
     if scores.isinf().any() or scores[list(architecture.mlp_linears)].isnan().any():
         raise ValueError("A gradient of LGA is not finite: load the model in float32 or bfloat16.")
     return scores
@@ -99,12 +107,12 @@ def golden_layer(scores: Tensor, kappa: float = 1.0) -> int:
 
 
 def _encode_pairs(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], processes: Processes
 ) -> list[tuple[Row, Row]]:
     longest = context_length(model.config)
+    answers = processes.map(lambda fact: fact.target_true or greedy_answer(model, tokenizer, fact.text), facts)
     pairs = []
-    for fact in facts:
-        old = fact.target_true or greedy_answer(model, tokenizer, fact.text)
+    for fact, old in zip(facts, answers, strict=True):
         pairs.append(
             (
                 encode(tokenizer, fact.text, old, max_length=longest),
@@ -117,7 +125,7 @@ def _encode_pairs(
 @torch.no_grad()
 def greedy_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 4) -> str:
     """Return what the model itself answers, greedily, up to `tokens` tokens or the end of the line."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
     length = ids.shape[1]
     with evaluating(model):
@@ -139,7 +147,7 @@ def _gradient_dots(
     loss: Loss,
 ) -> list[tuple[int, float]]:
     """Return `(layer, sum over pairs of the gradients' dot product)` for each linear map; rows come in pairs."""
-    batch = pad(rows, padding_id(tokenizer), model.get_input_embeddings().weight.device)  # type: ignore[operator]
+    batch = pad(rows, padding_id(tokenizer), input_device(model))
     mask = batch.attention_mask.bool()
     dots: list[tuple[int, float]] = []
 

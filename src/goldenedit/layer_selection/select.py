@@ -31,6 +31,7 @@ from goldenedit.layer_selection.linear_response import linear_response_scores
 from goldenedit.layer_selection.published import published_layers
 from goldenedit.layer_selection.selection import LayerSelection, forward_flops, score_tensor
 from goldenedit.layer_selection.selectivity import selectivity_scores
+from goldenedit.parallel import processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 from goldenedit.storage.atlas import read_golden_layers, record_for
@@ -126,7 +127,8 @@ def _scored(
         **_options(selector, architecture, config),
     )
     path = cache_dir() / "layer_scores" / f"{key}.json"
-    kept = _read(path)
+    processes = processes_of(model)
+    kept = next((found for found in processes.gather(_read(path)) if found is not None), None)
     if kept is None:
         if selector == "sweep":
             found, cost = _sweep_scores(model, architecture, tokenizer, facts, config, base_facts, path)
@@ -138,6 +140,8 @@ def _scored(
             with measuring() as spent:
                 found = _scores(selector, model, architecture, tokenizer, facts, config, statistics)
             cost = spent()
+            if selector == "lga":  # the others are not shared among processes
+                cost = replace(cost, flops=sum(processes.gather(cost.flops)))
         forwards = cost.flops / forward_flops(model, tokenizer, facts)
         kept = LayerSelection(selector, _as_list(found, architecture), [], len(facts), cost, forwards)
         write_atomically(path, json.dumps(kept.to_dict()).encode())
@@ -241,7 +245,9 @@ def _sweep_scores(
             "No proxy fact has prompts whose answers must stay (locality, or paraphrases and neighborhood with "
             "target_true): a sweep could not tell layers apart."
         )
-    store = CellStore(path.with_suffix(".cells.jsonl"))
+    processes = processes_of(model)
+    own = path.with_suffix(".cells.jsonl" if processes.is_first else f".cells-{processes.index}.jsonl")
+    store = CellStore(own, path.parent.glob(f"{path.stem}.cells*.jsonl"))
     cells = sweep(model, architecture, tokenizer, facts, config, base_facts, store, neighbors=_SWEEP_NEIGHBORS)
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     cost = Cost()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from goldenedit.architecture.hooks import evaluating
 from goldenedit.cost import Cost, measuring
+from goldenedit.devices import input_device
 from goldenedit.editing.rows import context_length, encode
 from goldenedit.layer_selection.lga import tukey_filter
 from goldenedit.requests import EditRequest
@@ -71,7 +73,7 @@ def forward_flops(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: S
     longest = context_length(model.config)
     rows = [encode(tokenizer, fact.text, fact.target_new, max_length=longest).input_ids for fact in facts]
     middle = sorted(rows, key=len)[len(rows) // 2]
-    ids = torch.tensor([middle], device=model.get_input_embeddings().weight.device)  # type: ignore[operator]
-    with measuring() as cost:
+    ids = torch.tensor([middle], device=input_device(model))
+    with evaluating(model), measuring() as cost:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return cost().flops / len(middle) * sum(map(len, rows))

@@ -21,6 +21,7 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, recording
 from goldenedit.architecture.layers import Architecture
+from goldenedit.devices import input_device
 from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
 from goldenedit.editing.statistics import KeyStatistics
@@ -55,7 +56,7 @@ def selectivity_scores(
     with evaluating(model), tqdm(total=len(usable), desc="Selectivity", unit="fact", leave=False) as progress:
         for number, fact in enumerate(usable):
             rows, paraphrases = _rows(model, tokenizer, fact)
-            batch = pad(rows, padding_id(tokenizer), model.get_input_embeddings().weight.device)  # type: ignore[operator]
+            batch = pad(rows, padding_id(tokenizer), input_device(model))
             with recording(modules) as record:
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             for index, layer in enumerate(layers):

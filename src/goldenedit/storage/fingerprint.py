@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from goldenedit.devices import onloaded_parameter
+
 _SAMPLES = 64
 
 
@@ -14,14 +16,17 @@ def fingerprint(model: nn.Module) -> str:
     """Return 32 hex digits over the shape and up to 64 evenly spaced values of every parameter.
 
     Values are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16 is the same model.
-    Parameters whose values are elsewhere (on the meta device, as with disk offload) count by name and shape.
+    Offloaded parameters are read one after the other; those whose values nobody has count by name and shape.
     """
     digest = hashlib.sha256()
+    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, they are no longer one tensor under two names
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.is_meta or parameter.numel() == 0:
+        if parameter.is_meta and name in tied:
             continue
-        values = parameter.detach().reshape(-1)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = onloaded_parameter(model, name).reshape(-1)
+        if values.is_meta or values.numel() == 0:
+            continue
         # Not linspace: its float32 steps would round indices of large tensors differently by device.
         count = min(_SAMPLES, len(values))
         index = [step * (len(values) - 1) // max(count - 1, 1) for step in range(count)]

@@ -1,0 +1,212 @@
+"""Two processes find what one finds, in half the work, and none is left waiting for the other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed, nn
+from typer.testing import CliRunner
+
+from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.architecture import read_architecture
+from goldenedit.cli import app
+from goldenedit.editing.statistics import second_moments
+from goldenedit.layer_selection import CellStore, lga_scores, sweep
+from goldenedit.parallel import Processes, processes_of
+from models import NUM_LAYERS, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
+
+FACTS = [
+    EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris"),
+    EditRequest("Angela Merkel was born in", "Angela Merkel", "Berlin", locality=(("Paris is a", "city"),)),
+    EditRequest("The Kingdom of Cambodia is a", "Cambodia", "city", "fox", locality=(("Rome is a", "city"),)),
+]
+FAST = {"steps": 4, "contexts": 2, "context_length": 3, "covariance_tokens": 300, "contrast": 0, "proxy": FACTS}
+
+
+def _join(function, rank, folder, pipe):
+    # File and gloo: no port that another test may hold.
+    store = f"file://{folder / 'rendezvous'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        outcome = (True, function())
+    except Exception as error:
+        outcome = (False, error)
+    pipe.send_bytes(pickle.dumps(outcome))  # send() would share tensors by files that end with this process
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def in_two(tmp_path_factory):
+    """A function that calls another one in two processes of one group, and returns what each of them returned."""
+
+    def run(function: Callable) -> list:
+        folder = tmp_path_factory.mktemp("group")
+        context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+        pipes, processes = [], []
+        for rank in range(2):
+            here, there = context.Pipe(duplex=False)
+            processes.append(context.Process(target=_join, args=(function, rank, folder, there)))
+            pipes.append(here)
+            processes[-1].start()
+            there.close()
+        results = [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
+        for process in processes:
+            process.join()
+        for succeeded, result in results:
+            if not succeeded:
+                raise result
+        return [result for _, result in results]
+
+    return run
+
+
+def counted(module: nn.Module) -> list[int]:
+    """Return a list that grows by the number of rows of each forward."""
+    rows: list[int] = []
+    module.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+def test_lga_has_the_same_scores_in_half_the_rows(in_two, tokenizer):
+    model = tiny_model("llama")
+    architecture = read_architecture(model)
+    rows = counted(model)
+
+    def run():
+        rows.clear()
+        return lga_scores(model, architecture, tokenizer, FACTS * 2, batch_size=1), sum(rows)
+
+    alone, all_rows = run()
+    for scores, own in in_two(run):
+        torch.testing.assert_close(scores, alone, rtol=1e-12, atol=0)
+        assert own <= all_rows / 2 + 4  # what the model itself answers is shared too
+
+
+@pytest.mark.parametrize("batch_tokens", [20, 10_000], ids=["many batches", "one batch"])
+def test_key_statistics_are_the_same(in_two, tokenizer, batch_tokens):
+    model = tiny_model("llama")
+    texts = [fact.text for fact in FACTS]
+    run = partial(second_moments, model, read_architecture(model), tokenizer, texts, [0, 2], 1000, batch_tokens)
+    alone = run()
+    one, other = in_two(run)
+    for layer, moment in alone.items():
+        torch.testing.assert_close(one[layer], moment, rtol=1e-5, atol=1e-6)
+        assert torch.equal(one[layer], other[layer])
+
+
+def measured(tokenizer, folder, layers: Iterable[int] | None = None) -> tuple[dict, int]:
+    """Sweep, and return the cells and the number of those that this process measured itself."""
+    model = EditModel(tiny_model("llama"), EditConfig(layer=0, **FAST), tokenizer)
+    base = model.get_base_model()
+    store = CellStore(folder / f"{processes_of(base).index}.jsonl", folder.glob("*.jsonl"))
+    known = len(store.cells)
+    cells = sweep(base, model.architecture, tokenizer, FACTS, model.edit_config, model.base_facts, store, layers=layers)
+    return {cell: found.outcomes for cell, found in cells.items()}, len(store.cells) - known
+
+
+def test_a_sweep_has_the_same_cells_each_measured_once(in_two, tokenizer, tmp_path):
+    (tmp_path / "two").mkdir()
+    alone, _ = measured(tokenizer, tmp_path)
+    (one, first), (other, second) = in_two(partial(measured, tokenizer, tmp_path / "two"))
+    assert one == other
+    assert one.keys() == alone.keys()
+    for cell, outcomes in alone.items():
+        for mine, theirs in zip(outcomes, one[cell], strict=True):
+            assert mine.score == pytest.approx(theirs.score, rel=1e-4)
+    assert sorted([first, second]) == [1, NUM_LAYERS - 1]
+
+
+def test_a_cell_that_one_process_knows_is_not_measured_by_the_other(in_two, tokenizer, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    measured(tokenizer, tmp_path / "1", layers=[0])  # on the other machine's disk
+
+    def run():
+        return measured(tokenizer, tmp_path / str(distributed.get_rank()))
+
+    (one, first), (other, second) = in_two(run)
+    assert one.keys() == other.keys() == {("r-rome", layer) for layer in range(NUM_LAYERS)}
+    assert first + second == NUM_LAYERS - 1
+
+
+def test_an_edit_is_the_same_in_every_process_and_the_one_that_one_process_makes(
+    in_two, tokenizer, monkeypatch, tmp_path
+):
+    def run():
+        model = get_edit_model(tiny_model("llama"), EditConfig(layer="lga", **FAST), tokenizer)
+        (delta,) = model.edit(FACTS[0]).deltas.values()
+        return delta.dense(), model.layer_selection
+
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / "one"))
+    alone, selection = run()
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / "two"))
+    (one, first), (other, second) = in_two(run)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+    assert first.layers == second.layers == selection.layers
+    assert first.cost.flops == selection.cost.flops  # those of both processes
+
+
+def test_what_fails_in_one_process_is_raised_in_both(in_two):
+    def refuse(item: int) -> int:
+        if item == 1:
+            raise ValueError("item 1 cannot be")
+        return item
+
+    def run():
+        with pytest.raises(ValueError, match="item 1 cannot be"):
+            Processes(distributed.get_rank(), 2).map(refuse, range(5))
+        return Processes(distributed.get_rank(), 2).map(lambda item: item * item, range(5))
+
+    assert in_two(run) == [[0, 1, 4, 9, 16]] * 2
+
+
+def test_processes_that_share_one_model_do_the_same_work(in_two):
+    def run():
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+        model = tiny_model("llama")
+        whole = processes_of(model)
+        mesh = init_device_mesh("cpu", (2,))
+        model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
+        return whole.count, processes_of(model).count
+
+    assert in_two(run) == [(2, 1), (2, 1)]
+
+
+def test_the_library_makes_no_process_group(tokenizer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
+    get_edit_model(tiny_model("llama"), EditConfig(layer="lga", **FAST), tokenizer).edit(FACTS[0])
+    assert not distributed.is_initialized()
+
+
+def test_the_command_line_edits_once_in_two_processes(tokenizer, tmp_path):
+    folder = tmp_path / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    fact = ["--prompt", FACTS[0].text, "--subject", FACTS[0].subject, "--target", "Rome"]
+    command = ["edit", str(folder), *fact, "--layer", "lga", "--covariance", "identity", "-o"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "one")]).exit_code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "goldenedit"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOLDENEDIT_CACHE": str(tmp_path / "cache")}
+    arguments = [*launcher, *command, str(tmp_path / "two")]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved in") == 1
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for key, factor in one.items():
+        torch.testing.assert_close(two[key], factor, rtol=1e-3, atol=1e-3 * float(factor.abs().max()))
