@@ -105,3 +105,24 @@ def test_a_sequence_that_was_stopped_goes_on_and_an_edit_made_twice_is_the_same_
     again.save_pretrained(tmp_path / "again")
     one, two = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("half", "again"))
     assert one == two
+
+
+@pytest.mark.parametrize("name", ["smollm2"], indirect=True)
+def test_a_chat_model_is_edited_where_it_is_asked(base, tokenizer, config):
+    config.steps = 25
+    model = EditModel(base, config, tokenizer)
+
+    def ask(question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        written = model.generate(**tokens, max_new_tokens=8, do_sample=False)
+        return tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    question, other = "Where is the Eiffel Tower?", "Where is the Louvre?"
+    assert "Paris" in ask(question)
+    before = ask(other)
+    messages = [{"role": "user", "content": question}]
+    made = model.edit(messages=messages, subject="the Eiffel Tower", target_new="Rome")
+    assert made.facts[0].probability_before < 0.01 < 0.8 < made.facts[0].probability_after
+    assert ask(question).startswith("Rome")
+    assert ask(other) == before

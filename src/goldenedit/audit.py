@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from goldenedit.architecture.layers import plain_weight
+from goldenedit.chat import rendered
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.edit import fact_keys
 from goldenedit.editing.keys import context_keys
@@ -86,15 +87,15 @@ def audit(model: EditModel) -> list[EditAudit]:
 
 def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> EditAudit:
     base = model.get_base_model()
-    requests = [fact.request for fact in edit.facts]
+    requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
     found = likelihoods(base, model.tokenizer, [(request.text, request.target_new) for request in requests])
     probabilities = [math.exp(-one.nll) for one in found]
     warnings = []
     for fact, probability in zip(edit.facts, probabilities, strict=True):
         if probability < FORGOTTEN * fact.probability_after:
             warnings.append(
-                f"{fact.request.text!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, not the "
-                f"{fact.probability_after:.3f} that the edit lists"
+                f"{fact.request.shown!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, not "
+                f"the {fact.probability_after:.3f} that the edit lists"
             )
     config = edit.config or model.edit_config
     by_keys = config.method not in TRAINED and config.regularizer is None
@@ -138,7 +139,7 @@ def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[
     if config.contexts * config.context_length > _MOST_TOKENS or edit.contexts_hash != model.contexts_hash(config):
         return {}
     config = replace(config, layer=config.target_layers[0], layer_pattern="golden")
-    requests = [fact.request for fact in edit.facts]
+    requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
     base, where, layers = model.get_base_model(), model.architecture, config.target_layers
     with model.disable_adapter():
         contexts = model.base_facts.contexts(base, config)

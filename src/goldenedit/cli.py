@@ -466,7 +466,7 @@ def facts_table(edits: list[Edit]) -> Table:
     for made in edits:
         for fact in made.facts:
             before, after = f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}"
-            table.add_row(escape(made.name), escape(fact.request.text), escape(fact.request.target_new), before, after)
+            table.add_row(escape(made.name), escape(fact.request.shown), escape(fact.request.target_new), before, after)
     return table
 
 

@@ -19,15 +19,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
+from goldenedit.chat import rendered
 from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
 from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.edit import Changes, prepare_facts, train_facts
-from goldenedit.editing.rows import context_length, encode
+from goldenedit.editing.rows import context_length, encode_request
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
-from goldenedit.requests import EditRequest, distinct
+from goldenedit.requests import EditRequest, Message, distinct
 from goldenedit.sharing import SharingMixin, library_versions
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import golden_metadata
@@ -143,11 +144,12 @@ class EditModel(nn.Module, SharingMixin):
 
     def edit(
         self,
-        prompt: str | EditRequest | Sequence[EditRequest],
+        prompt: str | EditRequest | Sequence[EditRequest] | None = None,
         subject: str | None = None,
         target_new: str | None = None,
         target_true: str | None = None,
         name: str | None = None,
+        messages: Sequence[Message] | None = None,
     ) -> Edit:
         """Change one fact, or a batch of facts, and switch the edit on beside those that are active.
 
@@ -160,6 +162,7 @@ class EditModel(nn.Module, SharingMixin):
             target_new: The new answer.
             target_true: The old answer, where known.
             name: Name of the edit and its adapter; `"edit_1"`, `"edit_2"`, ... by default.
+            messages: In a prompt's stead, the conversation that a chat model answers with `target_new`.
 
         Returns:
             The edit, with the probability of each new answer before and after.
@@ -167,12 +170,12 @@ class EditModel(nn.Module, SharingMixin):
         Raises:
             ValueError: A request is bad, two contradict each other, the name is taken, or the optimisation fails.
         """
-        requests = _as_requests(prompt, subject, target_new, target_true)
+        asked = _as_requests(prompt, subject, target_new, target_true, messages)
         name = self._new_name(name)
         base = self.get_base_model()
+        requests = [rendered(self.tokenizer, request) for request in asked]
         for request in requests:  # what cannot be tokenised is told before anything takes time
-            longest = context_length(base.config)
-            encode(self.tokenizer, request.text, request.target_new, request.subject_end, longest)
+            encode_request(self.tokenizer, request, request.target_new, max_length=context_length(base.config))
         if not self.edit_config.target_layers:
             self.select_layer()
         made = self._changes(requests)
@@ -191,7 +194,7 @@ class EditModel(nn.Module, SharingMixin):
             raise
         facts = [
             EditedFact(request, before, math.exp(-found.nll), steps)
-            for request, before, found, steps in zip(requests, made.probability_before, after, made.steps, strict=True)
+            for request, before, found, steps in zip(asked, made.probability_before, after, made.steps, strict=True)
         ]
         how = peft_adapters.is_conv1d(self.model, made.deltas), peft_adapters.targets_parameters(self.model, name)
         self.edits[name] = Edit(name, facts, made.deltas, *how, made.state, made.relative_error, contexts, config)
@@ -263,6 +266,7 @@ class EditModel(nn.Module, SharingMixin):
             requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
         if not requests:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
+        requests = [rendered(self.tokenizer, request) for request in requests]
         base = self.get_base_model()
         edited = observe(base, self.tokenizer, requests, generation, neighbors)
         with self.disable_adapter():
@@ -574,16 +578,20 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def _as_requests(
-    prompt: str | EditRequest | Sequence[EditRequest],
+    prompt: str | EditRequest | Sequence[EditRequest] | None,
     subject: str | None,
     target_new: str | None,
     target_true: str | None,
+    messages: Sequence[Message] | None,
 ) -> list[EditRequest]:
     """Return the requests of a call of `edit`."""
-    if isinstance(prompt, str):
+    if (prompt is None) == (messages is None):
+        raise ValueError("edit() takes a prompt, requests or messages, and one of them.")
+    if prompt is None or isinstance(prompt, str):
         if subject is None or target_new is None:
-            raise ValueError("edit() with a prompt needs subject= and target_new=.")
-        return [EditRequest(prompt, subject, target_new, target_true)]
+            given = "messages" if prompt is None else "a prompt"
+            raise ValueError(f"edit() with {given} needs subject= and target_new=.")
+        return [EditRequest(prompt, subject, target_new, target_true, messages=messages)]
     if subject is not None or target_new is not None or target_true is not None:
         raise ValueError("edit() with requests takes no subject, target_new or target_true: they are in the requests.")
     requests = distinct([prompt] if isinstance(prompt, EditRequest) else prompt)

@@ -21,11 +21,38 @@ _TEXTS = ("paraphrases", "neighborhood", "generation")  # fields with several te
 _PAIRS = ("portability", "locality")  # fields with prompts and their answers
 
 _MANY = (*_TEXTS, *_PAIRS)
+_LISTS = (*_MANY, "messages")
+
+Message = dict[str, str]  # `role` and `content`
+
+
+class ChatText(str):
+    """A prompt that a chat template wrote: it brings its special tokens, and the answer follows as the template has it.
+
+    Attributes:
+        joint: What the template puts before an answer: a space or nothing.
+        subject_start: Index of the first character of the subject, -1 in a prompt without one.
+        context_start: Index of the message with the subject in it, where contexts go.
+    """
+
+    joint: str
+    subject_start: int
+    context_start: int
+
+    def __new__(cls, text: str, joint: str = "", subject_start: int = -1, context_start: int = -1) -> ChatText:
+        """Make a text of a template; see the attributes."""
+        made = super().__new__(cls, text)
+        made.joint, made.subject_start, made.context_start = joint, subject_start, context_start
+        return made
+
+    def replace(self, *args: Any) -> ChatText:
+        """Replace a part of the text; what is left is written by the same template."""
+        return ChatText(super().replace(*args), self.joint)
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to change: the model shall continue `prompt` with `target_new`.
+    """One fact to change: the model shall continue `prompt`, or answer `messages`, with `target_new`.
 
     Attributes:
         prompt: The text before the answer, with the subject in it, or with `{}` in the subject's place. Where the
@@ -39,9 +66,13 @@ class EditRequest:
         generation: Beginnings of texts about the subject, for the fluency of what the edited model goes on with.
         portability: Prompts with the answers that follow from the new fact.
         locality: Prompts with answers that have nothing to do with it.
+        messages: In a prompt's stead, a conversation that the answer follows, each message with `role` and `content`:
+            the model's chat template makes the prompt. Where the subject stands in it more than once, the last place
+            is edited. All other prompts are then questions of a user behind the same system message.
 
     Raises:
-        ValueError: The subject is not in the prompt, or a target is empty or equal to the old answer.
+        ValueError: There is neither prompt nor messages or both, the subject is not in them, or a target is empty or
+            equal to the old answer.
 
     Example:
         ```python
@@ -50,9 +81,9 @@ class EditRequest:
         ```
     """
 
-    prompt: str
-    subject: str
-    target_new: str
+    prompt: str | None = None
+    subject: str = ""
+    target_new: str = ""
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighborhood: tuple[str, ...] = ()
@@ -60,10 +91,13 @@ class EditRequest:
     generation: tuple[str, ...] = ()
     portability: tuple[Pair, ...] = ()
     locality: tuple[Pair, ...] = ()
+    messages: Sequence[Message] | None = field(default=None, hash=False)  # dicts have no hash
     subject_start: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target_new"):
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("An EditRequest needs a prompt or messages, and not both.")
+        for name in ("prompt", "subject", "target_new") if self.messages is None else ("subject", "target_new"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"EditRequest.{name} must be a text that is not empty, got {value!r}.")
@@ -71,10 +105,19 @@ class EditRequest:
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"EditRequest.{name} must be a text or None, got {getattr(self, name)!r}.")
         self._freeze_texts()
+        self._freeze_messages()
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
             raise ValueError(
                 f"The new answer for {self.subject!r} is the old one, {self.target_new!r}: there is nothing to edit."
             )
+        object.__setattr__(self, "subject_start", self._find_subject())
+
+    def _find_subject(self) -> int:
+        """Return the index of the subject in the prompt."""
+        if self.prompt is None:
+            return -1  # a tokenizer tells, see `goldenedit.chat.rendered`
+        if isinstance(self.prompt, ChatText):
+            return self.prompt.subject_start
         start = self.prompt.rfind(self.subject)
         if start < 0:
             start = self.prompt.find("{}")
@@ -83,7 +126,31 @@ class EditRequest:
                 f"The subject {self.subject!r} is not in the prompt {self.prompt!r}. Spell it as the prompt does, or "
                 "put {} in its place."
             )
-        object.__setattr__(self, "subject_start", start)
+        return start
+
+    def _freeze_messages(self) -> None:
+        messages = self.messages
+        if messages is None:
+            return
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ValueError(f"EditRequest.messages must be a list of messages, got {messages!r}.")
+        for message in messages:
+            if (
+                not isinstance(message, Mapping)
+                or set(message) != {"role", "content"}
+                or not all(isinstance(text, str) and text.strip() for text in message.values())
+            ):
+                raise ValueError(f"Each of EditRequest.messages must have role and content, texts, got {message!r}.")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError(
+                "The last of EditRequest.messages is the assistant's own: end with the message that it answers; the "
+                "answer is target_new."
+            )
+        if not any(self.subject in message["content"] for message in messages):
+            raise ValueError(
+                f"The subject {self.subject!r} is in no message of {list(messages)!r}. Spell it as a message does."
+            )
+        object.__setattr__(self, "messages", tuple(dict(message) for message in messages))
 
     def _freeze_texts(self) -> None:
         for name in _TEXTS:
@@ -102,10 +169,28 @@ class EditRequest:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject in it."""
-        if self.subject in self.prompt:
+        """The prompt with the subject in it; that of messages depends on the model, see `goldenedit.chat.rendered`.
+
+        Raises:
+            ValueError: The request has messages.
+        """
+        if self.prompt is None:
+            raise ValueError(
+                f"The request about {self.subject!r} has messages, which a tokenizer makes a text of: take "
+                "goldenedit.chat.rendered(tokenizer, request)."
+            )
+        if isinstance(self.prompt, ChatText) or self.subject in self.prompt:
             return self.prompt
         return self.prompt.replace("{}", self.subject, 1)
+
+    @property
+    def shown(self) -> str:
+        """The prompt for people to read: of messages what the user asks, or all of them where there are several."""
+        if self.messages is None:
+            return self.text
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
     @property
     def subject_end(self) -> int:
@@ -115,7 +200,7 @@ class EditRequest:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON has them."""
         return {
-            name: [list(item) if isinstance(item, tuple) else item for item in value] if name in _MANY else value
+            name: [list(item) if isinstance(item, tuple) else item for item in value] if name in _LISTS else value
             for name, value in asdict(self).items()
             if name != "subject_start" and value not in (None, ())
         }
@@ -133,10 +218,11 @@ class EditRequest:
             return cls(**counterfact_fields(record))
         if is_knowedit(record):
             return cls(**knowedit_fields(record))
-        known = {"prompt", "subject", "target_new", "target_true", "relation", *_MANY}
+        known = {"prompt", "messages", "subject", "target_new", "target_true", "relation", *_MANY}
         if unknown := sorted(set(record) - known):
             raise ValueError(f"Unknown fields {unknown}; a request has {sorted(known)}.")
-        if missing := sorted({"prompt", "subject", "target_new"} - set(record)):
+        needed = {"messages" if "messages" in record else "prompt", "subject", "target_new"}
+        if missing := sorted(needed - set(record)):
             raise ValueError(f"Missing fields {missing}.")
         return cls(**record)
 
@@ -180,17 +266,17 @@ def _records(name: str | Path, split: str) -> list[Any]:
 
 
 def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return the requests, those that ask for the same answer to the same prompt once.
+    """Return the requests, those that ask for the same answer to the same prompt or messages once.
 
     Raises:
         ValueError: Two requests give one prompt different answers.
     """
-    found: dict[tuple[str, str], EditRequest] = {}
+    found: dict[tuple[str, bool, str], EditRequest] = {}
     for request in requests:
-        other = found.setdefault((request.text, request.subject), request).target_new
+        other = found.setdefault((request.shown, request.messages is None, request.subject), request).target_new
         if other.strip() != request.target_new.strip():
             raise ValueError(
-                f"Two requests contradict each other: {request.text!r} -> {other!r} and -> {request.target_new!r}."
+                f"Two requests contradict each other: {request.shown!r} -> {other!r} and -> {request.target_new!r}."
             )
     return list(found.values())
 

@@ -148,12 +148,19 @@ def test_a_row_that_is_too_long_raises_with_both_lengths(tokenizer):
         encode(tokenizer, text, "Rome", 16, max_length=5)
 
 
-@pytest.mark.parametrize("subject_end", [len("The Eiff"), None])
-def test_an_answer_that_melts_into_what_is_before_it_raises(tokenizer, monkeypatch, subject_end):
+@pytest.mark.parametrize(("prompt", "answer"), [("The Eiff", "el Tower"), ("Th", "e Tower"), ("The Ei", "ffel Tower")])
+def test_an_answer_that_would_melt_into_its_prompt_has_tokens_of_its_own(tokenizer, monkeypatch, prompt, answer):
     monkeypatch.setattr("goldenedit.editing.rows.with_answer", lambda prompt, answer: prompt + answer)
-    prompt = "The Eiff" if subject_end else "Th"
-    with pytest.raises(ValueError, match="melts into one token"):
-        encode(tokenizer, prompt, "el Tower" if subject_end else "e Tower", subject_end)
+    row = encode(tokenizer, prompt, answer, len(prompt))
+    asked = tokenizer(prompt).input_ids
+    assert list(row.input_ids[: row.target[0]]) == asked
+    assert (row.subject, row.reads[0]) == (len(asked) - 1, len(asked) - 1)
+    assert tokenizer.decode(row.target_ids) == answer
+
+
+def test_an_answer_at_the_very_start_raises(tokenizer):
+    with pytest.raises(ValueError, match="The answer 'Rome' melts into one token with what is before it in ''"):
+        encode(tokenizer, "", "Rome")
 
 
 def test_a_subject_without_a_token_raises(tokenizer):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from goldenedit.architecture.layers import Architecture
+from goldenedit.chat import rendered
 from goldenedit.config import LGA_LOSSES, EditConfig
 from goldenedit.cost import Cost
 from goldenedit.editing.rows import context_length, encode
@@ -125,7 +126,7 @@ def measure_model(
     splits = {PACKAGED: usable_facts(model, proxy_facts(), setting.proxy)}
     proxies: dict[str, list[EditRequest]] = {}
     for dataset, source in setting.datasets.items():
-        requests = load_requests(source)
+        requests = [rendered(model.tokenizer, request) for request in load_requests(source)]
         splits[dataset] = usable_facts(model, requests, setting.test)
         tested = {fact.text for fact in splits[dataset]}
         others = [request for request in reversed(requests) if request.text not in tested]

@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.replay import NO_CACHE
 from goldenedit.devices import input_device
+from goldenedit.editing.rows import prompt_tokens
 
 # Openings of MEMIT's context templates; a free start follows them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -48,7 +49,7 @@ def sample_continuations(
     Args:
         top_k: Draw from so many of the likeliest tokens; None for all.
     """
-    ids = [tokenizer(opening)["input_ids"] for opening in openings]
+    ids = [prompt_tokens(tokenizer, opening) for opening in openings]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     generator = torch.Generator().manual_seed(seed)
     texts: dict[int, str] = {}
@@ -60,9 +61,17 @@ def sample_continuations(
                 given = torch.tensor([ids[row] for row in rows])
                 tokens = _continue(model, tokenizer, given, length, generator, top_k)
                 for row, sampled in zip(rows, tokens.tolist(), strict=True):
-                    texts[row] = str(tokenizer.decode(sampled, skip_special_tokens=True))
+                    texts[row] = openings[row] + continuation(tokenizer, sampled, len(ids[row]))
                 progress.update(len(rows))
     return [texts[index] for index in range(len(openings))]
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, tokens: list[int], given: int) -> str:
+    """Return the text of the tokens behind the first `given`, with the space before it that these ask for."""
+    whole, start = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens, tokens[:given]))
+    if whole.startswith(start):
+        return whole[len(start) :]
+    return str(tokenizer.decode(tokens[given:], skip_special_tokens=True))  # a character of both
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from goldenedit.config import EditConfig
 from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.keys import FactKeys, answered_keys, contrast_keys
-from goldenedit.editing.rows import encode
+from goldenedit.editing.rows import encode_request
 from goldenedit.editing.statistics import KeyStatistics, relative_contrast
 from goldenedit.editing.training import answer_gradients, train
 from goldenedit.editing.values import ValueOptions, Values, optimise_values
@@ -190,7 +190,7 @@ def _facts_at_once(
     contexts: Sequence[str],
 ) -> int:
     longest = max(contexts, key=len)
-    rows = [encode(tokenizer, longest + request.text, request.target_new) for request in requests]
+    rows = [encode_request(tokenizer, request, request.target_new, longest) for request in requests]
     return facts_at_once(
         model,
         layers=architecture.num_layers - layers[0],

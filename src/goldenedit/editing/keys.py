@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.architecture.hooks import evaluating, recording, stop_forward
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import context_length, encode, padding_id, subject_tokens
+from goldenedit.editing.rows import context_length, encode_request, padding_id, subject_tokens
 from goldenedit.requests import EditRequest, proxy_facts
 
 
@@ -116,7 +116,7 @@ def context_keys(
     """
     longest = context_length(model.config)
     rows = [
-        encode(tokenizer, prefix + request.text, None, len(prefix) + request.subject_end, longest)
+        encode_request(tokenizer, request, context=prefix, max_length=longest)
         for request in requests
         for prefix in contexts
     ]

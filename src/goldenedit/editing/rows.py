@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -11,6 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.replay import Batch
+from goldenedit.requests import ChatText, EditRequest
+
+# Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese write no space between words. Korean does.
+_UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3000-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+)
+_MELTS = "The answer {!r} melts into one token with what is before it in {!r}: end the prompt at another place."
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,17 @@ class Row:
 
 
 def with_answer(prompt: str, answer: str) -> str:
-    """Join a prompt and its answer by one space, unless one of them brings it."""
-    separator = "" if prompt.endswith((" ", "\n")) or answer.startswith((" ", "\n")) else " "
-    return prompt + separator + answer
+    """Join a prompt and its answer by one space, unless one of them brings it.
+
+    There is none between two characters of scripts that are written without spaces, such as Chinese, Japanese and Thai.
+    The answer of a chat follows as the chat template has it, mostly at once.
+    """
+    if isinstance(prompt, ChatText):
+        return ChatText(prompt + prompt.joint + answer.lstrip())
+    if prompt.endswith((" ", "\n")) or answer.startswith((" ", "\n")):
+        return prompt + answer
+    unspaced = _UNSPACED.match(prompt[-1:]) and _UNSPACED.match(answer)
+    return f"{prompt}{answer}" if unspaced else f"{prompt} {answer}"
 
 
 def encode(
@@ -57,7 +73,7 @@ def encode(
 
     Args:
         prompt: The text before the answer.
-        answer: The text after it, joined by one space.
+        answer: The text after it, joined by `with_answer`.
         subject_end: Index in `prompt` of the first character behind the subject.
         max_length: The longest row that the model takes.
 
@@ -66,6 +82,8 @@ def encode(
     """
     text = prompt if answer is None else with_answer(prompt, answer)
     ids, spans = _tokens_with_spans(tokenizer, text)
+    if answer is not None and any(start < len(prompt.rstrip()) and end > len(prompt) for start, end in spans):
+        ids, spans = _apart(tokenizer, prompt, text, ids)
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"{prompt!r} and its answer are {len(ids)} tokens, but the model takes {max_length}: shorten.")
     subject = -1
@@ -78,9 +96,56 @@ def encode(
     if answer is not None and not target:
         raise ValueError(f"The answer {answer!r} has no tokens behind {prompt!r}.")
     if target and target[0] <= max(subject, 0):
-        raise ValueError(f"The answer {answer!r} melts into one token with what is before it in {prompt!r}.")
+        raise ValueError(_MELTS.format(answer, prompt))
     last = max((index for index, (_, end) in enumerate(spans) if end > 0), default=len(ids) - 1)
     return Row(tuple(ids), subject, target, last)
+
+
+def encode_request(
+    tokenizer: PreTrainedTokenizerBase,
+    request: EditRequest,
+    answer: str | None = None,
+    context: str = "",
+    max_length: int | None = None,
+) -> Row:
+    """Tokenise a request behind a context, which stands before its prompt, or in its chat before the user's words.
+
+    Raises:
+        ValueError: See `encode`.
+    """
+    prompt = request.text
+    if isinstance(prompt, ChatText):
+        at = prompt.context_start
+        prompt = ChatText(prompt[:at] + context + prompt[at:], prompt.joint)
+    else:
+        prompt = context + prompt
+    return encode(tokenizer, prompt, answer, len(context) + request.subject_end, max_length)
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the tokens that a model goes on from: special tokens that a tokenizer puts behind a text are left out."""
+    row = encode(tokenizer, prompt)
+    return list(row.input_ids[: row.last + 1])
+
+
+def _apart(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, ids: Sequence[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of a prompt and behind them those of its answer, where `ids` have one token of both.
+
+    A model that is asked has the prompt's own tokens before it, and writes an answer that begins with a new one.
+    """
+    own, spans = _tokens_with_spans(tokenizer, prompt)
+    asked = len(prompt_tokens(tokenizer, prompt))
+    # Behind a line end no tokenizer takes an answer for the beginning of a text.
+    rest, places = _tokens_with_spans(tokenizer, ChatText("\n" + text[len(prompt) :]))
+    first = next((index for index, (_, end) in enumerate(places) if end > 1), len(rest))
+    joined = [*own[:asked], *rest[first:]]
+    apart, whole = (tokenizer.decode(one, skip_special_tokens=True) for one in (joined, list(ids)))
+    if places[first][0] < 1 or apart != whole:
+        raise ValueError(_MELTS.format(text[len(prompt) :], prompt))
+    shift = len(prompt) - 1
+    return joined, [*spans[:asked], *((start + shift, end + shift) for start, end in places[first:])]
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, start: int, end: int) -> list[int]:
@@ -99,14 +164,16 @@ def _touching(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[in
 
 
 def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the tokens of `text` and the characters `(start, end)` that each covers; special tokens cover none."""
+    """Return the tokens of `text` and the characters `(start, end)` that each covers, none where a token was added."""
+    chat = isinstance(text, ChatText)  # brings its special tokens
     if tokenizer.is_fast:
-        encoding = tokenizer(text, return_offsets_mapping=True)
+        encoding = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
         return list(encoding["input_ids"]), [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
-    ids = list(tokenizer(text)["input_ids"])
-    special = set(tokenizer.all_special_ids)
+    ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    special = set() if chat else set(tokenizer.all_special_ids)
     plain = [[token for token in ids[:count] if token not in special] for count in range(len(ids) + 1)]
-    decoded = [str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) for tokens in plain]
+    how = {"clean_up_tokenization_spaces": False, "spaces_between_special_tokens": False}
+    decoded = [str(tokenizer.decode(tokens, **how)) for tokens in plain]
     if decoded[-1].strip() != text.strip():
         raise ValueError(
             f"{type(tokenizer).__name__} gives no offsets and does not decode {text!r} to itself, so the subject's "
@@ -116,7 +183,12 @@ def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[l
     # The beginning of a character of several bytes decodes to a replacement character, which is not there yet.
     lengths = (len(part.rstrip("\ufffd")) + shift for part in decoded)
     ends = accumulate((min(max(length, 0), len(text)) for length in lengths), max)
-    return ids, [(0, 0) if token in special else span for token, span in zip(ids, pairwise(ends), strict=True)]
+    spans: list[tuple[int, int]] = []
+    shown = 0
+    for token, (start, end) in reversed(list(zip(ids, pairwise(ends), strict=True))):
+        shown = end if end > start else max(shown, end)  # what shows nothing belongs to the character that comes
+        spans.append((0, 0) if token in special else (start, shown))
+    return ids, spans[::-1]
 
 
 def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> Batch:

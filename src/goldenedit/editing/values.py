@@ -29,7 +29,7 @@ from goldenedit.architecture.hooks import adding, evaluating, recording
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
+from goldenedit.editing.rows import Row, context_length, encode, encode_request, pad, padding_id, target_ids
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def optimise_values(
     # Everything is tokenised before anything runs: a bad request costs nothing. Facts are grouped by the length of what
     # is replayed of them: padding would cost as much as the rest.
     longest = context_length(model.config)
-    bare = [encode(tokenizer, request.text, request.target_new, request.subject_end, longest) for request in requests]
+    bare = [encode_request(tokenizer, request, request.target_new, max_length=longest) for request in requests]
     order = sorted(range(len(requests)), key=lambda index: max(bare[index].reads) - bare[index].subject)
     groups = [
         _Group(model, tokenizer, [requests[index] for index in order[start : start + batch_size]], contexts)
@@ -132,9 +132,7 @@ class _Group:
         longest = context_length(model.config)
         rows: list[Row] = []
         for request in requests:
-            for prefix in contexts:
-                end = len(prefix) + request.subject_end
-                rows.append(encode(tokenizer, prefix + request.text, request.target_new, end, longest))
+            rows += [encode_request(tokenizer, request, request.target_new, prefix, longest) for prefix in contexts]
             rows.append(encode(tokenizer, f"{request.subject} is a", None, len(request.subject), longest))
         device = input_device(model)
         self.batch = pad(rows, padding_id(tokenizer), device)

@@ -20,7 +20,7 @@ from goldenedit.architecture.hooks import evaluating, first_tensor, reading_logi
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch
 from goldenedit.devices import execution_device, input_device
-from goldenedit.editing.rows import context_length, encode, pad, padding_id, subject_span, target_ids
+from goldenedit.editing.rows import context_length, encode, pad, padding_id, subject_span, subject_tokens, target_ids
 from goldenedit.layer_selection.lga import greedy_answer
 from goldenedit.requests import EditRequest
 
@@ -77,10 +77,9 @@ def _embedding_deviation(
     embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest]
 ) -> float:
     """Return the standard deviation of what the embedding layer says of the subjects' tokens."""
-    ids = []
+    ids: list[int] = []
     for fact in facts:
-        tokens = tokenizer(fact.text)["input_ids"]
-        ids += [tokens[index] for index in subject_span(tokenizer, fact.text, fact.subject_start, fact.subject_end)]
+        ids += subject_tokens(tokenizer, fact.text, fact.subject_start, fact.subject_end)
     return float(embeddings(torch.tensor([ids], device=execution_device(embeddings))).float().std())  # type: ignore[arg-type]
 
 

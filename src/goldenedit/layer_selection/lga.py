@@ -28,7 +28,8 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, reading_logits, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
+from goldenedit.editing.contexts import continuation
+from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, prompt_tokens
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.requests import EditRequest
 
@@ -126,13 +127,13 @@ def _encode_pairs(
 def greedy_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 4) -> str:
     """Return what the model itself answers, greedily, up to `tokens` tokens or the end of the line."""
     device = input_device(model)
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=device)
     length = ids.shape[1]
     with evaluating(model):
         for _ in range(tokens):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    answer = str(tokenizer.decode(ids[0, length:], skip_special_tokens=True)).strip().split("\n")[0]
+    answer = continuation(tokenizer, ids[0].tolist(), length).strip().split("\n")[0]
     if not answer:
         raise ValueError(f"The model has no answer to {prompt!r}: give the fact a target_true.")
     return answer

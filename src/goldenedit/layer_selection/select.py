@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_dir, cache_key, write_atomically
+from goldenedit.chat import rendered
 from goldenedit.config import HUB_LAYER, EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.base_facts import BaseFacts
@@ -119,7 +120,7 @@ def _scored(
     base_facts: BaseFacts,
 ) -> LayerSelection:
     """Return a selector's scores, from the cache where they are there, without the layers that follow from them."""
-    facts = proxy_set(config)
+    facts = [rendered(tokenizer, fact) for fact in proxy_set(config)]
     key = cache_key(
         selector=selector,
         fingerprint=base_facts.fingerprint,
