@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from goldenedit.architecture.layers import is_linear, linear_shape, plain_weight
+from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape, plain_weight
+from goldenedit.architecture.quantised import reading_state
 from goldenedit.devices import execution_device
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import adapter_tensors
@@ -110,7 +111,8 @@ def _add(
             if name in factors and factors[name].weight.is_meta:
                 factors[name].to_empty(device=execution_device(layer.base_layer))
     padded = {path: delta.padded(rank) for path, delta in deltas.items()}
-    loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
+    with reading_state(model):
+        loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
     return model, loaded.unexpected_keys
 
 
@@ -190,6 +192,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
         return
     with model.disable_adapter():
         yield
+
+
+def check_mergeable(model: PreTrainedModel | PeftModel) -> None:
+    """Raise ValueError where an edited weight is quantised: PEFT would round the sum, and the edit with it."""
+    for path, module in base_of(model).named_modules():
+        if isinstance(module, BaseTunerLayer) and is_quantised(module):
+            raise ValueError(
+                f"The weight of {path} is quantised: an edit written into it would be rounded with it. Keep the edit "
+                "beside it (save_pretrained(), push_to_hub()), or load the base model in full precision, load the edit "
+                "with ignore_fingerprint=True, and merge there."
+            )
 
 
 @contextmanager

@@ -371,7 +371,11 @@ class EditModel(nn.Module, SharingMixin):
 
         Its config says which layers were edited, `golden_layers`, and by whom. This wrapper then has no edits, and
         sequential editors have forgotten them.
+
+        Raises:
+            ValueError: An edited weight is quantised; nothing has changed.
         """
+        peft_adapters.check_mergeable(self.model)
         if isinstance(self.model, PeftModel):
             active = self.active_adapters
             metadata = golden_metadata(self._content(active)) if active else {}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goldenedit.architecture.quantised import giving_backward, keeping_integers
+
 
 class _ForwardEnded(Exception):
     """Ends a forward that has delivered all that was asked of it."""
@@ -200,13 +202,20 @@ def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout and uncompiled, then give each module back the mode it had."""
+    """Run the model without dropout and uncompiled, then give each module back the mode it had.
+
+    Modules that keep integers for weights are told that they train: bitsandbytes' maps otherwise turn to kernels
+    without a backward on CPUs (4 bit), or round each token by what the others are (8 bit). Dropout is in none of them.
+    """
     modes = {module: module.training for module in model.modules()}
     # Compiled code passes hooks by that came after it, and compiling the hooks would take longer than running them.
     compiled = "torch._dynamo" in sys.modules
     model.eval()
+    for module in keeping_integers(model):
+        module.training = True
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with stance, giving_backward(model):
             yield
     finally:
         for module, training in modes.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument
+from goldenedit.architecture.quantised import is_composite
 from goldenedit.devices import input_device, onloaded_parameter
 
 _PROBE_TOKENS = 8
@@ -96,10 +97,16 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta:
         weight = onloaded_parameter(module, "weight")
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.is_meta or is_composite(weight) or not weight.is_floating_point():
         return None
     oriented = weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
     return oriented if oriented.shape == linear_shape(module) and weight.element_size() > 1 else None
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Tell whether a linear map keeps its weight in fewer bits than it computes in, or nowhere that can be read."""
+    weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    return plain_weight(module) is None and not (isinstance(weight, Tensor) and weight.is_meta)
 
 
 def find_down_projections(model: nn.Module) -> dict[int, str]:
