@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -454,13 +455,21 @@ def _row(found: Outcome) -> str:
         found.weight,
         said,
         "" if found.lga is None else str(found.lga),
-        f"{found.before:.3f} → {found.after:.3f}",
-        *(f"{value:.0e}" if value else "0" for value in (found.target, found.disabled, found.loaded, found.peft)),
-        f"{found.second[0]:.3f} → {found.second[1]:.3f}",
+        _change(found.before, found.after),
+        *map(_number, (found.target, found.disabled, found.loaded, found.peft)),
+        _change(*found.second),
         found.merge,
-        f"{found.seconds:.1f}",
+        _number(found.seconds, ".1f"),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _change(before: float, after: float) -> str:
+    return "" if math.isnan(after) else f"{before:.2g} → {after:.2g}"
+
+
+def _number(value: float, how: str = ".0e") -> str:
+    return "" if math.isnan(value) else f"{value:{how}}" if value else "0"
 
 
 def _versions(found: Outcome) -> str:
