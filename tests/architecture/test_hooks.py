@@ -91,6 +91,18 @@ def test_evaluating_gives_each_module_its_own_mode_back():
     assert len(set(modes)) == 2
 
 
+def test_evaluating_freezes_weights_and_gives_back_which_were_trained():
+    model = tiny_model("gpt2")
+    model.transformer.wte.weight.requires_grad_(False)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with evaluating(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    with pytest.raises(KeyError), evaluating(model):
+        raise KeyError
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
 @every_architecture
 @torch.no_grad()
 def test_each_row_gets_its_vector_at_its_position_alone(name, ids):

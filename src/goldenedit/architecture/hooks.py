@@ -202,11 +202,19 @@ def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout and uncompiled, then give each module back the mode it had.
+    """Run the model without dropout, uncompiled and with frozen weights, then give each module back what it had.
 
     Modules that keep integers for weights are told that they train: bitsandbytes' maps otherwise turn to kernels
     without a backward on CPUs (4 bit), or round each token by what the others are (8 bit). Dropout is in none of them.
     """
+    # For gradients of weights, which nothing here asks for, autograd would keep the input of every linear map. By name:
+    # accelerate puts another parameter in the place of one that it offloads.
+    trained = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
     modes = {module: module.training for module in model.modules()}
     # Compiled code passes hooks by that came after it, and compiling the hooks would take longer than running them.
     compiled = "torch._dynamo" in sys.modules
@@ -214,9 +222,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module in keeping_integers(model):
         module.training = True
     try:
+        for module, name in trained:
+            getattr(module, name).requires_grad_(False)
         stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with stance, giving_backward(model):
             yield
     finally:
+        for module, name in trained:
+            getattr(module, name).requires_grad_()
         for module, training in modes.items():
             module.training = training
