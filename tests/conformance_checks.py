@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.architecture import Architecture, read_architecture
+from goldenedit.architecture.experts import expert_matrices, fused_parameter, is_fused
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.editing.rows import encode
@@ -111,8 +112,12 @@ def conform(
         found.loaded = _difference(_logits(PeftModel.from_pretrained(copy.deepcopy(original), folder), ids), after)
     with torch.no_grad():
         for path, delta in edit.deltas.items():
-            weight = original.get_submodule(path).weight
-            weight += delta.dense().T if type(original.get_submodule(path)).__name__ == "Conv1D" else delta.dense()
+            if delta.experts > 1:
+                weight, change = expert_matrices(original, path), delta.dense().unflatten(1, (delta.experts, -1))
+                weight += change.transpose(0, 1)
+            else:
+                weight, module = original.get_submodule(path).weight, original.get_submodule(path)
+                weight += delta.dense().T if type(module).__name__ == "Conv1D" else delta.dense()
     found.written = _difference(_logits(original, ids), after)
     return found
 
@@ -163,7 +168,11 @@ def gradient_scores(
 ) -> Tensor:
     """LGA as defined: one backward a text through all weights of the MLPs, one dot product a layer."""
     layers = [index for index, paths in architecture.mlp_linears.items() for _ in paths]
-    weights = [model.get_submodule(path).weight for paths in architecture.mlp_linears.values() for path in paths]
+    weights = [
+        fused_parameter(model, path) if is_fused(model, path) else model.get_submodule(path).weight
+        for paths in architecture.mlp_linears.values()
+        for path in paths
+    ]
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     scores[layers] = 0.0
     for fact in facts:
@@ -191,11 +200,11 @@ def _gradients(
 
 def _target_error(edited: EditModel, wanted: Tensor, ids: Tensor) -> float:
     """Return by how much the edited map misses the value that was found, at the subject of the bare prompt."""
-    (path,) = edited.edits["edit_1"].deltas
+    (layer,) = edited.edit_config.target_layers
     subject = encode(edited.tokenizer, FACTS[0].text, None, FACTS[0].subject_end).subject
     outputs = []
     for _ in range(2):
-        with recording({"map": edited.get_base_model().get_submodule(path)}) as record:
+        with recording({"map": edited.architecture.down_projection(edited.get_base_model(), layer)}) as record:
             _logits(edited, ids)
         outputs.append(record.outputs["map"].view(len(ids[0]), -1)[subject])
         edited.set_adapter([])

@@ -91,8 +91,12 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "cohere": lambda: CohereConfig(**_LLAMA, logit_scale=1.0),
 }
 
-UNSUPPORTED_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+# All experts of a layer are one parameter: there is no module for a single one.
+EXPERTS_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
+}
+
+UNSUPPORTED_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mamba": lambda: MambaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=WIDTH, num_hidden_layers=NUM_LAYERS, state_size=4, **_SPECIAL
     ),
@@ -129,7 +133,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 @functools.cache
 def _built(name: str, seed: int) -> PreTrainedModel:
-    config = (TINY_CONFIGS | UNSUPPORTED_CONFIGS)[name]()
+    config = (TINY_CONFIGS | EXPERTS_CONFIGS | UNSUPPORTED_CONFIGS)[name]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

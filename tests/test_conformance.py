@@ -8,6 +8,7 @@ from conformance_checks import examine
 from zoo import DENSE, TARGET_MODULES, category, causal_lm_types
 
 NOT_EDITABLE = {  # with what the refusal must say
+    "dbrx": "neither a single dense down projection nor fused experts",
     "hrm_text": "several times for each token",
     "laguna": "which is no module of this model",
     "xlnet": "reads later tokens",

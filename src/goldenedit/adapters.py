@@ -12,11 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from goldenedit.architecture.experts import expert_matrices, is_fused
 from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape, plain_weight
 from goldenedit.architecture.quantised import reading_state
 from goldenedit.devices import execution_device
 from goldenedit.editing.delta import LowRankDelta
-from goldenedit.storage.folder import adapter_tensors
+from goldenedit.storage.folder import adapter_tensors, target_parameters
 
 
 def carries_adapters(model: nn.Module) -> bool:
@@ -60,14 +61,24 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(f"There is no edit {unknown[0]!r}; there are {known}.")
 
 
-def add(model: PreTrainedModel | PeftModel, name: str, deltas: Mapping[str, LowRankDelta], base_name: str) -> PeftModel:
+def add(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    deltas: Mapping[str, LowRankDelta],
+    base_name: str,
+    by_parameter: bool = False,
+) -> PeftModel:
     """Add an adapter, not switched on unless it is the first, and return the PeftModel that has it.
+
+    Args:
+        by_parameter: Name the weights that are changed, whatever PEFT makes of their modules (`target_parameters`).
 
     Raises:
         ValueError: PEFT has no place for a factor.
     """
     before = active(model)
-    changed, lost = _add(model, name, deltas, base_name, by_parameter=(known := targets_parameters(model)))
+    known = by_parameter or targets_parameters(model)
+    changed, lost = _add(model, name, deltas, base_name, by_parameter=known)
     if targets_parameters(changed, name) and not known:
         changed, lost = _add(remove(changed, name), name, deltas, base_name, by_parameter=True)
     if lost:
@@ -93,7 +104,7 @@ def _add(
         r=rank,
         lora_alpha=rank,
         target_modules=[] if by_parameter else sorted(deltas),
-        target_parameters=[f"{path}.weight" for path in sorted(deltas)] if by_parameter else None,
+        target_parameters=target_parameters(deltas) if by_parameter else None,
         fan_in_fan_out=is_conv1d(model, deltas),
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -179,8 +190,9 @@ def read(model: PreTrainedModel | PeftModel, name: str) -> dict[str, LowRankDelt
     for path, module in base_of(model).named_modules():
         if isinstance(module, BaseTunerLayer) and name in module.lora_A:
             A = module.lora_A[name].weight.detach() * module.scaling[name]
-            B = module.lora_B[name].weight.detach()
-            deltas[path] = LowRankDelta(A.float().cpu().clone(), B.float().cpu().clone())
+            A, B = A.float().cpu().clone(), module.lora_B[name].weight.detach().float().cpu().clone()
+            delta = LowRankDelta.from_stored(A, B, module.r[name])
+            deltas[f"{path}.{module.parameter_name}" if delta.experts > 1 else path] = delta
     return deltas
 
 
@@ -214,14 +226,19 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
     """
     base = base_of(model)
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    # The name of the parameter that is changed: that of PEFT's target_parameters, or of a linear map.
+    names_of = {path: getattr(module, "parameter_name", "weight") for path, module in layers.items()}
+    kept = {path: getattr(module.base_layer, names_of[path]) for path, module in layers.items()}
+    fused = {path for path in layers if is_fused(base, f"{path}.{names_of[path]}")}
     if wrong := [
-        path for path, module in layers.items() if module.base_layer.weight.is_meta or plain_weight(module) is None
+        path
+        for path, module in layers.items()
+        if kept[path].is_meta or (path not in fused and plain_weight(module) is None)
     ]:
         raise ValueError(
             f"The weights of {wrong[0]} are quantised or offloaded: an edit cannot be written into them. Share the "
             "edit itself (push_to_hub()), or load the base model in full precision and memory."
         )
-    kept = {path: module.base_layer.weight for path, module in layers.items()}
     try:
         for path, module in layers.items():
             weight = kept[path]
@@ -230,12 +247,12 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
                 if name in module.lora_A:
                     changed = changed + module.get_delta_weight(name).to(changed)
             changed = changed.to(weight.dtype)
-            module.base_layer.weight = nn.Parameter(changed, requires_grad=weight.requires_grad)
+            setattr(module.base_layer, names_of[path], nn.Parameter(changed, requires_grad=weight.requires_grad))
             _put(base, path, module.base_layer)
         yield base
     finally:
         for path, module in layers.items():
-            module.base_layer.weight = kept[path]
+            setattr(module.base_layer, names_of[path], kept[path])
             _put(base, path, module)
 
 
@@ -246,16 +263,23 @@ def _put(base: nn.Module, path: str, module: nn.Module) -> None:
 
 def is_conv1d(model: PreTrainedModel | PeftModel, paths: Mapping[str, LowRankDelta]) -> bool:
     """Tell whether the modules keep their weight as `(d_in, d_out)`, as Conv1D of GPT-2 does."""
-    return any(type(_plain(model, path)).__name__ == "Conv1D" for path in paths)
+    linear = [path for path, delta in paths.items() if delta.experts == 1]
+    return any(type(_plain(model, path)).__name__ == "Conv1D" for path in linear)
 
 
 def check_fits(model: PreTrainedModel | PeftModel, path: str, delta: LowRankDelta) -> None:
-    """Raise ValueError unless the model has a linear map `path` of the delta's shape."""
+    """Raise ValueError unless the model has a linear map, or fused experts, `path` of the delta's shape."""
+    if is_fused(base_of(model), path):
+        experts, d_out, d_in = expert_matrices(base_of(model), path).shape
+        found, asked = (experts, d_out, d_in), (delta.experts, delta.B.shape[0], delta.A.shape[1] // delta.experts)
+        if found != asked:
+            raise ValueError(f"The edit changes {path} as experts of shape {asked}, but in this model it has {found}.")
+        return
     try:
         module = _plain(model, path)
     except AttributeError as error:
         raise ValueError(f"{path}, which the edit changes, is no module of this model.") from error
-    if not is_linear(module):
+    if not is_linear(module) or delta.experts > 1:
         raise ValueError(f"{path}, which the edit changes, is no linear map of this model.")
     shape = linear_shape(module)
     wanted = (delta.B.shape[0], delta.A.shape[1])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from goldenedit.architecture.layers import plain_weight
+from goldenedit.architecture.layers import weight_of
 from goldenedit.chat import rendered
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.edit import fact_keys
@@ -102,7 +102,7 @@ def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> Ed
     rows = _rows(model, edit, config, remembered) if by_keys else {}
     modules = []
     for path, delta in edit.deltas.items():
-        weight = plain_weight(model.get_base_model().get_submodule(path))
+        weight = weight_of(model.get_base_model(), path)
         explained = rows.get(path)
         share = None if explained is None else unexplained(delta.A, delta.B, explained)
         modules.append(ModuleAudit(path, _relative(delta.norm, weight), share))

@@ -114,7 +114,8 @@ class EditConfig:
         default="sampled",
         metadata={
             "help": "Text for the key covariance: 'sampled' from the model itself, 'identity' for none (C = I), or a "
-            "dataset: a text, JSON or JSON-lines file, or a name on the Hub."
+            "dataset: a text, JSON or JSON-lines file, or a name on the Hub. Fused experts of large models need "
+            "'identity'."
         },
     )
     covariance_tokens: int = field(default=5_000, metadata={"help": "Tokens of text for the key covariance."})

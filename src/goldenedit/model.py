@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,7 +22,8 @@ from goldenedit.cache import cache_key
 from goldenedit.chat import rendered
 from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
 from goldenedit.editing.base_facts import BaseFacts
-from goldenedit.editing.edit import Changes, prepare_facts, train_facts
+from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editing.edit import Changes, check_method, prepare_facts, train_facts
 from goldenedit.editing.rows import context_length, encode_request
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe
 from goldenedit.evaluation.likelihood import likelihoods
@@ -182,7 +183,7 @@ class EditModel(nn.Module, SharingMixin):
         active, config = self.active_adapters, copy.copy(self.edit_config)
         contexts = None if config.method in TRAINED else self.contexts_hash(config)
         try:
-            self.model = peft_adapters.add(self.model, name, made.deltas, self.base_info.name_or_path)
+            self.model = self._with_adapter(name, made.deltas)
             self.set_adapter([*active, name])
             after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
             for request, found in zip(requests, after, strict=True):
@@ -203,10 +204,11 @@ class EditModel(nn.Module, SharingMixin):
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
         """Find the change of weights that serves the requests; what the active edits remember is minded."""
         base, config = self.get_base_model(), self.edit_config
+        check_method(base, self.architecture, config)  # what cannot be done is told before anything takes time
         remembered = joined_state(self.edits[name] for name in self.active_adapters)
         if config.method == "pmet":
             for layer in config.target_layers:
-                self.architecture.attention_output(base, layer)  # what is not there is told before anything takes time
+                self.architecture.attention_output(base, layer)
         if config.method in TRAINED:
             return train_facts(base, self.architecture, self.tokenizer, requests, config, remembered)
         with self.disable_adapter():
@@ -350,10 +352,14 @@ class EditModel(nn.Module, SharingMixin):
                     cut,
                 )
             try:
-                self.model = peft_adapters.add(self.model, adapter_name, made.deltas, self.base_info.name_or_path)
+                self.model = self._with_adapter(adapter_name, made.deltas)
             except BaseException:
                 self.model = peft_adapters.remove(self.model, adapter_name)
                 raise
+        elif any(delta.experts > 1 for part in parts for delta in part.deltas.values()):
+            raise ValueError(
+                f"Edits of fused experts are no matrices that PEFT combines by {combination_type!r}: use 'cat'."
+            )
         else:
             self.model.base_model.add_weighted_adapter(
                 list(adapters), list(weights), adapter_name, combination_type=combination_type, **kwargs
@@ -523,7 +529,7 @@ class EditModel(nn.Module, SharingMixin):
         try:
             for edit in edits:
                 added.append(edit.name)
-                self.model = peft_adapters.add(self.model, edit.name, edit.deltas, self.base_info.name_or_path)
+                self.model = self._with_adapter(edit.name, edit.deltas)
         except BaseException:
             for name in added:
                 self.model = peft_adapters.remove(self.model, name)
@@ -531,6 +537,11 @@ class EditModel(nn.Module, SharingMixin):
         self.edits |= {edit.name: edit for edit in edits}
         if content.evaluation is not None and made_on.fingerprint == self.base_info.fingerprint:
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
+
+    def _with_adapter(self, name: str, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
+        # Fused experts are named as parameters: where some layers have them, edits of all layers are, to go together.
+        by_parameter = bool(self.architecture.experts)
+        return peft_adapters.add(self.model, name, deltas, self.base_info.name_or_path, by_parameter)
 
     def _edit(self, name: str) -> Edit:
         peft_adapters.check_names(self.model, [name])

@@ -31,6 +31,39 @@ def test_factors_that_do_not_multiply_raise(a, b):
         LowRankDelta(torch.zeros(a), torch.zeros(b))
 
 
+def test_experts_of_different_widths_raise():
+    with pytest.raises(ValueError, match=r"A \(1, 5\) cannot be split among 2 experts"):
+        LowRankDelta(torch.zeros(1, 5), torch.zeros(4, 1), experts=2)
+
+
+@given(rank=st.integers(1, 4), experts=st.integers(1, 3))
+def test_factors_as_peft_keeps_them_are_those_of_each_expert_and_come_back(rank, experts):
+    delta = LowRankDelta(torch.randn(rank, 5 * experts), torch.randn(4, rank), experts)
+    A, B = delta.stored()
+    assert (A.shape, B.shape) == ((rank * experts, 5), (4, rank * experts))
+    of_experts = torch.einsum("ore,eri->eoi", B.view(4, rank, experts), A.view(experts, rank, 5))  # as PEFT has it
+    torch.testing.assert_close(torch.cat(of_experts.unbind(), 1), delta.dense())
+    back = LowRankDelta.from_stored(A, B, rank)
+    assert back.experts == experts
+    assert torch.equal(back.A, delta.A)
+    assert torch.equal(back.B, delta.B)
+
+
+def test_factors_that_no_change_of_all_experts_has_raise():
+    A, B = LowRankDelta(torch.randn(2, 12), torch.randn(4, 2), experts=3).stored()
+    for rank in (0, 4, 12):
+        with pytest.raises(ValueError, match=f"none of rank {rank}"):
+            LowRankDelta.from_stored(A, B, rank)
+    B[0, 0] += 1
+    with pytest.raises(ValueError, match="differs between experts"):
+        LowRankDelta.from_stored(A, B, 2)
+
+
+def test_what_is_done_to_factors_keeps_the_experts():
+    delta = LowRankDelta(torch.randn(2, 12), torch.randn(4, 2), experts=3)
+    assert delta.padded(4).part(0, 2).beside(delta).balanced().reduced(1)[0].experts == 3
+
+
 @given(rank=st.integers(1, 4), more=st.integers(0, 3), offset=st.integers(0, 3))
 def test_padding_keeps_the_product_and_parts_undo_it(rank, more, offset):
     delta = random_delta(rank)

@@ -13,7 +13,7 @@ from goldenedit.architecture import find_down_projections
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.storage.folder import Edit, fuse
 from goldenedit.storage.gguf import ARCHITECTURES, export_gguf
-from models import NUM_LAYERS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, tiny_model
+from models import EXPERTS_CONFIGS, NUM_LAYERS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, tiny_model
 
 LLAMA = TINY_CONFIGS["llama"]()
 
@@ -84,7 +84,7 @@ def test_gguf_knows_every_architecture():
 
 @pytest.mark.parametrize("name", ["gptj", "opt", "mixtral", "mamba"])
 def test_a_model_that_llama_cpp_does_not_run_is_refused_by_name(name, tmp_path):
-    config = (TINY_CONFIGS | UNSUPPORTED_CONFIGS)[name]()
+    config = (TINY_CONFIGS | EXPERTS_CONFIGS | UNSUPPORTED_CONFIGS)[name]()
     with pytest.raises(ValueError, match=f"{name!r} model cannot be written; those of bloom, "):
         export_gguf(edit_folder(), config, tmp_path / "edit.gguf")
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from goldenedit.architecture.quantised import giving_backward, keeping_integers
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module was called with
+
 
 class _ForwardEnded(Exception):
     """Ends a forward that has delivered all that was asked of it."""
@@ -37,9 +39,10 @@ def stop_forward() -> Iterator[Callable[[], None]]:
 
 
 class Record:
-    """Inputs and outputs of modules, by the name they were recorded under."""
+    """Inputs and outputs of modules, and all they were called with, by the name they were recorded under."""
 
     def __init__(self) -> None:
+        self.calls: dict[str, Call] = {}
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
@@ -75,6 +78,7 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[Record]:
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            record.calls[name] = args, kwargs
             record.inputs[name] = hidden_argument(args, kwargs).detach()
             record.outputs[name] = first_tensor(output).detach().clone()
 

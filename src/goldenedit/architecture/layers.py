@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from goldenedit.architecture.hooks import evaluating, hidden_argument
+from goldenedit.architecture.experts import FusedExperts, expert_matrices, find_experts, is_fused
+from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument
 from goldenedit.architecture.quantised import is_composite
 from goldenedit.devices import input_device, onloaded_parameter
 
@@ -21,7 +22,7 @@ _MOVED = 1e-3  # relative change that counts as moved: far above rounding, far b
 
 
 class UnsupportedArchitectureError(ValueError):
-    """The model has no decoder layers or no dense down projections that could be found."""
+    """The model has no decoder layers or no down projections that could be found."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Architecture:
     Attributes:
         layers: Path of the list of decoder layers, such as `"model.layers"`.
         num_layers: Number of decoder layers.
-        down_projections: Path of the MLP down projection of each layer that has one.
+        down_projections: Path of the MLP down projection of each layer that has one: a module, or the parameter that
+            holds those of all its experts.
         mlp_linears: Paths of the linear maps of each such MLP, in order of execution, the down projection last.
         attention_outputs: Path of the output projection of each layer's attention: the last linear map in it that
             mixes positions. Layers without one are left out.
+        experts: The fused experts of each layer whose down projections are one parameter.
     """
 
     layers: str
@@ -42,14 +45,35 @@ class Architecture:
     down_projections: dict[int, str]
     mlp_linears: dict[int, tuple[str, ...]]
     attention_outputs: dict[int, str] = field(default_factory=dict)
+    experts: dict[int, FusedExperts] = field(default_factory=dict)
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """Return decoder layer `index`."""
         return model.get_submodule(f"{self.layers}.{index}")
 
     def down_projection(self, model: nn.Module, index: int) -> nn.Module:
-        """Return the down projection of layer `index`."""
-        return model.get_submodule(self.down_projections[index])
+        """Return the down projection of layer `index`, or the module that sums up those of its experts."""
+        fused = self.experts.get(index)
+        return model.get_submodule(self.down_projections[index] if fused is None else fused.site)
+
+    def keys(self, model: nn.Module, index: int, call: Call, tokens: Tensor | None = None) -> Tensor:
+        """Return what enters the down projection of layer `index`, `(n, d_in)` float32.
+
+        Args:
+            call: What the module that `down_projection` returns was called with.
+            tokens: `(n,)`, the tokens wanted, indices into all tokens in their order; None for all.
+        """
+        if index in self.experts:
+            return self.experts[index].keys(model, call, tokens)
+        hidden = hidden_argument(*call).detach()
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return (hidden if tokens is None else hidden[tokens.to(hidden.device)]).float()
+
+    def adding_delta(self, model: nn.Module, index: int, A: Tensor, B: Tensor) -> AbstractContextManager[None]:
+        """Return a context with the down projection of layer `index` changed by `B @ A`, its weights not written."""
+        if index in self.experts:
+            return self.experts[index].adding_delta(model, A, B)
+        return adding_delta(self.down_projection(model, index), A, B)
 
     def attention_output(self, model: nn.Module, index: int) -> nn.Module:
         """Return the output projection of the attention of layer `index`.
@@ -66,6 +90,8 @@ class Architecture:
 
     def shape(self, model: nn.Module, index: int) -> tuple[int, int]:
         """Return the shape `(d_out, d_in)` of the down projection of layer `index`, quantised or not."""
+        if index in self.experts:
+            return self.experts[index].shape(model)
         return linear_shape(self.down_projection(model, index))
 
     def weight(self, model: nn.Module, index: int) -> Tensor:
@@ -89,6 +115,17 @@ class Architecture:
                 f"Layer {index} cannot be edited: the model has {self.num_layers} decoder layers, and those with a "
                 f"down projection are {sorted(self.down_projections)}."
             )
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor | None:
+    """Return the weight at a path as one matrix, `(d_out, d_in)`, fused ones side by side; None where it is not plain.
+
+    Raises:
+        AttributeError: There is nothing at the path.
+    """
+    if is_fused(model, path):
+        return expert_matrices(model, path).transpose(0, 1).flatten(1)
+    return plain_weight(model.get_submodule(path))
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:
@@ -151,23 +188,43 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
         by_hand = None if target_modules is None else _by_hand(model, layers, length, target_modules)
         probe = _Probe(clean)
         mlps = probe.run(linears, layers, length)
-    repeated = {index for index, mlp in mlps.items() if clean.executed[model.get_submodule(mlp[-1])] > 1}
-    if repeated and repeated == set(mlps):
+    if by_hand is not None:
+        own: dict[int, tuple[str, ...]] = {index: (path,) for index, path in by_hand.items()}
+        _run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
+        return Architecture(layers, length, by_hand, own, probe.mixers)
+    others = {
+        index: path for index in range(length) if index not in mlps and (path := f"{layers}.{index}") in clean.results
+    }
+    with evaluating(model), torch.no_grad():
+        experts = find_experts(model, others, clean.ids)
+    if not mlps and not experts:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has neither a single dense down projection nor fused experts that could be found "
+            f"in any of its {length} layers ({layers}), as with state-space models. Name the linear maps to edit by "
+            f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
+        )
+    sites = {index: mlp[-1] for index, mlp in mlps.items()} | {index: fused.site for index, fused in experts.items()}
+    once = sorted(_run_once(model, clean, sites))
+    mlps |= {index: fused.weights for index, fused in experts.items()}
+    return Architecture(
+        layers,
+        length,
+        {index: mlps[index][-1] for index in once},
+        {index: mlps[index] for index in once},
+        probe.mixers,
+        {index: experts[index] for index in once if index in experts},
+    )
+
+
+def _run_once(model: nn.Module, clean: _Clean, sites: Mapping[int, str]) -> list[int]:
+    """Return the layers that run once for each token; raise UnsupportedArchitectureError where none does."""
+    once = [index for index, site in sites.items() if clean.executed[model.get_submodule(site)] <= 1]
+    if sites and not once:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} runs its layers several times for each token: one change of weights cannot say "
             "one thing at one of these times."
         )
-    if by_hand is not None:
-        own: dict[int, tuple[str, ...]] = {index: (path,) for index, path in by_hand.items()}
-        return Architecture(layers, length, by_hand, own, probe.mixers)
-    if not mlps:
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} has no single dense down projection in any of its {length} layers ({layers}), as "
-            "with mixtures of experts that fuse their weights and state-space models. Name the linear maps to edit by "
-            f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
-        )
-    mlps = {index: mlp for index, mlp in mlps.items() if index not in repeated}
-    return Architecture(layers, length, {index: mlp[-1] for index, mlp in mlps.items()}, mlps, probe.mixers)
+    return once
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -15,7 +15,13 @@ from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_dir, cache_key
 from goldenedit.config import EditConfig
 from goldenedit.editing.contexts import sample_continuations
-from goldenedit.editing.statistics import KeyStatistics, load_second_moment, save_second_moment, second_moments
+from goldenedit.editing.statistics import (
+    KeyStatistics,
+    check_widths,
+    load_second_moment,
+    save_second_moment,
+    second_moments,
+)
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.requests import proxy_facts
 
@@ -38,7 +44,7 @@ def key_statistics(
         processes: Those that want the same layers, and share what is computed; by default all that have the model.
 
     Raises:
-        ValueError: `config.covariance` is no known source, or has no text.
+        ValueError: `config.covariance` is no known source or has no text, or the keys of experts are too wide for it.
     """
     if config.covariance == "identity":
         return dict.fromkeys(layers, KeyStatistics(None))
@@ -47,6 +53,7 @@ def key_statistics(
     moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
     # Caches may differ between machines.
     missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
+    check_widths(model, architecture, missing)
     if missing:
         (texts,) = processes.map(lambda _: _texts(model, tokenizer, config), [None])  # the same for all
         found = second_moments(

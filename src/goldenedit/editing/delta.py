@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,14 +17,19 @@ class LowRankDelta:
     Attributes:
         A: `(r, d_in)`, LoRA's `lora_A.weight`.
         B: `(d_out, r)`, LoRA's `lora_B.weight`.
+        experts: The number of matrices of equal width that are changed side by side: those of a mixture's fused
+            experts, 1 for all others.
     """
 
     A: Tensor
     B: Tensor
+    experts: int = 1
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise ValueError(f"Factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply.")
+        if self.A.shape[1] % self.experts:
+            raise ValueError(f"Factor A {tuple(self.A.shape)} cannot be split among {self.experts} experts.")
 
     @property
     def rank(self) -> int:
@@ -41,21 +46,21 @@ class LowRankDelta:
         B = self.B.new_zeros(self.B.shape[0], rank)
         A[offset : offset + self.rank] = self.A
         B[:, offset : offset + self.rank] = self.B
-        return LowRankDelta(A, B)
+        return replace(self, A=A, B=B)
 
     def beside(self, other: LowRankDelta) -> LowRankDelta:
         """Return the sum of two deltas, the factors of each as they are."""
-        return LowRankDelta(torch.cat([self.A, other.A]), torch.cat([self.B, other.B], 1))
+        return replace(self, A=torch.cat([self.A, other.A]), B=torch.cat([self.B, other.B], 1))
 
     def part(self, start: int, stop: int) -> LowRankDelta:
         """Return the delta of the ranks `start:stop` alone."""
-        return LowRankDelta(self.A[start:stop].contiguous(), self.B[:, start:stop].contiguous())
+        return replace(self, A=self.A[start:stop].contiguous(), B=self.B[:, start:stop].contiguous())
 
     def balanced(self) -> LowRankDelta:
         """Return the same delta with equal norms of each column of B and row of A, which half precision keeps best."""
         a, b = self.A.norm(dim=1), self.B.norm(dim=0)
         scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-30)).sqrt(), torch.ones_like(a))
-        return LowRankDelta(self.A * scale[:, None], self.B / scale)
+        return replace(self, A=self.A * scale[:, None], B=self.B / scale)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return `U (d_out, r)`, `s (r,)`, `V (r, d_in)` with `Delta = U diag(s) V`, in float64, largest `s` first."""
@@ -73,7 +78,7 @@ class LowRankDelta:
     @property
     def paying_rank(self) -> int:
         """The largest rank whose factors are no larger than the dense matrix, and that vLLM loads."""
-        d_out, d_in = self.B.shape[0], self.A.shape[1]
+        d_out, d_in = self.B.shape[0], self.A.shape[1] // self.experts
         return max(1, min(d_out * d_in // (d_out + d_in), VLLM_RANK))
 
     def reduced(self, rank: int) -> tuple[LowRankDelta, float]:
@@ -86,7 +91,32 @@ class LowRankDelta:
             return self, 0.0
         U, s, V = self.svd()
         error = (s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)).sqrt().item()
-        return LowRankDelta(V[:rank].float(), (U[:, :rank] * s[:rank]).float()).balanced(), error
+        return replace(self, A=V[:rank].float(), B=(U[:, :rank] * s[:rank]).float()).balanced(), error
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Return `lora_A.weight` and `lora_B.weight` as PEFT keeps them.
+
+        Those of fused experts are `(experts * r, d_ff)`, ordered by expert and then rank, and `(d_out, r * experts)`,
+        by rank and then expert.
+        """
+        A = self.A.unflatten(1, (self.experts, -1)).transpose(0, 1).flatten(0, 1)
+        return A, self.B.repeat_interleave(self.experts, 1)
+
+    @classmethod
+    def from_stored(cls, A: Tensor, B: Tensor, rank: int) -> LowRankDelta:
+        """Return the delta whose factors PEFT keeps as `A` and `B`.
+
+        Raises:
+            ValueError: The factors are not of that rank, or not one change of what all experts say together.
+        """
+        if A.ndim != 2 or B.ndim != 2 or rank < 1 or A.shape[0] % rank or len(A) < rank or A.shape[0] != B.shape[1]:
+            raise ValueError(f"Factors B {tuple(B.shape)} and A {tuple(A.shape)} are none of rank {rank}.")
+        experts = len(A) // rank
+        of_experts = B.unflatten(1, (rank, experts))
+        if not torch.equal(of_experts, of_experts[..., :1].expand_as(of_experts)):
+            raise ValueError("Factor B differs between experts.")
+        A = A.unflatten(0, (experts, rank)).transpose(0, 1).flatten(1)
+        return cls(A.contiguous(), of_experts[..., 0].contiguous(), experts)
 
     @classmethod
     def from_dense(cls, dense: Tensor, tolerance: float = 0.0) -> tuple[LowRankDelta, float]:

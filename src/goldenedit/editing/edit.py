@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
-from goldenedit.config import EditConfig
+from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.keys import FactKeys, answered_keys, contrast_keys
 from goldenedit.editing.rows import encode_request
-from goldenedit.editing.statistics import KeyStatistics, relative_contrast
+from goldenedit.editing.statistics import KeyStatistics, check_widths, relative_contrast
 from goldenedit.editing.training import answer_gradients, train
 from goldenedit.editing.values import ValueOptions, Values, optimise_values
 from goldenedit.editors import EDITORS, SEQUENTIAL, Problem
@@ -56,6 +56,7 @@ class PreparedFacts:
         keys: Keys of each fact, by layer.
         modules: Path of the edited module, by layer, and its weight `(d_out, d_in)` where a regulariser asks for it.
         attention: Whether the values were found with the attention's help, as PMET wants them and no other editor.
+        experts: The number of experts of each layer whose down projections are one parameter.
     """
 
     requests: Sequence[EditRequest]
@@ -63,6 +64,7 @@ class PreparedFacts:
     keys: dict[int, list[FactKeys]]
     modules: dict[int, tuple[str, Tensor | None]]
     attention: bool = False
+    experts: dict[int, int] = field(default_factory=dict)
 
     def changes(
         self,
@@ -96,12 +98,31 @@ class PreparedFacts:
             if bad.any():
                 subject = self.requests[chosen[int(torch.argmax(bad.int()))]].subject
                 raise ValueError(f"The edit of {subject!r} at layer {layer} is not finite: raise EditConfig.ridge.")
-            deltas[path], error = stored(found, weight, config)
+            whole, error = stored(found, weight, config)
+            deltas[path] = replace(whole, experts=self.experts.get(layer, 1))
             errors.append(error)
             if config.method in SEQUENTIAL:
                 state[f"keys/{path}"] = answered_keys(facts)
         before = [self.values.target_probability[fact] for fact in chosen]
         return Changes(deltas, before, [self.values.steps[fact] for fact in chosen], state, max(errors))
+
+
+def check_method(model: nn.Module, architecture: Architecture, config: EditConfig) -> None:
+    """Raise ValueError where the config cannot change the fused experts of a target layer, before anything is done."""
+    if fused := [layer for layer in config.target_layers if layer in architecture.experts]:
+        what = f"Layer {fused[0]} keeps its experts as one parameter ({architecture.down_projections[fused[0]]})"
+        if config.method in TRAINED:
+            raise ValueError(
+                f"{what}, which EditConfig.method {config.method!r} cannot train: use an editor that inserts values "
+                "under keys, such as 'r-rome'."
+            )
+        if config.regularizer is not None:
+            raise ValueError(
+                f"{what}, which EditConfig.regularizer {config.regularizer!r} cannot compare a change with: set it to "
+                "None."
+            )
+        if config.covariance != "identity":
+            check_widths(model, architecture, fused)
 
 
 def stored(change: LowRankDelta | Tensor, weight: Tensor | None, config: EditConfig) -> tuple[LowRankDelta, float]:
@@ -152,7 +173,8 @@ def prepare_facts(
         )
         for layer in layers
     }
-    return PreparedFacts(requests, values, found, modules, attention)
+    experts = {layer: architecture.experts[layer].count(model) for layer in layers if layer in architecture.experts}
+    return PreparedFacts(requests, values, found, modules, attention, experts)
 
 
 def fact_keys(

@@ -155,12 +155,8 @@ def _last_keys(
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             handle.remove()
-    at_end = []
-    for layer in layers:
-        keys = record.inputs[str(layer)]
-        index = torch.arange(len(rows), device=keys.device)
-        at_end.append(keys.view(len(rows), longest, -1)[index, (lengths - 1).to(keys.device)].float().cpu())
-    return at_end
+    ends = torch.arange(len(rows), device=device) * longest + lengths - 1
+    return [architecture.keys(model, layer, record.calls[str(layer)], ends).cpu() for layer in layers]
 
 
 def _special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

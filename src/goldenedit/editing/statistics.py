@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import evaluating, hidden_argument, stop_forward
-from goldenedit.architecture.layers import Architecture, linear_shape
+from goldenedit.architecture.hooks import Call, evaluating, stop_forward
+from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import write_atomically
 from goldenedit.devices import execution_device, input_device
 from goldenedit.editing.rows import context_length, padding_id
 from goldenedit.parallel import Processes, processes_of
 
 logger = logging.getLogger(__name__)
+
+_WIDEST_EXPERTS = 16_384  # a second moment of 1 GiB, and as wide as the widest MLPs that are one matrix
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class KeyStatistics:
     Attributes:
         second_moment: `(d_in, d_in)`, uncentred `E[k k^T]`; None for the identity.
         ridge: Added to the diagonal, in units of the mean eigenvalue `trace(C) / d_in`.
+        contrast: `(d_in, c)`, keys that the identity holds as well, as `solve` takes them; None where there are none.
     """
 
     second_moment: Tensor | None
     ridge: float = 0.0
+    contrast: Tensor | None = None
 
     @cached_property
     def _factor(self) -> Tensor:
@@ -77,13 +81,11 @@ class KeyStatistics:
 
     def with_contrast(self, contrast: Tensor) -> KeyStatistics:
         """Return statistics that hold `trace(C) D D^T` as well: what `solve` does with a contrast, for many facts."""
+        if self.second_moment is None:  # never as a matrix: the keys of fused experts are too wide for one
+            return KeyStatistics(None, contrast=contrast)
         width = len(contrast)
         eye = torch.eye(width, dtype=torch.float64)
-        C = (
-            eye
-            if self.second_moment is None
-            else self.second_moment.double().cpu() + self.ridge * self._mean_eigenvalue * eye
-        )
+        C = self.second_moment.double().cpu() + self.ridge * self._mean_eigenvalue * eye
         D = contrast.double().cpu()
         return KeyStatistics(C + self._mean_eigenvalue * width * D @ D.T)
 
@@ -99,8 +101,10 @@ class KeyStatistics:
             ValueError: The second moment is not positive definite, even with the ridge.
         """
         solved = self._solve(keys)
-        if contrast is None:
+        contrasts = [found for found in (self.contrast, contrast) if found is not None]
+        if not contrasts:
             return solved
+        contrast = torch.cat(contrasts, 1)
         D = contrast.double() * (self._mean_eigenvalue * len(contrast)) ** 0.5
         # Woodbury: c is small, and the factor of C serves all facts.
         CD = self._solve(D)
@@ -154,7 +158,8 @@ def second_moments(
         for tokens, mask in batches:
             with stop_forward() as stop, ExitStack() as stack:
                 for layer in layers:
-                    hook = _accumulate(sums, layer, mask.reshape(-1) > 0, stop if layer == max(layers) else None)
+                    add = _adder(model, architecture, layer, sums, mask.reshape(-1).nonzero()[:, 0])
+                    hook = _accumulate(add, stop if layer == max(layers) else None)
                     module = architecture.down_projection(model, layer)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
@@ -162,7 +167,7 @@ def second_moments(
     for layer in layers:
         if layer not in sums:  # more processes than batches
             module = architecture.down_projection(model, layer)
-            sums[layer] = torch.zeros([linear_shape(module)[1]] * 2, device=execution_device(module))
+            sums[layer] = torch.zeros([architecture.shape(model, layer)[1]] * 2, device=execution_device(module))
         sums[layer] = processes.total(sums[layer])
     moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # where keys and cached moments are
     for layer, moment in moments.items():
@@ -188,21 +193,40 @@ def _token_rows(
     return rows
 
 
-def _accumulate(
-    sums: dict[int, Tensor], layer: int, tokens: Tensor, stop: Callable[[], None] | None
-) -> Callable[..., None]:
-    """Return a hook that adds the keys of the real tokens, and ends the forward where nothing behind is wanted."""
+def check_widths(model: nn.Module, architecture: Architecture, layers: Sequence[int]) -> None:
+    """Raise ValueError where the keys of a layer's experts are too wide for a second moment."""
+    for layer in layers:
+        width = architecture.shape(model, layer)[1]
+        if layer in architecture.experts and width > _WIDEST_EXPERTS:
+            raise ValueError(
+                f"The keys of all experts of layer {layer} are {width} wide together, too wide for a second moment "
+                f"(at most {_WIDEST_EXPERTS}): edit with EditConfig(covariance='identity')."
+            )
 
-    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keys = hidden_argument(args, kwargs)
-        keys = keys.reshape(len(tokens), -1)[tokens.to(keys.device)].float()
+
+def _adder(
+    model: nn.Module, architecture: Architecture, layer: int, sums: dict[int, Tensor], tokens: Tensor
+) -> Callable[[Call], None]:
+    """Return a function that adds the keys of some tokens to the sum of a layer."""
+
+    def add(call: Call) -> None:
+        keys = architecture.keys(model, layer, call, tokens)
         if layer not in sums:
             sums[layer] = keys.new_zeros(keys.shape[1], keys.shape[1])
         sums[layer].addmm_(keys.T, keys)
+
+    return add
+
+
+def _accumulate(add: Callable[[Call], None], stop: Callable[[], None] | None) -> Callable[..., None]:
+    """Return a hook that adds what a module is called with, and ends the forward where nothing behind is wanted."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        add((args, kwargs))
         if stop is not None:
             stop()
 
-    return add
+    return hook
 
 
 def _batches(rows: Iterable[list[int]], batch_tokens: int, pad: int) -> Iterable[tuple[Tensor, Tensor]]:

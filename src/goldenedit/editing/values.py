@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ def _optimise(
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1
     delta = delta.detach()[:, : len(layers)]  # what the attention says is not stored
-    keys = _keys(replay, whole, sites[: len(layers)], delta, group)
+    keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group)
     return Values(
         delta.float().cpu(),
         [of_layer.view(count, each, -1)[:, :-1].float().cpu() for of_layer in keys],
@@ -247,11 +247,24 @@ def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], del
 
 
 @torch.no_grad()
-def _keys(replay: Replayer, whole: Capture, sites: Sequence[nn.Module], delta: Tensor, group: _Group) -> list[Tensor]:
+def _keys(
+    replay: Replayer,
+    whole: Capture,
+    layers: Sequence[int],
+    sites: Sequence[nn.Module],
+    delta: Tensor,
+    group: _Group,
+) -> list[Tensor]:
     """Return the keys of every row, by layer `(B, d_in)`, with the deltas in place: earlier ones move later keys."""
-    if len(sites) == 1:
-        return [_at_subject(group.batch, whole.record.inputs["0"])]
-    with recording({str(index): site for index, site in enumerate(sites)}) as record:
-        _edited(replay, whole, sites, delta, group.rows_each)
-    replayed = replace(whole.batch, subject=replay.positions(whole.batch))
-    return [_at_subject(replayed, record.inputs[str(index)]) for index in range(len(sites))]
+    record, subject = whole.record, group.batch.subject
+    if len(sites) > 1:
+        with recording({str(index): site for index, site in enumerate(sites)}) as record:
+            _edited(replay, whole, sites, delta, group.rows_each)
+        subject = replay.positions(whole.batch)
+    keys = []
+    for index, layer in enumerate(layers):
+        length = record.outputs[str(index)][..., 0].numel() // len(subject)
+        tokens = torch.arange(len(subject), device=subject.device) * length + subject
+        found = replay.architecture.keys(replay.model, layer, record.calls[str(index)], tokens)
+        keys.append(found.to(subject.device))  # layers may be on several devices
+    return keys

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import adding_delta
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_key
 from goldenedit.config import TRAINED, EditConfig
@@ -27,7 +26,7 @@ from goldenedit.cost import Cost, measuring
 from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.covariance import LazyStatistics, source_name
 from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.edit import PreparedFacts, prepare_facts, train_facts
+from goldenedit.editing.edit import PreparedFacts, check_method, prepare_facts, train_facts
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import likelihoods_of_fact
 from goldenedit.evaluation.evaluate import Observed, matches_of, observe
@@ -298,7 +297,7 @@ def _cell(
         for chosen in [everything] if config.method in together else [[index] for index in everything]:
             edited = [facts[index] for index in chosen]
             (delta,) = find(chosen).values()
-            with adding_delta(architecture.down_projection(model, layer), delta.A, delta.B):
+            with architecture.adding_delta(model, layer, delta.A, delta.B):
                 now = observe(model, tokenizer, edited, neighbors=neighbors)
             outcomes += [_outcome(fact, now, before, neighbors) for fact in edited]
     return Cell(config.method, layer, outcomes, spent + cost())
@@ -315,6 +314,7 @@ def _finder(
     shared: dict[bool, tuple[PreparedFacts, Cost]],
 ) -> tuple[Callable[[list[int]], dict[str, LowRankDelta]], Cost]:
     """Return a function of fact indices to the delta of their edit, and what was spent before it is called."""
+    check_method(model, architecture, config)
     if config.method in TRAINED:
         return (
             lambda chosen: (

@@ -12,7 +12,8 @@ No weight gradient is ever formed. For a linear map `y = x W^T` the gradient of 
 
     < grad_W, grad'_W > = sum_{t,s} (delta_t . delta'_s) (x_t . x'_s)
 
-needs only the inputs `x` and the output gradients `delta` of the two sequences ("ghost gradients").
+needs only the inputs `x` and the output gradients `delta` of the two sequences ("ghost gradients"). Fused experts hand
+their inputs out to nobody: only there are gradients formed, those of one layer and one pair at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import evaluating, reading_logits, watching_gradients
+from goldenedit.architecture.experts import FusedExperts
+from goldenedit.architecture.hooks import Call, evaluating, reading_logits, recording, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
 from goldenedit.editing.contexts import continuation
@@ -63,7 +65,11 @@ def lga_scores(
     pairs.sort(key=lambda pair: len(pair[0].input_ids))
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     scores[list(architecture.mlp_linears)] = 0.0
-    linears = {model.get_submodule(path): layer for layer, paths in architecture.mlp_linears.items() for path in paths}
+    linears = {
+        model.get_submodule(path): layer
+        for layer, paths in architecture.mlp_linears.items()
+        for path in ((architecture.experts[layer].site,) if layer in architecture.experts else paths)
+    }
     starts = processes.share(range(0, len(pairs), batch_size))
     own = sum(len(pairs[start : start + batch_size]) for start in starts)
     with evaluating(model), tqdm(total=own, desc="Layer gradients", unit="fact", leave=False) as progress:
@@ -151,9 +157,15 @@ def _gradient_dots(
     batch = pad(rows, padding_id(tokenizer), input_device(model))
     mask = batch.attention_mask.bool()
     dots: list[tuple[int, float]] = []
+    experts = {str(layer): module for module, layer in linears.items() if layer in architecture.experts}
 
     def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        dots.append((linears[module], _ghost_dot(inputs, gradient, mask)))
+        layer = linears[module]
+        if layer in architecture.experts:
+            call = record.calls[str(layer)]
+            dots.append((layer, _expert_dot(architecture.experts[layer], model, call, gradient, mask)))
+        else:
+            dots.append((layer, _ghost_dot(inputs, gradient, mask)))
 
     if loss == "answer":
         read_rows, read_positions = batch.read_rows, batch.read_positions
@@ -161,6 +173,7 @@ def _gradient_dots(
         read_rows, read_positions = mask[:, 1:].nonzero().T  # logits at t predict token t + 1
     targets = batch.input_ids[read_rows, read_positions + 1]
     with (
+        recording(experts) as record,
         watching_gradients(architecture.layer(model, 0), linears, take) as roots,
         reading_logits(model, read_rows, read_positions) as logits_of,
     ):
@@ -181,3 +194,16 @@ def _ghost_dot(inputs: Tensor, gradients: Tensor, mask: Tensor) -> float:
     delta = gradients.view(count, length, -1).float() * mask
     dots = (delta[::2] @ delta[1::2].mT) * (x[::2] @ x[1::2].mT)
     return dots.double().sum().item()
+
+
+def _expert_dot(experts: FusedExperts, model: nn.Module, call: Call, gradient: Tensor, mask: Tensor) -> float:
+    """Return the sum over pairs of the dot product of gradients by all fused parameters of a layer."""
+    slopes = gradient.reshape(-1, gradient.shape[-1])
+    tokens = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+    dot = 0.0
+    for pair in range(0, len(mask), 2):
+        own = [tokens[row][mask[row]] for row in (pair, pair + 1)]
+        old, new = (experts.gradients(model, call, some, slopes[some.to(slopes.device)]) for some in own)
+        for a, b in zip(old, new, strict=True):  # expert by expert: a product of all would be as large as their weights
+            dot += sum((x.float() * y.float()).sum(dtype=torch.float64).item() for x, y in zip(a, b, strict=True))
+    return dot

@@ -147,7 +147,7 @@ def predicted_margins(
 
     def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         layer = layers[module]
-        keys = inputs.view(len(rows), -1, inputs.shape[-1]).float()
+        keys = architecture.keys(model, layer, record.calls[str(layer)]).unflatten(0, (len(rows), -1))
         slopes = gradient.view(len(rows), -1, gradient.shape[-1]).float()
         g = slopes[:2, subject].sum(0)  # of the edited prompt with its new and its old answer
         v0 = record.outputs[str(layer)].view(len(rows), -1, len(g))[0, subject].float()

@@ -60,8 +60,7 @@ def selectivity_scores(
             with recording(modules) as record:
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             for index, layer in enumerate(layers):
-                found = record.inputs[str(layer)]
-                found = found.view(len(rows), -1, found.shape[-1]).float().cpu()
+                found = architecture.keys(model, layer, record.calls[str(layer)]).cpu().unflatten(0, (len(rows), -1))
                 sums[index] += _selectivity(
                     found, batch.subject.cpu(), batch.attention_mask.cpu(), paraphrases, directions[index][number]
                 )

@@ -63,7 +63,8 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
     scored = next((way for way in ways if way.layer_scores is not None), None)
     rank = sum(edit.rank for edit in content.edits)
     modules = {path: delta for edit in content.edits for path, delta in edit.deltas.items()}
-    parameters = rank * sum(delta.A.shape[1] + delta.B.shape[0] for delta in modules.values())
+    # As they are stored: fused experts have a B each.
+    parameters = rank * sum(delta.A.shape[1] + delta.B.shape[0] * delta.experts for delta in modules.values())
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         metadata=_metadata(content, repo_id, merged).to_yaml(),
         merged=merged,
@@ -89,6 +90,7 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
         results=list(_results(content.evaluation)),
         families=_FAMILIES,
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
+        experts=any(delta.experts > 1 for delta in modules.values()),
         conv1d=any(edit.fan_in_fan_out for edit in content.edits),
         files={"config": EDIT_CONFIG, "facts": EDITS},
     )

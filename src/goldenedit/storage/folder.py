@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +179,7 @@ def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
         for path, delta in edit.deltas.items():
             padded = delta.padded(total, offset)
             before = modules.get(path)
-            modules[path] = padded if before is None else LowRankDelta(before.A + padded.A, before.B + padded.B)
+            modules[path] = padded if before is None else replace(padded, A=before.A + padded.A, B=before.B + padded.B)
         offset += edit.rank
     return total, modules
 
@@ -201,7 +201,7 @@ def joined(
     inherited, sizes = dict.fromkeys(_paths(edits), 0.0), dict.fromkeys(_paths(edits), 0.0)
     for edit, weight in zip(edits, weights, strict=True):
         for path, delta in edit.deltas.items():
-            weighed = LowRankDelta(delta.A, delta.B * weight)
+            weighed = replace(delta, B=delta.B * weight)
             before = deltas.get(path)
             deltas[path] = weighed if before is None else before.beside(weighed)
             sizes[path] += weighed.norm
@@ -241,7 +241,7 @@ def joined_state(edits: Iterable[Edit]) -> dict[str, Tensor]:
 def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
     """Return `adapter_config.json`: what every program that loads LoRA reads, and not one key more."""
     rank, modules = fuse(edits)
-    by_parameter = edits[0].by_parameter
+    by_parameter = any(edit.by_parameter for edit in edits)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -250,7 +250,7 @@ def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": rank,
         "target_modules": [] if by_parameter else sorted(modules),
-        **({"target_parameters": [f"{path}.weight" for path in sorted(modules)]} if by_parameter else {}),
+        **({"target_parameters": target_parameters(modules)} if by_parameter else {}),
         "rank_pattern": {},
         "alpha_pattern": {},
         "fan_in_fan_out": edits[0].fan_in_fan_out,
@@ -260,12 +260,18 @@ def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
     }
 
 
+def target_parameters(modules: Mapping[str, LowRankDelta]) -> list[str]:
+    """Return the paths of the parameters that deltas change: fused experts are one, of others it is the weight."""
+    return [path if delta.experts > 1 else f"{path}.weight" for path, delta in sorted(modules.items())]
+
+
 def adapter_tensors(modules: Mapping[str, LowRankDelta], prefix: str = PREFIX) -> dict[str, Tensor]:
     """Return the factors under PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, delta in sorted(modules.items()):
-        tensors[f"{prefix}{path}.lora_A.weight"] = delta.A.detach().cpu().contiguous()
-        tensors[f"{prefix}{path}.lora_B.weight"] = delta.B.detach().cpu().contiguous()
+        module = path.rpartition(".")[0] if delta.experts > 1 else path
+        for factor, values in zip("AB", delta.stored(), strict=True):
+            tensors[f"{prefix}{module}.lora_{factor}.weight"] = values.detach().cpu().contiguous()
     return tensors
 
 

@@ -218,25 +218,28 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[
     config = path.with_name(ADAPTER_CONFIG)
     try:
         rank, alpha, targets = lora["r"], lora["lora_alpha"], list(lora["target_modules"])
-        targets += [weight.removesuffix(".weight") for weight in lora.get("target_parameters", [])]
+        parameters = [weight.rpartition(".") for weight in lora.get("target_parameters", [])]
     except (TypeError, KeyError, AttributeError) as error:
         raise EditFolderError(f"{config} is damaged ({type(error).__name__}: {error}).") from error
-    if wrong := [target for target in targets if not isinstance(target, str) or not _MODULE_PATH.fullmatch(target)]:
+    named = [*targets, *("".join(parameter) for parameter in parameters)]
+    if wrong := [target for target in named if not isinstance(target, str) or not _MODULE_PATH.fullmatch(target)]:
         raise EditFolderError(f"{config} names what can be no module: {wrong[0]!r}.")
     if alpha != rank:
         raise EditFolderError(f"{config} scales the edit: lora_alpha {alpha} is not r {rank}.")
     modules = {}
     expected = set()
-    for target in targets:
+    for target, parameter in [*((target, "") for target in targets), *((owner, name) for owner, _, name in parameters)]:
         names = [f"{PREFIX}{target}.lora_{factor}.weight" for factor in "AB"]
         expected |= set(names)
         try:
-            delta = LowRankDelta(tensors[names[0]], tensors[names[1]])
-        except (KeyError, ValueError) as error:
+            A, B = (tensors[name] for name in names)
+            # Only a fused parameter has more factors than ranks; it is called by its own name.
+            delta = LowRankDelta.from_stored(A, B, rank) if parameter and len(A) != rank else LowRankDelta(A, B)
+        except (KeyError, ValueError, TypeError) as error:
             raise EditFolderError(f"{path} does not hold the factors of {target}: {error}") from error
         if problem := _problem(delta, rank):
             raise EditFolderError(f"{path}: the factors of {target} {problem}.")
-        modules[target] = delta
+        modules[f"{target}.{parameter}" if delta.experts > 1 else target] = delta
     if extra := sorted(set(tensors) - expected):
         raise EditFolderError(f"{path} holds tensors that belong to no edit: {extra[:3]}.")
     return modules
