@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from goldenedit.editing.budget import facts_at_once, free_memory
+from goldenedit.editing.budget import facts_at_once, free_memory, groups_by_length
 from models import tiny_model
 
 FACT = {"layers": 30, "mlp_width": 1536, "rows": 11, "tokens": 40, "answer_tokens": 3}
@@ -47,3 +49,25 @@ def test_what_is_kept_for_the_facts_fits(free):
 
 def test_free_memory_is_told():
     assert free_memory(torch.device("cpu")) > 1 << 20
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=7).map(sorted), rows=st.integers(1, 12), most=st.integers(1, 4))
+def test_groups_by_length_cost_no_more_than_any_other_split(lengths, rows, most):
+    def cost(groups):
+        return sum(64 + len(lengths[some]) * rows * lengths[some][-1] for some in groups)
+
+    def splits(start=0):
+        if start == len(lengths):
+            yield []
+        for end in range(start + 1, min(len(lengths), start + most) + 1):
+            yield from ([slice(start, end), *others] for others in splits(end))
+
+    found = groups_by_length(lengths, rows, most, torch.device("cpu"))
+    assert [index for some in found for index in range(some.start, some.stop)] == list(range(len(lengths)))
+    assert all(some.stop - some.start <= most for some in found)
+    assert cost(found) == min(map(cost, splits()))
+
+
+def test_where_a_step_costs_more_than_its_tokens_facts_stay_together():
+    assert len(groups_by_length([2, 2, 9, 9], 11, 16, torch.device("cpu"))) == 2
+    assert len(groups_by_length([2, 2, 9, 9], 11, 16, torch.device("cuda"))) == 1

@@ -159,7 +159,7 @@ def find_down_projections(model: nn.Module) -> dict[int, str]:
         ```
 
     Raises:
-        UnsupportedArchitectureError: No layer has one dense down projection (mixture of experts, state space).
+        UnsupportedArchitectureError: No layer has a down projection or fused experts (state-space models).
     """
     return read_architecture(model).down_projections
 

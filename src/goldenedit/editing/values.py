@@ -29,6 +29,7 @@ from goldenedit.architecture.hooks import adding, evaluating, recording
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture
 from goldenedit.devices import input_device
+from goldenedit.editing.budget import groups_by_length
 from goldenedit.editing.rows import Row, context_length, encode, encode_request, pad, padding_id, target_ids
 from goldenedit.requests import EditRequest
 
@@ -77,7 +78,7 @@ def optimise_values(
     batch_size: int = 8,
     attention: bool = False,
 ) -> Values:
-    """Optimise the values of all requests, `batch_size` of them in one batch; each is independent of the others.
+    """Optimise the values of all requests, up to `batch_size` side by side; each is independent of the others.
 
     Args:
         layers: The layers that are edited, ascending. With several, their deltas are optimised together.
@@ -91,11 +92,10 @@ def optimise_values(
     # is replayed of them: padding would cost as much as the rest.
     longest = context_length(model.config)
     bare = [encode_request(tokenizer, request, request.target_new, max_length=longest) for request in requests]
-    order = sorted(range(len(requests)), key=lambda index: max(bare[index].reads) - bare[index].subject)
-    groups = [
-        _Group(model, tokenizer, [requests[index] for index in order[start : start + batch_size]], contexts)
-        for start in range(0, len(requests), batch_size)
-    ]
+    lengths = [max(row.reads) + 1 - row.subject for row in bare]
+    order = sorted(range(len(requests)), key=lengths.__getitem__)
+    slices = groups_by_length([lengths[index] for index in order], len(contexts) + 1, batch_size, input_device(model))
+    groups = [_Group(model, tokenizer, [requests[index] for index in order[some]], contexts) for some in slices]
     results: list[Values] = []
     with (
         evaluating(model),
