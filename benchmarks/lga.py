@@ -42,7 +42,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--facts", type=int, default=100)
     options.add_argument("--reference-facts", type=int, default=10)
-    options.add_argument("--batch-size", type=int, default=16)
+    options.add_argument("--batch-size", type=int, default=4)
     options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
     model = load(arguments.model, EditConfig(layer=0))

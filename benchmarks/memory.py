@@ -110,7 +110,7 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         return group.batch.input_ids, group.batch.attention_mask
 
     def lga_batch() -> tuple[Tensor, Tensor]:
-        rows = [encode(tokenizer, fact.text, answer) for fact in proxy_facts()[:16] for answer in _answers(fact)]
+        rows = [encode(tokenizer, fact.text, answer) for fact in proxy_facts()[:4] for answer in _answers(fact)]
         batch = pad(rows, padding_id(tokenizer), device)
         return batch.input_ids, batch.attention_mask
 

@@ -97,6 +97,14 @@ def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
     assert "The edits do what they list, and their facts explain them." in output
 
 
+def test_the_cost_of_an_edit_is_shown_where_asked_for(capsys, folder):
+    code, output, _ = run(capsys, "edit", folder, *FACT, *BY_HAND, "--profile")
+    assert code == 0
+    for part in ("plain forwards", "contexts", "values", "solve", "check", "all"):
+        assert part in output
+    assert "values" not in run(capsys, "edit", folder, *FACT, *BY_HAND)[1]
+
+
 def test_a_file_of_facts_is_one_batch(capsys, folder, facts, tmp_path):
     options = ["--file", facts, "--layer", "0,1", "--covariance", "identity", "-o", str(tmp_path / "edit")]
     code, _, _ = run(capsys, "edit", folder, *options)

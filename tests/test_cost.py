@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit.cost import _FORMULAS, Cost, measuring
+from goldenedit import EditConfig, EditModel
+from goldenedit.cost import _FORMULAS, Cost, measuring, phase, profiling
 from models import VOCAB_SIZE, tiny_model
 
 
@@ -60,3 +61,52 @@ def test_seconds_stop_with_the_context_and_costs_add_up():
     assert cost() == first
     assert first + Cost(1.0, 5) == Cost(first.seconds + 1.0, 5)
     assert first.seconds >= 0
+
+
+def test_factorisations_and_solves_count_by_the_textbook():
+    matrix = torch.randn(6, 6, dtype=torch.float64)
+    matrix = matrix @ matrix.T + torch.eye(6)
+    for run, flops in (
+        (lambda: torch.linalg.cholesky(matrix), 6**3 // 3),
+        (lambda: torch.cholesky_solve(torch.ones(6, 2).double(), matrix), 2 * 6 * 6 * 2),
+        (lambda: torch.linalg.solve(matrix, torch.ones(6, 2).double()), 2 * 6**3 // 3 + 2 * 6 * 6 * 2),
+        (lambda: torch.linalg.solve_triangular(matrix, torch.ones(6, 2).double(), upper=True), 6 * 6 * 2),
+        (lambda: torch.linalg.eigh(matrix), 9 * 6**3),
+    ):
+        with measuring() as cost:
+            run()
+        assert cost().flops == flops
+
+
+def test_phases_are_counted_where_somebody_asks_and_once():
+    def work():
+        with phase("outer"):
+            torch.ones(2, 3) @ torch.ones(3, 4)
+            with phase("inner"):
+                torch.ones(2, 3) @ torch.ones(3, 4)
+
+    work()
+    with profiling() as phases:
+        work()
+        work()
+        with phase("other"):
+            pass
+    work()
+    assert {name: cost.flops for name, cost in phases.items()} == {"outer": 4 * 48, "other": 0}
+
+
+def test_the_phases_of_an_edit_are_all_of_it(tokenizer):
+    edited = EditModel(tiny_model("llama"), EditConfig(layer="lga", contexts=2, covariance_tokens=200), tokenizer)
+    with profiling() as phases, measuring() as cost:
+        edited.edit("Angela Merkel was born in", "Angela Merkel", "Paris")
+    assert list(phases) == [
+        "layer selection",
+        "contexts",
+        "key statistics",
+        "values",
+        "contrast keys",
+        "solve",
+        "check",
+    ]
+    assert all(phases[name].flops for name in phases)
+    assert sum(one.flops for one in phases.values()) == pytest.approx(cost().flops, rel=0.01)

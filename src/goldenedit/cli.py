@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +16,11 @@ from rich.table import Table
 from goldenedit.config import LAYER_SELECTORS, METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from goldenedit.cost import Cost
     from goldenedit.evaluation.evaluate import Evaluation
     from goldenedit.layer_selection import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
@@ -122,10 +124,14 @@ def edit(
     layer: Layer = "lga",
     covariance: Annotated[str, typer.Option(help="`sampled`, `identity`, a text file or a dataset.")] = "sampled",
     name: Annotated[str | None, typer.Option(help="Name of the edit.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show what each phase of the edit cost.")] = False,
     output: Output = None,
 ) -> None:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
     from goldenedit import EditConfig, EditRequest, get_edit_model, load_requests
+    from goldenedit.chat import rendered
+    from goldenedit.cost import profiling
+    from goldenedit.layer_selection.selection import forward_flops
 
     if file is not None:
         if prompt is not None or subject is not None or target is not None:
@@ -137,9 +143,14 @@ def edit(
         requests = [EditRequest(prompt, subject, target)]
     config = EditConfig(method=method, layer=parse_layer(layer), covariance=covariance)
     base, tokenizer, is_first = load_together(model)
-    edit_model = get_edit_model(base, config, tokenizer)
-    made = edit_model.edit(requests, name=name)
+    with ExitStack() as stack:
+        phases = stack.enter_context(profiling()) if profile else {}
+        edit_model = get_edit_model(base, config, tokenizer)
+        made = edit_model.edit(requests, name=name)
     console.print(facts_table([made]))
+    if profile:
+        facts = [rendered(tokenizer, request) for request in requests]
+        console.print(profile_table(phases, forward_flops(edit_model.get_base_model(), tokenizer, facts)))
     if output is not None and is_first:
         from goldenedit.storage.folder import folder_size
 
@@ -457,6 +468,18 @@ def selections_table(selections: Sequence[LayerSelection]) -> Table:
         layers = ", ".join(map(str, one.layers))
         cost = (f"{one.cost.seconds:.1f}", f"{one.forward_equivalents:.1f}") if one.facts else ("", "")
         table.add_row(one.selector, f"[bold]{layers}[/bold]", str(one.facts or ""), *cost)
+    return table
+
+
+def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
+    """Return what phases cost, also in plain forwards of the facts with their new answers, of `forward` operations."""
+    table = Table("phase", "seconds", "GFLOP", "plain forwards", show_footer=True)
+    seconds, flops = (sum(getattr(cost, name) for cost in phases.values()) for name in ("seconds", "flops"))
+    footer = ("all", f"{seconds:.2f}", f"{flops / 1e9:.1f}", f"{flops / forward:.1f}")
+    for column, total in zip(table.columns, footer, strict=True):
+        column.footer = total
+    for name, cost in phases.items():
+        table.add_row(name, f"{cost.seconds:.2f}", f"{cost.flops / 1e9:.1f}", f"{cost.flops / forward:.1f}")
     return table
 
 

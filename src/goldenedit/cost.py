@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and floating-point operations of matrix products, convolutions and attention."""
+    """Seconds, and floating-point operations of matrix products, convolutions, attention, factorisations and solves."""
 
     seconds: float = 0.0
     flops: int = 0
@@ -55,11 +56,36 @@ def _attention_backward(
     return 5 * _attention(query, key, value) // 2
 
 
+def _cholesky(matrix: torch.Tensor, **_: Any) -> int:
+    return matrix.numel() * matrix.shape[-1] // 3
+
+
+def _cholesky_solve(right: torch.Tensor, factor: torch.Tensor, *_: Any, **__: Any) -> int:
+    return 2 * right.numel() * factor.shape[-1]
+
+
+def _triangular_solve(factor: torch.Tensor, right: torch.Tensor, **_: Any) -> int:
+    return right.numel() * factor.shape[-1]
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor, **_: Any) -> int:
+    return 2 * matrix.numel() * matrix.shape[-1] // 3 + 2 * right.numel() * matrix.shape[-1]
+
+
+def _eigh(matrix: torch.Tensor, *_: Any, **__: Any) -> int:
+    return 9 * matrix.numel() * matrix.shape[-1]  # by divide and conquer, vectors included
+
+
 _FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention for name in _FUSED},
     **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward for name in _FUSED},
+    torch.ops.aten.linalg_cholesky_ex: _cholesky,
+    torch.ops.aten.cholesky_solve: _cholesky_solve,
+    torch.ops.aten.linalg_solve_triangular: _triangular_solve,
+    torch.ops.aten._linalg_solve_ex: _solve,
+    torch.ops.aten._linalg_eigh: _eigh,
 }
 
 
@@ -67,7 +93,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 def measuring() -> Iterator[Callable[[], Cost]]:
     """Yield a function that tells the cost since the start of this context, or that of all of it once it has ended.
 
-    Counting adds some percent to the seconds of small models. Factorisations and solves are not counted.
+    Counting adds some percent to the seconds of small models.
 
     Example:
         ```python
@@ -84,3 +110,41 @@ def measuring() -> Iterator[Callable[[], Cost]]:
     with _Counter() as counter:
         yield lambda: Cost((ended[0] if ended else perf_counter()) - started, counter.flops)
     ended.append(perf_counter())
+
+
+_phases: ContextVar[dict[str, Cost] | None] = ContextVar("phases", default=None)
+
+
+@contextmanager
+def profiling() -> Iterator[dict[str, Cost]]:
+    """Yield a dict that fills with what each phase of the library's work inside this context costs, by its name.
+
+    Example:
+        ```python
+        with profiling() as phases:
+            model.edit("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome")
+        phases["values"].flops
+        ```
+    """
+    found: dict[str, Cost] = {}
+    token = _phases.set(found)
+    try:
+        yield found
+    finally:
+        _phases.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count this context as a phase, where somebody is `profiling`; phases inside it are part of it."""
+    found = _phases.get()
+    if found is None:
+        yield
+        return
+    token = _phases.set(None)
+    try:
+        with measuring() as cost:
+            yield
+    finally:
+        _phases.reset(token)
+    found[name] = found.get(name, Cost()) + cost()

@@ -21,6 +21,7 @@ from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
 from goldenedit.chat import rendered
 from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
+from goldenedit.cost import phase
 from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.edit import Changes, check_method, prepare_facts, train_facts
@@ -136,7 +137,8 @@ class EditModel(nn.Module, SharingMixin):
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
         with self.disable_adapter():
             base = self.get_base_model()
-            selection = select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_facts)
+            with phase("layer selection"):
+                selection = select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_facts)
         self.layer_selection = selection
         if self.edit_config.layer in SCORED_SELECTORS:
             self._proxy_hash = proxy_hash(proxy_set(self.edit_config))
@@ -185,7 +187,8 @@ class EditModel(nn.Module, SharingMixin):
         try:
             self.model = self._with_adapter(name, made.deltas)
             self.set_adapter([*active, name])
-            after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
+            with phase("check"):
+                after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
             for request, found in zip(requests, after, strict=True):
                 if not math.isfinite(found.nll):
                     raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
@@ -210,7 +213,8 @@ class EditModel(nn.Module, SharingMixin):
             for layer in config.target_layers:
                 self.architecture.attention_output(base, layer)
         if config.method in TRAINED:
-            return train_facts(base, self.architecture, self.tokenizer, requests, config, remembered)
+            with phase("training"):
+                return train_facts(base, self.architecture, self.tokenizer, requests, config, remembered)
         with self.disable_adapter():
             contexts = self.base_facts.contexts(base, config)
             statistics = self.base_facts.statistics(base, config)
@@ -223,7 +227,8 @@ class EditModel(nn.Module, SharingMixin):
                     config.target_layers,
                     request.subject,
                 )
-        return prepared.changes(config, statistics, remembered)
+        with phase("solve"):
+            return prepared.changes(config, statistics, remembered)
 
     def contexts_hash(self, config: EditConfig) -> str:
         """Return a short name for the prefixes that this model samples by a config."""
@@ -270,9 +275,10 @@ class EditModel(nn.Module, SharingMixin):
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
         requests = [rendered(self.tokenizer, request) for request in requests]
         base = self.get_base_model()
-        edited = observe(base, self.tokenizer, requests, generation, neighbors)
-        with self.disable_adapter():
-            before = observe(base, self.tokenizer, requests, generation, neighbors)
+        with phase("evaluation"):
+            edited = observe(base, self.tokenizer, requests, generation, neighbors)
+            with self.disable_adapter():
+                before = observe(base, self.tokenizer, requests, generation, neighbors)
         found = Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
         self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(requests), **found.to_dict()}
         return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
-from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.evaluation.likelihood import _hosts, likelihoods
 from goldenedit.requests import EditRequest
 from models import TINY_CONFIGS, tiny_model
 
@@ -16,6 +18,15 @@ PAIRS = [
     ("The mother tongue of Angela Merkel is", " the language of the Kingdom of Cambodia"),
     ("Paris is ", "a city"),
     ("I", "live in London"),
+]
+
+SHARING = [
+    ("Paris is in the", "city"),
+    ("Paris is in the", "Rome"),
+    ("Paris is in the", "city of Rome"),
+    ("Paris is in the", "Rome city"),
+    ("Paris is", "city"),
+    ("Paris is", "in the"),
 ]
 
 
@@ -51,6 +62,33 @@ def test_batch_size_does_not_matter(batch_size, tokenizer):
     found = likelihoods(model, tokenizer, PAIRS, batch_size)
     assert [one.nll for one in found] == pytest.approx([one.nll for one in together], rel=1e-4)
     assert [one.accuracy for one in found] == [one.accuracy for one in together]
+
+
+def test_answers_of_a_prompt_share_a_row_as_far_as_they_begin_alike(tokenizer):
+    model = tiny_model("llama")
+    alone = {pair: likelihoods(model, tokenizer, [pair])[0] for pair in SHARING}
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    with handle:
+        found = likelihoods(model, tokenizer, SHARING)
+    # All are read from the row of "city of Rome", those of the shorter prompt too; only "Rome city" needs its own.
+    assert [rows for rows, _ in widths] == [2]
+    for pair, one in zip(SHARING, found, strict=True):
+        assert one.nll == pytest.approx(alone[pair].nll, rel=1e-4)
+        assert (one.accuracy, one.choices) == (alone[pair].accuracy, alone[pair].choices)
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple), max_size=8))
+def test_a_host_begins_with_its_guest_and_has_none_itself(sequences):
+    hosts = _hosts(sequences)
+    for sequence, host in zip(sequences, hosts, strict=True):
+        assert sequences[host][: len(sequence)] == sequence
+        assert hosts[host] == host
+        others = [other for other in sequences if other[: len(sequences[host])] == sequences[host]]
+        assert set(others) == {sequences[host]}
+    assert len({sequences[host] for host in set(hosts)}) == len(set(hosts))
 
 
 def test_accuracy_is_the_share_of_first_choices(tokenizer):

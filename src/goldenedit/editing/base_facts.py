@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import EditConfig
+from goldenedit.cost import phase
 from goldenedit.editing.contexts import sample_contexts
 from goldenedit.editing.covariance import key_statistics
 from goldenedit.editing.statistics import KeyStatistics
@@ -31,7 +32,8 @@ class BaseFacts:
         """Return the prefixes to prompts."""
         key = (config.contexts, config.context_length, config.seed)
         if key not in self._contexts:
-            self._contexts[key] = sample_contexts(base, self.tokenizer, *key)
+            with phase("contexts"):
+                self._contexts[key] = sample_contexts(base, self.tokenizer, *key)
         return self._contexts[key]
 
     def statistics(self, base: nn.Module, config: EditConfig) -> dict[int, KeyStatistics]:
@@ -39,7 +41,8 @@ class BaseFacts:
         options = (config.covariance, config.covariance_tokens, config.ridge, config.seed)
         missing = [layer for layer in config.target_layers if (layer, *options) not in self._statistics]
         if missing:
-            found = key_statistics(base, self.architecture, self.tokenizer, missing, config, self.fingerprint)
+            with phase("key statistics"):
+                found = key_statistics(base, self.architecture, self.tokenizer, missing, config, self.fingerprint)
             self._statistics |= {(layer, *options): statistics for layer, statistics in found.items()}
         return {layer: self._statistics[(layer, *options)] for layer in config.target_layers}
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
+from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.keys import FactKeys, answered_keys, contrast_keys
@@ -164,8 +165,12 @@ def prepare_facts(
     else:
         batch_size = _facts_at_once(model, architecture, tokenizer, requests, layers, contexts)
     attention = config.method == "pmet"
-    values = optimise_values(model, architecture, tokenizer, requests, layers, contexts, options, batch_size, attention)
-    found = fact_keys(model, architecture, tokenizer, requests, config, values.keys)
+    with phase("values"):
+        values = optimise_values(
+            model, architecture, tokenizer, requests, layers, contexts, options, batch_size, attention
+        )
+    with phase("contrast keys"):
+        found = fact_keys(model, architecture, tokenizer, requests, config, values.keys)
     modules = {
         layer: (
             architecture.down_projections[layer],

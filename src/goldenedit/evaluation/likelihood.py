@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import context_length, encode, pad, padding_id, target_ids
+from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def likelihoods(
 ) -> list[Likelihood]:
     """Score `(prompt, answer)` pairs, in batches of similar length.
 
+    An answer's last token is never read, so that pairs of one prompt whose answers begin alike share a row: most often
+    all pairs of a prompt with answers of one token.
+
     Args:
         batch_size: Rows a forward.
 
@@ -45,23 +49,41 @@ def likelihoods(
         ValueError: An answer has no tokens behind its prompt, or a pair does not fit the model's context.
     """
     rows = [encode(tokenizer, prompt, answer, max_length=context_length(model.config)) for prompt, answer in pairs]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+    read = [row.input_ids[: row.reads[-1] + 1] for row in rows]
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, host in enumerate(_hosts(read)):
+        members[host].append(index)
+    order = sorted(members, key=lambda host: len(read[host]))
     device = input_device(model)
     found: dict[int, Likelihood] = {}
     with evaluating(model):
         for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            group = [rows[index] for index in indices]
-            batch = pad(group, padding_id(tokenizer), device)
-            with reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
+            hosts = order[start : start + batch_size]
+            batch = pad([Row(read[host], -1, (), len(read[host]) - 1) for host in hosts], padding_id(tokenizer), device)
+            guests = [(row, index) for row, host in enumerate(hosts) for index in members[host]]
+            spots = list(dict.fromkeys((row, position) for row, index in guests for position in rows[index].reads))
+            number = {spot: position for position, spot in enumerate(spots)}
+            read_rows, read_positions = torch.tensor(spots, device=device).T
+            with reading_logits(model, read_rows, read_positions) as logits_of:
                 output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                logits = logits_of(output).float()
-            targets = target_ids(group, logits.device)
-            nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu()
-            first = logits.argmax(-1)
-            hit = (first == targets).float().cpu()
-            sizes = [len(row.target) for row in group]
-            parts = (nll.split(sizes), hit.split(sizes), first.cpu().split(sizes))
-            for index, one_nll, one_hit, choices in zip(indices, *parts, strict=True):
-                found[index] = Likelihood(one_nll.mean().item(), one_hit.mean().item(), tuple(choices.tolist()))
+                log_probs = logits_of(output).float().log_softmax(-1)
+            first = log_probs.argmax(-1).tolist()
+            at = [number[row, position] for row, index in guests for position in rows[index].reads]
+            nll = -log_probs[at, target_ids([rows[index] for _, index in guests], log_probs.device)].cpu()
+            sizes = [len(rows[index].target) for _, index in guests]
+            for (row, index), one_nll in zip(guests, nll.split(sizes), strict=True):
+                choices = tuple(first[number[row, position]] for position in rows[index].reads)
+                hits = [one == other for one, other in zip(choices, rows[index].target_ids, strict=True)]
+                found[index] = Likelihood(one_nll.mean().item(), sum(hits) / len(hits), choices)
     return [found[index] for index in range(len(pairs))]
+
+
+def _hosts(sequences: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return for each token sequence the index of a longest one that begins with it: its own, where there is none."""
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    hosts = list(range(len(sequences)))
+    for index, following in zip(reversed(order[:-1]), reversed(order[1:]), strict=True):
+        # In this order the sequences that begin with one come right behind it.
+        if sequences[following][: len(sequences[index])] == sequences[index]:
+            hosts[index] = hosts[following]
+    return hosts

@@ -44,7 +44,7 @@ def lga_scores(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[EditRequest],
     loss: Loss = "sequence",
-    batch_size: int = 16,
+    batch_size: int = 4,
 ) -> Tensor:
     """Return the LGA score of each layer, `(num_layers,)` float64; NaN where a layer has no MLP to score.
 
@@ -53,7 +53,7 @@ def lga_scores(
     Args:
         facts: The proxy set. Facts without `target_true` are scored against the model's own greedy answer.
         loss: Mean cross entropy over all tokens of the sequence, or over those of the answer.
-        batch_size: Facts a forward and backward; each is two rows.
+        batch_size: Facts a forward and backward; each is two rows. More take more memory, and little less time.
 
     Raises:
         ValueError: There are no facts, a fact cannot be tokenised, or a gradient is not finite.
