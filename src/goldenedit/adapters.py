@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -78,7 +78,11 @@ def add(
     """
     before = active(model)
     known = by_parameter or targets_parameters(model)
-    changed, lost = _add(model, name, deltas, base_name, by_parameter=known)
+    try:
+        changed, lost = _add(model, name, deltas, base_name, by_parameter=known)
+    except BaseException:
+        activate(model, before)  # whoever takes away what is half added finds on what was on
+        raise
     if targets_parameters(changed, name) and not known:
         changed, lost = _add(remove(changed, name), name, deltas, base_name, by_parameter=True)
     if lost:
@@ -110,12 +114,18 @@ def _add(
         inference_mode=True,
         base_model_name_or_path=base_name,
     )
-    # PEFT draws first values for the factors, which are replaced at once.
-    with torch.random.fork_rng(devices=[]), _naming_targets_of(model, lora):
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, lora)
-        else:
-            model = get_peft_model(model, lora, adapter_name=name)
+    with _hiding_others(model):
+        # PEFT draws first values for the factors, which are replaced at once.
+        with torch.random.fork_rng(devices=[]), _naming_targets_of(model, lora):
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, lora)
+            else:
+                model = get_peft_model(model, lora, adapter_name=name)
+        return model, _put_factors(model, name, deltas, rank)
+
+
+def _put_factors(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta], rank: int) -> list[str]:
+    """Give an adapter its factors; return the names of those that PEFT has no place for."""
     for layer in _tuner_layers(base_of(model)):
         for factors in (layer.lora_A, layer.lora_B):
             # On no device, as the weight beside it that accelerate offloads; but nothing would move this one.
@@ -124,7 +134,33 @@ def _add(
     padded = {path: delta.padded(rank) for path, delta in deltas.items()}
     with reading_state(model):
         loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
-    return model, loaded.unexpected_keys
+    return list(loaded.unexpected_keys)
+
+
+@contextmanager
+def _hiding_others(model: nn.Module) -> Iterator[None]:
+    """Take the factors of all adapters out of the model, and put them back beside what has come in by then.
+
+    PEFT walks through all modules several times to add one adapter, and each adapter is modules too: beside a thousand
+    others, one would take ten times as long.
+    """
+    with ExitStack() as stack:
+        for layer in _tuner_layers(base_of(model)):
+            for factors in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+                others = dict(factors.items())
+                for _ in range(2):  # should an interrupt come while they are put back
+                    stack.callback(_put_before, factors, others)
+                factors.clear()
+        yield
+
+
+def _put_before(factors: nn.ModuleDict, others: Mapping[str, nn.Module]) -> None:
+    """Put modules back before those that have come in since, unless they are back."""
+    if list(factors)[: len(others)] == list(others):
+        return
+    added = {name: module for name, module in factors.items() if name not in others}
+    factors.clear()
+    factors.update({**others, **added})
 
 
 @contextmanager
