@@ -1,7 +1,7 @@
 """What each causal LM class of transformers shows on a tiny random model, as a table: `docs/conformance.md`.
 
-The properties are those of `tests/conformance.py`, the models those of `tests/zoo.py`: the defaults of each config,
-shrunk. Nothing is downloaded.
+The properties are those of `tests/conformance_checks.py`, the models those of `tests/zoo.py`: the defaults of each
+config, shrunk. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ A class *works* where all of these hold, each difference at most 1e-3 of the lar
 - **target**: after one R-ROME edit `W' k = v*` at the subject's last token;
 - **written**: the logits equal those with the change written into the weights;
 - **loaded**: the saved folder, loaded by stock PEFT, gives the same logits;
-- with the edit switched off the logits are those before, exactly.
+- with the edit switched off the logits are those before, exactly;
+- **bf16**, **fp16**: an edit of the model in half precision misses its `v*` by at most 4 roundings of the largest value
+  (the column has how many), stays finite, and switches off exactly.
 
 **replay** is how the optimisation runs the model again: `suffix`, the tokens behind the subject over cached keys and
 values; `layers`, all tokens from the edited layer on; `whole`, the whole model. Each proves itself against the whole
@@ -93,8 +95,8 @@ def _rows(verdicts: list[Verdict]) -> list[str]:
         lines += [
             f"## {name[0].upper()}{name[1:]}",
             "",
-            "| type | class | edited | layers | replay | LGA | target | written | loaded | |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| type | class | edited | layers | replay | LGA | target | written | loaded | bf16 | fp16 | |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for verdict in verdicts:
             if category(verdict.model_type) == name:
@@ -109,9 +111,10 @@ def _row(verdict: Verdict) -> str:
     if found.layers:
         modules = "<br>".join(f"`{path}`" for path in found.modules.split(" | "))
         errors = [f"{getattr(found, name):.0e}" for name in ("lga", "target", "written", "loaded")]
-        cells += [modules, f"{found.editable}/{found.layers}", found.replay, *errors]
+        half = [f"{found.half[name]:.1f}" if name in found.half else "" for name in ("bfloat16", "float16")]
+        cells += [modules, f"{found.editable}/{found.layers}", found.replay, *errors, *half]
     else:
-        cells += [""] * 7
+        cells += [""] * 9
     said = verdict.outcome if not verdict.reason else f"{verdict.outcome}: {verdict.reason}"
     return f"| {' | '.join([*cells, said.replace('|', '/')])} |"
 

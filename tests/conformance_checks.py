@@ -24,6 +24,8 @@ FACTS = [
     EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
     EditRequest("The mother tongue of {} is", "Angela Merkel", "the language of Cambodia", "German"),
 ]
+HALF = (torch.bfloat16, torch.float16)
+ROUNDINGS = 4  # of sum, adapter and wanted value, each to half precision
 OUTCOMES = ("works", "works with a setting", "cannot")
 TOLERANCE = 1e-3  # of the largest value compared: float32 through random layers, whose weights are large
 
@@ -43,6 +45,8 @@ class Conformance:
         loaded: Difference of the logits after stock PEFT loaded the saved edit.
         disabled: Difference of the logits with the edit switched off from those before.
         changed: Difference that the edit makes.
+        half: By dtype, the largest difference of `W' k` from `v*` of an edit in half precision, in roundings of the
+            largest value.
     """
 
     layers: int = 0
@@ -55,6 +59,7 @@ class Conformance:
     loaded: float = float("nan")
     disabled: float = float("nan")
     changed: float = float("nan")
+    half: dict[str, float] = field(default_factory=dict)
 
     def failures(self) -> list[str]:
         """Return the names of the properties that do not hold."""
@@ -63,7 +68,7 @@ class Conformance:
             errors.append("disabled")
         if not self.changed > 10 * TOLERANCE:
             errors.append("changed")
-        return errors
+        return errors + [dtype for dtype, roundings in self.half.items() if not roundings <= ROUNDINGS]
 
 
 def conform(
@@ -75,18 +80,7 @@ def conform(
         target_modules: The maps to edit where they cannot be found, as `EditConfig` has it.
     """
     found = Conformance()
-    layers = read_architecture(model, target_modules).down_projections
-    layer = list(layers)[(len(layers) - 1) // 2]
-    config = EditConfig(
-        layer=layer,
-        target_modules=target_modules,
-        contexts=3,
-        context_length=4,
-        steps=4,
-        clamp=20.0,
-        stop_loss=1e-6,
-        covariance_tokens=100,
-    )
+    config = _config(model, target_modules)
     edited = EditModel(model, config, tokenizer)
     architecture = edited.architecture
     found.layers, found.editable = architecture.num_layers, len(architecture.down_projections)
@@ -122,6 +116,45 @@ def conform(
     return found
 
 
+def _config(model: PreTrainedModel, target_modules: str | None) -> EditConfig:
+    layers = read_architecture(model, target_modules).down_projections
+    return EditConfig(
+        layer=list(layers)[(len(layers) - 1) // 2],
+        target_modules=target_modules,
+        contexts=3,
+        context_length=4,
+        steps=4,
+        clamp=20.0,
+        stop_loss=1e-6,
+        covariance_tokens=100,
+    )
+
+
+def half_precision(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target_modules: str | None = None
+) -> float:
+    """Return by how many roundings of the largest value an edit in half precision misses its value.
+
+    Infinity where it does not switch off exactly, NaN where something is not finite.
+    """
+    model = copy.deepcopy(model).to(dtype)
+    config = _config(model, target_modules)
+    edited = EditModel(model, config, tokenizer)
+    ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
+    before = _logits(model, ids)
+    contexts = edited.base_facts.contexts(model, config)
+    values = prepare_facts(model, edited.architecture, tokenizer, FACTS[:1], config, contexts).values
+    edited.edit(FACTS[0])
+    with edited.disable_adapter():
+        if not torch.equal(_logits(edited, ids), before):
+            return float("inf")
+    after, plain = _at_subject(edited, ids)
+    missed = (after.float() - plain.float() - values.delta[0, 0]).abs().max()
+    largest = torch.stack([after, plain]).float().abs().max()
+    finite = _logits(edited, ids).isfinite() == before.isfinite()  # some mask logits by infinity
+    return (missed / (torch.finfo(dtype).eps * largest)).item() if finite.all() else float("nan")
+
+
 @dataclass
 class Verdict:
     """What became of one class.
@@ -145,6 +178,10 @@ def examine(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Verdict:
     try:
         torch.manual_seed(0)
         found = conform(zoo_model(model_type), tokenizer, setting)
+        for dtype in HALF:
+            torch.manual_seed(0)
+            error = half_precision(zoo_model(model_type), tokenizer, dtype, setting)
+            found.half[str(dtype).removeprefix("torch.")] = error
     except Exception as error:  # whatever a class raises is its reason
         return Verdict(model_type, "cannot", " ".join(str(error).split()).split(". ")[0])
     if failures := found.failures():
@@ -200,6 +237,12 @@ def _gradients(
 
 def _target_error(edited: EditModel, wanted: Tensor, ids: Tensor) -> float:
     """Return by how much the edited map misses the value that was found, at the subject of the bare prompt."""
+    after, plain = _at_subject(edited, ids)
+    return _difference(after - plain, wanted)
+
+
+def _at_subject(edited: EditModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the edited map says at the subject of the bare prompt, with the edit and without."""
     (layer,) = edited.edit_config.target_layers
     subject = encode(edited.tokenizer, FACTS[0].text, None, FACTS[0].subject_end).subject
     outputs = []
@@ -209,7 +252,7 @@ def _target_error(edited: EditModel, wanted: Tensor, ids: Tensor) -> float:
         outputs.append(record.outputs["map"].view(len(ids[0]), -1)[subject])
         edited.set_adapter([])
     edited.set_adapter("edit_1")
-    return _difference(outputs[0] - outputs[1], wanted)
+    return outputs[0], outputs[1]
 
 
 @torch.no_grad()

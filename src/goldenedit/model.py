@@ -510,7 +510,8 @@ class EditModel(nn.Module, SharingMixin):
         folder = find_folder(os.fspath(model_id), **download)
         active = self.active_adapters
         self._load(read_edit_folder(folder), folder, adapter_name, ignore_fingerprint)
-        self.set_adapter(active)
+        if self.active_adapters != active:
+            self.set_adapter(active)
 
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
