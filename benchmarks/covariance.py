@@ -32,6 +32,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="+", default=[5_000])
     options.add_argument("--ridges", type=float, nargs="+", default=[1e-2, 1e-1])
     options.add_argument("--sources", nargs="+", default=["sampled", "wikibio.json"])
+    options.add_argument("--name", default="covariance", help="of the file of results")
     arguments = options.parse_args()
 
     config = EditConfig(layer=arguments.layer)
@@ -58,7 +59,7 @@ def main() -> None:
             found = model.base_facts.statistics(model.get_base_model(), config)[arguments.layer]
             for ridge in arguments.ridges:
                 measure(source, tokens, ridge, KeyStatistics(found.second_moment, ridge))
-    record(f"covariance-{arguments.model}-layer{arguments.layer}", rows)
+    record(f"{arguments.name}-{arguments.model}-layer{arguments.layer}", rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How the cost of edits and of LGA grows: with the number of edits, the layer, prompt length, contexts and proxy facts.
 
 Seconds are of one run each; operations are counted (see `goldenedit.cost`), so that growth can be told from a busy
-machine. The exponent is the slope of the last doubling in operations: 1 is linear, below it what is shared pays.
+machine. The exponent is the slope of operations between the last two sizes: 1 is linear, below it what is shared pays.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> None:
     options.add_argument("--layer", type=int, default=3)
     options.add_argument("--most", type=int, default=1000, help="edits of the largest batch")
     arguments = options.parse_args()
+    if arguments.most < 4:
+        options.error("--most must be 4 at least: a slope takes two sizes.")
     model = load(arguments.model, EditConfig(layer=arguments.layer, **QUICK))
     curves = {
         "edits in one batch (R-ROME)": of_edits(model, "r-rome", arguments.most),

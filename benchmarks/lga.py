@@ -6,35 +6,11 @@ import copy
 
 import torch
 from common import load, parser, record, timed
-from torch import Tensor, nn
+from references import weight_gradient_scores
 
-from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
+from goldenedit import EditConfig, proxy_facts
 from goldenedit.editing.rows import encode, pad, padding_id
 from goldenedit.layer_selection import golden_layer, lga_scores
-
-
-def reference(base: nn.Module, model: EditModel, facts: list[EditRequest], loss: str) -> Tensor:
-    """Return LGA's scores as its formula reads: two weight gradients a fact, one dot product a matrix."""
-    tokenizer = model.tokenizer
-    weights = {
-        layer: [base.get_submodule(path).weight for path in paths]
-        for layer, paths in model.architecture.mlp_linears.items()
-    }
-    flat = [weight.requires_grad_() for found in weights.values() for weight in found]
-    scores = torch.zeros(model.architecture.num_layers, dtype=torch.float64)
-    for fact in facts:
-        gradients = []
-        for answer in (fact.target_true, fact.target_new):
-            row = encode(tokenizer, fact.text, answer)
-            ids = torch.tensor([row.input_ids])
-            log_probs = base(input_ids=ids).logits[0].log_softmax(-1)
-            positions = torch.arange(1, ids.shape[1]) if loss == "sequence" else torch.tensor(row.target)
-            mean = -log_probs[positions - 1, ids[0, positions]].mean()
-            gradients.append(dict(zip(map(id, flat), torch.autograd.grad(mean, flat), strict=True)))
-        for layer, found in weights.items():
-            scores[layer] += sum((gradients[0][id(w)] * gradients[1][id(w)]).double().sum() for w in found)
-    base.requires_grad_(False)
-    return scores
 
 
 def main() -> None:
@@ -46,7 +22,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
     model = load(arguments.model, EditConfig(layer=0))
-    base, tokenizer = model.get_base_model().requires_grad_(False), model.tokenizer
+    base, tokenizer, where = model.get_base_model().requires_grad_(False), model.tokenizer, model.architecture
     facts = proxy_facts()[: arguments.facts]
 
     pairs = [[encode(tokenizer, fact.text, answer) for answer in (fact.target_true, fact.target_new)] for fact in facts]
@@ -67,14 +43,15 @@ def main() -> None:
                 forwards()
             plain.append(seconds())
             with timed() as seconds:
-                scores = lga_scores(base, model.architecture, tokenizer, facts, loss, arguments.batch_size)
+                scores = lga_scores(base, where, tokenizer, facts, loss, arguments.batch_size)
             analysis.append(seconds())
         few = facts[: arguments.reference_facts]
         with timed() as seconds:
-            plain_scores = reference(base, model, few, loss)
+            plain_scores = weight_gradient_scores(base, tokenizer, where.mlp_linears, where.num_layers, few, loss)
         reference_seconds = seconds() / len(few)
-        exact = reference(copy.deepcopy(base).double(), model, few, loss)
-        found = lga_scores(base, model.architecture, tokenizer, few, loss, arguments.batch_size)
+        double = copy.deepcopy(base).double()
+        exact = weight_gradient_scores(double, tokenizer, where.mlp_linears, where.num_layers, few, loss)
+        found = lga_scores(base, where, tokenizer, few, loss, arguments.batch_size)
         ratios = sorted(one / other for one, other in zip(analysis, plain, strict=True))
         rows.append(
             {

@@ -178,12 +178,21 @@ def examine(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Verdict:
     try:
         torch.manual_seed(0)
         found = conform(zoo_model(model_type), tokenizer, setting)
-        for dtype in HALF:
-            torch.manual_seed(0)
-            error = half_precision(zoo_model(model_type), tokenizer, dtype, setting)
-            found.half[str(dtype).removeprefix("torch.")] = error
     except Exception as error:  # whatever a class raises is its reason
         return Verdict(model_type, "cannot", " ".join(str(error).split()).split(". ")[0])
+    for dtype in HALF:
+        torch.manual_seed(0)
+        model = zoo_model(model_type).to(dtype)
+        try:
+            _logits(model, torch.arange(3, 11)[None])
+        except RuntimeError:  # the class itself does not run in it on this processor: nothing to measure
+            continue
+        name = str(dtype).removeprefix("torch.")
+        try:
+            found.half[name] = half_precision(model, tokenizer, dtype, setting)
+        except Exception as error:
+            found.half[name] = float("nan")
+            return Verdict(model_type, "cannot", f"{name}: {' '.join(str(error).split())}", found)
     if failures := found.failures():
         return Verdict(model_type, "cannot", f"does not hold: {', '.join(failures)}", found)
     if setting is not None:

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from conformance_checks import FACTS
-from goldenedit import EditConfig, EditModel
+from goldenedit import EditConfig, EditModel, EditRequest
 from zoo import zoo_model
 
 
@@ -84,3 +85,29 @@ def test_what_peft_has_no_place_for_is_refused_and_leaves_no_trace(tokenizer):
     after = model.get_base_model().state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])  # by module, and by parameter
+def test_an_adapter_added_beside_others_leaves_their_factors_where_they_are(kind, tokenizer):
+    config = EditConfig(layer=1, covariance="identity", contexts=1, steps=1)
+    model = EditModel(zoo_model(kind), config, tokenizer)
+    for fact in (*FACTS, EditRequest("Rome is a", "Rome", "quick brown fox")):
+        before = {name: factors(model, name) for name in model.edits}
+        edit = model.edit(fact)
+        assert list(tuner_layer(model).lora_A) == list(model.edits)
+        for name, kept in before.items():
+            assert all(one is other for one, other in zip(factors(model, name), kept, strict=True))
+        (delta,) = edit.deltas.values()
+        for factor, stored in zip(factors(model, edit.name), delta.stored(), strict=True):
+            assert torch.equal(factor, stored)
+    assert tuner_layer(model).active_adapters == list(model.edits)
+
+
+def tuner_layer(model: EditModel) -> LoraLayer:
+    (found,) = (module for module in model.get_base_model().modules() if isinstance(module, LoraLayer))
+    return found
+
+
+def factors(model: EditModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = tuner_layer(model)
+    return layer.lora_A[name].weight, layer.lora_B[name].weight

@@ -77,14 +77,15 @@ def add(
         ValueError: PEFT has no place for a factor.
     """
     before = active(model)
-    known = by_parameter or targets_parameters(model)
+    fused = any(delta.experts > 1 for delta in deltas.values())
+    known = by_parameter or fused or targets_parameters(model)
     try:
         changed, lost = _add(model, name, deltas, base_name, by_parameter=known)
+        if targets_parameters(changed, name) and not known:
+            changed, lost = _add(remove(changed, name), name, deltas, base_name, by_parameter=True)
     except BaseException:
         activate(model, before)  # whoever takes away what is half added finds on what was on
         raise
-    if targets_parameters(changed, name) and not known:
-        changed, lost = _add(remove(changed, name), name, deltas, base_name, by_parameter=True)
     if lost:
         remove(changed, name)
         raise ValueError(
@@ -244,8 +245,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def check_mergeable(model: PreTrainedModel | PeftModel) -> None:
     """Raise ValueError where an edited weight is quantised: PEFT would round the sum, and the edit with it."""
-    for path, module in base_of(model).named_modules():
-        if isinstance(module, BaseTunerLayer) and is_quantised(module):
+    base = base_of(model)
+    for path, module in base.named_modules():
+        if not isinstance(module, BaseTunerLayer) or is_fused(base, f"{path}.{_changed_parameter(module)}"):
+            continue  # fused experts are only found where they are plain
+        if is_quantised(module):
             raise ValueError(
                 f"The weight of {path} is quantised: an edit written into it would be rounded with it. Keep the edit "
                 "beside it (save_pretrained(), push_to_hub()), or load the base model in full precision, load the edit "
@@ -262,14 +266,13 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
     """
     base = base_of(model)
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    # The name of the parameter that is changed: that of PEFT's target_parameters, or of a linear map.
-    names_of = {path: getattr(module, "parameter_name", "weight") for path, module in layers.items()}
-    kept = {path: getattr(module.base_layer, names_of[path]) for path, module in layers.items()}
+    names_of = {path: _changed_parameter(module) for path, module in layers.items()}
+    kept: dict[str, Any] = {path: getattr(module.base_layer, names_of[path], None) for path, module in layers.items()}
     fused = {path for path in layers if is_fused(base, f"{path}.{names_of[path]}")}
     if wrong := [
         path
         for path, module in layers.items()
-        if kept[path].is_meta or (path not in fused and plain_weight(module) is None)
+        if kept[path] is None or kept[path].is_meta or (path not in fused and plain_weight(module) is None)
     ]:
         raise ValueError(
             f"The weights of {wrong[0]} are quantised or offloaded: an edit cannot be written into them. Share the "
@@ -290,6 +293,11 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
         for path, module in layers.items():
             setattr(module.base_layer, names_of[path], kept[path])
             _put(base, path, module)
+
+
+def _changed_parameter(module: BaseTunerLayer) -> str:
+    """Return the name of the parameter that adapters change: that of PEFT's target_parameters, or a linear map's."""
+    return str(getattr(module, "parameter_name", "weight"))
 
 
 def _put(base: nn.Module, path: str, module: nn.Module) -> None:

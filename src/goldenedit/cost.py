@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and floating-point operations of matrix products, convolutions, attention, factorisations and solves."""
+    """Seconds, and floating-point operations of products, attention, Cholesky factors, eigenvectors and solves."""
 
     seconds: float = 0.0
     flops: int = 0

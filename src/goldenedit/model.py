@@ -137,6 +137,8 @@ class EditModel(nn.Module, SharingMixin):
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
         with self.disable_adapter():
             base = self.get_base_model()
+            if len(self.architecture.experts) == len(self.architecture.down_projections):  # whatever is chosen
+                check_method(base, self.architecture, self.edit_config, list(self.architecture.experts)[:1])
             with phase("layer selection"):
                 selection = select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_facts)
         self.layer_selection = selection
@@ -207,7 +209,8 @@ class EditModel(nn.Module, SharingMixin):
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
         """Find the change of weights that serves the requests; what the active edits remember is minded."""
         base, config = self.get_base_model(), self.edit_config
-        check_method(base, self.architecture, config)  # what cannot be done is told before anything takes time
+        # What cannot be done is told before anything takes time.
+        check_method(base, self.architecture, config, config.target_layers)
         remembered = joined_state(self.edits[name] for name in self.active_adapters)
         if config.method == "pmet":
             for layer in config.target_layers:

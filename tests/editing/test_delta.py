@@ -54,7 +54,9 @@ def test_factors_that_no_change_of_all_experts_has_raise():
     for rank in (0, 4, 12):
         with pytest.raises(ValueError, match=f"none of rank {rank}"):
             LowRankDelta.from_stored(A, B, rank)
-    B[0, 0] += 1
+    B[0] = torch.nan  # for others to tell
+    assert LowRankDelta.from_stored(A, B, 2).experts == 3
+    B[0, 0] = 1
     with pytest.raises(ValueError, match="differs between experts"):
         LowRankDelta.from_stored(A, B, 2)
 

@@ -123,6 +123,14 @@ def test_solve_with_contrast_is_that_of_the_dense_sum(moment, keys, identity, co
     torch.testing.assert_close(statistics.solve(keys, contrast), torch.linalg.solve(dense, keys))
 
 
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("count", [2, 11])  # fewer, and more, than keys are wide
+def test_statistics_with_a_contrast_hold_it(moment, keys, identity, count):
+    contrast = torch.randn(8, count, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    statistics = KeyStatistics(None if identity else moment, 0.01)
+    torch.testing.assert_close(statistics.with_contrast(contrast).solve(keys), statistics.solve(keys, contrast))
+
+
 def test_no_second_moment_is_the_identity(keys):
     solved = KeyStatistics(None, ridge=0.5).solve(keys.float())
     torch.testing.assert_close(solved, keys.float().double())

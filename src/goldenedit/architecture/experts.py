@@ -208,6 +208,8 @@ def _is_down(model: nn.Module, site: str, parameter: str, call: Call) -> bool:
         of_experts = keys.unflatten(1, (len(matrices), -1)).unbind(1)
         expected = sum(key @ matrix.float().T for key, matrix in zip(of_experts, matrices, strict=True))
         apart = experts.keys(model, call, half)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it takes no tokens out of their texts
         return False
     tolerance = _LINEAR.get(hidden.dtype, 5e-2)

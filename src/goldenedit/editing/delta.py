@@ -113,7 +113,8 @@ class LowRankDelta:
             raise ValueError(f"Factors B {tuple(B.shape)} and A {tuple(A.shape)} are none of rank {rank}.")
         experts = len(A) // rank
         of_experts = B.unflatten(1, (rank, experts))
-        if not torch.equal(of_experts, of_experts[..., :1].expand_as(of_experts)):
+        first = of_experts[..., :1].expand_as(of_experts)
+        if not torch.allclose(of_experts, first, rtol=0, atol=0, equal_nan=True):
             raise ValueError("Factor B differs between experts.")
         A = A.unflatten(0, (experts, rank)).transpose(0, 1).flatten(1)
         return cls(A.contiguous(), of_experts[..., 0].contiguous(), experts)

@@ -108,9 +108,9 @@ class PreparedFacts:
         return Changes(deltas, before, [self.values.steps[fact] for fact in chosen], state, max(errors))
 
 
-def check_method(model: nn.Module, architecture: Architecture, config: EditConfig) -> None:
-    """Raise ValueError where the config cannot change the fused experts of a target layer, before anything is done."""
-    if fused := [layer for layer in config.target_layers if layer in architecture.experts]:
+def check_method(model: nn.Module, architecture: Architecture, config: EditConfig, layers: Sequence[int]) -> None:
+    """Raise ValueError where the config cannot change the fused experts of one of the layers."""
+    if fused := [layer for layer in layers if layer in architecture.experts]:
         what = f"Layer {fused[0]} keeps its experts as one parameter ({architecture.down_projections[fused[0]]})"
         if config.method in TRAINED:
             raise ValueError(

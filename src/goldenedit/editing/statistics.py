@@ -81,12 +81,16 @@ class KeyStatistics:
 
     def with_contrast(self, contrast: Tensor) -> KeyStatistics:
         """Return statistics that hold `trace(C) D D^T` as well: what `solve` does with a contrast, for many facts."""
-        if self.second_moment is None:  # never as a matrix: the keys of fused experts are too wide for one
-            return KeyStatistics(None, contrast=contrast)
         width = len(contrast)
+        if self.second_moment is None:
+            contrast = contrast if self.contrast is None else torch.cat([self.contrast, contrast], 1)
+            if contrast.shape[1] < width:  # as it is: the keys of fused experts are too wide for a matrix
+                return KeyStatistics(None, contrast=contrast)
         eye = torch.eye(width, dtype=torch.float64)
-        C = self.second_moment.double().cpu() + self.ridge * self._mean_eigenvalue * eye
         D = contrast.double().cpu()
+        C = eye  # which needs no ridge
+        if self.second_moment is not None:
+            C = self.second_moment.double().cpu() + self.ridge * self._mean_eigenvalue * eye
         return KeyStatistics(C + self._mean_eigenvalue * width * D @ D.T)
 
     def solve(self, keys: Tensor, contrast: Tensor | None = None) -> Tensor:

@@ -314,7 +314,7 @@ def _finder(
     shared: dict[bool, tuple[PreparedFacts, Cost]],
 ) -> tuple[Callable[[list[int]], dict[str, LowRankDelta]], Cost]:
     """Return a function of fact indices to the delta of their edit, and what was spent before it is called."""
-    check_method(model, architecture, config)
+    check_method(model, architecture, config, config.target_layers)
     if config.method in TRAINED:
         return (
             lambda chosen: (
