@@ -1,13 +1,13 @@
 """How the cost of edits and of LGA grows: with the number of edits, the layer, prompt length, contexts and proxy facts.
 
-Seconds are of one run each; operations are counted (see `goldenedit.cost`), so that growth can be told from a busy
-machine. The exponent is the slope of operations between the last two sizes: 1 is linear, below it what is shared pays.
+Seconds are of one run each, counting included; operations are counted (see `goldenedit.cost`), so that growth can be
+told from a busy machine. The exponent is the slope of operations between the last two sizes: 1 is linear, below it what
+is shared pays.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from goldenedit.cost import measuring
 from goldenedit.layer_selection import lga_scores
 
 # Few steps, so that a thousand edits take minutes; without statistics, which are there once.
-QUICK: dict[str, Any] = {"covariance": "identity", "contexts": 2, "steps": 2, "stop_loss": 0.0}
+QUICK: dict[str, Any] = {"covariance": "identity", "contexts": 2, "steps": 2, "stop_loss": 0.0, "contrast": 0}
 FACT = EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
 Point = tuple[int, Callable[[], Any]]
 
@@ -38,9 +38,9 @@ def main() -> None:
         "edits in one batch (R-ROME)": of_edits(model, "r-rome", arguments.most),
         "edits in one batch (MEMIT)": of_edits(model, "memit", arguments.most),
         "edited layer": of_layers(model),
-        "tokens before the subject": of_prompts(model, before=True),
-        "tokens behind the subject": of_prompts(model, before=False),
-        "contexts": of_contexts(model),
+        "tokens before the subject": of_prompts(model, arguments.layer, before=True),
+        "tokens behind the subject": of_prompts(model, arguments.layer, before=False),
+        "contexts": of_contexts(model, arguments.layer),
         "proxy facts (LGA)": of_proxies(model),
     }
     rows: list[dict[str, Any]] = []
@@ -63,12 +63,9 @@ def main() -> None:
 
 def measure(size: int, run: Callable[[], Any]) -> tuple[int, float, float]:
     """Return size, seconds and GFLOP of one run."""
-    started = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - started
     with measuring() as cost:
         run()
-    return size, round(seconds, 3), round(cost().flops / 1e9, 2)
+    return size, round(cost().seconds, 3), round(cost().flops / 1e9, 2)
 
 
 def edit(model: EditModel, facts: list[EditRequest], **options: Any) -> Callable[[], Any]:
@@ -96,7 +93,8 @@ def of_edits(model: EditModel, method: str, most: int) -> list[Point]:
         replace(fact, paraphrases=(), neighborhood=(), locality=(), portability=(), generation=()) for fact in facts
     ]
     sizes = [size for size in (1, 4, 16, 64, 250, 500, 1000) if size <= most]
-    return [(size, edit(model, facts[:size], method=method)) for size in sizes]
+    late = max(model.architecture.down_projections) - 4  # most of each value's cost is not what grows here
+    return [(size, edit(model, facts[:size], method=method, layer=late, target_layer=late)) for size in sizes]
 
 
 def of_layers(model: EditModel) -> list[Point]:
@@ -105,10 +103,9 @@ def of_layers(model: EditModel) -> list[Point]:
     return [(layer, edit(model, [FACT], method="r-rome", layer=layer, target_layer=layer)) for layer in layers]
 
 
-def of_prompts(model: EditModel, before: bool) -> list[Point]:
+def of_prompts(model: EditModel, layer: int, before: bool) -> list[Point]:
     """A longer and longer text around one subject."""
     words, points = "Many people visit the city every year. ", []
-    layer = model.edit_config.target_layer
     for times in (1, 2, 4, 8, 16, 32):
         text = words * times
         prompt = f"{text}{FACT.prompt}" if before else f"{FACT.subject} is famous. {text}It is located in the city of"
@@ -117,9 +114,8 @@ def of_prompts(model: EditModel, before: bool) -> list[Point]:
     return points
 
 
-def of_contexts(model: EditModel) -> list[Point]:
+def of_contexts(model: EditModel, layer: int) -> list[Point]:
     """More prefixes to one prompt."""
-    layer = model.edit_config.target_layer
     return [
         (count, edit(model, [FACT], contexts=count, layer=layer, target_layer=layer)) for count in (1, 2, 5, 10, 20)
     ]
