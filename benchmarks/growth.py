@@ -29,7 +29,7 @@ def main() -> None:
     """Measure every curve, print a table, and draw them."""
     options = parser(__doc__)
     options.add_argument("--layer", type=int, default=3)
-    options.add_argument("--most", type=int, default=1000, help="edits of the largest batch")
+    options.add_argument("--most", type=int, default=64, help="edits of the largest batch")
     arguments = options.parse_args()
     if arguments.most < 4:
         options.error("--most must be 4 at least: a slope takes two sizes.")
