@@ -56,6 +56,10 @@ def _attention_backward(
     return 5 * _attention(query, key, value) // 2
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 def _cholesky(matrix: torch.Tensor, **_: Any) -> int:
     return matrix.numel() * matrix.shape[-1] // 3
 
@@ -81,6 +85,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention for name in _FUSED},
     **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward for name in _FUSED},
+    **({torch.ops.mkldnn._linear_pointwise: _linear} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}),
     torch.ops.aten.linalg_cholesky_ex: _cholesky,
     torch.ops.aten.cholesky_solve: _cholesky_solve,
     torch.ops.aten.linalg_solve_triangular: _triangular_solve,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goldenedit.architecture.products import faster_products
 from goldenedit.architecture.quantised import giving_backward, keeping_integers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module was called with
@@ -206,7 +207,9 @@ def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterato
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout, uncompiled and with frozen weights, then give each module back what it had.
+    """Run the model without dropout, uncompiled, with frozen weights and by the fastest products of the same precision.
+
+    Then give each module back what it had.
 
     Modules that keep integers for weights are told that they train: bitsandbytes' maps otherwise turn to kernels
     without a backward on CPUs (4 bit), or round each token by what the others are (8 bit). Dropout is in none of them.
@@ -229,7 +232,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, name in trained:
             getattr(module, name).requires_grad_(False)
         stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with stance, giving_backward(model):
+        with stance, giving_backward(model), faster_products():
             yield
     finally:
         for module, name in trained:
