@@ -93,28 +93,24 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[Record]:
 
 @contextmanager
 def adding(additions: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Add vectors to the outputs of modules, one vector a row, each at one position.
+    """Add vectors to the outputs of modules, each at one token.
 
     Args:
-        additions: For each module `(positions, vectors)`: `positions` `(B,)` token indices, `vectors` `(B, d_out)`.
-            The output may be `(B, T, d_out)` or flattened, `(B * T, d_out)`.
+        additions: For each module `(tokens, vectors)`: `tokens` `(B,)` indices into all tokens of the output, row after
+            row, and `vectors` `(B, d_out)`.
     """
 
-    def hook(positions: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
+    def hook(tokens: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
         def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows = torch.arange(len(positions), device=output.device)
-            shaped = output.view(len(positions), -1, output.shape[-1])
             # Out of place: the graph of the step needs the output as it was.
-            added = shaped.index_put(
-                (rows, positions.to(output.device)), vectors.to(output.device, output.dtype), accumulate=True
-            )
-            return added.view_as(output)
+            flat = output.view(-1, output.shape[-1])
+            return flat.index_add(0, tokens.to(output.device), vectors.to(output.device, output.dtype)).view_as(output)
 
         return add
 
     with ExitStack() as stack:
-        for module, (positions, vectors) in additions.items():
-            stack.callback(module.register_forward_hook(hook(positions, vectors)).remove)
+        for module, (tokens, vectors) in additions.items():
+            stack.callback(module.register_forward_hook(hook(tokens, vectors)).remove)
         yield
 
 

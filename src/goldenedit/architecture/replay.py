@@ -1,8 +1,10 @@
 """Run a model again from one layer on: what comes before it does not change with an edit, so it is computed once.
 
-A `Capture` holds what one whole forward leaves behind. From it, three ways to compute the same logits, fastest first:
+A `Capture` holds what one whole forward leaves behind. From it, four ways to compute the same logits, fastest first:
 
-- `suffix`: only the tokens from the subject's last one to the last one read, over cached keys and values;
+- `packed`: only the tokens from the subject's last one to the last one read, over cached keys and values, those of all
+  rows in one row without padding;
+- `suffix`: the same tokens, in rows padded to the longest;
 - `layers`: all tokens, from the edited layer on;
 - `whole`: the whole model.
 
@@ -16,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from goldenedit.architecture.hooks import Record, hidden_argument, reading_logits, recording
 from goldenedit.architecture.layers import Architecture
+from goldenedit.architecture.packing import PackedAttention
 from goldenedit.precision import matmul_precision
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,23 @@ NO_CACHE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, Value
 # Largest difference between replayed and captured logits, relative to the largest captured logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _MATMUL_TOLERANCE = {"highest": 0.0, "high": 1e-2, "medium": 5e-2}  # where the user lets float32 products be rounded
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """The tokens of a batch that its replay needs: from the subject's last one to the last one read.
+
+    Attributes:
+        positions: `(B, t)`, where they lie in their rows; what is behind a row's last is not needed.
+        real: `(B, t)`, which of them are needed.
+        seen: `(B, P)`, which of the first `P` tokens come before them.
+        starts: `(B,)`, how many there are in the rows before.
+    """
+
+    positions: Tensor
+    real: Tensor
+    seen: Tensor
+    starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,26 @@ class Batch:
     subject: Tensor
     read_rows: Tensor
     read_positions: Tensor
+
+    @property
+    def flat_subject(self) -> Tensor:
+        """Which of all tokens, row after row, is the subject's last one, `(B,)`."""
+        rows = torch.arange(len(self.subject), device=self.subject.device)
+        return rows * self.input_ids.shape[1] + self.subject
+
+    @cached_property
+    def suffix(self) -> Suffix:
+        """The tokens that a replay needs."""
+        first = self.subject
+        last = torch.zeros_like(first).scatter_reduce(0, self.read_rows, self.read_positions, "amax")
+        lengths = last + 1 - first
+        steps = torch.arange(int(lengths.max()), device=first.device)
+        return Suffix(
+            positions=(first[:, None] + steps).clamp(max=self.input_ids.shape[1] - 1),
+            real=steps < lengths[:, None],
+            seen=torch.arange(int(first.max()), device=first.device) < first[:, None],
+            starts=lengths.cumsum(0) - lengths,
+        )
 
     def select(self, rows: Tensor) -> tuple[Batch, Tensor]:
         """Return the batch of `rows` alone, and the mask over the `M` logits that remain."""
@@ -153,6 +194,7 @@ class Replayer:
         self.architecture = architecture
         self.start = start
         self._ways: list[tuple[str, Callable[[Capture], Tensor]]] = [
+            ("packed", self._packed),
             ("suffix", self._suffix),
             ("layers", self._layers),
             ("whole", self._whole),
@@ -160,38 +202,52 @@ class Replayer:
 
     @property
     def way(self) -> str:
-        """The way that is in use: `suffix`, `layers` or `whole`."""
+        """The way that is in use: `packed`, `suffix`, `layers` or `whole`."""
         return self._ways[0][0]
 
-    def positions(self, batch: Batch) -> Tensor:
-        """Return where the subject's last token lies in what is replayed, `(B,)`."""
-        return torch.zeros_like(batch.subject) if self.way == "suffix" else batch.subject
+    def subjects(self, batch: Batch) -> Tensor:
+        """Return which of all tokens that are replayed, row after row, is the subject's last one, `(B,)`."""
+        if self.way == "packed":
+            return batch.suffix.starts
+        rows = torch.arange(len(batch.subject), device=batch.subject.device)
+        if self.way == "suffix":
+            return rows * batch.suffix.positions.shape[1]
+        return batch.flat_subject
 
     def __call__(self, captured: Capture) -> Tensor:
         """Return the logits at the positions read, `(M, V)`."""
         return self._ways[0][1](captured)
 
-    @torch.no_grad()
-    def check(self, captured: Capture) -> None:
-        """Compare the replay with the captured logits, without any edit, and fall back to a way that agrees."""
+    def check(self, captured: Capture, replayed: Callable[[], Tensor] | None = None) -> Tensor:
+        """Compare the replay with the captured logits, without any edit, and fall back to a way that agrees.
+
+        Args:
+            replayed: Replays the capture, with an edit that changes nothing; by default without any.
+
+        Returns:
+            The replayed logits, `(M, V)`.
+        """
         # Half precision rounds what each layer adds, independently: measured, 0.4 to 0.6 of this; errors, 2 and more.
         rounding = torch.finfo(captured.logits.dtype).eps * self.architecture.num_layers**0.5
         relative = _TOLERANCE.get(captured.logits.dtype, rounding)
         if captured.logits.dtype == torch.float32:
             relative = max(relative, _MATMUL_TOLERANCE[matmul_precision()])
         tolerance = relative * captured.logits.abs().max().item()
+        replayed = replayed or (lambda: self(captured))
         while self.way != "whole":
             try:
-                difference = (self(captured) - captured.logits).abs().max().item()
+                logits = replayed()
+                difference = (logits.detach() - captured.logits).abs().max().item()
                 reason = f"logits differ by {difference:.1e}"
             except NO_CACHE as error:
                 difference, reason = float("inf"), f"{type(error).__name__}: {error}"
             if difference <= tolerance:
-                return
-            level = logging.INFO if self.way == "suffix" else logging.WARNING
+                return logits
+            level = logging.WARNING if self.way == "layers" else logging.INFO
             message = "Replay by %s does not reproduce %s (%s); falling back to a slower way."
             logger.log(level, message, self.way, type(self.model).__name__, reason)
             self._ways.pop(0)
+        return replayed()
 
     def _whole(self, captured: Capture) -> Tensor:
         batch = captured.batch
@@ -203,29 +259,51 @@ class Replayer:
         with self._from_start(captured.hidden, captured.returns_tuple):
             return self._whole(captured)
 
+    def _packed(self, captured: Capture) -> Tensor:
+        batch, suffix = captured.batch, captured.batch.suffix
+        if captured.cache is None:
+            raise ValueError("the model keeps no cache of keys and values")
+        if not may_pack(self.model):
+            raise ValueError("the model takes no positions, or does not attend by scaled_dot_product_attention")
+        rows, steps = suffix.real.nonzero(as_tuple=True)
+        positions = suffix.positions[rows, steps]
+        device = captured.hidden.device
+        hidden = captured.hidden[rows.to(device), positions.to(device)]
+        read = suffix.starts[batch.read_rows] + batch.read_positions - batch.subject[batch.read_rows]
+        layers = {
+            index: self.architecture.layer(self.model, index)
+            for index in range(self.start, self.architecture.num_layers)
+        }
+        with (
+            self._from_start(hidden[None], captured.returns_tuple),
+            reading_logits(self.model, torch.zeros_like(read), read) as logits_of,
+            PackedAttention(captured.cache, suffix.real, suffix.seen).among(layers),
+        ):
+            output = self.model(
+                input_ids=batch.input_ids[rows, positions][None],
+                attention_mask=torch.ones_like(positions)[None],
+                position_ids=positions[None],
+                use_cache=False,
+            )
+            return logits_of(output)
+
     def _suffix(self, captured: Capture) -> Tensor:
         from transformers import DynamicCache
 
-        batch = captured.batch
+        batch, suffix = captured.batch, captured.batch.suffix
         if captured.cache is None:
             raise ValueError("the model keeps no cache of keys and values")
-        first = batch.subject
-        prefix = int(first.max())
-        last = torch.zeros_like(first).scatter_reduce(0, batch.read_rows, batch.read_positions, "amax")
-        lengths = last + 1 - first  # what is behind the last logit read is not needed
-        steps = torch.arange(int(lengths.max()), device=first.device)
-        index = (first[:, None] + steps).clamp(max=batch.input_ids.shape[1] - 1)
-        seen = torch.arange(prefix, device=first.device) < first[:, None]
-        mask = torch.cat([seen, steps < lengths[:, None]], dim=1).to(batch.attention_mask.dtype)
+        index, prefix = suffix.positions, suffix.seen.shape[1]
+        mask = torch.cat([suffix.seen, suffix.real], dim=1).to(batch.attention_mask.dtype)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids.gather(1, index), "attention_mask": mask}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
+        if takes_positions(self.model):
             inputs["position_ids"] = index
         past = DynamicCache()
         for number, (keys, values) in enumerate(captured.cache):
             past.update(keys[:, :, :prefix], values[:, :, :prefix], number)
         wide = index[:, :, None].expand(-1, -1, captured.hidden.shape[-1])
         hidden = captured.hidden.gather(1, wide.to(captured.hidden.device))
-        read = batch.read_positions - first[batch.read_rows]
+        read = batch.read_positions - batch.subject[batch.read_rows]
         with (
             self._from_start(hidden, captured.returns_tuple),
             reading_logits(self.model, batch.read_rows, read) as logits_of,
@@ -261,3 +339,13 @@ class Replayer:
                     layer.__dict__.pop("forward", None)
                 else:
                     layer.forward = forward
+
+
+def may_pack(model: nn.Module) -> bool:
+    """Tell whether a replay without padding is worth the try; `Replayer.check` finds out."""
+    return takes_positions(model) and getattr(model.config, "_attn_implementation", None) == "sdpa"
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Tell whether the model can be told where its tokens lie."""
+    return "position_ids" in inspect.signature(model.forward).parameters

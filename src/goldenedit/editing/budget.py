@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -37,17 +38,24 @@ def facts_at_once(
     return max(1, min(_MOST, int(_SHARE * free / (4 * rows * kept))))
 
 
-def groups_by_length(lengths: Sequence[int], rows: int, most: int, device: torch.device) -> list[slice]:
+def groups_by_length(
+    lengths: Sequence[int], rows: int, most: int, device: torch.device, padded: bool = True
+) -> list[slice]:
     """Return which facts to run side by side, slices of facts in ascending order of length.
 
     All rows of a group are padded to its longest, and each group costs steps of its own: of all ways to split them, the
-    one that costs least.
+    one that costs least. Without padding that is as few groups as fit.
 
     Args:
         lengths: Tokens that are run of each fact's rows, ascending.
         rows: Rows of a fact, one a context.
         most: Facts that fit side by side.
+        padded: Whether rows are padded.
     """
+    if not padded:
+        count = -(-len(lengths) // most)
+        bounds = [len(lengths) * number // count for number in range(count + 1)]
+        return [slice(*pair) for pair in pairwise(bounds)]
     step = _STEP_TOKENS.get(device.type, _STEP_TOKENS_ELSEWHERE)
     best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n facts, and where their last group starts
     for end in range(1, len(lengths) + 1):

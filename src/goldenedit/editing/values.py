@@ -27,7 +27,7 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import adding, evaluating, recording
 from goldenedit.architecture.layers import Architecture
-from goldenedit.architecture.replay import Batch, Capture, Replayer, capture
+from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
 from goldenedit.devices import input_device
 from goldenedit.editing.budget import groups_by_length
 from goldenedit.editing.rows import Row, context_length, encode, encode_request, pad, padding_id, target_ids
@@ -57,7 +57,7 @@ class Values:
         keys: By layer `(N, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
         steps: Optimiser steps of each fact.
         target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
-        replay: The way the model was run again: `suffix`, `layers` or `whole`.
+        replay: The way the model was run again: `packed`, `suffix`, `layers` or `whole`.
     """
 
     delta: Tensor
@@ -94,7 +94,13 @@ def optimise_values(
     bare = [encode_request(tokenizer, request, request.target_new, max_length=longest) for request in requests]
     lengths = [max(row.reads) + 1 - row.subject for row in bare]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
-    slices = groups_by_length([lengths[index] for index in order], len(contexts) + 1, batch_size, input_device(model))
+    slices = groups_by_length(
+        [lengths[index] for index in order],
+        len(contexts) + 1,
+        batch_size,
+        input_device(model),
+        padded=not may_pack(model),
+    )
     groups = [_Group(model, tokenizer, [requests[index] for index in order[some]], contexts) for some in slices]
     results: list[Values] = []
     with (
@@ -169,7 +175,6 @@ def _optimise(
         sites += [architecture.attention_output(model, layer) for layer in layers]
     whole = capture(model, architecture, layers[0], group.batch, {str(index): site for index, site in enumerate(sites)})
     replay = Replayer(model, architecture, layers[0])
-    replay.check(whole)
 
     count, each = len(group.requests), group.rows_each
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
@@ -191,7 +196,11 @@ def _optimise(
             rows = group.rows_of(members)
             captured = whole.select(rows)
             targets = group.targets[group.batch.select(rows)[1]]
-        log_probs = _edited(replay, captured, sites, delta[members], each).float().log_softmax(-1)
+        def run(captured: Capture = captured, members: Tensor = members) -> Tensor:
+            return _edited(replay, captured, sites, delta[members], each)
+
+        # The first step adds nothing yet, so it must say what was captured.
+        log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
         nll = group.nll(captured.batch, targets, log_probs).mean(1)
         now = log_probs[group.is_essence(captured.batch)]
         kl = (now.exp() * (now - essence[members])).sum(-1)
@@ -240,8 +249,8 @@ def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
 
 def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, rows_each: int) -> Tensor:
     """Return the logits with `delta` `(n, sites, d_model)` added to what the sites say of the captured rows."""
-    positions = replay.positions(captured.batch)
-    additions = {site: (positions, delta[:, index].repeat_interleave(rows_each, 0)) for index, site in enumerate(sites)}
+    tokens = replay.subjects(captured.batch)
+    additions = {site: (tokens, delta[:, index].repeat_interleave(rows_each, 0)) for index, site in enumerate(sites)}
     with adding(additions):
         return replay(captured)
 
@@ -256,15 +265,13 @@ def _keys(
     group: _Group,
 ) -> list[Tensor]:
     """Return the keys of every row, by layer `(B, d_in)`, with the deltas in place: earlier ones move later keys."""
-    record, subject = whole.record, group.batch.subject
+    record, tokens = whole.record, group.batch.flat_subject
     if len(sites) > 1:
         with recording({str(index): site for index, site in enumerate(sites)}) as record:
             _edited(replay, whole, sites, delta, group.rows_each)
-        subject = replay.positions(whole.batch)
+        tokens = replay.subjects(whole.batch)
     keys = []
     for index, layer in enumerate(layers):
-        length = record.outputs[str(index)][..., 0].numel() // len(subject)
-        tokens = torch.arange(len(subject), device=subject.device) * length + subject
         found = replay.architecture.keys(replay.model, layer, record.calls[str(index)], tokens)
-        keys.append(found.to(subject.device))  # layers may be on several devices
+        keys.append(found.to(tokens.device))  # layers may be on several devices
     return keys
