@@ -77,11 +77,11 @@ def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config
     assert torch.equal(next_logits(model.unload(), tokenizer), unedited)
 
 
-def test_values_are_optimised_on_the_suffix_alone(base, tokenizer, config, name):
+def test_values_are_optimised_on_packed_suffixes(base, tokenizer, config, name):
     contexts = sample_contexts(base, tokenizer, config.contexts, config.context_length, config.seed)
     options = ValueOptions(2, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss)
     values = optimise_values(base, read_architecture(base), tokenizer, [TOWER], [LAYERS[name][0]], contexts, options)
-    assert values.replay == "suffix"
+    assert values.replay == "packed"
 
 
 def test_a_sequence_that_was_stopped_goes_on_and_an_edit_made_twice_is_the_same_bytes(base, tokenizer, name, tmp_path):

@@ -113,7 +113,7 @@ def test_each_row_gets_its_vector_at_its_position_alone(name, ids):
     with recording({"down": module}) as record:
         model(input_ids=ids)
     clean = record.outputs["down"].view(3, 7, WIDTH)
-    with adding({module: (positions, vectors)}), recording({"down": module}) as record:
+    with adding({module: (7 * torch.arange(3) + positions, vectors)}), recording({"down": module}) as record:
         model(input_ids=ids)
     expected = clean.clone()
     expected[torch.arange(3), positions] += vectors
@@ -127,7 +127,7 @@ def test_flattened_outputs_are_added_to_like_others():
     with torch.no_grad():
         expected = module(flat).view(2, 3, 4).clone()
         expected[[0, 1], [2, 0]] += vectors
-    with adding({module: (torch.tensor([2, 0]), vectors)}):
+    with adding({module: (torch.tensor([2, 3]), vectors)}):
         output = module(flat)
     assert output.shape == (6, 4)
     torch.testing.assert_close(output.view(2, 3, 4), expected)

@@ -9,18 +9,26 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit.architecture import read_architecture
+from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import adding
 from goldenedit.architecture.replay import Batch, Replayer, capture
 from models import NUM_LAYERS, TINY_CONFIGS, VOCAB_SIZE, WIDTH, tiny_model
 
 # Its sliding window of 8 is shorter than the rows, so its cache has forgotten what the suffix needs.
 LAYERS_ONLY = {"gemma3"}
-SUFFIX = set(TINY_CONFIGS) - LAYERS_ONLY
+PADDED = {"gptj", "bloom"}  # they do not attend by torch's function
 
 every_architecture = pytest.mark.parametrize("name", TINY_CONFIGS)
 every_layer = pytest.mark.parametrize("start", range(NUM_LAYERS))
-every_way = pytest.mark.parametrize("way", ["suffix", "layers", "whole"])
+WAYS = ("packed", "suffix", "layers", "whole")
+
+
+def ways(name: str) -> tuple[str, ...]:
+    """Return the ways that an architecture allows for rows that fit into its window."""
+    return WAYS[1:] if name in PADDED else WAYS
+
+
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture
@@ -63,12 +71,24 @@ def traces(model: nn.Module) -> list[str]:
 def test_check_keeps_the_fastest_way_that_the_architecture_allows(name, start, batch):
     captured, replayer, _ = prepared(tiny_model(name), start, batch)
     replayer.check(captured)
-    assert replayer.way == ("suffix" if name in SUFFIX else "layers")
+    assert replayer.way == ("layers" if name in LAYERS_ONLY else ways(name)[0])
 
 
 @every_layer
-def test_rows_shorter_than_a_sliding_window_replay_by_suffix(start, batch):
+def test_rows_shorter_than_a_sliding_window_are_packed(start, batch):
     captured, replayer, _ = prepared(tiny_model("gemma3"), start, short(batch))
+    replayer.check(captured)
+    assert replayer.way == "packed"
+
+
+@every_layer
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_cannot_be_packed_replays_by_suffix(start, implementation, batch, monkeypatch):
+    """Attention that is not torch's is known by its name, or by not being seen."""
+    model = tiny_model("llama")
+    captured, replayer, _ = prepared(model, start, batch)
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(replay, "may_pack", lambda _: implementation == "sdpa")
     replayer.check(captured)
     assert replayer.way == "suffix"
 
@@ -81,14 +101,14 @@ def test_edited_logits_of_every_way_equal_those_of_a_whole_forward(name, start, 
     batch = short(batch) if name in LAYERS_ONLY else batch
     captured, replayer, module = prepared(model, start, batch)
     vectors = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
-    with adding({module: (batch.subject, vectors)}):
+    with adding({module: (batch.flat_subject, vectors)}):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = logits[batch.read_rows, batch.read_positions]
     largest = expected.abs().max()
     assert (expected - captured.logits).abs().max() > 1e-2 * largest  # the addition was seen
-    for way in ("suffix", "layers", "whole"):
+    for way in ways(name):
         use(replayer, way)
-        with adding({module: (replayer.positions(batch), vectors)}):
+        with adding({module: (replayer.subjects(batch), vectors)}):
             replayed = replayer(captured)
         assert (replayed - expected).abs().max() <= 1e-4 * largest, way
 
@@ -100,9 +120,9 @@ def test_edited_logits_with_a_sliding_window_equal_those_of_a_whole_forward(star
     captured, replayer, module = prepared(model, start, batch)
     replayer.check(captured)
     vectors = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
-    with adding({module: (batch.subject, vectors)}):
+    with adding({module: (batch.flat_subject, vectors)}):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    with adding({module: (replayer.positions(batch), vectors)}):
+    with adding({module: (replayer.subjects(batch), vectors)}):
         replayed = replayer(captured)
     torch.testing.assert_close(replayed, logits[batch.read_rows, batch.read_positions], rtol=1e-4, atol=1e-4)
 
@@ -115,10 +135,10 @@ def test_additions_at_later_layers_are_seen_too(way, batch):
     use(replayer, way)
     later = model.model.layers[2].mlp.down_proj
     one, two = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(1))
-    with adding({first: (batch.subject, one), later: (batch.subject, two)}):
+    with adding({first: (batch.flat_subject, one), later: (batch.flat_subject, two)}):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    positions = replayer.positions(batch)
-    with adding({first: (positions, one), later: (positions, two)}):
+    tokens = replayer.subjects(batch)
+    with adding({first: (tokens, one), later: (tokens, two)}):
         replayed = replayer(captured)
     torch.testing.assert_close(replayed, logits[batch.read_rows, batch.read_positions], rtol=1e-4, atol=1e-4)
 
@@ -129,10 +149,10 @@ def test_gradient_of_the_addition_equals_that_of_a_whole_forward(name, batch):
     batch = short(batch) if name in LAYERS_ONLY else batch
     captured, replayer, module = prepared(model, 1, batch)
     gradients = {}
-    for way in ("suffix", "layers", "whole"):
+    for way in ways(name):
         use(replayer, way)
         vectors = torch.zeros(4, WIDTH, requires_grad=True)
-        with adding({module: (replayer.positions(batch), vectors)}):
+        with adding({module: (replayer.subjects(batch), vectors)}):
             loss = replayer(captured).log_softmax(-1)[:, 7].sum()
         (gradients[way],) = torch.autograd.grad(loss, vectors)
     for gradient in gradients.values():
@@ -216,6 +236,21 @@ def test_a_model_that_cannot_be_replayed_falls_back_to_whole_with_a_warning(batc
     assert "logits differ by" in record.getMessage()
 
 
+def test_a_check_hands_on_the_logits_of_what_it_was_given(batch):
+    captured, replayer, module = prepared(tiny_model("llama").requires_grad_(False), 1, batch)
+    vectors = torch.zeros(4, WIDTH, requires_grad=True)
+
+    def replayed() -> torch.Tensor:
+        with adding({module: (replayer.subjects(batch), vectors)}):
+            return replayer(captured)
+
+    for way in WAYS:
+        use(replayer, way)
+        logits = replayer.check(captured, replayed)
+        torch.testing.assert_close(logits.detach(), captured.logits, rtol=1e-4, atol=1e-4)
+        assert torch.autograd.grad(logits.log_softmax(-1)[:, 7].sum(), vectors)[0].norm() > 0
+
+
 def test_a_model_without_a_cache_replays_by_layers(batch):
     model = tiny_model("llama")
     architecture = read_architecture(model)
@@ -229,6 +264,8 @@ def test_a_model_without_a_cache_replays_by_layers(batch):
 
 def test_the_subject_comes_first_in_a_suffix(batch):
     _, replayer, _ = prepared(tiny_model("llama"), 0, batch)
-    assert replayer.positions(batch).tolist() == [0, 0, 0, 0]
+    assert replayer.subjects(batch).tolist() == [0, 9, 16, 17]  # behind suffixes of 9, 7, 1 and 1 tokens
+    use(replayer, "suffix")
+    assert replayer.subjects(batch).tolist() == [0, 9, 18, 27]
     use(replayer, "layers")
-    assert torch.equal(replayer.positions(batch), batch.subject)
+    assert replayer.subjects(batch).tolist() == [3, 12, 32, 47]

@@ -71,3 +71,11 @@ def test_groups_by_length_cost_no_more_than_any_other_split(lengths, rows, most)
 def test_where_a_step_costs_more_than_its_tokens_facts_stay_together():
     assert len(groups_by_length([2, 2, 9, 9], 11, 16, torch.device("cpu"))) == 2
     assert len(groups_by_length([2, 2, 9, 9], 11, 16, torch.device("cuda"))) == 1
+
+
+@given(count=st.integers(0, 40), most=st.integers(1, 16))
+def test_without_padding_there_are_as_few_groups_as_fit(count, most):
+    found = groups_by_length([1] * count, 11, most, torch.device("cpu"), padded=False)
+    assert [index for some in found for index in range(some.start, some.stop)] == list(range(count))
+    assert len(found) == -(-count // most)
+    assert all(some.stop - some.start <= most for some in found)

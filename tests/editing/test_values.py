@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit.architecture import read_architecture
+from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.rows import encode
 from goldenedit.editing.values import ValueOptions, optimise_values
@@ -168,17 +168,22 @@ def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, a
 
 @models
 @layer_sets
-def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer):
+def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer, monkeypatch):
     model = tiny_model(name)
-    suffix = optimise(model, tokenizer, REQUESTS, layers)
-    assert suffix.replay == "suffix"
+    packed = optimise(model, tokenizer, REQUESTS, layers)
+    assert packed.replay == "packed"
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "may_pack", lambda _: False)
+        by_suffix = optimise(model, tokenizer, REQUESTS, layers)
+    assert by_suffix.replay == "suffix"
     handle = model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
     by_layers = optimise(model, tokenizer, REQUESTS, layers)
     handle.remove()
     assert by_layers.replay == "layers"
-    assert_close(by_layers.delta, suffix.delta)
-    for keys, expected in zip(by_layers.keys, suffix.keys, strict=True):
-        assert_close(keys, expected)
+    for values in (by_suffix, packed):
+        assert_close(by_layers.delta, values.delta)
+        for keys, expected in zip(by_layers.keys, values.keys, strict=True):
+            assert_close(keys, expected)
 
 
 @models

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,38 +27,39 @@ class PackedAttention(TorchFunctionMode):
     def __init__(self, cache: Sequence[tuple[Tensor, Tensor]], real: Tensor, seen: Tensor) -> None:
         super().__init__()
         self._cache = cache
-        self._shape = tuple(real.shape)
-        self._slots = None if real.all() else real.flatten().nonzero()[:, 0]
-        causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
-        behind = causal.expand(len(real), -1, -1)
-        before = seen[:, None].expand(-1, real.shape[1], -1)
-        self._mask = torch.cat([before, behind], 2)[:, None]  # (B, 1, t, P + t)
+        self._rows, self._width, self._prefix = len(real), real.shape[1], seen.shape[1]
+        rows, steps = real.nonzero(as_tuple=True)
+        self._padded = not bool(real.all())
+        self._slots = rows * self._width + steps
+        self._key_slots = rows * (self._prefix + self._width) + self._prefix + steps
+        causal = torch.ones(self._width, self._width, dtype=torch.bool, device=real.device).tril()
+        before = seen[:, None].expand(-1, self._width, -1)
+        self._mask = torch.cat([before, causal.expand(self._rows, -1, -1)], 2)[:, None]  # (B, 1, t, P + t)
+        self._behind: dict[int, tuple[Tensor, Tensor]] = {}  # what is cached, with room for what is new
         self._layer: int | None = None
-        self._prefix = seen.shape[1]
 
     @contextmanager
     def among(self, layers: Mapping[int, nn.Module]) -> Iterator[None]:
         """Run the model's `layers` so. Raises RuntimeError where one of them does not attend exactly once."""
         waiting = set(layers)
+        self._layer = None
 
-        def enter(index: int) -> Any:
+        def enter(index: int) -> Callable[..., None]:
             def note(*_: Any) -> None:
                 self._layer = index
+                waiting.discard(index)
 
             return note
 
-        def leave(index: int) -> Any:
-            def note(*_: Any) -> None:
-                if self._layer is None:
-                    waiting.discard(index)
-                self._layer = -1
-
-            return note
+        def leave(*_: Any) -> None:
+            if self._layer is not None:
+                waiting.add(self._layer)
+            self._layer = None
 
         with ExitStack() as stack:
             for index, layer in layers.items():
                 stack.callback(layer.register_forward_pre_hook(enter(index)).remove)
-                stack.callback(layer.register_forward_hook(leave(index)).remove)
+                stack.callback(layer.register_forward_hook(leave).remove)
             stack.enter_context(self)
             yield
         if waiting:
@@ -74,33 +75,32 @@ class PackedAttention(TorchFunctionMode):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
         """Return attention of `(1, heads, N, d)`."""
         layer, self._layer = self._layer, None
-        if layer is None or layer < 0:
+        if layer is None:
             raise RuntimeError("A layer attends twice, or something attends outside the layers.")
-        kept = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
+        if layer not in self._behind:
+            device = query.device
+            self._mask, self._slots, self._key_slots = (
+                tensor.to(device) for tensor in (self._mask, self._slots, self._key_slots)
+            )
+            cached_keys, cached_values = self._cache[layer]
+            self._behind[layer] = self._with_room(cached_keys, key), self._with_room(cached_values, value)
         keys, values = (
-            torch.cat([self._like(cached, new), self._apart(new)], 2)
-            for cached, new in zip(self._cache[layer], (key, value), strict=True)
+            behind.index_copy(0, self._key_slots, new[0].transpose(0, 1)).unflatten(0, (self._rows, -1)).transpose(1, 2)
+            for behind, new in zip(self._behind[layer], (key, value), strict=True)
         )
-        mask = self._mask.to(query.device)
-        found = functional.scaled_dot_product_attention(self._apart(query), keys, values, attn_mask=mask, **kept)
-        return self._together(found)
+        queries = query[0].transpose(0, 1)
+        if self._padded:
+            empty = queries.new_zeros(self._rows * self._width, *queries.shape[1:])
+            queries = empty.index_copy(0, self._slots, queries)
+        queries = queries.unflatten(0, (self._rows, self._width)).transpose(1, 2)
+        kept = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
+        found = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, **kept)
+        flat = found.transpose(1, 2).flatten(0, 1)
+        return (flat.index_select(0, self._slots) if self._padded else flat).transpose(0, 1)[None]
 
-    def _like(self, cached: Tensor, new: Tensor) -> Tensor:
-        """Return what is cached of the tokens before, with as many heads as what is new."""
-        cached = cached[:, :, : self._prefix]
-        return cached.repeat_interleave(new.shape[1] // cached.shape[1], 1)
-
-    def _apart(self, packed: Tensor) -> Tensor:
-        """Turn `(1, heads, N, d)` into `(B, heads, t, d)`, zeros where there is no token."""
-        flat = packed[0].transpose(0, 1)
-        rows, width = self._shape
-        if self._slots is not None:
-            empty = flat.new_zeros(rows * width, *flat.shape[1:])
-            flat = empty.index_copy(0, self._slots.to(flat.device), flat)
-        return flat.reshape(rows, width, *flat.shape[1:]).transpose(1, 2)
-
-    def _together(self, rows: Tensor) -> Tensor:
-        flat = rows.transpose(1, 2).flatten(0, 1)
-        if self._slots is not None:
-            flat = flat.index_select(0, self._slots.to(flat.device))
-        return flat.transpose(0, 1)[None]
+    def _with_room(self, cached: Tensor, new: Tensor) -> Tensor:
+        """Return what is cached of each row and zeros for what is new, `(B * (P + t), heads, d)`, heads as of `new`."""
+        if cached.shape[2] < self._prefix:
+            raise ValueError("the cache has forgotten tokens")
+        before = cached[:, :, : self._prefix].repeat_interleave(new.shape[1] // cached.shape[1], 1)
+        return functional.pad(before, (0, 0, 0, self._width)).transpose(1, 2).flatten(0, 1)

@@ -128,6 +128,13 @@ class Capture:
     cache: list[tuple[Tensor, Tensor]] | None
     record: Record
 
+    @cached_property
+    def attention(self) -> PackedAttention:
+        """Attention of what is replayed, without padding. Raises ValueError where the model keeps no cache."""
+        if self.cache is None:
+            raise ValueError("the model keeps no cache of keys and values")
+        return PackedAttention(self.cache, self.batch.suffix.real, self.batch.suffix.seen)
+
     def select(self, rows: Tensor) -> Capture:
         """Return the capture of `rows` alone."""
         batch, kept = self.batch.select(rows)
@@ -261,8 +268,6 @@ class Replayer:
 
     def _packed(self, captured: Capture) -> Tensor:
         batch, suffix = captured.batch, captured.batch.suffix
-        if captured.cache is None:
-            raise ValueError("the model keeps no cache of keys and values")
         if not may_pack(self.model):
             raise ValueError("the model takes no positions, or does not attend by scaled_dot_product_attention")
         rows, steps = suffix.real.nonzero(as_tuple=True)
@@ -277,7 +282,7 @@ class Replayer:
         with (
             self._from_start(hidden[None], captured.returns_tuple),
             reading_logits(self.model, torch.zeros_like(read), read) as logits_of,
-            PackedAttention(captured.cache, suffix.real, suffix.seen).among(layers),
+            captured.attention.among(layers),
         ):
             output = self.model(
                 input_ids=batch.input_ids[rows, positions][None],

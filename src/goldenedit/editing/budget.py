@@ -54,7 +54,7 @@ def groups_by_length(
     """
     if not padded:
         count = -(-len(lengths) // most)
-        bounds = [len(lengths) * number // count for number in range(count + 1)]
+        bounds = [len(lengths) * number // max(count, 1) for number in range(count + 1)]
         return [slice(*pair) for pair in pairwise(bounds)]
     step = _STEP_TOKENS.get(device.type, _STEP_TOKENS_ELSEWHERE)
     best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n facts, and where their last group starts
