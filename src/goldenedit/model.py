@@ -26,7 +26,7 @@ from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.edit import Changes, check_method, prepare_facts, train_facts
 from goldenedit.editing.rows import context_length, encode_request
-from goldenedit.evaluation.evaluate import Evaluation, measure, observe
+from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
@@ -277,11 +277,13 @@ class EditModel(nn.Module, SharingMixin):
         if not requests:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
         requests = [rendered(self.tokenizer, request) for request in requests]
-        base = self.get_base_model()
+        base, where = self.get_base_model(), self.architecture
+        paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
+        first = min(map(where.layer_of, paths), default=where.num_layers - 1)
         with phase("evaluation"):
-            edited = observe(base, self.tokenizer, requests, generation, neighbors)
-            with self.disable_adapter():
-                before = observe(base, self.tokenizer, requests, generation, neighbors)
+            edited, before = observe_with_and_without(
+                base, where, self.tokenizer, requests, first, self.disable_adapter, generation, neighbors
+            )
         found = Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
         self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(requests), **found.to_dict()}
         return found

@@ -30,7 +30,9 @@ def attention(lengths, before, cached_heads=HEADS):
     """Return a packed attention with rows of these lengths, behind these many cached tokens, and its cache."""
     lengths, before = torch.tensor(lengths), torch.tensor(before)
     tokens = int((lengths + before).max())
-    cache = [(torch.randn(len(lengths), cached_heads, tokens, WIDTH), torch.randn(len(lengths), cached_heads, tokens, WIDTH))]
+    cache = [
+        (torch.randn(len(lengths), cached_heads, tokens, WIDTH), torch.randn(len(lengths), cached_heads, tokens, WIDTH))
+    ]
     real = torch.arange(int(lengths.max())) < lengths[:, None]
     seen = torch.arange(int(before.max())) < before[:, None]
     return PackedAttention(cache, real, seen), cache[0]
@@ -45,9 +47,7 @@ def test_packed_rows_attend_as_each_does_alone(lengths, before, heads, gqa):
     packed, (keys, values) = attention(lengths, before, cached_heads=heads)
     # Models hand over as many heads of keys as of queries, or let torch share them.
     query = torch.randn(1, HEADS, sum(lengths), WIDTH, requires_grad=True)
-    new = [
-        torch.randn(1, heads if gqa else HEADS, sum(lengths), WIDTH, requires_grad=True) for _ in range(2)
-    ]
+    new = [torch.randn(1, heads if gqa else HEADS, sum(lengths), WIDTH, requires_grad=True) for _ in range(2)]
     layer = Layer(scale=0.7, enable_gqa=gqa)
     with packed.among({0: layer}):
         found = layer(query, *new)
@@ -56,16 +56,14 @@ def test_packed_rows_attend_as_each_does_alone(lengths, before, heads, gqa):
         own = slice(start, start + length)
         start += length
         whole = [
-            torch.cat([cached[row : row + 1, :, :seen], n[:, ::n.shape[1] // heads, own]], 2)
+            torch.cat([cached[row : row + 1, :, :seen], n[:, :: n.shape[1] // heads, own]], 2)
             if gqa
             else torch.cat([cached[row : row + 1, :, :seen].repeat_interleave(HEADS // heads, 1), n[:, :, own]], 2)
             for cached, n in zip((keys, values), new, strict=True)
         ]
         mask = torch.ones(length, seen + length, dtype=torch.bool).tril(seen)
         expected.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, own], *whole, attn_mask=mask, scale=0.7, enable_gqa=gqa
-            )
+            functional.scaled_dot_product_attention(query[:, :, own], *whole, attn_mask=mask, scale=0.7, enable_gqa=gqa)
         )
     expected = torch.cat(expected, 2)
     torch.testing.assert_close(found, expected)

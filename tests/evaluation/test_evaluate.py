@@ -10,7 +10,7 @@ import torch
 
 from goldenedit import EditConfig, EditRequest, get_edit_model
 from goldenedit.evaluation.counterfact import fact_likelihoods
-from goldenedit.evaluation.evaluate import measure, observe
+from goldenedit.evaluation.evaluate import measure, observe, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.scores import probability_scores
 from models import tiny_model
@@ -100,3 +100,28 @@ def test_facts_without_old_answers_have_no_probability_scores(tokenizer):
     model = tiny_model("llama")
     seen = observe(model, tokenizer, FACTS[1:])
     assert set(measure(FACTS[1:], seen, seen)) == {"token_match"}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_both_models_are_observed_as_each_is_alone(layer, tokenizer):
+    model = get_edit_model(
+        tiny_model("llama"), EditConfig(layer=layer, covariance="identity", contexts=1, steps=3), tokenizer
+    )
+    model.edit(FACTS[0])
+    model.edit(FACTS[1])
+    base = model.get_base_model()
+    calls: list[int] = []
+    handle = model.architecture.down_projection(base, 0).register_forward_hook(lambda *_: calls.append(0))
+    now, before = observe_with_and_without(
+        base, model.architecture, tokenizer, FACTS, layer, model.disable_adapter, generation=True
+    )
+    shared = len(calls)
+    calls.clear()
+    alone = observe(base, tokenizer, FACTS, generation=True)
+    with model.disable_adapter():
+        base_alone = observe(base, tokenizer, FACTS, generation=True)
+    handle.remove()
+    assert now == alone
+    assert before == base_alone
+    assert now != before
+    assert shared < len(calls) or layer == 0  # the layers before the edit ran once

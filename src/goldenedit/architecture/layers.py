@@ -51,6 +51,11 @@ class Architecture:
         """Return decoder layer `index`."""
         return model.get_submodule(f"{self.layers}.{index}")
 
+    def layer_of(self, path: str) -> int:
+        """Return the layer that the module at `path` is in, 0 for one outside all layers."""
+        inside = path.removeprefix(f"{self.layers}.")
+        return 0 if inside == path else int(inside.split(".")[0])
+
     def down_projection(self, model: nn.Module, index: int) -> nn.Module:
         """Return the down projection of layer `index`, or the module that sums up those of its experts."""
         fused = self.experts.get(index)

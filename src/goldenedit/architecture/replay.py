@@ -147,9 +147,18 @@ class Capture:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, architecture: Architecture, start: int, batch: Batch, modules: dict[str, nn.Module]
+    model: nn.Module,
+    architecture: Architecture,
+    start: int,
+    batch: Batch,
+    modules: dict[str, nn.Module],
+    use_cache: bool = True,
 ) -> Capture:
-    """Run the whole model once and keep what the replays from layer `start` need, and what goes through `modules`."""
+    """Run the whole model once and keep what the replays from layer `start` need, and what goes through `modules`.
+
+    Args:
+        use_cache: Keep keys and values, without which all tokens are replayed.
+    """
     layer = architecture.layer(model, start)
     hidden: list[Tensor] = []
     result: list[Any] = []
@@ -165,7 +174,7 @@ def capture(
 
     handle = layer.register_forward_hook(keep, with_kwargs=True)
     try:
-        output, logits, record = run(use_cache=True)
+        output, logits, record = run(use_cache)
     except NO_CACHE:
         hidden.clear()
         result.clear()
@@ -194,18 +203,20 @@ class Replayer:
         model: The model, as it was when captured.
         architecture: Its architecture.
         start: The layer to replay from: no hook in place may act before it.
+        whole_rows: Replay all tokens, for edits that act at others than the subject's last one and those behind it.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, start: int) -> None:
+    def __init__(self, model: nn.Module, architecture: Architecture, start: int, whole_rows: bool = False) -> None:
         self.model = model
         self.architecture = architecture
         self.start = start
-        self._ways: list[tuple[str, Callable[[Capture], Tensor]]] = [
-            ("packed", self._packed),
-            ("suffix", self._suffix),
-            ("layers", self._layers),
-            ("whole", self._whole),
-        ]
+        ways: dict[str, Callable[[Capture], Tensor]] = {
+            "packed": self._packed,
+            "suffix": self._suffix,
+            "layers": self._layers,
+            "whole": self._whole,
+        }
+        self._ways = list(ways.items())[2 if whole_rows else 0 :]
 
     @property
     def way(self) -> str:

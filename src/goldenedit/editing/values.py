@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -196,9 +197,8 @@ def _optimise(
             rows = group.rows_of(members)
             captured = whole.select(rows)
             targets = group.targets[group.batch.select(rows)[1]]
-        def run(captured: Capture = captured, members: Tensor = members) -> Tensor:
-            return _edited(replay, captured, sites, delta[members], each)
 
+        run = partial(_edited, replay, captured, sites, delta[members], each)
         # The first step adds nothing yet, so it must say what was captured.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
         nll = group.nll(captured.batch, targets, log_probs).mean(1)

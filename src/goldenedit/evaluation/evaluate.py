@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from goldenedit.architecture.layers import Architecture
 from goldenedit.editing.contexts import sample_continuations
 from goldenedit.editing.rows import encode
 from goldenedit.evaluation.counterfact import fact_pairs, likelihoods_of_fact
-from goldenedit.evaluation.likelihood import Likelihood, likelihoods
+from goldenedit.evaluation.likelihood import Likelihood, likelihoods, likelihoods_with_and_without
 from goldenedit.evaluation.scores import (
     FactGenerations,
     FactMatches,
@@ -65,20 +67,60 @@ def observe(
         generation: Let the model write freely as well.
         neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
     """
+    pairs = _pairs(requests, neighbors)
+    found = likelihoods(model, tokenizer, pairs)
+    written = _written(model, tokenizer, requests) if generation else {}
+    return Observed(dict(zip(pairs, found, strict=True)), written)
+
+
+def observe_with_and_without(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    start: int,
+    without_edits: Callable[[], AbstractContextManager[None]],
+    generation: bool = False,
+    neighbors: int | None = None,
+) -> tuple[Observed, Observed]:
+    """Observe the model with its edits and without them; the layers before the edits run once for both.
+
+    Args:
+        start: First layer with an edit.
+        without_edits: Returns a context that switches the edits off.
+        generation: Let both write freely as well.
+        neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
+    """
+    pairs = _pairs(requests, neighbors)
+    both = likelihoods_with_and_without(model, architecture, tokenizer, pairs, start, without_edits)
+    written: list[dict[str, str]] = [{}, {}]
+    if generation:
+        written[0] = _written(model, tokenizer, requests)
+        with without_edits():
+            written[1] = _written(model, tokenizer, requests)
+    now, before = (
+        Observed(dict(zip(pairs, found, strict=True)), texts) for found, texts in zip(both, written, strict=True)
+    )
+    return now, before
+
+
+def _pairs(requests: Sequence[EditRequest], neighbors: int | None) -> list[Pair]:
+    """Return every prompt with every answer that the scores of some facts need."""
     pairs: dict[Pair, None] = {}
     for request in requests:
         pairs |= dict.fromkeys([*_matched(request), *request.locality])
         if request.target_true is not None:
             pairs |= dict.fromkeys(fact_pairs(request, neighbors))
-    found = dict(zip(pairs, likelihoods(model, tokenizer, list(pairs)), strict=True))
-    written: dict[str, str] = {}
-    if generation:
-        asked = list(dict.fromkeys(pair for request in requests for pair in _matched(request)))
-        length = max(len(encode(tokenizer, *pair).target) for pair in asked)
-        prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
-        texts = sample_continuations(model, tokenizer, prompts, length + 1, seed=0, top_k=1)
-        written = {prompt: text.removeprefix(prompt) for prompt, text in zip(prompts, texts, strict=True)}
-    return Observed(found, written)
+    return list(pairs)
+
+
+def _written(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> dict[str, str]:
+    """Return what the model writes freely after each prompt whose answer an edit should give."""
+    asked = list(dict.fromkeys(pair for request in requests for pair in _matched(request)))
+    length = max(len(encode(tokenizer, *pair).target) for pair in asked)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
+    texts = sample_continuations(model, tokenizer, prompts, length + 1, seed=0, top_k=1)
+    return {prompt: text.removeprefix(prompt) for prompt, text in zip(prompts, texts, strict=True)}
 
 
 def measure(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
+from goldenedit.architecture.layers import Architecture
+from goldenedit.architecture.replay import Batch, Replayer, capture
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids
+from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,81 @@ def likelihoods(
     Raises:
         ValueError: An answer has no tokens behind its prompt, or a pair does not fit the model's context.
     """
+    found: dict[int, Likelihood] = {}
+    with evaluating(model):
+        for reading in _readings(model, tokenizer, pairs, batch_size):
+            batch = reading.batch
+            with reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
+                output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                found |= reading.likelihoods(logits_of(output))
+    return [found[index] for index in range(len(pairs))]
+
+
+@torch.no_grad()
+def likelihoods_with_and_without(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    start: int,
+    without_edits: Callable[[], AbstractContextManager[None]],
+    batch_size: int = 64,
+) -> tuple[list[Likelihood], list[Likelihood]]:
+    """Score pairs as `likelihoods` does, by the model with its edits and by the model without them.
+
+    The layers before the edits run once for both.
+
+    Args:
+        start: First layer with an edit.
+        without_edits: Returns a context that switches the edits off.
+    """
+    now: dict[int, Likelihood] = {}
+    before: dict[int, Likelihood] = {}
+    replay = Replayer(model, architecture, start, whole_rows=True)
+    checked = False
+    with evaluating(model):
+        for reading in _readings(model, tokenizer, pairs, batch_size):
+            with without_edits():
+                whole = capture(model, architecture, start, reading.batch, {}, use_cache=False)
+                if not checked:
+                    replay.check(whole)
+                    checked = True
+            before |= reading.likelihoods(whole.logits)
+            now |= reading.likelihoods(replay(whole))
+    return [now[index] for index in range(len(pairs))], [before[index] for index in range(len(pairs))]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One batch of rows, and which of its logits belong to which pair.
+
+    Attributes:
+        batch: The rows, and where logits are read.
+        answers: By the index of a pair the row of its answer's logits in what is read, and the answer's tokens.
+    """
+
+    batch: Batch
+    answers: dict[int, tuple[list[int], tuple[int, ...]]]
+
+    def likelihoods(self, logits: Tensor) -> dict[int, Likelihood]:
+        """Return how likely the logits `(M, V)` find each pair, by its index."""
+        log_probs = logits.float().log_softmax(-1)
+        first = log_probs.argmax(-1).tolist()
+        at = [position for positions, _ in self.answers.values() for position in positions]
+        ids = [token for _, tokens in self.answers.values() for token in tokens]
+        nll = -log_probs[at, ids].cpu()
+        found = {}
+        sizes = [len(tokens) for _, tokens in self.answers.values()]
+        for (index, (positions, tokens)), own in zip(self.answers.items(), nll.split(sizes), strict=True):
+            choices = tuple(first[position] for position in positions)
+            hits = [one == other for one, other in zip(choices, tokens, strict=True)]
+            found[index] = Likelihood(own.mean().item(), sum(hits) / len(hits), choices)
+        return found
+
+
+def _readings(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int
+) -> Iterator[_Reading]:
     rows = [encode(tokenizer, prompt, answer, max_length=context_length(model.config)) for prompt, answer in pairs]
     read = [row.input_ids[: row.reads[-1] + 1] for row in rows]
     members: dict[int, list[int]] = defaultdict(list)
@@ -55,27 +133,18 @@ def likelihoods(
         members[host].append(index)
     order = sorted(members, key=lambda host: len(read[host]))
     device = input_device(model)
-    found: dict[int, Likelihood] = {}
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            hosts = order[start : start + batch_size]
-            batch = pad([Row(read[host], -1, (), len(read[host]) - 1) for host in hosts], padding_id(tokenizer), device)
-            guests = [(row, index) for row, host in enumerate(hosts) for index in members[host]]
-            spots = list(dict.fromkeys((row, position) for row, index in guests for position in rows[index].reads))
-            number = {spot: position for position, spot in enumerate(spots)}
-            read_rows, read_positions = torch.tensor(spots, device=device).T
-            with reading_logits(model, read_rows, read_positions) as logits_of:
-                output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                log_probs = logits_of(output).float().log_softmax(-1)
-            first = log_probs.argmax(-1).tolist()
-            at = [number[row, position] for row, index in guests for position in rows[index].reads]
-            nll = -log_probs[at, target_ids([rows[index] for _, index in guests], log_probs.device)].cpu()
-            sizes = [len(rows[index].target) for _, index in guests]
-            for (row, index), one_nll in zip(guests, nll.split(sizes), strict=True):
-                choices = tuple(first[number[row, position]] for position in rows[index].reads)
-                hits = [one == other for one, other in zip(choices, rows[index].target_ids, strict=True)]
-                found[index] = Likelihood(one_nll.mean().item(), sum(hits) / len(hits), choices)
-    return [found[index] for index in range(len(pairs))]
+    for start in range(0, len(order), batch_size):
+        hosts = order[start : start + batch_size]
+        padded = pad([Row(read[host], -1, (), len(read[host]) - 1) for host in hosts], padding_id(tokenizer), device)
+        guests = [(row, index) for row, host in enumerate(hosts) for index in members[host]]
+        spots = list(dict.fromkeys((row, position) for row, index in guests for position in rows[index].reads))
+        number = {spot: position for position, spot in enumerate(spots)}
+        read_rows, read_positions = torch.tensor(spots, device=device).T
+        answers = {
+            index: ([number[row, position] for position in rows[index].reads], tuple(rows[index].target_ids))
+            for row, index in guests
+        }
+        yield _Reading(replace(padded, read_rows=read_rows, read_positions=read_positions), answers)
 
 
 def _hosts(sequences: Sequence[tuple[int, ...]]) -> list[int]:
