@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.architecture.products import faster_products
@@ -14,53 +17,53 @@ from models import tiny_model
 
 WIDTH, OUT = 320, 288  # large enough for the faster kernels
 
-fast = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="the processor has no AVX-512",
-)
+FAST = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+fast = pytest.mark.skipif(not FAST, reason="the processor has no AVX-512")
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "one token": lambda: torch.randn(WIDTH),
+    "rows": lambda: torch.randn(5, WIDTH),
+    "batches": lambda: torch.randn(2, 3, 5, WIDTH),
+    "transposed": lambda: torch.randn(WIDTH, 5).T,
+    "turned": lambda: torch.randn(5, 3, WIDTH).transpose(0, 1),
+    "strided": lambda: torch.randn(3, 5, 2 * WIDTH)[..., ::2],
+    "expanded": lambda: torch.randn(1, 1, WIDTH).expand(4, 3, WIDTH),
+}
+WEIGHTS: dict[str, Callable[[], Tensor]] = {
+    "plain": lambda: torch.randn(OUT, WIDTH),
+    "transposed": lambda: torch.randn(WIDTH, OUT).T,
+    "strided": lambda: torch.randn(2 * OUT, WIDTH)[::2],
+}
 
 
-def inputs() -> dict[str, Tensor]:
-    return {
-        "one token": torch.randn(WIDTH),
-        "rows": torch.randn(5, WIDTH),
-        "batches": torch.randn(2, 3, 5, WIDTH),
-        "transposed": torch.randn(WIDTH, 5).T,
-        "turned": torch.randn(5, 3, WIDTH).transpose(0, 1),
-        "strided": torch.randn(3, 5, 2 * WIDTH)[..., ::2],
-        "expanded": torch.randn(1, 1, WIDTH).expand(4, 3, WIDTH),
-    }
+def linear(weight: Tensor, bias: Tensor | None = None, trained: bool = False) -> nn.Linear:
+    module = nn.Linear(1, 1, bias=bias is not None)
+    module.weight = nn.Parameter(weight, requires_grad=trained)
+    module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return module
 
 
-def weights() -> dict[str, Tensor]:
-    return {
-        "plain": torch.randn(OUT, WIDTH),
-        "transposed": torch.randn(WIDTH, OUT).T,
-        "strided": torch.randn(2 * OUT, WIDTH)[::2],
-    }
-
-
-def name_of(output: Tensor) -> str:
-    return type(output.grad_fn).__name__
+def is_faster(output: Tensor) -> bool:
+    return type(output.grad_fn).__name__.startswith("_Product")
 
 
 @fast
-@pytest.mark.parametrize("of_input", inputs())
-@pytest.mark.parametrize("of_weight", weights())
+@pytest.mark.parametrize("of_input", INPUTS)
+@pytest.mark.parametrize("of_weight", WEIGHTS)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_products_and_their_gradients_are_torch_s(of_input, of_weight, with_bias):
     torch.manual_seed(0)
-    x, weight = inputs()[of_input].requires_grad_(), weights()[of_weight]
-    bias = torch.randn(OUT) if with_bias else None
-    expected = functional.linear(x, weight, bias)
+    x, weight = INPUTS[of_input]().requires_grad_(), WEIGHTS[of_weight]()
+    module = linear(weight, torch.randn(OUT) if with_bias else None)
+    expected = module(x)
     slope = torch.randn(OUT, *expected.shape[:-1]).movedim(0, -1)
     (gradient,) = torch.autograd.grad(expected, x, slope)
-    with faster_products(), measuring() as cost:
-        output = functional.linear(x, weight, bias)
-        assert name_of(output).startswith("_Product")
+    with faster_products(module), measuring() as cost:
+        output = module(x)
+        assert is_faster(output)
         (found,) = torch.autograd.grad(output, x, slope)
         with torch.no_grad():
-            torch.testing.assert_close(functional.linear(x, weight, bias), output)
+            torch.testing.assert_close(module(x), output)
     assert cost().flops == 3 * 2 * x.numel() * OUT
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
@@ -70,46 +73,63 @@ def test_products_and_their_gradients_are_torch_s(of_input, of_weight, with_bias
 def test_products_are_exact_to_the_precision_of_float32():
     x, weight = torch.randn(64, 1536), torch.randn(576, 1536)
     exact = x.double() @ weight.double().T
-    with faster_products():
-        found = functional.linear(x, weight)
+    module = linear(weight)
+    with faster_products(module):
+        found = module(x)
     assert (found - exact).norm() <= 8 * torch.finfo(torch.float32).eps * exact.norm()
 
 
 @fast
-def test_the_products_of_conv1d_are_taken_too():
-    x, weight, bias = torch.randn(5, WIDTH, requires_grad=True), torch.randn(WIDTH, OUT), torch.randn(OUT)
-    with faster_products():
-        output = torch.addmm(bias, x, weight)
-        assert name_of(output).startswith("_Product")
-        assert not name_of(torch.addmm(torch.randn(5, OUT), x, weight)).startswith("_Product")
-    torch.testing.assert_close(output, torch.addmm(bias, x, weight), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)])
+def test_conv1d_is_a_linear_map_too(shape):
+    x, module = torch.randn(shape, requires_grad=True), Conv1D(OUT, WIDTH).requires_grad_(False)
+    with faster_products(module):
+        output = module(x)
+    assert is_faster(output)
+    torch.testing.assert_close(output, module(x), rtol=1e-4, atol=1e-4)
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * functional.linear(input, self.weight)
 
 
 @pytest.mark.parametrize(
-    ("x", "weight"),
+    ("x", "module"),
     [
-        (torch.randn(5, WIDTH), torch.randn(OUT, WIDTH, requires_grad=True)),  # trained
-        (torch.randn(5, 64), torch.randn(64, 64)),  # small
-        (torch.randn(5, WIDTH).double(), torch.randn(OUT, WIDTH).double()),
-        (torch.randn(5, WIDTH).bfloat16(), torch.randn(OUT, WIDTH).bfloat16()),
-        (torch.randn(0, WIDTH), torch.randn(OUT, WIDTH)),  # empty
+        (torch.randn(5, WIDTH), linear(torch.randn(OUT, WIDTH), trained=True)),
+        (torch.randn(5, 64), linear(torch.randn(64, 64))),  # small
+        (torch.randn(5, WIDTH).double(), linear(torch.randn(OUT, WIDTH).double())),
+        (torch.randn(5, WIDTH).bfloat16(), linear(torch.randn(OUT, WIDTH).bfloat16())),
+        (torch.randn(0, WIDTH), linear(torch.randn(OUT, WIDTH))),  # empty
+        (torch.randn(5, WIDTH), Doubling(WIDTH, OUT).requires_grad_(False)),
+        (torch.randn(5, WIDTH), Conv1D(OUT, WIDTH)),  # trained
     ],
 )
-def test_other_products_are_left_to_torch(x, weight):
+def test_other_products_are_left_to_torch(x, module):
     x = x.clone().requires_grad_()
-    with faster_products():
-        output = functional.linear(x, weight)
-    assert not name_of(output).startswith("_Product")
-    assert torch.equal(output, functional.linear(x, weight))
+    with faster_products(module):
+        output = module(x)
+    assert not is_faster(output)
+    assert torch.equal(output, module(x))
+
+
+def test_a_forward_put_on_the_instance_by_others_stays():
+    module = linear(torch.randn(OUT, WIDTH))
+    own = module.forward = lambda input: functional.linear(input, module.weight)
+    with faster_products(module):
+        assert module.__dict__["forward"] is own
+    assert module.__dict__["forward"] is own
 
 
 def test_the_user_s_settings_are_respected(monkeypatch):
-    x, weight = torch.randn(5, WIDTH, requires_grad=True), torch.randn(OUT, WIDTH)
+    x, module = torch.randn(5, WIDTH, requires_grad=True), linear(torch.randn(OUT, WIDTH))
 
     def taken() -> bool:
-        with faster_products():
-            return name_of(functional.linear(x, weight)).startswith("_Product")
+        with faster_products(module):
+            return is_faster(module(x))
 
+    assert taken() == FAST
     with torch.backends.mkldnn.flags(enabled=False):
         assert not taken()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -124,17 +144,13 @@ def test_the_user_s_settings_are_respected(monkeypatch):
 
 
 @fast
-def test_the_library_s_runs_use_them_and_nothing_else_does():
+def test_the_library_s_runs_use_them_and_nothing_stays():
     model = tiny_model("llama")
     model.lm_head = nn.Linear(32, 4096, bias=False)
-    ids = torch.randint(3, 200, (1, 5))
-
-    def taken() -> bool:
-        embedded = torch.randn(1, 5, 32, requires_grad=True)
-        return "_Product" in name_of(model.lm_head(embedded))
-
-    assert not taken()
+    embedded = torch.randn(1, 5, 32, requires_grad=True)
     with evaluating(model):
-        assert taken()
-        model(input_ids=ids)
-    assert not taken()
+        assert is_faster(model.lm_head(embedded))
+    with pytest.raises(KeyError), evaluating(model):
+        raise KeyError
+    assert not is_faster(model.lm_head(embedded))
+    assert not any("forward" in module.__dict__ for module in model.modules())

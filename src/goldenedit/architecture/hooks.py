@@ -228,7 +228,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, name in trained:
             getattr(module, name).requires_grad_(False)
         stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with stance, giving_backward(model), faster_products():
+        with stance, giving_backward(model), faster_products(model):
             yield
     finally:
         for module, name in trained:

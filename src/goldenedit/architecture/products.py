@@ -7,61 +7,96 @@ a second in the same precision. torch itself turns to oneDNN only for products t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from goldenedit.precision import matmul_precision
 
 _SMALLEST = 1 << 16  # entries of a weight from which on the faster kernel outweighs its longer call
 
 
-def faster_products() -> AbstractContextManager[Any]:
-    """Return a context inside which linear maps with frozen float32 weights on CPUs use oneDNN, where that is faster.
+@contextmanager
+def faster_products(model: nn.Module) -> Iterator[None]:
+    """Let the linear maps of a model with frozen float32 weights on CPUs use oneDNN inside this context.
 
     It does nothing on processors without AVX-512, where oneDNN is switched off (`torch.backends.mkldnn.enabled`), and
     where the user lets products of float32 be rounded (`torch.set_float32_matmul_precision`).
     """
-    usable = (
+    if not usable():
+        yield
+        return
+    changed: list[nn.Module] = []
+    try:
+        for module in model.modules():
+            forward = _FORWARDS.get(_kind(module))
+            if forward is not None and "forward" not in module.__dict__:  # accelerate puts one on the instance
+                module.forward = forward(module)  # type: ignore[method-assign]
+                changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            module.__dict__.pop("forward", None)
+
+
+def usable() -> bool:
+    """Tell whether oneDNN is the faster way, and the user's settings allow it."""
+    return (
         torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and matmul_precision() == "highest"
     )
-    return _Products() if usable else nullcontext()
 
 
-class _Products(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is functional.linear and not kwargs and len(args) in (2, 3):
-            x, weight, bias = (*args, None)[:3]
-            if _takes(x, weight, bias):
-                return _product(x, weight, bias)
-        elif func is torch.addmm and not kwargs and len(args) == 3:  # transformers' Conv1D, in GPT-2
-            bias, x, weight = args
-            if _takes(x, weight.T, bias) and bias.ndim == 1:
-                return _product(x, weight.T, bias)
-        return func(*args, **(kwargs or {}))
+def _kind(module: nn.Module) -> str:
+    """Return what a module is, no subclass of it: a subclass may compute something else."""
+    return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def _takes(x: Any, weight: Any, bias: Any) -> bool:
+def _of_linear(module: Any) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        return _product(input, weight, bias) if _takes(input, weight, bias) else functional.linear(input, weight, bias)
+
+    return forward
+
+
+def _of_conv1d(module: Any) -> Callable[[Tensor], Tensor]:
+    """Of GPT-2's linear map in transformers, whose weight is `(d_in, d_out)`."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight.T, module.bias
+        return _product(x, weight, bias) if _takes(x, weight, bias) else type(module).forward(module, x)
+
+    return forward
+
+
+_FORWARDS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "torch.nn.modules.linear.Linear": _of_linear,
+    "transformers.pytorch_utils.Conv1D": _of_conv1d,
+}
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether all are plain float32 tensors on a CPU and none but `x` is differentiated by."""
-    given = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(type(a) in (Tensor, nn.Parameter) and a.dtype == torch.float32 and a.device.type == "cpu" for a in given)
-        and weight.ndim == 2
+        _is_plain(x)
+        and _is_plain(weight)
         and weight.numel() >= _SMALLEST
+        and not weight.requires_grad
+        and (bias is None or (_is_plain(bias) and not bias.requires_grad))
         and x.numel() > 0
-        and not any(a.requires_grad for a in given[1:])
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +110,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T + bias`, differentiated by `x` alone."""
+    """`x @ weight.T + bias`, differentiated by `x` alone, once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +118,6 @@ class _Product(torch.autograd.Function):
         return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _linear(slope, weight.T, None), None, None
