@@ -39,7 +39,7 @@ class Conformance:
         editable: Those with a down projection that was found.
         modules: Its path, with `{}` for the layer.
         lga: Largest difference of LGA's scores from those of plain weight gradients.
-        replay: How the model is run again from the edited layer on: `suffix`, `layers` or `whole`.
+        replay: How the model is run again from the edited layer on: `packed`, `suffix`, `layers` or `whole`.
         target: Difference of `W' k` from `v*` at the subject's last token.
         written: Difference of the edited logits from those with the change in the weights.
         loaded: Difference of the logits after stock PEFT loaded the saved edit.

@@ -91,3 +91,25 @@ def test_attention_outside_the_layers_is_refused_and_left_alone_afterwards():
     with pytest.raises(RuntimeError, match="attend"), packed.among({0: Layer()}):
         functional.scaled_dot_product_attention(*given)
     assert torch.equal(functional.scaled_dot_product_attention(*given), expected)
+
+
+@torch.no_grad()
+def test_layers_may_be_on_several_devices():
+    """The last layer's device must not be taken for that of the first when a replay is repeated."""
+    packed, (keys, values) = attention([2, 1], [1, 1])
+    packed._cache = [(keys, values), (keys.to("meta"), values.to("meta"))]
+    layers, given = {0: Layer(), 1: Layer()}, torch.randn(3, 1, HEADS, 3, WIDTH)
+    found = []
+    for _ in range(2):
+        with packed.among(layers):
+            found.append(layers[0](*given))
+            layers[1](*given.to("meta"))
+    assert torch.equal(*found)
+
+
+def test_queries_of_another_form_are_refused():
+    """Such as those that transformers folds where there is one token."""
+    packed, _ = attention([2, 1], [1, 1])
+    layer, given = Layer(), torch.randn(3, 1, HEADS, 2, WIDTH)
+    with pytest.raises(RuntimeError, match="queries of shape"), packed.among({0: layer}):
+        layer(*given)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, OlmoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from goldenedit.architecture import products
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.architecture.products import faster_products
 from goldenedit.cost import measuring
-from models import tiny_model
+from models import TINY_CONFIGS, VOCAB_SIZE, tiny_model
 
 WIDTH, OUT = 320, 288  # large enough for the faster kernels
 
-FAST = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-fast = pytest.mark.skipif(not FAST, reason="the processor has no AVX-512")
+fast = pytest.mark.skipif(not products.usable(), reason="oneDNN is not the faster way here")
 
 INPUTS: dict[str, Callable[[], Tensor]] = {
     "one token": lambda: torch.randn(WIDTH),
@@ -67,6 +69,55 @@ def test_products_and_their_gradients_are_torch_s(of_input, of_weight, with_bias
     assert cost().flops == 3 * 2 * x.numel() * OUT
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
+
+
+@fast
+@pytest.mark.parametrize("of_input", INPUTS)
+def test_outputs_may_be_changed_in_place(of_input):
+    x, module = INPUTS[of_input]().requires_grad_(), linear(torch.randn(OUT, WIDTH))
+    with faster_products(module):
+        output = module(x)
+        output.clamp_(-1, 1)
+        (found,) = torch.autograd.grad(output.sum(), x)
+    (gradient,) = torch.autograd.grad(module(x).clamp(-1, 1).sum(), x)
+    torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
+
+
+@fast
+def test_a_second_derivative_is_refused():
+    x, module = torch.randn(5, WIDTH, requires_grad=True), linear(torch.randn(OUT, WIDTH))
+    with faster_products(module):
+        (once,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):  # and not silently wrong
+        torch.autograd.grad(once.sum(), x)
+
+
+def clipping_olmo() -> PreTrainedModel:
+    """Return a model that changes what its linear maps say in place."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(OlmoConfig(vocab_size=VOCAB_SIZE, **sizes, clip_qkv=0.01)).eval()
+
+
+@fast
+@pytest.mark.parametrize("name", [*TINY_CONFIGS, "olmo"])
+def test_whole_models_and_their_gradients_are_the_same(name, monkeypatch):
+    monkeypatch.setattr(products, "_SMALLEST", 0)
+    own, calls = products._linear, []
+    monkeypatch.setattr(products, "_linear", lambda *args: calls.append(None) or own(*args))
+    model = clipping_olmo() if name == "olmo" else tiny_model(name)
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    found = {}
+    for faster in (True, False):
+        calls.clear()
+        setting = nullcontext() if faster else torch.backends.mkldnn.flags(enabled=False)
+        with setting, evaluating(model):
+            logits = model(inputs_embeds=embedded).logits
+            assert bool(calls) == faster
+            found[faster] = logits.detach(), torch.autograd.grad(logits.log_softmax(-1)[..., 5].sum(), embedded)[0]
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @fast
@@ -129,7 +180,7 @@ def test_the_user_s_settings_are_respected(monkeypatch):
         with faster_products(module):
             return is_faster(module(x))
 
-    assert taken() == FAST
+    assert taken() == products.usable()
     with torch.backends.mkldnn.flags(enabled=False):
         assert not taken()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

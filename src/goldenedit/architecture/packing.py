@@ -77,26 +77,26 @@ class PackedAttention(TorchFunctionMode):
         layer, self._layer = self._layer, None
         if layer is None:
             raise RuntimeError("A layer attends twice, or something attends outside the layers.")
+        if query.shape[2] != len(self._slots):
+            raise RuntimeError(f"A layer attends with queries of shape {tuple(query.shape)}.")
+        # Layers may be on several devices.
+        mask, slots, key_slots = (a.to(query.device) for a in (self._mask, self._slots, self._key_slots))
         if layer not in self._behind:
-            device = query.device
-            self._mask, self._slots, self._key_slots = (
-                tensor.to(device) for tensor in (self._mask, self._slots, self._key_slots)
-            )
             cached_keys, cached_values = self._cache[layer]
             self._behind[layer] = self._with_room(cached_keys, key), self._with_room(cached_values, value)
         keys, values = (
-            behind.index_copy(0, self._key_slots, new[0].transpose(0, 1)).unflatten(0, (self._rows, -1)).transpose(1, 2)
+            behind.index_copy(0, key_slots, new[0].transpose(0, 1)).unflatten(0, (self._rows, -1)).transpose(1, 2)
             for behind, new in zip(self._behind[layer], (key, value), strict=True)
         )
         queries = query[0].transpose(0, 1)
         if self._padded:
             empty = queries.new_zeros(self._rows * self._width, *queries.shape[1:])
-            queries = empty.index_copy(0, self._slots, queries)
+            queries = empty.index_copy(0, slots, queries)
         queries = queries.unflatten(0, (self._rows, self._width)).transpose(1, 2)
         kept = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
-        found = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, **kept)
+        found = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **kept)
         flat = found.transpose(1, 2).flatten(0, 1)
-        return (flat.index_select(0, self._slots) if self._padded else flat).transpose(0, 1)[None]
+        return (flat.index_select(0, slots) if self._padded else flat).transpose(0, 1)[None]
 
     def _with_room(self, cached: Tensor, new: Tensor) -> Tensor:
         """Return what is cached of each row and zeros for what is new, `(B * (P + t), heads, d)`, heads as of `new`."""

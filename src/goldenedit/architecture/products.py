@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from goldenedit.precision import matmul_precision
@@ -92,6 +93,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not weight.requires_grad
         and (bias is None or (_is_plain(bias) and not bias.requires_grad))
         and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -115,9 +117,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _linear(x, weight, bias)
+        flat = _linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        # Not as a view: models may change what a linear map gave them in place (OLMo clamps it).
+        return torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], len(weight)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _linear(slope, weight.T, None), None, None

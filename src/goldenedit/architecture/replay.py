@@ -128,13 +128,6 @@ class Capture:
     cache: list[tuple[Tensor, Tensor]] | None
     record: Record
 
-    @cached_property
-    def attention(self) -> PackedAttention:
-        """Attention of what is replayed, without padding. Raises ValueError where the model keeps no cache."""
-        if self.cache is None:
-            raise ValueError("the model keeps no cache of keys and values")
-        return PackedAttention(self.cache, self.batch.suffix.real, self.batch.suffix.seen)
-
     def select(self, rows: Tensor) -> Capture:
         """Return the capture of `rows` alone."""
         batch, kept = self.batch.select(rows)
@@ -217,6 +210,7 @@ class Replayer:
             "whole": self._whole,
         }
         self._ways = list(ways.items())[2 if whole_rows else 0 :]
+        self._attention: tuple[Capture, PackedAttention] | None = None  # of the capture that was replayed last
 
     @property
     def way(self) -> str:
@@ -256,11 +250,16 @@ class Replayer:
             try:
                 logits = replayed()
                 difference = (logits.detach() - captured.logits).abs().max().item()
-                reason = f"logits differ by {difference:.1e}"
+            except torch.OutOfMemoryError:  # slower ways need more
+                raise
             except NO_CACHE as error:
-                difference, reason = float("inf"), f"{type(error).__name__}: {error}"
-            if difference <= tolerance:
-                return logits
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if difference <= tolerance:
+                    return logits
+                reason = f"logits differ by {difference:.1e}"
+                del logits  # and with it the graph
+            self._attention = None
             level = logging.WARNING if self.way == "layers" else logging.INFO
             message = "Replay by %s does not reproduce %s (%s); falling back to a slower way."
             logger.log(level, message, self.way, type(self.model).__name__, reason)
@@ -293,7 +292,7 @@ class Replayer:
         with (
             self._from_start(hidden[None], captured.returns_tuple),
             reading_logits(self.model, torch.zeros_like(read), read) as logits_of,
-            captured.attention.among(layers),
+            self._packed_attention(captured).among(layers),
         ):
             output = self.model(
                 input_ids=batch.input_ids[rows, positions][None],
@@ -302,6 +301,14 @@ class Replayer:
                 use_cache=False,
             )
             return logits_of(output)
+
+    def _packed_attention(self, captured: Capture) -> PackedAttention:
+        if self._attention is None or self._attention[0] is not captured:
+            if captured.cache is None:
+                raise ValueError("the model keeps no cache of keys and values")
+            suffix = captured.batch.suffix
+            self._attention = captured, PackedAttention(captured.cache, suffix.real, suffix.seen)
+        return self._attention[1]
 
     def _suffix(self, captured: Capture) -> Tensor:
         from transformers import DynamicCache

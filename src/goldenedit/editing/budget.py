@@ -43,8 +43,8 @@ def groups_by_length(
 ) -> list[slice]:
     """Return which facts to run side by side, slices of facts in ascending order of length.
 
-    All rows of a group are padded to its longest, and each group costs steps of its own: of all ways to split them, the
-    one that costs least. Without padding that is as few groups as fit.
+    Each group costs steps of its own. Without padding the cheapest is as few groups as fit; where all rows of a group
+    are padded to its longest, it is found among all ways to split the facts.
 
     Args:
         lengths: Tokens that are run of each fact's rows, ascending.

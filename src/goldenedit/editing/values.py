@@ -89,29 +89,35 @@ def optimise_values(
     Raises:
         ValueError: A request cannot be tokenised as it must be, or its optimisation leaves the finite numbers.
     """
-    # Everything is tokenised before anything runs: a bad request costs nothing. Facts are grouped by the length of what
-    # is replayed of them: padding would cost as much as the rest.
+    # Everything is tokenised before anything runs: a bad request costs nothing.
     longest = context_length(model.config)
-    bare = [encode_request(tokenizer, request, request.target_new, max_length=longest) for request in requests]
-    lengths = [max(row.reads) + 1 - row.subject for row in bare]
+    rows = [
+        [
+            *(encode_request(tokenizer, request, request.target_new, prefix, longest) for prefix in contexts),
+            encode(tokenizer, f"{request.subject} is a", None, len(request.subject), longest),
+        ]
+        for request in requests
+    ]
+    lengths = [max(max(row.reads) + 1 - row.subject for row in own) for own in rows]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
-    slices = groups_by_length(
-        [lengths[index] for index in order],
-        len(contexts) + 1,
-        batch_size,
-        input_device(model),
-        padded=not may_pack(model),
-    )
-    groups = [_Group(model, tokenizer, [requests[index] for index in order[some]], contexts) for some in slices]
     results: list[Values] = []
     with (
         evaluating(model),
         torch.enable_grad(),  # the caller may have switched it off
         tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
     ):
-        for group in groups:
+        padded, left, groups = not may_pack(model), order, list[slice]()
+        while left:
+            if not groups:
+                of_length = [lengths[index] for index in left]
+                groups = groups_by_length(of_length, len(contexts) + 1, batch_size, input_device(model), padded)
+            some = left[groups[0]]
+            group = _Group(model, tokenizer, [requests[index] for index in some], [rows[index] for index in some])
             results.append(_optimise(model, architecture, group, layers, options, attention))
-            progress.update(len(group.requests))
+            progress.update(len(some))
+            left, groups = left[len(some) :], [slice(g.start - len(some), g.stop - len(some)) for g in groups[1:]]
+            if padded != (results[-1].replay != "packed"):  # not what was thought
+                padded, groups = not padded, []
     steps = [step for result in results for step in result.steps]
     probabilities = [value for result in results for value in result.target_probability]
     back = sorted(range(len(order)), key=order.__getitem__)
@@ -132,18 +138,14 @@ class _Group:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[EditRequest],
-        contexts: Sequence[str],
+        rows: Sequence[Sequence[Row]],
     ) -> None:
         self.requests = requests
-        self.rows_each = len(contexts) + 1
-        longest = context_length(model.config)
-        rows: list[Row] = []
-        for request in requests:
-            rows += [encode_request(tokenizer, request, request.target_new, prefix, longest) for prefix in contexts]
-            rows.append(encode(tokenizer, f"{request.subject} is a", None, len(request.subject), longest))
+        self.rows_each = len(rows[0])
         device = input_device(model)
-        self.batch = pad(rows, padding_id(tokenizer), device)
-        self.targets = target_ids(rows, device)
+        every = [row for own in rows for row in own]
+        self.batch = pad(every, padding_id(tokenizer), device)
+        self.targets = target_ids(every, device)
 
     def rows_of(self, members: Tensor) -> Tensor:
         """Return the rows of the requests `members`."""
