@@ -34,7 +34,7 @@ from goldenedit.editing.covariance import sampled_texts
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.editing.rows import encode, pad, padding_id
 from goldenedit.editing.statistics import KeyStatistics, second_moments
-from goldenedit.editing.values import _Group
+from goldenedit.editing.values import fact_rows
 from goldenedit.layer_selection import lga_scores
 
 GOAL = 1.35
@@ -106,8 +106,9 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         return forward, lambda: ready.update(batch=batch())
 
     def values_batch() -> tuple[Tensor, Tensor]:
-        group = _Group(base, tokenizer, facts, model.base_facts.contexts(base, config))
-        return group.batch.input_ids, group.batch.attention_mask
+        rows = fact_rows(tokenizer, facts, model.base_facts.contexts(base, config), None)
+        batch = pad([row for own in rows for row in own], padding_id(tokenizer), device)
+        return batch.input_ids, batch.attention_mask
 
     def lga_batch() -> tuple[Tensor, Tensor]:
         rows = [encode(tokenizer, fact.text, answer) for fact in proxy_facts()[:4] for answer in _answers(fact)]

@@ -90,14 +90,7 @@ def optimise_values(
         ValueError: A request cannot be tokenised as it must be, or its optimisation leaves the finite numbers.
     """
     # Everything is tokenised before anything runs: a bad request costs nothing.
-    longest = context_length(model.config)
-    rows = [
-        [
-            *(encode_request(tokenizer, request, request.target_new, prefix, longest) for prefix in contexts),
-            encode(tokenizer, f"{request.subject} is a", None, len(request.subject), longest),
-        ]
-        for request in requests
-    ]
+    rows = fact_rows(tokenizer, requests, contexts, context_length(model.config))
     lengths = [max(max(row.reads) + 1 - row.subject for row in own) for own in rows]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
     results: list[Values] = []
@@ -130,8 +123,24 @@ def optimise_values(
     )
 
 
+def fact_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    max_length: int | None,
+) -> list[list[Row]]:
+    """Return the rows of each request: one a context, then the row `"{subject} is a"`."""
+    return [
+        [
+            *(encode_request(tokenizer, request, request.target_new, prefix, max_length) for prefix in contexts),
+            encode(tokenizer, f"{request.subject} is a", None, len(request.subject), max_length),
+        ]
+        for request in requests
+    ]
+
+
 class _Group:
-    """The rows of some requests: for each of them one row a context, then the row `"{subject} is a"`."""
+    """The rows of requests that are optimised side by side, as `fact_rows` has them."""
 
     def __init__(
         self,
