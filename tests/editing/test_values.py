@@ -11,6 +11,7 @@ from torch import nn
 
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
+from goldenedit.editing import values
 from goldenedit.editing.rows import encode
 from goldenedit.editing.values import ValueOptions, optimise_values
 from goldenedit.requests import EditRequest
@@ -180,10 +181,28 @@ def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer, monk
     by_layers = optimise(model, tokenizer, REQUESTS, layers)
     handle.remove()
     assert by_layers.replay == "layers"
-    for values in (by_suffix, packed):
-        assert_close(by_layers.delta, values.delta)
-        for keys, expected in zip(by_layers.keys, values.keys, strict=True):
+    for other in (by_suffix, packed):
+        assert_close(by_layers.delta, other.delta)
+        for keys, expected in zip(by_layers.keys, other.keys, strict=True):
             assert_close(keys, expected)
+
+
+def test_facts_thought_to_be_packed_are_grouped_anew_once_they_are_not(tokenizer, monkeypatch):
+    model = tiny_model("gptj")  # does not attend by torch's function
+    expected = optimise(model, tokenizer, REQUESTS, [1])
+    asked: list[tuple[int, bool]] = []
+
+    def groups(lengths, rows, most, device, padded):
+        asked.append((len(lengths), padded))
+        return [slice(index, index + 1) for index in range(len(lengths))]
+
+    monkeypatch.setattr(values, "may_pack", lambda _: True)
+    monkeypatch.setattr(values, "groups_by_length", groups)
+    found = optimise(model, tokenizer, REQUESTS, [1])
+    assert asked == [(len(REQUESTS), False), (len(REQUESTS) - 1, True)]
+    assert found.replay == "suffix"
+    assert_close(found.delta, expected.delta)
+    assert found.steps == expected.steps
 
 
 @models

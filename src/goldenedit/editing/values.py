@@ -93,24 +93,28 @@ def optimise_values(
     rows = fact_rows(tokenizer, requests, contexts, context_length(model.config))
     lengths = [max(max(row.reads) + 1 - row.subject for row in own) for own in rows]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
+
+    def split(facts: list[int], padded: bool) -> list[list[int]]:
+        of_length = [lengths[index] for index in facts]
+        slices = groups_by_length(of_length, len(contexts) + 1, batch_size, input_device(model), padded)
+        return [facts[some] for some in slices]
+
     results: list[Values] = []
     with (
         evaluating(model),
         torch.enable_grad(),  # the caller may have switched it off
         tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
     ):
-        padded, left, groups = not may_pack(model), order, list[slice]()
-        while left:
-            if not groups:
-                of_length = [lengths[index] for index in left]
-                groups = groups_by_length(of_length, len(contexts) + 1, batch_size, input_device(model), padded)
-            some = left[groups[0]]
+        padded = not may_pack(model)
+        groups = split(order, padded)
+        while groups:
+            some = groups.pop(0)
             group = _Group(model, tokenizer, [requests[index] for index in some], [rows[index] for index in some])
             results.append(_optimise(model, architecture, group, layers, options, attention))
             progress.update(len(some))
-            left, groups = left[len(some) :], [slice(g.start - len(some), g.stop - len(some)) for g in groups[1:]]
             if padded != (results[-1].replay != "packed"):  # not what was thought
-                padded, groups = not padded, []
+                padded = not padded
+                groups = split([index for later in groups for index in later], padded)
     steps = [step for result in results for step in result.steps]
     probabilities = [value for result in results for value in result.target_probability]
     back = sorted(range(len(order)), key=order.__getitem__)
