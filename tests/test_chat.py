@@ -220,7 +220,7 @@ def test_every_kind_of_editor_takes_a_chat(chat, method):
     assert fact.probability_after == pytest.approx(asked(model, chat, WHOLE, "Rome"), rel=1e-3)
 
 
-@pytest.mark.parametrize("selector", ["lga", "causal_tracing", "linear_response", "selectivity", "sweep"])
+@pytest.mark.parametrize("selector", ["lga", "causal_tracing", "key_response", "selectivity", "sweep"])
 def test_layers_are_compared_on_chats(chat, selector):
     proxy = [
         WHOLE,

@@ -62,7 +62,7 @@ def locate(
         ),
     ] = "lga",
     sweep: Annotated[int, typer.Option(help="With `all`: edit so many facts at every layer as well.")] = 0,
-    editor: Annotated[str, typer.Option(help="Editor of `sweep`, `linear_response` and `published`.")] = "r-rome",
+    editor: Annotated[str, typer.Option(help="Editor of `sweep`, `key_response` and `published`.")] = "r-rome",
     loss: Annotated[str, typer.Option(help="`sequence` or `answer`.")] = "sequence",
     kappa: Annotated[float, typer.Option(help="Width of the outlier fence in interquartile ranges.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Save the chart as a picture.")] = None,

@@ -13,7 +13,7 @@ from goldenedit.requests import EditRequest
 TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")  # these need no values and keys, but gradients
 METHODS = ("rome", "r-rome", "memit", "emmet", "pmet", "alphaedit", *TRAINED)
 REGULARIZERS = ("rect", "prune")
-SCORED_SELECTORS = ("lga", "selectivity", "linear_response", "causal_tracing", "sweep", "auto")  # a score per layer
+SCORED_SELECTORS = ("lga", "selectivity", "key_response", "causal_tracing", "sweep", "auto")  # a score per layer
 LAYER_SELECTORS = (*SCORED_SELECTORS, "published", "random")
 HUB_LAYER = "hub:"  # before the name of a repository with golden layers
 LAYER_PATTERNS = ("golden", "window", "ends", "best")

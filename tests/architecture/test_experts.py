@@ -290,7 +290,7 @@ def test_a_delta_of_other_experts_does_not_fit(tokenizer):
         check_fits(tiny_model("llama"), path, delta)
 
 
-@pytest.mark.parametrize("selector", ["selectivity", "linear_response", "causal_tracing", "lga"])
+@pytest.mark.parametrize("selector", ["selectivity", "key_response", "causal_tracing", "lga"])
 def test_layers_of_different_widths_are_compared(selector, tokenizer):
     facts = [
         replace(fact, paraphrases=(f"They say that {fact.text}",), neighborhood=(f"Berlin is {fact.text[-3:]}",))

@@ -41,6 +41,7 @@ def measured() -> Measurement:
         {
             (PACKAGED, "lga sequence"): selection("lga", 1, [0.1, 0.3, 0.2]),
             ("a", "lga sequence"): selection("lga", 2, [0.1, 0.2, 0.3]),
+            ("b", "lga sequence"): selection("lga", 0, [0.3, 0.2, 0.1]),
             (PACKAGED, "auto"): selection("auto", 1, [0.1, None, 0.2], cost=2.0),
             (PACKAGED, "causal_tracing"): selection("causal_tracing", 0, [3.0, 2.0, 1.0]),
             (PACKAGED, "middle"): LayerSelection("middle", None, [1]),
@@ -101,7 +102,7 @@ def test_the_report_says_what_the_summary_says(measured):
     assert report.startswith("# Golden layers\n")
     for row in (
         "| lga sequence | 1 | 0.100 |",
-        "| lga sequence, own (a) | 2 | 0.000 |",
+        "| lga sequence, own | 2, 0 | 0.450 |",  # nothing of a, nine tenths of b
         "| a | r-rome | 2 | 1: 0.400 | 0.300 to 0.500 | 2: 0.500 | 0.2",
         "| auto | b | r-rome | 100.0 | +90.0 | 100.0 | +90.0 |",
         "| brute force, r-rome | 60 | 3.00 | 1 | 1 |",

@@ -2,7 +2,8 @@
 
 For each model, dataset and editor, test facts are edited at every layer. A selector's *regret* is what its layer loses
 against the best one, `1 - S(chosen) / S(best)`. Editors of batches insert test facts as batches. Selectors see proxy
-facts alone: the packaged set, of which some are edited at every layer too, and, for LGA, those of the dataset.
+facts alone: the packaged set, of which some are edited at every layer too, and, for LGA and `auto`, others of the
+dataset.
 
 All of it is in JSON: cells as they come, so that a run that was stopped goes on, and a summary for each model.
 """
@@ -44,7 +45,7 @@ class Setting:
         methods: Editors.
         test: Test facts of each dataset, from its front.
         proxy: Facts of the packaged set that brute force looks for the golden layer on.
-        dataset_proxy: Facts of each dataset, from its end, that LGA sees.
+        dataset_proxy: Facts of each dataset, from its end, that LGA and `auto` see.
         traced: Facts of the packaged set that causal tracing sees.
         chunk: Facts of a cell; values are optimised side by side in it.
         neighbors: Neighbourhood prompts of each fact.
@@ -233,7 +234,7 @@ def _sweep_all(
 def _select_all(
     model: EditModel, setting: Setting, proxies: Mapping[str, list[EditRequest]]
 ) -> dict[tuple[str, str], LayerSelection]:
-    """Run every selector on the packaged proxy facts, and LGA on those of the datasets too.
+    """Run every selector on the packaged proxy facts, LGA and `auto` on those of the datasets too.
 
     Those that depend on the editor are run for the first one.
     """
@@ -254,7 +255,9 @@ def _select_all(
             if facts:
                 run(dataset, f"lga {loss}", whole, layer="lga", lga_loss=loss, proxy=facts)
     run(PACKAGED, "auto", whole, layer="auto")
-    run(PACKAGED, "linear_response", whole, layer="linear_response")
+    for dataset, facts in proxies.items():
+        if facts:
+            run(dataset, "auto", whole, layer="auto", proxy=facts)
     run(PACKAGED, "selectivity", whole, layer="selectivity")
     run(PACKAGED, "causal_tracing", whole, layer="causal_tracing", proxy_size=setting.traced)
     layers = sorted(whole.down_projections)

@@ -2,8 +2,8 @@
 
 from goldenedit.layer_selection.brute_force import CellStore, Outcome, edit_score, sweep
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
+from goldenedit.layer_selection.key_response import key_response_scores
 from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filter
-from goldenedit.layer_selection.linear_response import linear_response_scores
 from goldenedit.layer_selection.published import PUBLISHED_LAYERS, published_layers
 from goldenedit.layer_selection.select import choose, find_layers, proxy_hash, proxy_set, select_layer
 from goldenedit.layer_selection.selection import LayerSelection
@@ -19,8 +19,8 @@ __all__ = [
     "edit_score",
     "find_layers",
     "golden_layer",
+    "key_response_scores",
     "lga_scores",
-    "linear_response_scores",
     "proxy_hash",
     "proxy_set",
     "published_layers",

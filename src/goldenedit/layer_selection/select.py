@@ -24,11 +24,10 @@ from goldenedit.cost import Cost, measuring
 from goldenedit.editing.base_facts import BaseFacts
 from goldenedit.editing.covariance import LazyStatistics, source_name
 from goldenedit.editing.statistics import KeyStatistics
-from goldenedit.layer_selection.auto import auto_scores
 from goldenedit.layer_selection.brute_force import CellStore, edit_constants, edit_score, sweep, tells_locality
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
+from goldenedit.layer_selection.key_response import key_response_scores
 from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filter
-from goldenedit.layer_selection.linear_response import linear_response_scores
 from goldenedit.layer_selection.published import published_layers
 from goldenedit.layer_selection.selection import LayerSelection, forward_flops, score_tensor
 from goldenedit.layer_selection.selectivity import selectivity_scores
@@ -40,6 +39,7 @@ from goldenedit.storage.hub import find_golden_layers
 
 logger = logging.getLogger(__name__)
 
+AUTO = "key_response"  # what "auto" is: the selector that loses least against brute force
 _SWEEP_NEIGHBORS = 5
 
 
@@ -88,18 +88,9 @@ def find_layers(
         return LayerSelection(name, None, published_layers(model, config.method))
     if name == "random":
         return LayerSelection(name, None, [random.Random(config.seed).choice(sorted(architecture.down_projections))])
-    if name == "auto":
-        parts = [
-            _scored(part, model, architecture, tokenizer, config, base_facts) for part in ("linear_response", "lga")
-        ]
-        response, gradients = (part.score_tensor() for part in parts)
-        scores = _as_list(auto_scores(response, gradients, config.tukey_kappa), architecture)
-        forwards = sum(part.forward_equivalents for part in parts)
-        found = LayerSelection(name, scores, [], parts[0].facts, parts[0].cost + parts[1].cost, forwards)
-    else:
-        found = _scored(name, model, architecture, tokenizer, config, base_facts)
+    found = _scored(AUTO if name == "auto" else name, model, architecture, tokenizer, config, base_facts)
     chosen = choose(replace(config, layer_scores=found.scores))
-    return replace(found, layers=[chosen] if isinstance(chosen, int) else chosen)
+    return replace(found, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
 
 
 def _shared(source: str, fingerprint: str, method: str) -> LayerSelection:
@@ -135,11 +126,11 @@ def _scored(
             found, cost = _sweep_scores(model, architecture, tokenizer, facts, config, base_facts, path)
         else:
             statistics: Mapping[int, KeyStatistics] = {}
-            if selector in ("selectivity", "linear_response"):
+            if selector in ("selectivity", "key_response"):
                 layers = sorted(architecture.down_projections)
                 statistics = LazyStatistics(model, architecture, tokenizer, layers, config, base_facts.fingerprint)
             with measuring() as spent:
-                found = _scores(selector, model, architecture, tokenizer, facts, config, statistics)
+                found = _scores(selector, model, architecture, tokenizer, facts, config, statistics, base_facts)
             cost = spent()
             if selector == "lga":  # the others are not shared among processes
                 cost = replace(cost, flops=sum(processes.gather(cost.flops)))
@@ -221,13 +212,15 @@ def _scores(
     facts: Sequence[EditRequest],
     config: EditConfig,
     statistics: Mapping[int, KeyStatistics],
+    base_facts: BaseFacts,
 ) -> Tensor:
     if selector == "lga":
         return lga_scores(model, architecture, tokenizer, facts, loss=config.lga_loss)  # type: ignore[arg-type]
     if selector == "selectivity":
         return selectivity_scores(model, architecture, tokenizer, facts, statistics)
-    if selector == "linear_response":
-        return linear_response_scores(model, architecture, tokenizer, facts, config, statistics)
+    if selector == "key_response":
+        contexts = base_facts.contexts(model, config)
+        return key_response_scores(model, architecture, tokenizer, facts, config, statistics, contexts)
     return causal_tracing_scores(model, architecture, tokenizer, facts, seed=config.seed)
 
 

@@ -1,0 +1,265 @@
+"""Key response: S of an edit at each layer, predicted from which prompts answer to its key, without a trial edit.
+
+An idea of this project, which joins key selectivity with what gradients say of efficacy. An editor of rank one adds
+`r a^T` to the weight `W` of a layer: whatever key `k` a token brings, its value moves by `(a . k) r`. As `r` is
+optimised until the edited prompt gives the new answer, a prompt with a token whose key is as strong as the fact's own,
+`k*`, is taken to be pushed towards that answer as far as the edited prompt is:
+
+    m(x)      = log p(new | x) - log p(old | x), mean over each answer's tokens
+    act(x)    = min(1, max over tokens t of x of |a . k_t(x)| / |a . k*|)
+    push      = max(0, min(MARGIN - m(prompt), OVERSHOOT clamp ||v0|| ||g||))
+    edited(x) = m(x) + act(x) push
+
+`a` comes from the configured editor, contexts and covariance, and `g` is the gradient of `m(prompt)` by the value `v0`
+at the last token of the subject: a layer that can no longer steer the answer has a short reach. `edited` gives the
+efficacy E, paraphrases P, neighbours N (other subjects) and locality L (other prompts about the subject), of which
+benchmarks make three kinds of S; the score is the mean of those that the facts have prompts for:
+
+    CounterFact: H(E, P, N)    zsRE: H(E, P, L)    WikiRecent and WikiCounterfact: H(E, L)
+
+with H the harmonic mean. All prompts take one forward for all layers, the edited one a backward too.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
+from goldenedit.architecture.layers import Architecture
+from goldenedit.config import TRAINED, EditConfig
+from goldenedit.editing.edit import fact_keys
+from goldenedit.editing.keys import FactKeys, context_keys
+from goldenedit.editing.rows import Row, context_length, encode
+from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editing.training import answer_nll
+from goldenedit.editors import EDITORS, Problem
+from goldenedit.evaluation.scores import harmonic_mean
+from goldenedit.formats import Pair
+from goldenedit.layer_selection.lga import greedy_answer
+from goldenedit.requests import ChatText, EditRequest
+
+# Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: 9.2 on
+# SmolLM2 up to layer 22 and 8.1 on Gemma up to 15; behind them margins fall as this reach says (4.7 against 4.6 at 25).
+MARGIN = 9.0
+OVERSHOOT = 2.0
+KINDS = (("paraphrase", "neighbors"), ("paraphrase", "locality"), ("locality",))  # of S, all with the efficacy
+
+# Asked of any subject. Not all make sense of each; what the model says there should stay all the same.
+PROPERTIES = (
+    *("name", "type", "country", "language", "location", "place of origin", "date of birth"),
+    *("history", "founder", "owner", "color", "official website"),
+)
+_ASKED = 5
+
+
+def key_response_scores(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[EditRequest],
+    config: EditConfig,
+    statistics: Mapping[int, KeyStatistics],
+    contexts: Sequence[str] = ("",),
+    neighbors: int = 5,
+) -> Tensor:
+    """Return the predicted S of each layer, `(num_layers,)` float64; NaN where a layer has no statistics.
+
+    Args:
+        facts: The proxy set. The old answer of those that have none is what the model says; facts without locality are
+            asked for other properties of their subject, those in a chat for what other facts are about.
+        config: The editor and its constants; editors that are trained are taken for R-ROME.
+        statistics: Key statistics of the layers to be scored; each is asked for once.
+        contexts: Prefixes to prompts that edits are made with, the first of them empty.
+        neighbors: Use the first so many neighbourhood prompts of each fact.
+
+    Raises:
+        ValueError: No fact has prompts whose answers must stay, or a gradient is not finite.
+    """
+    layers = sorted(statistics)
+    parts: dict[int, dict[str, list[float]]] = {layer: defaultdict(list) for layer in layers}
+    with evaluating(model), tqdm(total=len(facts), desc="Key response", unit="fact", leave=False) as progress:
+        known = [
+            fact if fact.target_true else replace(fact, target_true=greedy_answer(model, tokenizer, fact.text))
+            for fact in facts
+        ]
+        detectors = _detectors(model, architecture, tokenizer, known, config, statistics, contexts)
+        for index, fact in enumerate(known):
+            same = [prompt for prompt, _ in fact.locality] or other_prompts(fact, facts)
+            kept = {
+                "neighbors": [(prompt, str(fact.target_true)) for prompt in fact.neighborhood[:neighbors]],
+                "locality": _said(model, tokenizer, same),
+            }
+            own = {layer: found[index] for layer, found in detectors.items()}
+            response = respond(model, architecture, tokenizer, fact, own, [pair for of in kept.values() for pair in of])
+            sizes = {"efficacy": 1, "paraphrase": len(fact.paraphrases)} | {part: len(of) for part, of in kept.items()}
+            for layer in layers:
+                margins = response.edited(layer, config.clamp).split(list(sizes.values()))
+                for part, of_prompts in zip(sizes, margins, strict=True):
+                    if len(of_prompts):
+                        parts[layer][part].append((-of_prompts if part in kept else of_prompts).sigmoid().mean().item())
+            progress.update()
+    scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
+    for layer, of_layer in parts.items():
+        scores[layer] = _score({part: fmean(shares) for part, shares in of_layer.items()})
+    if scores[layers].isnan().any():
+        raise ValueError("A gradient of the key response is not finite: load the model in float32 or bfloat16.")
+    return scores
+
+
+def _score(means: Mapping[str, float]) -> float:
+    """Return the mean of the kinds of S that there are prompts for."""
+    if not all(math.isfinite(mean) for mean in means.values()):
+        return math.nan
+    kinds = [kind for kind in KINDS if all(part in means for part in kind)]
+    if not kinds:
+        raise ValueError("Key response needs facts with locality, or with paraphrases and neighbours.")
+    return fmean(harmonic_mean([means["efficacy"], *(means[part] for part in kind)]) for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Response:
+    """How the prompts of one fact answer to an edit of it: its own, its paraphrases, and those that must stay.
+
+    Attributes:
+        margins: `m(x)` before the edit, `(P,)`.
+        activations: `act(x)` by layer, `(P,)`.
+        reach: `||v0|| ||g||` by layer: nats that the margin moves when the value moves by its own length.
+    """
+
+    margins: Tensor
+    activations: dict[int, Tensor]
+    reach: dict[int, float]
+
+    def edited(self, layer: int, clamp: float) -> Tensor:
+        """Return the margins after an edit of the layer, `(P,)`; `clamp` is in units of the value's length."""
+        missing = MARGIN - self.margins[0].item()
+        push = max(0.0, min(missing, OVERSHOOT * clamp * self.reach[layer]))
+        return self.margins + self.activations[layer] * push
+
+
+def respond(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    fact: EditRequest,
+    detectors: Mapping[int, Tensor],
+    kept: Sequence[Pair],
+) -> Response:
+    """Return how the prompts of a fact answer to an edit of each layer.
+
+    Args:
+        detectors: `a` of each layer, `(d_in,)`.
+        kept: Prompts whose answers must stay, with these answers.
+    """
+    layers = {architecture.down_projection(model, layer): layer for layer in detectors}
+    modules = {str(layer): module for module, layer in layers.items()}
+    rows = _rows(model, tokenizer, fact, kept)
+    subject = rows[0].subject
+    with torch.no_grad(), recording(modules) as record:
+        nll = answer_nll(model, tokenizer, rows, "masked").cpu()
+    activations = {}
+    for layer, a in detectors.items():
+        keys = architecture.keys(model, layer, record.calls[str(layer)]).unflatten(0, (len(rows), -1))
+        answers = (keys[::2] @ a.to(keys)).abs().cpu()  # a prompt's keys are the same before either answer
+        answers = answers.masked_fill(~_asking(rows[::2], answers.shape[1]), 0.0).amax(1)
+        activations[layer] = (answers / answers[0]).clamp(max=1)
+    reach = dict.fromkeys(detectors, 0.0)  # no token reads the last layer's value
+
+    def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        g = gradient.view(2, -1, gradient.shape[-1])[:, subject].float().sum(0)
+        v0 = record.outputs[str(layers[module])].view(2, -1, len(g))[0, subject].float()
+        reach[layers[module]] = (v0.norm() * g.norm()).item()
+
+    with (
+        recording(modules) as record,
+        watching_gradients(architecture.layer(model, 0), layers, take) as roots,
+    ):
+        new, old = answer_nll(model, tokenizer, rows[:2], "masked")
+        torch.autograd.grad(old - new, roots, allow_unused=True)
+    return Response(nll[1::2] - nll[::2], activations, reach)
+
+
+def _asking(rows: Sequence[Row], length: int) -> Tensor:
+    """Return which tokens ask for the answer, `(P, length)`: of the edited prompt the one whose value is edited.
+
+    The first token of a text is an attention sink: its key is like no other.
+    """
+    inside = torch.tensor([[0 < token < row.target[0] for token in range(length)] for row in rows])
+    inside[0] = torch.arange(length) == rows[0].subject
+    return inside
+
+
+def other_prompts(fact: EditRequest, facts: Sequence[EditRequest]) -> list[str]:
+    """Return prompts for other properties of the fact's subject, in the form in which benchmarks of locality ask them.
+
+    With the subject last its key can tell which property is asked for. A chat's words are those of its template: what
+    is asked of the fact's subject there are prompts of other facts, each of another relation.
+    """
+    draw = random.Random(fact.text)
+    if not isinstance(fact.text, ChatText):
+        return [f"The {one} of {fact.subject} is" for one in draw.sample(PROPERTIES, _ASKED)]
+    prompts: dict[str, str] = {}
+    for other in draw.sample(list(facts), len(facts)):
+        if other.relation is not None and other.relation != fact.relation and len(prompts) < _ASKED:
+            prompts.setdefault(other.relation, other.text.replace(other.subject, fact.subject))
+    return list(prompts.values())
+
+
+def _said(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Pair]:
+    """Return prompts with the word that the model itself goes on with, where there is one."""
+    pairs = []
+    for prompt in prompts:
+        with suppress(ValueError):
+            pairs.append((prompt, greedy_answer(model, tokenizer, prompt, 1)))
+    return pairs
+
+
+def _rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditRequest, kept: Sequence[Pair]) -> list[Row]:
+    """Return the rows of prompt, paraphrases and what must stay, each with the new and then with the old answer."""
+    longest = context_length(model.config)
+    assert fact.target_true is not None
+    rows = []
+    for prompt, old in [*((text, fact.target_true) for text in (fact.text, *fact.paraphrases)), *kept]:
+        for answer in (fact.target_new, old):
+            end = fact.subject_end if prompt == fact.text else None
+            rows.append(encode(tokenizer, prompt, answer, end, longest))
+    return rows
+
+
+def _detectors(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[EditRequest],
+    config: EditConfig,
+    statistics: Mapping[int, KeyStatistics],
+    contexts: Sequence[str],
+) -> dict[int, Tensor]:
+    """Return `a` of each fact by layer, `(N, d_in)`; the statistics of one layer are looked at after the other."""
+    layers = sorted(statistics)
+    keys = context_keys(model, architecture, tokenizer, facts, layers, contexts)
+    everywhere = replace(config, layer=layers, layer_pattern="golden")
+    known = fact_keys(model, architecture, tokenizer, facts, everywhere, keys)
+    found = {}
+    for layer, of_layer in known.items():
+        own = statistics[layer]
+        found[layer] = torch.stack([detector(of_fact, config, own) for of_fact in of_layer])
+    return found
+
+
+def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> Tensor:
+    """Return `a`, `(d_in,)`: how much of its value the configured editor adds for each key."""
+    editor = EDITORS["r-rome" if config.method in TRAINED else config.method]
+    delta = editor(Problem([fact], torch.ones(1, 1), statistics, config))
+    return (delta.B @ delta.A)[0]
