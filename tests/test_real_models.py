@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
 from goldenedit.architecture import find_down_projections, read_architecture
 from goldenedit.editing.contexts import sample_contexts
+from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.layer_selection.key_response import other_prompts, respond
 from goldenedit.packaged import is_installed, packaged_model
 from goldenedit.requests import EditRequest
 
@@ -105,6 +107,23 @@ def test_a_sequence_that_was_stopped_goes_on_and_an_edit_made_twice_is_the_same_
     again.save_pretrained(tmp_path / "again")
     one, two = ((tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("half", "again"))
     assert one == two
+
+
+def test_deeper_edits_answer_less_to_what_else_is_asked_of_their_subject(base, tokenizer, config, name):
+    """Behind the middle, the key of a subject that ends its prompt tells what is asked of it."""
+    early, count = LAYERS[name]
+    later, last = count // 2 + 1, count - 1
+    facts, architecture = proxy_facts()[:4], read_architecture(base)
+    keys = subject_keys(base, architecture, tokenizer, facts, [early, later, last])
+    answers = {early: 0.0, later: 0.0}
+    for index, fact in enumerate(facts):
+        detectors = dict(zip((early, later, last), (of_layer[index] for of_layer in keys), strict=True))
+        asked = [(prompt, "Paris") for prompt in other_prompts(fact, facts)]
+        response = respond(base, architecture, tokenizer, fact, detectors, asked)
+        for layer in answers:
+            answers[layer] += response.activations[layer][-len(asked) :].mean().item() / len(facts)
+        assert response.reach[later] > response.reach[last] == 0  # no token reads the last layer's values
+    assert answers[later] < answers[early] - 0.05
 
 
 @pytest.mark.parametrize("name", ["smollm2"], indirect=True)
