@@ -122,7 +122,7 @@ def test_deeper_edits_answer_less_to_what_else_is_asked_of_their_subject(base, t
         response = respond(base, architecture, tokenizer, fact, detectors, asked)
         for layer in answers:
             answers[layer] += response.activations[layer][-len(asked) :].mean().item() / len(facts)
-        assert response.reach[later] > response.reach[last] == 0  # no token reads the last layer's values
+        assert response.slope[later] > response.slope[last] == 0  # no token reads the last layer's values
     assert answers[later] < answers[early] - 0.05
 
 

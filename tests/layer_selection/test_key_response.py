@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from goldenedit.layer_selection.key_response import (
     detector,
     other_prompts,
     respond,
+    score_of,
 )
 from goldenedit.layer_selection.lga import greedy_answer
 from goldenedit.requests import ChatText, EditRequest, proxy_facts
@@ -76,11 +78,13 @@ def test_a_response_is_what_the_plain_way_finds(name, tokenizer):
     others = [(of_prompt[1:] @ a.float()).abs().max() / own for of_prompt in keys[1:]]
     expected = torch.stack([torch.ones(()), *others]).clamp(max=1)
     torch.testing.assert_close(found.activations[1], expected, rtol=1e-4, atol=1e-5)
-    reach = values[0][subject].norm() * slope(model, tokenizer, module, subject).norm()
-    assert found.reach[1] == pytest.approx(reach.item(), 1e-3)
+    expected = values[0][subject].norm() * gradient(model, tokenizer, module, subject).norm()
+    assert found.slope[1] == pytest.approx(expected.item(), 1e-3)
+    p = math.exp(-nll[0])
+    assert found.certainty == pytest.approx(math.log(p / (1 - p)), 1e-4)
 
 
-def slope(model, tokenizer, module, subject: int) -> torch.Tensor:
+def gradient(model, tokenizer, module, subject: int) -> torch.Tensor:
     """The gradient of the margin at the edited prompt by the value, one answer after the other."""
     total = torch.zeros(())
     for sign, answer in ((1, FACT.target_new), (-1, FACT.target_true)):
@@ -103,21 +107,37 @@ def slope(model, tokenizer, module, subject: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("reach", "clamp", "expected"),
+    ("slope", "clamp", "expected"),
     [
         (100.0, 4.0, [MARGIN, -5 + (MARGIN + 4) / 2, -6.0]),  # as far as it must be, and no further
         (0.5, 1.0, [-4 + OVERSHOOT * 0.5, -5 + OVERSHOOT * 0.25, -6.0]),  # as far as the clamp lets it
         (0.0, 4.0, [-4.0, -5.0, -6.0]),  # the last layer's value is read by no token
     ],
 )
-def test_answers_are_pushed_by_what_they_share_with_the_edited_prompt(reach, clamp, expected):
-    response = Response(torch.tensor([-4.0, -5.0, -6.0]), {3: torch.tensor([1.0, 0.5, 0.0])}, {3: reach})
-    torch.testing.assert_close(response.edited(3, clamp), torch.tensor(expected))
+def test_answers_are_pushed_by_what_they_share_with_the_edited_prompt(slope, clamp, expected):
+    response = Response(torch.tensor([-4.0, -5.0, -6.0]), -3.0, {3: torch.tensor([1.0, 0.5, 0.0])}, {3: slope})
+    torch.testing.assert_close(response.edited(3, EditConfig(clamp=clamp)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("certainty", "slope", "expected"),
+    [
+        (-3.0, 100.0, 0.9),  # the optimisation stops there
+        (-3.0, 1.5 / OVERSHOOT, 1 / (1 + math.exp(1.5))),
+        (-3.0, 0.0, 1 / (1 + math.exp(3.0))),
+        (4.0, 100.0, 1 / (1 + math.exp(-4.0))),  # surer than that before
+    ],
+)
+def test_the_new_answer_is_as_sure_as_the_layer_can_make_it(certainty, slope, expected):
+    response = Response(torch.zeros(1), certainty, {0: torch.ones(1)}, {0: slope})
+    config = EditConfig(clamp=1.0, stop_loss=-math.log(0.9))
+    assert response.efficacy(0, config) == pytest.approx(expected)
+    assert response.efficacy(0, replace(config, stop_loss=0.0)) >= response.efficacy(0, config) - 1e-9
 
 
 def test_an_answer_that_is_there_is_not_pushed_away():
-    response = Response(torch.tensor([MARGIN + 1]), {0: torch.ones(1)}, {0: 5.0})
-    assert response.edited(0, 4.0).item() == MARGIN + 1
+    response = Response(torch.tensor([MARGIN + 1]), 0.0, {0: torch.ones(1)}, {0: 5.0})
+    assert response.edited(0, EditConfig()).item() == MARGIN + 1
 
 
 def test_contrast_keys_contexts_and_other_editors_change_what_is_predicted(tokenizer):
@@ -156,8 +176,19 @@ def test_what_facts_lack_is_what_the_model_says(tokenizer):
 def test_facts_that_say_nothing_are_refused(tokenizer):
     chat = ChatText(FACT.text, subject_start=0, context_start=0)
     alone = replace(FACT, prompt=chat, paraphrases=(), neighborhood=())
-    with pytest.raises(ValueError, match="needs facts with locality, or with paraphrases and neighbours"):
+    with pytest.raises(ValueError, match="needs facts with neighbours or locality"):
         scores(tiny_model("llama"), tokenizer, [alone])
+
+
+def test_the_score_is_the_mean_of_the_kinds_of_s_that_benchmarks_make():
+    parts = {"efficacy": 1.0, "paraphrase": 0.5, "neighbors": 0.8, "locality": 0.4}
+    three = [3 / (1 + 2 + 1 / 0.8), 3 / (1 + 2 + 1 / 0.4), 2 / (1 + 1 / 0.4)]
+    assert score_of(parts) == pytest.approx(sum(three) / 3)
+    del parts["neighbors"]
+    assert score_of(parts) == pytest.approx(sum(three[1:]) / 2)
+    del parts["paraphrase"]
+    assert score_of(parts) == pytest.approx(three[2])
+    assert score_of({"efficacy": 1.0, "neighbors": 0.8}) == pytest.approx(2 / (1 + 1 / 0.8))
 
 
 @pytest.mark.parametrize("kind", ["neighborhood", "locality"])

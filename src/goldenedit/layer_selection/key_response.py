@@ -7,13 +7,15 @@ optimised until the edited prompt gives the new answer, a prompt with a token wh
 
     m(x)      = log p(new | x) - log p(old | x), mean over each answer's tokens
     act(x)    = min(1, max over tokens t of x of |a . k_t(x)| / |a . k*|)
-    push      = max(0, min(MARGIN - m(prompt), OVERSHOOT clamp ||v0|| ||g||))
-    edited(x) = m(x) + act(x) push
+    reach     = OVERSHOOT clamp ||v0|| ||g||
+    edited(x) = m(x) + act(x) max(0, min(MARGIN - m(prompt), reach))
 
 `a` comes from the configured editor, contexts and covariance, and `g` is the gradient of `m(prompt)` by the value `v0`
-at the last token of the subject: a layer that can no longer steer the answer has a short reach. `edited` gives the
-efficacy E, paraphrases P, neighbours N (other subjects) and locality L (other prompts about the subject), of which
-benchmarks make three kinds of S; the score is the mean of those that the facts have prompts for:
+at the last token of the subject: a layer that can no longer steer the answer has a short reach. The sign of `edited`
+tells whether paraphrases P, neighbours N (other subjects) and locality L (other prompts about the subject) answer as
+they should. The efficacy E is the probability of the new answer at the edited prompt, once its logit has moved by the
+reach or the optimisation stops. Benchmarks make three kinds of S of these; the score is the mean of those that the
+facts have prompts for:
 
     CounterFact: H(E, P, N)    zsRE: H(E, P, L)    WikiRecent and WikiCounterfact: H(E, L)
 
@@ -49,11 +51,10 @@ from goldenedit.formats import Pair
 from goldenedit.layer_selection.lga import greedy_answer
 from goldenedit.requests import ChatText, EditRequest
 
-# Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: 9.2 on
-# SmolLM2 up to layer 22 and 8.1 on Gemma up to 15; behind them margins fall as this reach says (4.7 against 4.6 at 25).
+# Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: a margin of 9.2 on
+# SmolLM2 up to layer 22 and of 8.1 on Gemma up to 15; behind them it falls as this reach says (at 25 4.7, by it 4.6).
 MARGIN = 9.0
 OVERSHOOT = 2.0
-KINDS = (("paraphrase", "neighbors"), ("paraphrase", "locality"), ("locality",))  # of S, all with the efficacy
 
 # Asked of any subject. Not all make sense of each; what the model says there should stay all the same.
 PROPERTIES = (
@@ -102,29 +103,32 @@ def key_response_scores(
             }
             own = {layer: found[index] for layer, found in detectors.items()}
             response = respond(model, architecture, tokenizer, fact, own, [pair for of in kept.values() for pair in of])
-            sizes = {"efficacy": 1, "paraphrase": len(fact.paraphrases)} | {part: len(of) for part, of in kept.items()}
+            sizes = {"paraphrase": len(fact.paraphrases)} | {part: len(of) for part, of in kept.items()}
             for layer in layers:
-                margins = response.edited(layer, config.clamp).split(list(sizes.values()))
+                parts[layer]["efficacy"].append(response.efficacy(layer, config))
+                margins = response.edited(layer, config)[1:].split(list(sizes.values()))
                 for part, of_prompts in zip(sizes, margins, strict=True):
                     if len(of_prompts):
                         parts[layer][part].append((-of_prompts if part in kept else of_prompts).sigmoid().mean().item())
             progress.update()
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     for layer, of_layer in parts.items():
-        scores[layer] = _score({part: fmean(shares) for part, shares in of_layer.items()})
+        scores[layer] = score_of({part: fmean(shares) for part, shares in of_layer.items()})
     if scores[layers].isnan().any():
         raise ValueError("A gradient of the key response is not finite: load the model in float32 or bfloat16.")
     return scores
 
 
-def _score(means: Mapping[str, float]) -> float:
+def score_of(means: Mapping[str, float]) -> float:
     """Return the mean of the kinds of S that there are prompts for."""
     if not all(math.isfinite(mean) for mean in means.values()):
         return math.nan
-    kinds = [kind for kind in KINDS if all(part in means for part in kind)]
-    if not kinds:
-        raise ValueError("Key response needs facts with locality, or with paraphrases and neighbours.")
-    return fmean(harmonic_mean([means["efficacy"], *(means[part] for part in kind)]) for kind in kinds)
+    asked = tuple(part for part in ("efficacy", "paraphrase") if part in means)
+    kinds = dict.fromkeys([(*asked, "neighbors"), (*asked, "locality"), ("efficacy", "locality")])
+    scores = [harmonic_mean([means[part] for part in kind]) for kind in kinds if kind[-1] in means]
+    if not scores:
+        raise ValueError("Key response needs facts with neighbours or locality.")
+    return fmean(scores)
 
 
 @dataclass(frozen=True)
@@ -133,19 +137,35 @@ class Response:
 
     Attributes:
         margins: `m(x)` before the edit, `(P,)`.
+        certainty: Logit of `p(new | prompt)` before the edit, mean over the answer's tokens.
         activations: `act(x)` by layer, `(P,)`.
-        reach: `||v0|| ||g||` by layer: nats that the margin moves when the value moves by its own length.
+        slope: `||v0|| ||g||` by layer: nats that the margin moves when the value moves by its own length.
     """
 
     margins: Tensor
+    certainty: float
     activations: dict[int, Tensor]
-    reach: dict[int, float]
+    slope: dict[int, float]
 
-    def edited(self, layer: int, clamp: float) -> Tensor:
-        """Return the margins after an edit of the layer, `(P,)`; `clamp` is in units of the value's length."""
-        missing = MARGIN - self.margins[0].item()
-        push = max(0.0, min(missing, OVERSHOOT * clamp * self.reach[layer]))
+    def edited(self, layer: int, config: EditConfig) -> Tensor:
+        """Return the margins after an edit of the layer, `(P,)`."""
+        push = max(0.0, min(MARGIN - self.margins[0].item(), self._reach(layer, config)))
         return self.margins + self.activations[layer] * push
+
+    def efficacy(self, layer: int, config: EditConfig) -> float:
+        """Return the probability of the new answer at the edited prompt after an edit of the layer."""
+        stop = _logit(torch.tensor(config.stop_loss))
+        return (
+            torch.tensor(max(self.certainty, min(stop, self.certainty + self._reach(layer, config)))).sigmoid().item()
+        )
+
+    def _reach(self, layer: int, config: EditConfig) -> float:
+        return OVERSHOOT * config.clamp * self.slope[layer]
+
+
+def _logit(nll: Tensor) -> float:
+    """Return the logit of the probability whose negative logarithm this is."""
+    return -nll.double().expm1().log().item()
 
 
 def respond(
@@ -174,12 +194,12 @@ def respond(
         answers = (keys[::2] @ a.to(keys)).abs().cpu()  # a prompt's keys are the same before either answer
         answers = answers.masked_fill(~_asking(rows[::2], answers.shape[1]), 0.0).amax(1)
         activations[layer] = (answers / answers[0]).clamp(max=1)
-    reach = dict.fromkeys(detectors, 0.0)  # no token reads the last layer's value
+    slope = dict.fromkeys(detectors, 0.0)  # no token reads the last layer's value
 
     def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         g = gradient.view(2, -1, gradient.shape[-1])[:, subject].float().sum(0)
         v0 = record.outputs[str(layers[module])].view(2, -1, len(g))[0, subject].float()
-        reach[layers[module]] = (v0.norm() * g.norm()).item()
+        slope[layers[module]] = (v0.norm() * g.norm()).item()
 
     with (
         recording(modules) as record,
@@ -187,7 +207,7 @@ def respond(
     ):
         new, old = answer_nll(model, tokenizer, rows[:2], "masked")
         torch.autograd.grad(old - new, roots, allow_unused=True)
-    return Response(nll[1::2] - nll[::2], activations, reach)
+    return Response(nll[1::2] - nll[::2], _logit(nll[0]), activations, slope)
 
 
 def _asking(rows: Sequence[Row], length: int) -> Tensor:
