@@ -180,14 +180,14 @@ def test_facts_that_say_nothing_are_refused(tokenizer):
         scores(tiny_model("llama"), tokenizer, [alone])
 
 
-def test_the_score_is_the_mean_of_the_kinds_of_s_that_benchmarks_make():
+def test_the_score_is_the_mean_of_what_four_datasets_measure():
     parts = {"efficacy": 1.0, "paraphrase": 0.5, "neighbors": 0.8, "locality": 0.4}
-    three = [3 / (1 + 2 + 1 / 0.8), 3 / (1 + 2 + 1 / 0.4), 2 / (1 + 1 / 0.4)]
-    assert score_of(parts) == pytest.approx(sum(three) / 3)
+    counterfact, zsre, wiki = 3 / (1 + 2 + 1 / 0.8), 3 / (1 + 2 + 1 / 0.4), 2 / (1 + 1 / 0.4)
+    assert score_of(parts) == pytest.approx((counterfact + zsre + 2 * wiki) / 4)
     del parts["neighbors"]
-    assert score_of(parts) == pytest.approx(sum(three[1:]) / 2)
+    assert score_of(parts) == pytest.approx((zsre + 2 * wiki) / 3)
     del parts["paraphrase"]
-    assert score_of(parts) == pytest.approx(three[2])
+    assert score_of(parts) == pytest.approx(wiki)
     assert score_of({"efficacy": 1.0, "neighbors": 0.8}) == pytest.approx(2 / (1 + 1 / 0.8))
 
 

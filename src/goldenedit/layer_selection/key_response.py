@@ -14,10 +14,10 @@ optimised until the edited prompt gives the new answer, a prompt with a token wh
 at the last token of the subject: a layer that can no longer steer the answer has a short reach. The sign of `edited`
 tells whether paraphrases P, neighbours N (other subjects) and locality L (other prompts about the subject) answer as
 they should. The efficacy E is the probability of the new answer at the edited prompt, once its logit has moved by the
-reach or the optimisation stops. Benchmarks make three kinds of S of these; the score is the mean of those that the
-facts have prompts for:
+reach or the optimisation stops. The score is the mean of the S that four public datasets would be given, or those of
+them that the facts have prompts for:
 
-    CounterFact: H(E, P, N)    zsRE: H(E, P, L)    WikiRecent and WikiCounterfact: H(E, L)
+    CounterFact: H(E, P, N)    zsRE: H(E, P, L)    WikiRecent: H(E, L)    WikiCounterfact: H(E, L)
 
 with H the harmonic mean. All prompts take one forward for all layers, the edited one a backward too.
 """
@@ -120,12 +120,12 @@ def key_response_scores(
 
 
 def score_of(means: Mapping[str, float]) -> float:
-    """Return the mean of the kinds of S that there are prompts for."""
+    """Return the mean S of the datasets whose prompts there are, from the shares that answer as they should."""
     if not all(math.isfinite(mean) for mean in means.values()):
         return math.nan
     asked = tuple(part for part in ("efficacy", "paraphrase") if part in means)
-    kinds = dict.fromkeys([(*asked, "neighbors"), (*asked, "locality"), ("efficacy", "locality")])
-    scores = [harmonic_mean([means[part] for part in kind]) for kind in kinds if kind[-1] in means]
+    datasets = [(*asked, "neighbors"), (*asked, "locality"), ("efficacy", "locality"), ("efficacy", "locality")]
+    scores = [harmonic_mean([means[part] for part in parts]) for parts in datasets if parts[-1] in means]
     if not scores:
         raise ValueError("Key response needs facts with neighbours or locality.")
     return fmean(scores)
