@@ -93,6 +93,7 @@ def test_everything_is_measured_and_facts_of_selectors_are_not_those_of_the_test
     assert "published" not in names  # nothing is, for this model
     own = seen["lga", "sequence", True]
     assert [fact.subject for fact in own] == ["Rome", "the brown fox"]
+    assert seen["auto", "sequence", True] == own
 
 
 def test_a_run_that_was_stopped_goes_on(model, zsre, tmp_path, monkeypatch):

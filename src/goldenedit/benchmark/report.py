@@ -224,9 +224,9 @@ S of CounterFact is the harmonic mean of ES, PS and NS; of the other datasets th
 many layers is so by luck in part: *best layer of the other test facts*, each fact at the layer that is best for the
 rest, is what brute force loses without luck. `lga sequence` is what `layer="lga"` does: loss over the sequence, MLP
 weights, with the filter. Selectors see the packaged proxy facts; those marked *own* see other facts of the dataset they
-are tested on, and have a layer for each. Selectors that depend on the editor were run for the first one. Intervals are
-95%, by bootstrap over facts. Forward-equivalents are plain forwards for each fact; seconds are those of when a figure
-was first computed."""
+are tested on, and have a layer for each, in the order of the columns. Selectors that depend on the editor were run for
+the first one. Intervals are 95%, by bootstrap over facts. Forward-equivalents are plain forwards for each fact; seconds
+are those of when a figure was first computed."""
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -245,16 +245,18 @@ def _spread(interval: Interval) -> str:
 def _regret_table(summary: Summary) -> str:
     columns = list(dict.fromkeys((one["dataset"], one["method"]) for one in summary["random"]))
     methods = list(dict.fromkeys(method for _, method in columns))
+    datasets = list(dict.fromkeys(dataset for dataset, _ in columns))
     groups: dict[tuple[str, bool], list[Summary]] = {}  # what saw facts of each dataset is one row
     for selection in summary["selections"]:
         groups.setdefault((selection["selector"], selection["proxy"] == PACKAGED), []).append(selection)
     rows = []
     for (name, is_packaged), members in groups.items():
         tests = {(one["dataset"], one["method"]): one for member in members for one in member["tests"]}
+        layers = {member["proxy"]: str(member["layer"]) for member in members}
         rows.append(
             [
                 name if is_packaged else f"{name}, own",
-                ", ".join(str(member["layer"]) for member in members),
+                layers[PACKAGED] if is_packaged else ", ".join(layers.get(dataset, "none") for dataset in datasets),
                 *(_mean(tests[key]["regret"] for key in columns if key in tests and key[1] == one) for one in methods),
                 _mean(one["rank_correlation"] for one in tests.values()),
                 *(_number(tests[key]["regret"]) if key in tests else "" for key in columns),

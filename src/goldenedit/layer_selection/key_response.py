@@ -1,30 +1,32 @@
 """Key response: S of an edit at each layer, predicted from which prompts answer to its key, without a trial edit.
 
 An idea of this project, which joins key selectivity with what gradients say of efficacy. An editor of rank one adds
-`r a^T` to the weight `W` of a layer: whatever key `k` a token brings, its value moves by `(a . k) r`. As `r` is
+`r a^T` to the weight `W` of a layer: whatever key `k'` a token brings, its value moves by `(a . k') r`. As `r` is
 optimised until the edited prompt gives the new answer, a prompt with a token whose key is as strong as the fact's own,
-`k*`, is taken to be pushed towards that answer as far as the edited prompt is:
+`k`, is taken to be pushed towards that answer as far as the edited prompt is:
 
     m(x)      = log p(new | x) - log p(old | x), mean over each answer's tokens
-    act(x)    = min(1, max over tokens t of x of |a . k_t(x)| / |a . k*|)
+    act(x)    = min(1, max over tokens t of x of |a . k_t(x)| / |a . k|)
     reach     = OVERSHOOT clamp ||v0|| ||g||
     edited(x) = m(x) + act(x) max(0, min(MARGIN - m(prompt), reach))
 
 `a` comes from the configured editor, contexts and covariance, and `g` is the gradient of `m(prompt)` by the value `v0`
-at the last token of the subject: a layer that can no longer steer the answer has a short reach. The sign of `edited`
-tells whether paraphrases P, neighbours N (other subjects) and locality L (other prompts about the subject) answer as
-they should. The efficacy E is the probability of the new answer at the edited prompt, once its logit has moved by the
-reach or the optimisation stops. The score is the mean of the S that four public datasets would be given, or those of
-them that the facts have prompts for:
+at the last token of the subject: a layer that can no longer steer the answer has a short reach. What is predicted are
+the efficacy E, where the logit of the new answer moves by the reach or to where the optimisation stops, paraphrases P,
+neighbours N (other subjects) and locality L (other prompts about the subject):
+
+    E = sigmoid(max(c, min(logit(exp(-stop_loss)), c + reach))),  c = logit p(new | prompt)
+    P = mean sigmoid(edited(x)),  N, L = mean sigmoid(-edited(x))
+
+The score is the mean of the S that four public datasets would be given, or those of them that there are prompts for:
 
     CounterFact: H(E, P, N)    zsRE: H(E, P, L)    WikiRecent: H(E, L)    WikiCounterfact: H(E, L)
 
-with H the harmonic mean. All prompts take one forward for all layers, the edited one a backward too.
+with H the harmonic mean. One forward of all prompts serves all layers, and one backward of the edited one.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -40,10 +42,9 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
-from goldenedit.editing.edit import fact_keys
-from goldenedit.editing.keys import FactKeys, context_keys
+from goldenedit.editing.keys import FactKeys, context_keys, contrast_keys
 from goldenedit.editing.rows import Row, context_length, encode
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editing.statistics import KeyStatistics, relative_contrast
 from goldenedit.editing.training import answer_nll
 from goldenedit.editors import EDITORS, Problem
 from goldenedit.evaluation.scores import harmonic_mean
@@ -56,7 +57,7 @@ from goldenedit.requests import ChatText, EditRequest
 MARGIN = 9.0
 OVERSHOOT = 2.0
 
-# Asked of any subject. Not all make sense of each; what the model says there should stay all the same.
+# Asked of any subject. Not all make sense of each, and one may ask for what is edited, which all layers share.
 PROPERTIES = (
     *("name", "type", "country", "language", "location", "place of origin", "date of birth"),
     *("history", "founder", "owner", "color", "official website"),
@@ -77,29 +78,29 @@ def key_response_scores(
     """Return the predicted S of each layer, `(num_layers,)` float64; NaN where a layer has no statistics.
 
     Args:
-        facts: The proxy set. The old answer of those that have none is what the model says; facts without locality are
-            asked for other properties of their subject, those in a chat for what other facts are about.
+        facts: The proxy set. The old answer of those that have none is what the model says, and facts whose new answer
+            that is are passed by; facts without locality are asked for other properties of their subject, those in a
+            chat for what other facts are about.
         config: The editor and its constants; editors that are trained are taken for R-ROME.
         statistics: Key statistics of the layers to be scored; each is asked for once.
         contexts: Prefixes to prompts that edits are made with, the first of them empty.
         neighbors: Use the first so many neighbourhood prompts of each fact.
 
     Raises:
-        ValueError: No fact has prompts whose answers must stay, or a gradient is not finite.
+        ValueError: No fact has prompts whose answers must stay, or an output or gradient is not finite.
     """
     layers = sorted(statistics)
     parts: dict[int, dict[str, list[float]]] = {layer: defaultdict(list) for layer in layers}
     with evaluating(model), tqdm(total=len(facts), desc="Key response", unit="fact", leave=False) as progress:
-        known = [
-            fact if fact.target_true else replace(fact, target_true=greedy_answer(model, tokenizer, fact.text))
-            for fact in facts
-        ]
+        known = [there for fact in facts if (there := _with_old_answer(model, tokenizer, fact)) is not None]
+        if not known:
+            raise ValueError("Key response needs facts whose new answer is not what the model says.")
         detectors = _detectors(model, architecture, tokenizer, known, config, statistics, contexts)
         for index, fact in enumerate(known):
-            same = [prompt for prompt, _ in fact.locality] or other_prompts(fact, facts)
+            same = _said(model, tokenizer, [prompt for prompt, _ in fact.locality] or other_prompts(fact, facts))
             kept = {
                 "neighbors": [(prompt, str(fact.target_true)) for prompt in fact.neighborhood[:neighbors]],
-                "locality": _said(model, tokenizer, same),
+                "locality": [(prompt, word) for prompt, word in same if not fact.target_new.startswith(word)],
             }
             own = {layer: found[index] for layer, found in detectors.items()}
             response = respond(model, architecture, tokenizer, fact, own, [pair for of in kept.values() for pair in of])
@@ -114,15 +115,20 @@ def key_response_scores(
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     for layer, of_layer in parts.items():
         scores[layer] = score_of({part: fmean(shares) for part, shares in of_layer.items()})
-    if scores[layers].isnan().any():
-        raise ValueError("A gradient of the key response is not finite: load the model in float32 or bfloat16.")
     return scores
+
+
+def _with_old_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditRequest) -> EditRequest | None:
+    """Return the fact with what the model says as its old answer, None where that is nothing or the new one."""
+    if fact.target_true:
+        return fact
+    with suppress(ValueError):
+        return replace(fact, target_true=greedy_answer(model, tokenizer, fact.text))
+    return None
 
 
 def score_of(means: Mapping[str, float]) -> float:
     """Return the mean S of the datasets whose prompts there are, from the shares that answer as they should."""
-    if not all(math.isfinite(mean) for mean in means.values()):
-        return math.nan
     asked = tuple(part for part in ("efficacy", "paraphrase") if part in means)
     datasets = [(*asked, "neighbors"), (*asked, "locality"), ("efficacy", "locality"), ("efficacy", "locality")]
     scores = [harmonic_mean([means[part] for part in parts]) for parts in datasets if parts[-1] in means]
@@ -193,7 +199,7 @@ def respond(
         keys = architecture.keys(model, layer, record.calls[str(layer)]).unflatten(0, (len(rows), -1))
         answers = (keys[::2] @ a.to(keys)).abs().cpu()  # a prompt's keys are the same before either answer
         answers = answers.masked_fill(~_asking(rows[::2], answers.shape[1]), 0.0).amax(1)
-        activations[layer] = (answers / answers[0]).clamp(max=1)
+        activations[layer] = (answers / answers[0].clamp_min(torch.finfo(answers.dtype).tiny)).clamp(max=1)
     slope = dict.fromkeys(detectors, 0.0)  # no token reads the last layer's value
 
     def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
@@ -207,16 +213,20 @@ def respond(
     ):
         new, old = answer_nll(model, tokenizer, rows[:2], "masked")
         torch.autograd.grad(old - new, roots, allow_unused=True)
+    steepest = torch.tensor(list(slope.values()))
+    if not (nll.isfinite().all() and steepest.isfinite().all()):
+        raise ValueError("A gradient of the key response is not finite: load the model in float32 or bfloat16.")
     return Response(nll[1::2] - nll[::2], _logit(nll[0]), activations, slope)
 
 
 def _asking(rows: Sequence[Row], length: int) -> Tensor:
     """Return which tokens ask for the answer, `(P, length)`: of the edited prompt the one whose value is edited.
 
-    The first token of a text is an attention sink: its key is like no other.
+    The first token of a text is an attention sink, whose key is like no other but those of other first tokens.
     """
-    inside = torch.tensor([[0 < token < row.target[0] for token in range(length)] for row in rows])
-    inside[0] = torch.arange(length) == rows[0].subject
+    subject = rows[0].subject
+    inside = torch.tensor([[min(subject, 1) <= token < row.target[0] for token in range(length)] for row in rows])
+    inside[0] = torch.arange(length) == subject
     return inside
 
 
@@ -268,14 +278,32 @@ def _detectors(
 ) -> dict[int, Tensor]:
     """Return `a` of each fact by layer, `(N, d_in)`; the statistics of one layer are looked at after the other."""
     layers = sorted(statistics)
-    keys = context_keys(model, architecture, tokenizer, facts, layers, contexts)
-    everywhere = replace(config, layer=layers, layer_pattern="golden")
-    known = fact_keys(model, architecture, tokenizer, facts, everywhere, keys)
+    count = config.contrast if config.contrast_weight > 0 else 0
+    contrasts = contrast_keys(model, architecture, tokenizer, facts, layers, count, config.seed)
+    keys = [_bare_and_mean(model, architecture, tokenizer, fact, layers, contexts) for fact in facts]
+    anchor = config.anchor_bare_prompt and len(contexts) > 1
     found = {}
-    for layer, of_layer in known.items():
+    for index, layer in enumerate(layers):
         own = statistics[layer]
-        found[layer] = torch.stack([detector(of_fact, config, own) for of_fact in of_layer])
+        of_facts = []
+        for (bare, mean), contrast in zip((of_layers[index] for of_layers in keys), contrasts, strict=True):
+            weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
+            of_facts.append(detector(FactKeys(bare, mean, weighed, anchor), config, own))
+        found[layer] = torch.stack(of_facts)
     return found
+
+
+def _bare_and_mean(
+    model: nn.Module,
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    fact: EditRequest,
+    layers: Sequence[int],
+    contexts: Sequence[str],
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the key at the bare prompt and the mean over contexts, by layer; all keys of all facts would be large."""
+    found = context_keys(model, architecture, tokenizer, [fact], layers, contexts)
+    return [(of_layer[0, 0].clone(), of_layer[0].mean(0)) for of_layer in found]
 
 
 def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> Tensor:

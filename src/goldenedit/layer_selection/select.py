@@ -126,11 +126,12 @@ def _scored(
             found, cost = _sweep_scores(model, architecture, tokenizer, facts, config, base_facts, path)
         else:
             statistics: Mapping[int, KeyStatistics] = {}
+            contexts = base_facts.contexts(model, config) if selector == "key_response" else []
             if selector in ("selectivity", "key_response"):
                 layers = sorted(architecture.down_projections)
                 statistics = LazyStatistics(model, architecture, tokenizer, layers, config, base_facts.fingerprint)
             with measuring() as spent:
-                found = _scores(selector, model, architecture, tokenizer, facts, config, statistics, base_facts)
+                found = _scores(selector, model, architecture, tokenizer, facts, config, statistics, contexts)
             cost = spent()
             if selector == "lga":  # the others are not shared among processes
                 cost = replace(cost, flops=sum(processes.gather(cost.flops)))
@@ -212,14 +213,13 @@ def _scores(
     facts: Sequence[EditRequest],
     config: EditConfig,
     statistics: Mapping[int, KeyStatistics],
-    base_facts: BaseFacts,
+    contexts: Sequence[str],
 ) -> Tensor:
     if selector == "lga":
         return lga_scores(model, architecture, tokenizer, facts, loss=config.lga_loss)  # type: ignore[arg-type]
     if selector == "selectivity":
         return selectivity_scores(model, architecture, tokenizer, facts, statistics)
     if selector == "key_response":
-        contexts = base_facts.contexts(model, config)
         return key_response_scores(model, architecture, tokenizer, facts, config, statistics, contexts)
     return causal_tracing_scores(model, architecture, tokenizer, facts, seed=config.seed)
 
