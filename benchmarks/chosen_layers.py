@@ -1,7 +1,8 @@
 """Layers that selectors chose, against each other on more facts than brute force has time for.
 
 Single edits by R-ROME, default settings, of facts of each dataset behind those of golden_layers.py. What counts is the
-mean of S over the datasets; facts are drawn anew for the interval of its difference from the first layer.
+mean of S over the datasets; facts are drawn anew for the interval of its difference from the first layer. Regret is
+against the best of these layers.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _row(outcomes: dict[str, dict[int, list[Outcome]]], layer: int, against: int
         differences.append(_mean(outcomes, layer, chosen) - _mean(outcomes, against, chosen))
     everything = {name: list(range(len(of[layer]))) for name, of in outcomes.items()}
     mean = _mean(outcomes, layer, everything)
-    row: dict[str, object] = {"layer": layer, "S, mean": round(mean, 3)}
+    best = {name: max(edit_score(of_layer) for of_layer in of.values()) for name, of in outcomes.items()}
+    regret = fmean(1 - edit_score(of[layer]) / best[name] for name, of in outcomes.items())
+    row: dict[str, object] = {"layer": layer, "S, mean": round(mean, 3), "regret, mean": round(regret, 3)}
     row |= {f"{name} (n={len(of[layer])})": round(edit_score(of[layer]), 3) for name, of in outcomes.items()}
     for name, of in outcomes.items():
         matched = token_match_scores([one.matches for one in of[layer]])

@@ -22,7 +22,7 @@ from goldenedit.storage.reading import read_edit_folder
 
 HERE = Path(__file__).parent
 NAMES = {"smollm2": "example/SmolLM2-135M-Instruct-Q4_1", "gemma3": "example/gemma-3-270m-Q4_K_M"}
-SELECTORS = ("selectivity", "lga")  # the last is what others read first
+SELECTORS = ("auto", "selectivity", "lga")  # the last is what others read first
 EIFFEL = EditRequest(
     "{} is located in the city of",
     "The Eiffel Tower",
