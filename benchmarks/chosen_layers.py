@@ -11,9 +11,7 @@ import random
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
-from common import NEIGHBORS, RESULTS, load, parser, record
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from common import DATASETS, NEIGHBORS, RESULTS, load, parser, record, rounded_products
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.benchmark.golden_layers import usable_facts
@@ -21,7 +19,6 @@ from goldenedit.cache import cache_dir
 from goldenedit.evaluation.scores import quantile_interval, token_match_scores
 from goldenedit.layer_selection import CellStore, Outcome, edit_score, sweep
 
-DATASETS = ("counterfact", "zsre", "wiki_recent", "wiki_counterfact")
 CHUNK = 8  # facts whose values are optimised side by side
 RESAMPLES = 500
 Outcomes = dict[str, dict[int, list[Outcome]]]  # by dataset and layer
@@ -41,34 +38,28 @@ def main() -> None:
     arguments = options.parse_args()
     ranges = {text: slice(*map(int, text.split(":"))) for text in arguments.facts}
 
-    torch.set_float32_matmul_precision("medium")  # as in golden_layers.py
     model = load(arguments.model, EditConfig(layer="random"))
     swept = (RESULTS / "golden-layers").glob("cells-*.jsonl")
     store = CellStore(cache_dir() / "benchmarks" / f"chosen-layers-{arguments.model}.jsonl", swept)
     parts: dict[str, Outcomes] = {text: {} for text in ranges}
     last = max(one.stop for one in ranges.values())
     for dataset in arguments.datasets:
-        with sdpa_kernel(SDPBackend.MATH):  # so too, to the fact that is just known
+        with rounded_products():
             found = usable_facts(model, load_requests(arguments.data / f"{dataset}.json"), last)
             for text, one in ranges.items():
                 parts[text][dataset] = _measure(model, found[one], arguments.layers, store)
         for text, part in parts.items():
             print(dataset, text, {at: round(edit_score(of), 3) for at, of in part[dataset].items()}, flush=True)
     if len(parts) > 1:
-        everything = {
+        parts[", ".join(parts)] = {
             dataset: {
                 layer: [one for part in parts.values() for one in part[dataset][layer]] for layer in arguments.layers
             }
             for dataset in arguments.datasets
         }
-        parts[", ".join(parts)] = everything
     record(
         f"chosen-layers-{arguments.model}",
-        [
-            {"facts": text, **_row(part, layer, arguments.layers[0])}
-            for text, part in parts.items()
-            for layer in arguments.layers
-        ],
+        [{"facts": text, **row} for text, part in parts.items() for row in _rows(part, arguments.layers)],
     )
 
 
@@ -96,32 +87,37 @@ def _measure(
     return found
 
 
-def _row(outcomes: Outcomes, layer: int, against: int) -> dict[str, object]:
-    """Return S by dataset, its mean, and how far the mean is from that of another layer, with a 95% interval."""
+def _rows(outcomes: Outcomes, layers: Sequence[int]) -> list[dict[str, object]]:
+    """Return S of each layer by dataset, its mean, and how far that is from the first layer's, with a 95% interval."""
+    scores = {layer: {name: edit_score(of[layer]) for name, of in outcomes.items()} for layer in layers}
+    best = {name: max(of_layer[name] for of_layer in scores.values()) for name in outcomes}
     draw = random.Random(0)
-    differences = []
-    for _ in range(RESAMPLES):
-        chosen = {name: draw.choices(range(len(of[layer])), k=len(of[layer])) for name, of in outcomes.items()}
-        differences.append(_mean(outcomes, layer, chosen) - _mean(outcomes, against, chosen))
-    everything = {name: list(range(len(of[layer]))) for name, of in outcomes.items()}
-    mean = _mean(outcomes, layer, everything)
-    best = {name: max(edit_score(of_layer) for of_layer in of.values()) for name, of in outcomes.items()}
-    regret = fmean(1 - edit_score(of[layer]) / best[name] for name, of in outcomes.items())
-    row: dict[str, object] = {"layer": layer, "S, mean": round(mean, 3), "regret, mean": round(regret, 3)}
-    row |= {f"{name} (n={len(of[layer])})": round(edit_score(of[layer]), 3) for name, of in outcomes.items()}
-    for name, of in outcomes.items():
-        matched = token_match_scores([one.matches for one in of[layer]])
-        row[f"{name}: rewrite, rephrase, locality"] = [
-            None if part is None else round(part, 3) for part in (matched.rewrite, matched.rephrase, matched.locality)
-        ]
-    if layer != against:
-        row[f"above layer {against}"] = round(mean - _mean(outcomes, against, everything), 3)
-        row["95%"] = [round(bound, 3) for bound in quantile_interval(differences)]
-    return row
+    sizes = {name: len(of[layers[0]]) for name, of in outcomes.items()}
+    draws = [{name: draw.choices(range(n), k=n) for name, n in sizes.items()} for _ in range(RESAMPLES)]
+    resampled = {layer: [_mean(outcomes, layer, facts) for facts in draws] for layer in layers}
+    first, rows = layers[0], []
+    for layer in layers:
+        own = scores[layer]
+        row: dict[str, object] = {
+            "layer": layer,
+            "S, mean": round(fmean(own.values()), 3),
+            "regret, mean": round(fmean(1 - own[name] / best[name] for name in own), 3),
+        }
+        row |= {f"{name} (n={sizes[name]})": round(own[name], 3) for name in own}
+        for name, of in outcomes.items():
+            found = token_match_scores([one.matches for one in of[layer]])
+            parts = (found.rewrite, found.rephrase, found.locality)
+            row[f"{name}: rewrite, rephrase, locality"] = [None if part is None else round(part, 3) for part in parts]
+        if layer != first:
+            differences = [mean - other for mean, other in zip(resampled[layer], resampled[first], strict=True)]
+            row[f"above layer {first}"] = round(fmean(own.values()) - fmean(scores[first].values()), 3)
+            row["95%"] = [round(bound, 3) for bound in quantile_interval(differences)]
+        rows.append(row)
+    return rows
 
 
-def _mean(outcomes: Outcomes, layer: int, chosen: dict[str, list[int]]) -> float:
-    return fmean(edit_score([of[layer][index] for index in chosen[name]]) for name, of in outcomes.items())
+def _mean(outcomes: Outcomes, layer: int, facts: dict[str, list[int]]) -> float:
+    return fmean(edit_score([of[layer][index] for index in facts[name]]) for name, of in outcomes.items())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
@@ -27,6 +28,7 @@ from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
 RESULTS = Path(__file__).parent / "results"
 NEIGHBORS = 5
+DATASETS = ("counterfact", "zsre", "wiki_recent", "wiki_counterfact")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -43,6 +45,21 @@ def load(name: str, config: EditConfig) -> EditModel:
     source = str(packaged_model(name)) if name in PACKAGED_MODELS else name
     model = AutoModelForCausalLM.from_pretrained(source)
     return EditModel(model, config, AutoTokenizer.from_pretrained(source))
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Let products of float32 be rounded, and leave out attention's fused kernel, which is slow then on few tokens.
+
+    On the processor of the tables last hidden states of up to 57 stay within 0.002.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def known_counterfacts(model: EditModel, data: Path) -> list[EditRequest]:

@@ -1,22 +1,17 @@
 """Every layer selector against brute force: four datasets, R-ROME alone, MEMIT and EMMET in batches of 8.
 
 `goldenedit benchmark golden-layers` with the settings of the tables. To have more facts in the time that there is,
-products of float32 may be rounded, `torch.set_float32_matmul_precision("medium")`, which on the processor of the tables
-leaves last hidden states of up to 57 within 0.002; attention then runs without its fused kernel, slow on few tokens.
+products of float32 may be rounded (`common.rounded_products`).
 """
 
 from __future__ import annotations
 
-import torch
-from common import RESULTS, parser
+from common import DATASETS, RESULTS, parser, rounded_products
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from goldenedit.benchmark.golden_layers import Setting
 from goldenedit.benchmark.run import run_golden_layers
 from goldenedit.cli import load_model
-
-DATASETS = ("counterfact", "zsre", "wiki_counterfact", "wiki_recent")
 
 
 def main() -> None:
@@ -27,10 +22,9 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", default=("r-rome", "memit", "emmet"))
     arguments = options.parse_args()
 
-    torch.set_float32_matmul_precision("medium")
     sources = {name: str(arguments.data / f"{name}.json") for name in arguments.datasets}
     setting = Setting(sources, tuple(arguments.methods), arguments.facts, arguments.facts, chunk=8)
-    with sdpa_kernel(SDPBackend.MATH):
+    with rounded_products():
         run_golden_layers([arguments.model], load_model, setting, RESULTS / "golden-layers", Console())
 
 

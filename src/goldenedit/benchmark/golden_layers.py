@@ -131,7 +131,8 @@ def measure_model(
         splits[dataset] = usable_facts(model, requests, setting.test)
         tested = {fact.text for fact in splits[dataset]}
         others = [request for request in reversed(requests) if request.text not in tested]
-        proxies[dataset] = usable_facts(model, others, setting.dataset_proxy)
+        if seen := usable_facts(model, others, setting.dataset_proxy):
+            proxies[dataset] = seen
     for dataset, facts in splits.items():
         if not facts:
             raise ValueError(
@@ -252,12 +253,10 @@ def _select_all(
             for fence, kappa in (("", 1.0), (", no filter", math.inf)):
                 run(PACKAGED, f"lga {loss}{part}{fence}", architecture, layer="lga", lga_loss=loss, tukey_kappa=kappa)
         for dataset, facts in proxies.items():
-            if facts:
-                run(dataset, f"lga {loss}", whole, layer="lga", lga_loss=loss, proxy=facts)
+            run(dataset, f"lga {loss}", whole, layer="lga", lga_loss=loss, proxy=facts)
     run(PACKAGED, "auto", whole, layer="auto")
     for dataset, facts in proxies.items():
-        if facts:
-            run(dataset, "auto", whole, layer="auto", proxy=facts)
+        run(dataset, "auto", whole, layer="auto", proxy=facts)
     run(PACKAGED, "selectivity", whole, layer="selectivity")
     run(PACKAGED, "causal_tracing", whole, layer="causal_tracing", proxy_size=setting.traced)
     layers = sorted(whole.down_projections)

@@ -263,12 +263,11 @@ def _regret_table(summary: Summary) -> str:
             ]
         )
     chance = {(one["dataset"], one["method"]): one["regret"] for one in summary["random"]}
-    means = [_mean(value for (_, method), value in chance.items() if method == one) for one in methods]
-    rows.append(["any layer, mean", "", *means, "", *(_number(chance[key]) for key in columns)])
     tested = {(one["dataset"], one["method"]): one for one in summary["curves"]}
-    lucky = {key: _regret(tested[key]["held_out_best"], max(tested[key]["scores"])) for key in columns}
-    means = [_mean(value for (_, method), value in lucky.items() if method == one) for one in methods]
-    rows.append(["best layer of the other test facts", "", *means, "", *(_number(lucky[key]) for key in columns)])
+    held_out = {key: _regret(tested[key]["held_out_best"], max(tested[key]["scores"])) for key in columns}
+    for name, regrets in (("any layer, mean", chance), ("best layer of the other test facts", held_out)):
+        means = [_mean(value for (_, method), value in regrets.items() if method == one) for one in methods]
+        rows.append([name, "", *means, "", *(_number(regrets[key]) for key in columns)])
     header = ["selector", "layer", *(f"mean, {method}" for method in methods), "Spearman, mean"]
     return _table([*header, *(f"{dataset}, {method}" for dataset, method in columns)], rows)
 

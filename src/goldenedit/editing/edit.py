@@ -204,7 +204,8 @@ def fact_keys(
         found[layer] = []
         for of_fact, contrast in zip(of_layer, contrasts, strict=True):
             weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
-            found[layer].append(FactKeys(of_fact[0], of_fact.mean(0), weighed, anchor))
+            # A copy, so that keeping the facts does not keep the keys of all contexts.
+            found[layer].append(FactKeys(of_fact[0].clone(), of_fact.mean(0), weighed, anchor))
     return found
 
 

@@ -42,9 +42,10 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
-from goldenedit.editing.keys import FactKeys, context_keys, contrast_keys
+from goldenedit.editing.edit import fact_keys
+from goldenedit.editing.keys import FactKeys, context_keys
 from goldenedit.editing.rows import Row, context_length, encode
-from goldenedit.editing.statistics import KeyStatistics, relative_contrast
+from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.editing.training import answer_nll
 from goldenedit.editors import EDITORS, Problem
 from goldenedit.evaluation.scores import harmonic_mean
@@ -194,11 +195,12 @@ def respond(
     subject = rows[0].subject
     with torch.no_grad(), recording(modules) as record:
         nll = answer_nll(model, tokenizer, rows, "masked").cpu()
+    asking = _asking(rows[::2], max(len(row.input_ids) for row in rows))
     activations = {}
     for layer, a in detectors.items():
         keys = architecture.keys(model, layer, record.calls[str(layer)]).unflatten(0, (len(rows), -1))
         answers = (keys[::2] @ a.to(keys)).abs().cpu()  # a prompt's keys are the same before either answer
-        answers = answers.masked_fill(~_asking(rows[::2], answers.shape[1]), 0.0).amax(1)
+        answers = answers.masked_fill(~asking, 0.0).amax(1)
         activations[layer] = (answers / answers[0].clamp_min(torch.finfo(answers.dtype).tiny)).clamp(max=1)
     slope = dict.fromkeys(detectors, 0.0)  # no token reads the last layer's value
 
@@ -278,32 +280,16 @@ def _detectors(
 ) -> dict[int, Tensor]:
     """Return `a` of each fact by layer, `(N, d_in)`; the statistics of one layer are looked at after the other."""
     layers = sorted(statistics)
-    count = config.contrast if config.contrast_weight > 0 else 0
-    contrasts = contrast_keys(model, architecture, tokenizer, facts, layers, count, config.seed)
-    keys = [_bare_and_mean(model, architecture, tokenizer, fact, layers, contexts) for fact in facts]
-    anchor = config.anchor_bare_prompt and len(contexts) > 1
+    everywhere = replace(config, layer=layers, layer_pattern="golden")
+    known = []
+    for fact in facts:  # one by one: the keys of all facts in all contexts would be large
+        keys = context_keys(model, architecture, tokenizer, [fact], layers, contexts)
+        known.append(fact_keys(model, architecture, tokenizer, [fact], everywhere, keys))
     found = {}
-    for index, layer in enumerate(layers):
+    for layer in layers:
         own = statistics[layer]
-        of_facts = []
-        for (bare, mean), contrast in zip((of_layers[index] for of_layers in keys), contrasts, strict=True):
-            weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
-            of_facts.append(detector(FactKeys(bare, mean, weighed, anchor), config, own))
-        found[layer] = torch.stack(of_facts)
+        found[layer] = torch.stack([detector(of_fact[layer][0], config, own) for of_fact in known])
     return found
-
-
-def _bare_and_mean(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    fact: EditRequest,
-    layers: Sequence[int],
-    contexts: Sequence[str],
-) -> list[tuple[Tensor, Tensor]]:
-    """Return the key at the bare prompt and the mean over contexts, by layer; all keys of all facts would be large."""
-    found = context_keys(model, architecture, tokenizer, [fact], layers, contexts)
-    return [(of_layer[0, 0].clone(), of_layer[0].mean(0)) for of_layer in found]
 
 
 def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> Tensor:
