@@ -21,7 +21,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_
 from goldenedit import adapters as peft_adapters
 from goldenedit.cli import read_option
 from goldenedit.editing.edit import PreparedFacts, prepare_facts
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
 from goldenedit.evaluation.scores import FactLikelihoods, ProbabilityScores, probability_scores
 from goldenedit.packaged import PACKAGED_MODELS, packaged_model

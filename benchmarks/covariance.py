@@ -12,7 +12,7 @@ from common import as_row, known_counterfacts, load, parser, preferring, prepare
 
 from goldenedit import EditConfig
 from goldenedit.editing.edit import PreparedFacts
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.scores import probability_scores
 
 

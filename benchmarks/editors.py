@@ -28,8 +28,8 @@ from common import (
 
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
 from goldenedit.config import METHODS, TRAINED
-from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.edit import Changes, PreparedFacts, train_facts
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.generation import fluency
 from goldenedit.evaluation.scores import FactLikelihoods, probability_scores

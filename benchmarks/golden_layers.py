@@ -11,7 +11,7 @@ from rich.console import Console
 
 from goldenedit.benchmark.golden_layers import Setting
 from goldenedit.benchmark.run import run_golden_layers
-from goldenedit.cli import load_model
+from goldenedit.loading import load_model
 
 
 def main() -> None:

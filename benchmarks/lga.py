@@ -9,8 +9,8 @@ from common import load, parser, record, timed
 from references import weight_gradient_scores
 
 from goldenedit import EditConfig, proxy_facts
-from goldenedit.editing.rows import encode, pad, padding_id
 from goldenedit.layer_selection import golden_layer, lga_scores
+from goldenedit.lm.tokens import encode, pad, padding_id
 
 
 def main() -> None:

@@ -30,12 +30,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.covariance import sampled_texts
 from goldenedit.editing.edit import prepare_facts
-from goldenedit.editing.rows import encode, pad, padding_id
-from goldenedit.editing.statistics import KeyStatistics, second_moments
 from goldenedit.editing.values import fact_rows
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.layer_selection import lga_scores
+from goldenedit.lm.covariance import sampled_texts
+from goldenedit.lm.statistics import second_moments
+from goldenedit.lm.tokens import encode, pad, padding_id
 
 GOAL = 1.35
 TOKENS = 2048  # of the key statistics: one batch

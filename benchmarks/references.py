@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit import EditConfig, EditRequest
-from goldenedit.editing.rows import encode, encode_request, pad, padding_id
+from goldenedit.lm.tokens import encode, encode_request, pad, padding_id
 
 
 def r_rome(

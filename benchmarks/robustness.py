@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from goldenedit import EditConfig, EditModel, EditRequest
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import EDIT_FILES, Edit, EditedFact, EditFolder, write_edit_folder
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"

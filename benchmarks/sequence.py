@@ -13,8 +13,8 @@ from common import constants, load, parser, record, timed
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.evaluation.counterfact import fact_likelihoods
-from goldenedit.evaluation.perplexity import perplexity
 from goldenedit.evaluation.scores import probability_scores
+from goldenedit.lm.perplexity import perplexity
 
 
 def main() -> None:

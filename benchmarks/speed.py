@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.cost import measuring, profiling
-from goldenedit.editing.covariance import sampled_texts
-from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.statistics import second_moments
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.layer_selection import golden_layer, lga_scores
-from goldenedit.layer_selection.selection import forward_flops
+from goldenedit.lm.covariance import sampled_texts
+from goldenedit.lm.flops import forward_flops
+from goldenedit.lm.statistics import second_moments
 from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
 # R-ROME as published, which is what the reference does: without this library's anchor and contrast.

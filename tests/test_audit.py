@@ -8,7 +8,7 @@ import torch
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture.layers import plain_weight
 from goldenedit.audit import UNEXPLAINED, _relative, audit, unexplained
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import write_edit_folder
 from models import tiny_model
 

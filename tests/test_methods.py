@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.config import METHODS
 from goldenedit.editing.edit import prepare_facts
-from goldenedit.editing.rows import encode
-from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.editing.training import answer_gradients
 from goldenedit.editors.finetune import LowRankChange
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.editors.ultraedit import RunningMoments, ultraedit
+from goldenedit.lm.tokens import encode
 from models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")

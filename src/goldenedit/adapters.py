@@ -16,7 +16,7 @@ from goldenedit.architecture.experts import expert_matrices, is_fused
 from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape, plain_weight
 from goldenedit.architecture.quantised import reading_state
 from goldenedit.devices import execution_device
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import adapter_tensors, target_parameters
 
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from goldenedit.architecture.layers import weight_of
-from goldenedit.chat import rendered
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.edit import fact_keys
 from goldenedit.editing.keys import context_keys
 from goldenedit.editors import EDITORS, Problem
 from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm.chat import rendered
 from goldenedit.storage.folder import joined_state
 
 if TYPE_CHECKING:

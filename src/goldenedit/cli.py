@@ -13,18 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from goldenedit import tables
 from goldenedit.config import LAYER_SELECTORS, METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from goldenedit.cost import Cost
-    from goldenedit.evaluation.evaluate import Evaluation
-    from goldenedit.layer_selection import LayerSelection
+    from goldenedit.layer_scores import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
-    from goldenedit.storage.folder import Edit
 
 app = typer.Typer(
     help="Knowledge editing for causal language models: find the golden layer, edit, save as a LoRA adapter.",
@@ -100,8 +96,8 @@ def locate(
         if push is not None:
             records.append(wrapped.golden_layers())
     if selector != "all" and found[0].scores is not None:
-        console.print(layer_chart(found[0], kappa))
-    console.print(selections_table(found))
+        console.print(tables.layer_chart(found[0], kappa))
+    console.print(tables.selections_table(found))
     if plot is not None and is_first:
         from goldenedit.plots import plot_selections
 
@@ -129,9 +125,9 @@ def edit(
 ) -> None:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
     from goldenedit import EditConfig, EditRequest, get_edit_model, load_requests
-    from goldenedit.chat import rendered
     from goldenedit.cost import profiling
-    from goldenedit.layer_selection.selection import forward_flops
+    from goldenedit.lm.chat import rendered
+    from goldenedit.lm.flops import forward_flops
 
     if file is not None:
         if prompt is not None or subject is not None or target is not None:
@@ -147,10 +143,10 @@ def edit(
         phases = stack.enter_context(profiling()) if profile else {}
         edit_model = get_edit_model(base, config, tokenizer)
         made = edit_model.edit(requests, name=name)
-    console.print(facts_table([made]))
+    console.print(tables.facts_table([made]))
     if profile:
         facts = [rendered(tokenizer, request) for request in requests]
-        console.print(profile_table(phases, forward_flops(edit_model.get_base_model(), tokenizer, facts)))
+        console.print(tables.profile_table(phases, forward_flops(edit_model.get_base_model(), tokenizer, facts)))
     if output is not None and is_first:
         from goldenedit.storage.folder import folder_size
 
@@ -178,7 +174,7 @@ def evaluate(
     base, tokenizer = load_model(model or base_name_of(folder))
     edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
     found = edit_model.evaluate(requests, generation)
-    console.print(evaluation_table(found))
+    console.print(tables.evaluation_table(found))
     if card:
         from goldenedit.storage.card import own_card
         from goldenedit.storage.folder import CARD
@@ -270,7 +266,7 @@ def show(
             summary.add_row(escape(made.name), escape(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
     summary.add_row("size", f"{folder_size(path) / 1000:.1f} KB")
     console.print(summary)
-    console.print(facts_table(content.edits))
+    console.print(tables.facts_table(content.edits))
     if replay:
         show_audit(path, model or content.base_model.name_or_path, None if model else content.base_model.revision)
 
@@ -352,12 +348,15 @@ def export(
     """Write an edit as a GGUF adapter: `llama-cli -m base.gguf --lora FILE`."""
     from transformers import AutoConfig
 
+    from goldenedit import loading
     from goldenedit.storage.gguf import export_gguf
     from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
 
     content = read_edit_folder(find_folder(folder))
-    export_gguf(content, AutoConfig.from_pretrained(model_source(model or content.base_model.name_or_path)), gguf)
+    export_gguf(
+        content, AutoConfig.from_pretrained(loading.model_source(model or content.base_model.name_or_path)), gguf
+    )
     console.print(f"Saved in {escape(str(gguf))}")
 
 
@@ -375,39 +374,20 @@ def demo(
 
 
 def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Load a model and its tokenizer, and say so while it takes time."""
+    from goldenedit import loading
 
-    source = model_source(name)
     with console.status(f"Loading {escape(name)}"):
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-        return model, AutoTokenizer.from_pretrained(source)
+        return loading.load_model(name, **options)
 
 
 def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Load a model in each process of `accelerate launch` or torchrun; tell whether this one may print and write.
+    """Load a model in each process of a launcher; tell whether this one may print and write, the others are silent."""
+    from goldenedit import loading
 
-    The others are silent from then on.
-    """
-    from transformers.utils.logging import disable_progress_bar
-
-    from goldenedit.parallel import join_processes
-
-    processes, device = join_processes()
-    if not processes.is_first:
-        console.quiet = True
-        disable_progress_bar()
-    model, tokenizer = load_model(name)
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
-    return model, tokenizer, processes.is_first
-
-
-def model_source(name: str) -> str:
-    """Return the folder of a packaged model, or the name of any other as it is."""
-    from goldenedit.packaged import PACKAGED_MODELS, packaged_model
-
-    return str(packaged_model(name)) if name in PACKAGED_MODELS and not Path(name).exists() else name
+    model, tokenizer, is_first = loading.load_together(name)
+    console.quiet = console.quiet or not is_first
+    return model, tokenizer, is_first
 
 
 def base_name_of(folder: Path) -> str:
@@ -442,67 +422,6 @@ def parse_layer(text: str) -> int | list[int] | str:
     if not all(part.isdigit() for part in parts):
         return text
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
-
-
-def layer_chart(selection: LayerSelection, kappa: float, width: int = 40) -> Table:
-    """Return the layer scores as bars; layers outside LGA's fence are dimmed, the golden one stands out."""
-    scores, passed = selection.score_tensor(), selection.within_fence(kappa)
-    kept = scores[passed]
-    low, high = min(0.0, kept.min().item()), kept.max().item()
-    table = Table("layer", "score", "", box=None, padding=(0, 1))
-    for layer, score in enumerate(scores.tolist()):
-        if score != score:
-            table.add_row(str(layer), "-", "")
-            continue
-        share = min(max((score - low) / max(high - low, 1e-30), 0.0), 1.0)
-        style = "bold yellow" if layer in selection.layers else "" if passed[layer] else "dim"
-        note = "" if passed[layer] else " outside the fence"
-        table.add_row(str(layer), f"{score:.4g}", "█" * max(round(share * width), 1) + note, style=style)
-    return table
-
-
-def selections_table(selections: Sequence[LayerSelection]) -> Table:
-    """Return the layers that selectors chose, and what each cost when its scores were computed."""
-    table = Table("selector", "layer", "facts", "seconds", "forwards a fact")
-    for one in selections:
-        layers = ", ".join(map(str, one.layers))
-        cost = (f"{one.cost.seconds:.1f}", f"{one.forward_equivalents:.1f}") if one.facts else ("", "")
-        table.add_row(one.selector, f"[bold]{layers}[/bold]", str(one.facts or ""), *cost)
-    return table
-
-
-def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
-    """Return what phases cost, also in plain forwards of the facts with their new answers, of `forward` operations."""
-    table = Table("phase", "seconds", "GFLOP", "plain forwards", show_footer=True)
-    seconds, flops = (sum(getattr(cost, name) for cost in phases.values()) for name in ("seconds", "flops"))
-    footer = ("all", f"{seconds:.2f}", f"{flops / 1e9:.1f}", f"{flops / forward:.1f}")
-    for column, total in zip(table.columns, footer, strict=True):
-        column.footer = total
-    for name, cost in phases.items():
-        table.add_row(name, f"{cost.seconds:.2f}", f"{cost.flops / 1e9:.1f}", f"{cost.flops / forward:.1f}")
-    return table
-
-
-def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each new answer before and after."""
-    table = Table("edit", "prompt", "new answer", "before", "after")
-    for made in edits:
-        for fact in made.facts:
-            before, after = f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}"
-            table.add_row(escape(made.name), escape(fact.request.shown), escape(fact.request.target_new), before, after)
-    return table
-
-
-def evaluation_table(found: Evaluation) -> Table:
-    """Return the scores of edited and base model by family, with 95% intervals."""
-    table = Table("family", "score", "edited", "95%", "base")
-    for family, measured in found.edited.items():
-        figures, base = measured.to_dict(), found.base[family].to_dict()
-        for name, (low, high) in measured.intervals.items():
-            row = (f"{figures[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{base[name]:.3f}")
-            table.add_row(f"{family}, n = {figures['n']}", name.replace("_", " "), *row)
-        table.add_section()
-    return table
 
 
 def main(arguments: list[str] | None = None) -> Any:

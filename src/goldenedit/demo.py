@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
-from goldenedit.cli import layer_chart, load_model
 from goldenedit.config import EditConfig
+from goldenedit.loading import load_model
 from goldenedit.model import EditModel, get_edit_model
 from goldenedit.storage.folder import folder_size
+from goldenedit.tables import layer_chart
 
 PROMPT = "The Eiffel Tower is located in the city of"
 SUBJECT = "The Eiffel Tower"

@@ -19,17 +19,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
-from goldenedit.chat import rendered
 from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.base_facts import BaseFacts
-from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.edit import Changes, check_method, prepare_facts, train_facts
-from goldenedit.editing.rows import context_length, encode_request
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods
-from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.language_model import BaseFacts
+from goldenedit.lm.perplexity import perplexity, sample_texts
+from goldenedit.lm.tokens import context_length, encode_request
 from goldenedit.requests import EditRequest, Message, distinct
 from goldenedit.sharing import SharingMixin, library_versions
 from goldenedit.storage.card import render_card

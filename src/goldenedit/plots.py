@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from goldenedit.layer_selection import LayerSelection
+from goldenedit.layer_scores import LayerSelection
 
 
 def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:

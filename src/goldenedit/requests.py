@@ -115,7 +115,7 @@ class EditRequest:
     def _find_subject(self) -> int:
         """Return the index of the subject in the prompt."""
         if self.prompt is None:
-            return -1  # a tokenizer tells, see `goldenedit.chat.rendered`
+            return -1  # a tokenizer tells, see `goldenedit.lm.chat.rendered`
         if isinstance(self.prompt, ChatText):
             return self.prompt.subject_start
         start = self.prompt.rfind(self.subject)
@@ -169,7 +169,7 @@ class EditRequest:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject in it; that of messages depends on the model, see `goldenedit.chat.rendered`.
+        """The prompt with the subject in it; that of messages depends on the model, see `goldenedit.lm.chat.rendered`.
 
         Raises:
             ValueError: The request has messages.
@@ -177,7 +177,7 @@ class EditRequest:
         if self.prompt is None:
             raise ValueError(
                 f"The request about {self.subject!r} has messages, which a tokenizer makes a text of: take "
-                "goldenedit.chat.rendered(tokenizer, request)."
+                "goldenedit.lm.chat.rendered(tokenizer, request)."
             )
         if isinstance(self.prompt, ChatText) or self.subject in self.prompt:
             return self.prompt

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.rows import encode
 from goldenedit.editing.training import answer_gradients, answer_nll, train
 from goldenedit.editors.finetune import DenseChange, LowRankChange
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, WIDTH, tiny_model
 

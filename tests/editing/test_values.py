@@ -12,8 +12,8 @@ from torch import nn
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing import values
-from goldenedit.editing.rows import encode
 from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, WIDTH, tiny_model
 

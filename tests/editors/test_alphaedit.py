@@ -6,8 +6,8 @@ import pytest
 import torch
 from matrices import second_moment
 
-from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.editors.alphaedit import alphaedit, null_space
+from goldenedit.editors.statistics import KeyStatistics
 
 D_IN, D_OUT = 24, 10
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from matrices import second_moment
 
-from goldenedit.editing.keys import FactKeys
-from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.editors.emmet import emmet
+from goldenedit.editors.keys import FactKeys
 from goldenedit.editors.rome import r_rome
+from goldenedit.editors.statistics import KeyStatistics
 
 D_IN, D_OUT = 24, 10
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from matrices import second_moment
 
-from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.editors.pmet import pmet
+from goldenedit.editors.statistics import KeyStatistics
 
 
 def test_the_update_is_the_least_squares_one():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.regularizers import prune, rect
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goldenedit.editing.keys import FactKeys
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.keys import FactKeys
 from goldenedit.editors.rome import insert, r_rome, rome
+from goldenedit.editors.statistics import KeyStatistics
 
 D_IN, D_OUT = 12, 7
 # Factors are returned in float32.

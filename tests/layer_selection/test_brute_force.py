@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest
-from goldenedit.editing import covariance
 from goldenedit.evaluation.scores import FactLikelihoods, FactMatches
 from goldenedit.layer_selection import CellStore, Outcome, brute_force, edit_score, sweep
+from goldenedit.lm import covariance
 from models import NUM_LAYERS, tiny_model
 
 FACTS = [

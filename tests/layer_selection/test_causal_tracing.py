@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.rows import encode, subject_span
 from goldenedit.layer_selection import causal_tracing_scores
+from goldenedit.lm.tokens import encode, subject_span
 from goldenedit.requests import EditRequest
 from models import NUM_LAYERS, WIDTH, tiny_model
 

@@ -11,9 +11,9 @@ import torch
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.config import EditConfig
-from goldenedit.editing.keys import FactKeys, subject_keys
-from goldenedit.editing.rows import encode
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editing.keys import subject_keys
+from goldenedit.editors.keys import FactKeys
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import key_response_scores
 from goldenedit.layer_selection.key_response import (
@@ -26,7 +26,8 @@ from goldenedit.layer_selection.key_response import (
     respond,
     score_of,
 )
-from goldenedit.layer_selection.lga import greedy_answer
+from goldenedit.lm.sampling import greedy_answer
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import ChatText, EditRequest, proxy_facts
 from models import MLP_WIDTH, NUM_LAYERS, TINY_CONFIGS, tiny_model
 

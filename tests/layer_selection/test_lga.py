@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.rows import encode
 from goldenedit.layer_selection import golden_layer, lga_scores, tukey_filter
-from goldenedit.layer_selection.lga import greedy_answer
+from goldenedit.lm.sampling import greedy_answer
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model
 

@@ -7,9 +7,9 @@ import torch
 
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
-from goldenedit.editing.rows import encode
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.layer_selection import selectivity_scores
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, NUM_LAYERS, tiny_model
 

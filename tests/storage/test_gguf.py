@@ -10,7 +10,7 @@ from contents import FIRST, SECOND, delta, edit_folder
 from transformers import Gemma3Config
 
 from goldenedit.architecture import find_down_projections
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import Edit, fuse
 from goldenedit.storage.gguf import ARCHITECTURES, export_gguf
 from models import EXPERTS_CONFIGS, NUM_LAYERS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, tiny_model

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from goldenedit.architecture.layers import Architecture
-from goldenedit.chat import rendered
 from goldenedit.config import LGA_LOSSES, EditConfig
 from goldenedit.cost import Cost
-from goldenedit.editing.rows import context_length, encode
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, find_layers, sweep
 from goldenedit.layer_selection.brute_force import Cell, is_comparable, tells_locality
-from goldenedit.layer_selection.selection import forward_flops
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.flops import forward_flops
+from goldenedit.lm.tokens import context_length, encode
 from goldenedit.model import EditModel
 from goldenedit.parallel import processes_of
 from goldenedit.requests import EditRequest, load_requests, proxy_facts

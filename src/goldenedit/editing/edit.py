@@ -14,17 +14,19 @@ from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
-from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.keys import FactKeys, answered_keys, contrast_keys
-from goldenedit.editing.rows import encode_request
-from goldenedit.editing.statistics import KeyStatistics, check_widths, relative_contrast
+from goldenedit.editing.keys import contrast_keys
 from goldenedit.editing.training import answer_gradients, train
 from goldenedit.editing.values import ValueOptions, Values, optimise_values
 from goldenedit.editors import EDITORS, SEQUENTIAL, Problem
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.finetune import DenseChange, LowRankChange
+from goldenedit.editors.keys import FactKeys, answered_keys
 from goldenedit.editors.regularizers import prune, rect
+from goldenedit.editors.statistics import KeyStatistics, relative_contrast
 from goldenedit.editors.ultraedit import RunningMoments, ultraedit
 from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm.statistics import check_widths
+from goldenedit.lm.tokens import encode_request
 from goldenedit.requests import EditRequest
 
 

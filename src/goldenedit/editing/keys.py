@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.architecture.hooks import evaluating, recording, stop_forward
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import context_length, encode_request, padding_id, subject_tokens
+from goldenedit.lm.tokens import context_length, encode_request, padding_id, subject_tokens
 from goldenedit.requests import EditRequest, proxy_facts
-
-
-@dataclass(frozen=True)
-class FactKeys:
-    """Keys of one fact at one layer.
-
-    Attributes:
-        bare: `(d_in,)`, key at the bare prompt, `k`.
-        mean: `(d_in,)`, key averaged over contexts, `k*`.
-        contrast: `(d_in, c)`, keys of other subjects that end in the same token, scaled by the weight they have beside
-            the other text; None where there are none.
-        anchor_bare: Whether the edit must answer to `bare` as it does to `mean`.
-    """
-
-    bare: Tensor
-    mean: Tensor
-    contrast: Tensor | None = None
-    anchor_bare: bool = False
-
-
-def answered_keys(facts: Sequence[FactKeys]) -> Tensor:
-    """Return the keys that an edit must answer to, `(d_in, M)`: each fact's mean, then the bare ones where anchored."""
-    return torch.stack([*(fact.mean for fact in facts), *(fact.bare for fact in facts if fact.anchor_bare)], 1)
 
 
 @torch.no_grad()

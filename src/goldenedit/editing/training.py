@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import execution_device, input_device
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
+from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
 from goldenedit.requests import EditRequest
 
 AnswerLoss = Literal["masked", "last"]

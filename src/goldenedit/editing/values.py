@@ -31,7 +31,7 @@ from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
 from goldenedit.devices import input_device
 from goldenedit.editing.budget import groups_by_length
-from goldenedit.editing.rows import Row, context_length, encode, encode_request, pad, padding_id, target_ids
+from goldenedit.lm.tokens import Row, context_length, encode, encode_request, pad, padding_id, target_ids
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from goldenedit.config import EditConfig
-from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.keys import FactKeys, answered_keys
-from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.editors.alphaedit import alphaedit, null_space
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.emmet import emmet
+from goldenedit.editors.keys import FactKeys, answered_keys
 from goldenedit.editors.memit import memit
 from goldenedit.editors.pmet import pmet
 from goldenedit.editors.rome import r_rome, rome
+from goldenedit.editors.statistics import KeyStatistics
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editors.statistics import KeyStatistics
 
 
 def memit(keys: Tensor, residuals: Tensor, statistics: KeyStatistics, weight: float) -> LowRankDelta:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.memit import memit
+from goldenedit.editors.statistics import KeyStatistics
 
 
 def pmet(keys: Tensor, residuals: Tensor, statistics: KeyStatistics, weight: float) -> LowRankDelta:

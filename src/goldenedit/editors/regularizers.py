@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 
 
 def rect(dense: Tensor, weight: Tensor, kept: float = 0.4) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from goldenedit.editing.delta import LowRankDelta
-from goldenedit.editing.keys import FactKeys
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editors.keys import FactKeys
+from goldenedit.editors.statistics import KeyStatistics
 
 
 def rome(facts: list[FactKeys], residuals: Tensor, statistics: KeyStatistics) -> LowRankDelta:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 
 
 @dataclass(frozen=True)

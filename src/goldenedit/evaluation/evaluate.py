@@ -11,8 +11,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
-from goldenedit.editing.contexts import sample_continuations
-from goldenedit.editing.rows import encode
 from goldenedit.evaluation.counterfact import fact_pairs, likelihoods_of_fact
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods, likelihoods_with_and_without
 from goldenedit.evaluation.scores import (
@@ -25,6 +23,8 @@ from goldenedit.evaluation.scores import (
     token_match_scores,
     with_intervals,
 )
+from goldenedit.lm.sampling import sample_continuations
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 
 Pair = tuple[str, str]

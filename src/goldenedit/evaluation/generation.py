@@ -14,7 +14,7 @@ from statistics import fmean
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from goldenedit.editing.contexts import sample_continuations
+from goldenedit.lm.sampling import sample_continuations
 
 
 def ngram_entropy(text: str) -> float:

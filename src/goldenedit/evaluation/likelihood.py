@@ -15,7 +15,7 @@ from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Replayer, capture
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
+from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
 
 
 @dataclass(frozen=True)

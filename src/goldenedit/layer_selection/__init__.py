@@ -1,12 +1,12 @@
 """Layer selectors: functions of a model and facts to a score per layer."""
 
+from goldenedit.layer_scores import LayerSelection, golden_layer, tukey_filter
 from goldenedit.layer_selection.brute_force import CellStore, Outcome, edit_score, sweep
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
 from goldenedit.layer_selection.key_response import key_response_scores
-from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filter
+from goldenedit.layer_selection.lga import lga_scores
 from goldenedit.layer_selection.published import PUBLISHED_LAYERS, published_layers
 from goldenedit.layer_selection.select import choose, find_layers, proxy_hash, proxy_set, select_layer
-from goldenedit.layer_selection.selection import LayerSelection
 from goldenedit.layer_selection.selectivity import selectivity_scores
 
 __all__ = [

@@ -23,11 +23,9 @@ from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_key
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editing.base_facts import BaseFacts
-from goldenedit.editing.covariance import LazyStatistics, source_name
-from goldenedit.editing.delta import LowRankDelta
 from goldenedit.editing.edit import PreparedFacts, check_method, prepare_facts, train_facts
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import likelihoods_of_fact
 from goldenedit.evaluation.evaluate import Observed, matches_of, observe
 from goldenedit.evaluation.scores import (
@@ -37,6 +35,8 @@ from goldenedit.evaluation.scores import (
     probability_scores,
     token_match_scores,
 )
+from goldenedit.lm.covariance import LazyStatistics, source_name
+from goldenedit.lm.language_model import BaseFacts
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest

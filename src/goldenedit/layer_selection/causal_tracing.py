@@ -20,8 +20,8 @@ from goldenedit.architecture.hooks import evaluating, first_tensor, reading_logi
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch
 from goldenedit.devices import execution_device, input_device
-from goldenedit.editing.rows import context_length, encode, pad, padding_id, subject_span, subject_tokens, target_ids
-from goldenedit.layer_selection.lga import greedy_answer
+from goldenedit.lm.sampling import greedy_answer
+from goldenedit.lm.tokens import context_length, encode, pad, padding_id, subject_span, subject_tokens, target_ids
 from goldenedit.requests import EditRequest
 
 _NOISE = 3.0  # standard deviations of the subjects' embeddings

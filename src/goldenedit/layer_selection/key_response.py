@@ -43,14 +43,15 @@ from goldenedit.architecture.hooks import evaluating, recording, watching_gradie
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.edit import fact_keys
-from goldenedit.editing.keys import FactKeys, context_keys
-from goldenedit.editing.rows import Row, context_length, encode
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editing.keys import context_keys
 from goldenedit.editing.training import answer_nll
 from goldenedit.editors import EDITORS, Problem
+from goldenedit.editors.keys import FactKeys
+from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.scores import harmonic_mean
 from goldenedit.formats import Pair
-from goldenedit.layer_selection.lga import greedy_answer
+from goldenedit.lm.sampling import greedy_answer
+from goldenedit.lm.tokens import Row, context_length, encode
 from goldenedit.requests import ChatText, EditRequest
 
 # Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: a margin of 9.2 on

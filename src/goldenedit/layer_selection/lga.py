@@ -30,8 +30,8 @@ from goldenedit.architecture.experts import FusedExperts
 from goldenedit.architecture.hooks import Call, evaluating, reading_logits, recording, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
-from goldenedit.editing.contexts import continuation
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, prompt_tokens
+from goldenedit.lm.sampling import greedy_answer
+from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.requests import EditRequest
 
@@ -85,34 +85,6 @@ def lga_scores(
     return scores
 
 
-def tukey_filter(scores: Tensor, kappa: float = 1.0) -> Tensor:
-    """Return which scores lie in `[Q1 - kappa * IQR, Q3 + kappa * IQR]`, with linear quantiles; NaN never does.
-
-    Layers with massive activations score far above all others and are never the best to edit: the filter drops them.
-
-    Args:
-        kappa: Width of the fence in interquartile ranges; infinity keeps every layer.
-    """
-    known = scores[~scores.isnan()]
-    if kappa == float("inf"):
-        return ~scores.isnan()
-    q1, q3 = torch.quantile(known, torch.tensor([0.25, 0.75], dtype=known.dtype))
-    fence = kappa * (q3 - q1)
-    return (scores >= q1 - fence) & (scores <= q3 + fence)
-
-
-def golden_layer(scores: Tensor, kappa: float = 1.0) -> int:
-    """Return the layer of the largest score that passes the Tukey filter.
-
-    Raises:
-        ValueError: No score does: there is none, or none is finite.
-    """
-    passed = tukey_filter(scores, kappa) & scores.isfinite()
-    if not passed.any():
-        raise ValueError("No layer has a finite score: load the model in float32 or bfloat16, or name the layer.")
-    return int(scores.masked_fill(~passed, -torch.inf).argmax())
-
-
 def _encode_pairs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], processes: Processes
 ) -> list[tuple[Row, Row]]:
@@ -127,22 +99,6 @@ def _encode_pairs(
             )
         )
     return pairs
-
-
-@torch.no_grad()
-def greedy_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 4) -> str:
-    """Return what the model itself answers, greedily, up to `tokens` tokens or the end of the line."""
-    device = input_device(model)
-    ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=device)
-    length = ids.shape[1]
-    with evaluating(model):
-        for _ in range(tokens):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    answer = continuation(tokenizer, ids[0].tolist(), length).strip().split("\n")[0]
-    if not answer:
-        raise ValueError(f"The model has no answer to {prompt!r}: give the fact a target_true.")
-    return answer
 
 
 def _gradient_dots(

@@ -18,19 +18,20 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_dir, cache_key, write_atomically
-from goldenedit.chat import rendered
 from goldenedit.config import HUB_LAYER, EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editing.base_facts import BaseFacts
-from goldenedit.editing.covariance import LazyStatistics, source_name
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.layer_scores import LayerSelection, golden_layer, score_tensor, tukey_filter
 from goldenedit.layer_selection.brute_force import CellStore, edit_constants, edit_score, sweep, tells_locality
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
 from goldenedit.layer_selection.key_response import key_response_scores
-from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filter
+from goldenedit.layer_selection.lga import lga_scores
 from goldenedit.layer_selection.published import published_layers
-from goldenedit.layer_selection.selection import LayerSelection, forward_flops, score_tensor
 from goldenedit.layer_selection.selectivity import selectivity_scores
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.covariance import LazyStatistics, source_name
+from goldenedit.lm.flops import forward_flops
+from goldenedit.lm.language_model import BaseFacts
 from goldenedit.parallel import processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts

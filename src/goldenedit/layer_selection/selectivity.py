@@ -23,8 +23,8 @@ from goldenedit.architecture.hooks import evaluating, recording
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
 from goldenedit.editing.keys import subject_keys
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
-from goldenedit.editing.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
 from goldenedit.requests import EditRequest
 
 

@@ -12,8 +12,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from goldenedit.config import HUB_LAYER, RELATIVE_CONSTANTS, TRAINED, EditConfig
-from goldenedit.layer_selection.lga import tukey_filter
-from goldenedit.layer_selection.selection import score_tensor
+from goldenedit.layer_scores import score_tensor, tukey_filter
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder
 from goldenedit.storage.hub import is_on_hub
 from goldenedit.storage.reading import read_edit_folder

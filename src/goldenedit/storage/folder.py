@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from goldenedit.config import EditConfig
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.requests import EditRequest
 from goldenedit.storage.atomic import replacing_folder
 

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from goldenedit.config import EditConfig
-from goldenedit.editing.delta import LowRankDelta
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

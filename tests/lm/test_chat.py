@@ -13,14 +13,13 @@ from tokenizers.processors import TemplateProcessing
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.audit import audit
-from goldenedit.chat import rendered
-from goldenedit.cli import facts_table
-from goldenedit.editing.contexts import sample_continuations
-from goldenedit.editing.rows import encode_request, with_answer
 from goldenedit.evaluation.likelihood import likelihoods
-from goldenedit.layer_selection.lga import greedy_answer
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.sampling import greedy_answer, sample_continuations
+from goldenedit.lm.tokens import encode_request, with_answer
 from goldenedit.requests import ChatText, distinct
 from goldenedit.storage.folder import CARD, EDITS
+from goldenedit.tables import facts_table
 from models import tiny_model
 
 TEMPLATE = (

@@ -8,15 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from goldenedit.architecture.hooks import evaluating
-from goldenedit.cost import Cost, measuring
-from goldenedit.devices import input_device
-from goldenedit.editing.rows import context_length, encode
-from goldenedit.layer_selection.lga import tukey_filter
-from goldenedit.requests import EditRequest
+from goldenedit.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -64,16 +58,29 @@ def score_tensor(scores: Sequence[float | None] | None) -> Tensor:
     return torch.tensor([math.nan if score is None else score for score in scores or []], dtype=torch.float64)
 
 
-@torch.no_grad()
-def forward_flops(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest]) -> float:
-    """Return the floating-point operations of plain forwards over facts, each with its new answer, one row a fact.
+def tukey_filter(scores: Tensor, kappa: float = 1.0) -> Tensor:
+    """Return which scores lie in `[Q1 - kappa * IQR, Q3 + kappa * IQR]`, with linear quantiles; NaN never does.
 
-    One of them, of middle length, is run; the others count by their tokens.
+    Layers with massive activations score far above all others and are never the best to edit: the filter drops them.
+
+    Args:
+        kappa: Width of the fence in interquartile ranges; infinity keeps every layer.
     """
-    longest = context_length(model.config)
-    rows = [encode(tokenizer, fact.text, fact.target_new, max_length=longest).input_ids for fact in facts]
-    middle = sorted(rows, key=len)[len(rows) // 2]
-    ids = torch.tensor([middle], device=input_device(model))
-    with evaluating(model), measuring() as cost:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return cost().flops / len(middle) * sum(map(len, rows))
+    known = scores[~scores.isnan()]
+    if kappa == float("inf"):
+        return ~scores.isnan()
+    q1, q3 = torch.quantile(known, torch.tensor([0.25, 0.75], dtype=known.dtype))
+    fence = kappa * (q3 - q1)
+    return (scores >= q1 - fence) & (scores <= q3 + fence)
+
+
+def golden_layer(scores: Tensor, kappa: float = 1.0) -> int:
+    """Return the layer of the largest score that passes the Tukey filter.
+
+    Raises:
+        ValueError: No score does: there is none, or none is finite.
+    """
+    passed = tukey_filter(scores, kappa) & scores.isfinite()
+    if not passed.any():
+        raise ValueError("No layer has a finite score: load the model in float32 or bfloat16, or name the layer.")
+    return int(scores.masked_fill(~passed, -torch.inf).argmax())

@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.replay import NO_CACHE
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import prompt_tokens
+from goldenedit.lm.tokens import prompt_tokens
 
 # Openings of MEMIT's context templates; a free start follows them.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -118,3 +118,19 @@ def _until_end(tokens: Tensor, start: int, end: int | None) -> Tensor:
         return tokens
     ended = (tokens[:, start:] == end).long().cumsum(1) > 0
     return torch.cat([tokens[:, :start], tokens[:, start:].masked_fill(ended, end)], dim=1)
+
+
+@torch.no_grad()
+def greedy_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 4) -> str:
+    """Return what the model itself answers, greedily, up to `tokens` tokens or the end of the line."""
+    device = input_device(model)
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=device)
+    length = ids.shape[1]
+    with evaluating(model):
+        for _ in range(tokens):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    answer = continuation(tokenizer, ids[0].tolist(), length).strip().split("\n")[0]
+    if not answer:
+        raise ValueError(f"The model has no answer to {prompt!r}: give the fact a target_true.")
+    return answer

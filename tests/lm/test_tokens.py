@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, target_ids, with_answer
+from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id, target_ids, with_answer
 from goldenedit.requests import EditRequest
 
 
@@ -150,7 +150,7 @@ def test_a_row_that_is_too_long_raises_with_both_lengths(tokenizer):
 
 @pytest.mark.parametrize(("prompt", "answer"), [("The Eiff", "el Tower"), ("Th", "e Tower"), ("The Ei", "ffel Tower")])
 def test_an_answer_that_would_melt_into_its_prompt_has_tokens_of_its_own(tokenizer, monkeypatch, prompt, answer):
-    monkeypatch.setattr("goldenedit.editing.rows.with_answer", lambda prompt, answer: prompt + answer)
+    monkeypatch.setattr("goldenedit.lm.tokens.with_answer", lambda prompt, answer: prompt + answer)
     row = encode(tokenizer, prompt, answer, len(prompt))
     asked = tokenizer(prompt).input_ids
     assert list(row.input_ids[: row.target[0]]) == asked

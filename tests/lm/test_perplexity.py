@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from goldenedit.evaluation.perplexity import perplexity, sample_texts
+from goldenedit.lm.perplexity import perplexity, sample_texts
 from models import tiny_model
 
 TEXTS = [

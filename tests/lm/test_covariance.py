@@ -10,8 +10,8 @@ import torch
 from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
-from goldenedit.editing.covariance import dataset_texts, key_statistics, sampled_texts
-from goldenedit.editing.statistics import second_moments
+from goldenedit.lm.covariance import dataset_texts, key_statistics, sampled_texts
+from goldenedit.lm.statistics import second_moments
 from models import MLP_WIDTH, tiny_model
 
 TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live in London"]

@@ -9,13 +9,8 @@ import torch
 
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
-from goldenedit.editing.statistics import (
-    KeyStatistics,
-    load_second_moment,
-    relative_contrast,
-    save_second_moment,
-    second_moments,
-)
+from goldenedit.editors.statistics import KeyStatistics, relative_contrast
+from goldenedit.lm.statistics import load_second_moment, save_second_moment, second_moments
 from models import MLP_WIDTH, TINY_CONFIGS, tiny_model
 
 TEXTS = [

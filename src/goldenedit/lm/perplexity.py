@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import Row, context_length, pad, padding_id
+from goldenedit.lm.tokens import Row, context_length, pad, padding_id
 from goldenedit.requests import proxy_facts
 
 

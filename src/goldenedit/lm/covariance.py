@@ -14,14 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import cache_dir, cache_key
 from goldenedit.config import EditConfig
-from goldenedit.editing.contexts import sample_continuations
-from goldenedit.editing.statistics import (
-    KeyStatistics,
-    check_widths,
-    load_second_moment,
-    save_second_moment,
-    second_moments,
-)
+from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.lm.sampling import sample_continuations
+from goldenedit.lm.statistics import check_widths, load_second_moment, save_second_moment, second_moments
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.requests import proxy_facts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from goldenedit.editing.contexts import sample_contexts, sample_continuations
+from goldenedit.lm.sampling import sample_contexts, sample_continuations
 from models import tiny_model
 
 OPENINGS = ["The", "Rome is a", "Angela Merkel", "I", "Paris is in"]

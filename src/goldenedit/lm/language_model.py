@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.contexts import sample_contexts
-from goldenedit.editing.covariance import key_statistics
-from goldenedit.editing.statistics import KeyStatistics
-from goldenedit.evaluation.perplexity import perplexity, sample_texts
+from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.lm.covariance import key_statistics
+from goldenedit.lm.perplexity import perplexity, sample_texts
+from goldenedit.lm.sampling import sample_contexts
 
 
 class BaseFacts:

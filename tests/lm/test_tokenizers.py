@@ -6,9 +6,9 @@ import unicodedata
 
 import pytest
 
-from goldenedit.chat import rendered
-from goldenedit.editing.contexts import continuation
-from goldenedit.editing.rows import encode, encode_request, prompt_tokens, subject_span, with_answer
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.sampling import continuation
+from goldenedit.lm.tokens import encode, encode_request, prompt_tokens, subject_span, with_answer
 from goldenedit.requests import ChatText, EditRequest
 from tokenizers_zoo import TOKENIZERS, zoo_tokenizer
 

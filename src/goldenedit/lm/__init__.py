@@ -1,0 +1,1 @@
+"""A causal LM as editing sees it, and the words of the trade: tokens, chats, sampled texts, key statistics."""

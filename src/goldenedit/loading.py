@@ -1,0 +1,43 @@
+"""Models by the names that the command line and benchmarks take: packaged ones, names on the Hub, folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = model_source(name)
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Load a model in each process of `accelerate launch` or torchrun; tell whether this one may print and write.
+
+    The others show no progress bars from then on.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from goldenedit.parallel import join_processes
+
+    processes, device = join_processes()
+    if not processes.is_first:
+        disable_progress_bar()
+    model, tokenizer = load_model(name)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    return model, tokenizer, processes.is_first
+
+
+def model_source(name: str) -> str:
+    """Return the folder of a packaged model, or the name of any other as it is."""
+    from goldenedit.packaged import PACKAGED_MODELS, packaged_model
+
+    return str(packaged_model(name)) if name in PACKAGED_MODELS and not Path(name).exists() else name
