@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from common import NEIGHBORS, applied, as_row, constants, load, parser, preferring, prepare, record, timed
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
@@ -29,7 +30,7 @@ def main() -> None:
     base, tokenizer = model.get_base_model(), model.tokenizer
     most = max(arguments.facts)
     requests, before = preferring(model, arguments.data, most, arguments.skip)
-    statistics = model.base_facts.statistics(base, model.edit_config)
+    statistics = model.lm.statistics(model.edit_config, model.edit_config.target_layers)
     with timed() as seconds:
         facts = prepare(model, requests)
     rows = []
@@ -41,7 +42,7 @@ def main() -> None:
             with applied(
                 model, lambda config=config, count=count: facts.changes(config, statistics, chosen=range(count)).deltas
             ):
-                found = [fact_likelihoods(base, tokenizer, request, NEIGHBORS) for request in requests[:count]]
+                found = [fact_likelihoods(LanguageModel(base, tokenizer), request, NEIGHBORS) for request in requests[:count]]
             row = {"method": method, "layer": layer, **as_row(probability_scores(found))}
             rows.append({**row, "seconds a value": round(seconds() / most, 2)})
             print(rows[-1], flush=True)

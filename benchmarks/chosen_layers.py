@@ -72,12 +72,9 @@ def _measure(
     for start in range(0, len(facts), CHUNK):
         chunk = facts[start : start + CHUNK]
         cells = sweep(
-            base,
-            model.architecture,
-            model.tokenizer,
+            model.lm,
             chunk,
             config,
-            model.base_facts,
             store,
             layers=layers,
             neighbors=NEIGHBORS,

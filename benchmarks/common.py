@@ -65,13 +65,13 @@ def rounded_products() -> Iterator[None]:
 def known_counterfacts(model: EditModel, data: Path) -> list[EditRequest]:
     """Return the CounterFact records whose old answer the model prefers, in the order of the file."""
     requests = load_requests(data / "counterfact.json")
-    return [requests[index] for index in known_facts(model.get_base_model(), model.tokenizer, requests)]
+    return [requests[index] for index in known_facts(model.lm, requests)]
 
 
 def preferring_proxy(model: EditModel) -> list[EditRequest]:
     """Return the packaged proxy facts whose old answer the model prefers: facts to choose constants on."""
     requests = proxy_facts()
-    return [requests[index] for index in known_facts(model.get_base_model(), model.tokenizer, requests)]
+    return [requests[index] for index in known_facts(model.lm, requests)]
 
 
 def constants(assignments: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def preferring(
     for request in load_requests(data / "counterfact.json"):
         if request in without or len(requests) == skip + count:
             continue
-        found = fact_likelihoods(model.get_base_model(), model.tokenizer, request, NEIGHBORS)
+        found = fact_likelihoods(model.lm, request, NEIGHBORS)
         new, old = found.rewrite
         if old < new:
             requests.append(request)
@@ -99,7 +99,7 @@ def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
     """Optimise the values of facts that are edited one by one later, side by side."""
     base, config = model.get_base_model(), model.edit_config
     return prepare_facts(
-        base, model.architecture, model.tokenizer, requests, config, model.base_facts.contexts(base, config)
+        model.lm, requests, config, model.lm.contexts(config)
     )
 
 
@@ -115,7 +115,7 @@ def score_single_edits(
     config, measured = replace(model.edit_config, method=method), []
     for index, request in enumerate(facts.requests):
         with applied(model, lambda index=index: facts.changes(config, statistics, chosen=[index]).deltas):
-            measured.append(fact_likelihoods(model.get_base_model(), model.tokenizer, request, neighbors))
+            measured.append(fact_likelihoods(model.lm, request, neighbors))
     return {count: probability_scores(measured[:count]) for count in counts or [len(measured)]}
 
 

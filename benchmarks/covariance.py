@@ -56,7 +56,7 @@ def main() -> None:
         for tokens in arguments.tokens:
             config.covariance = source if source == "sampled" else str(arguments.data / source)
             config.covariance_tokens = tokens
-            found = model.base_facts.statistics(model.get_base_model(), config)[arguments.layer]
+            found = model.lm.statistics(config, config.target_layers)[arguments.layer]
             for ridge in arguments.ridges:
                 measure(source, tokens, ridge, KeyStatistics(found.second_moment, ridge))
     record(f"{arguments.name}-{arguments.model}-layer{arguments.layer}", rows)

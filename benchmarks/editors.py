@@ -70,7 +70,7 @@ def main() -> None:
 def _edits(model: EditModel, requests: list[EditRequest], methods: list[str]) -> Iterator[tuple[str, Deltas, float]]:
     """Yield each editor, a function of a fact's index to the deltas of its edit, and seconds spent before that."""
     config = model.edit_config
-    statistics = model.base_facts.statistics(model.get_base_model(), config)
+    statistics = model.lm.statistics(config, config.target_layers)
     shared: dict[bool, tuple[PreparedFacts, float]] = {}
     for method in methods:
         model.edit_config = own = replace(config, method=method)
@@ -89,7 +89,7 @@ def _edits(model: EditModel, requests: list[EditRequest], methods: list[str]) ->
 
 def _trained(model: EditModel, requests: list[EditRequest], memory: dict[str, Any]) -> Changes:
     base = model.get_base_model()
-    return train_facts(base, model.architecture, model.tokenizer, requests, model.edit_config, memory)
+    return train_facts(model.lm, requests, model.edit_config, memory)
 
 
 def _measure(model: EditModel, requests: list[EditRequest], fluent: int, deltas: Deltas) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def _measure(model: EditModel, requests: list[EditRequest], fluent: int, deltas:
 
     def measure(index: int, request: EditRequest) -> None:
         base = model.get_base_model()
-        measured.append(fact_likelihoods(base, model.tokenizer, request, NEIGHBORS))
+        measured.append(fact_likelihoods(model.lm, request, NEIGHBORS))
         if index < fluent:
             prompts = [*request.generation, request.text][:1]
-            entropies.append(fluency(base, model.tokenizer, prompts, TOKENS))
+            entropies.append(fluency(model.lm, prompts, TOKENS))
 
     for index, request in enumerate(requests):
         found = deltas(index)

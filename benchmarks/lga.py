@@ -8,6 +8,7 @@ import torch
 from common import load, parser, record, timed
 from references import weight_gradient_scores
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, proxy_facts
 from goldenedit.layer_selection import golden_layer, lga_scores
 from goldenedit.lm.tokens import encode, pad, padding_id
@@ -43,7 +44,7 @@ def main() -> None:
                 forwards()
             plain.append(seconds())
             with timed() as seconds:
-                scores = lga_scores(base, where, tokenizer, facts, loss, arguments.batch_size)
+                scores = lga_scores(LanguageModel(base, tokenizer, where), facts, loss, arguments.batch_size)
             analysis.append(seconds())
         few = facts[: arguments.reference_facts]
         with timed() as seconds:
@@ -51,7 +52,7 @@ def main() -> None:
         reference_seconds = seconds() / len(few)
         double = copy.deepcopy(base).double()
         exact = weight_gradient_scores(double, tokenizer, where.mlp_linears, where.num_layers, few, loss)
-        found = lga_scores(base, where, tokenizer, few, loss, arguments.batch_size)
+        found = lga_scores(LanguageModel(base, tokenizer, where), few, loss, arguments.batch_size)
         ratios = sorted(one / other for one, other in zip(analysis, plain, strict=True))
         rows.append(
             {

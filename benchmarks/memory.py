@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
 from goldenedit.architecture import read_architecture
 from goldenedit.editing.edit import prepare_facts
@@ -107,7 +108,7 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         return forward, lambda: ready.update(batch=batch())
 
     def values_batch() -> tuple[Tensor, Tensor]:
-        rows = fact_rows(tokenizer, facts, model.base_facts.contexts(base, config), None)
+        rows = fact_rows(tokenizer, facts, model.lm.contexts(config), None)
         batch = pad([row for own in rows for row in own], padding_id(tokenizer), device)
         return batch.input_ids, batch.attention_mask
 
@@ -123,7 +124,7 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         return torch.randint(100, 1000, (TOKENS // 32, 32)), torch.ones(TOKENS // 32, 32, dtype=torch.long)
 
     def prepare() -> Any:
-        return prepare_facts(base, where, tokenizer, facts, config, model.base_facts.contexts(base, config))
+        return prepare_facts(LanguageModel(base, tokenizer, where), facts, config, model.lm.contexts(config))
 
     def saved() -> None:
         model.edit(facts)
@@ -133,19 +134,19 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         "plain read": plain(probe_batch),
         "read": (lambda: read_architecture(base), lambda: None),
         "plain lga": plain(lga_batch),
-        "lga": (lambda: lga_scores(base, where, tokenizer, proxy_facts()[:16]), lambda: None),
+        "lga": (lambda: lga_scores(LanguageModel(base, tokenizer, where), proxy_facts()[:16]), lambda: None),
         "plain statistics": plain(text_batch),
         "statistics": (
-            lambda: second_moments(base, where, tokenizer, ready["texts"], config.target_layers, TOKENS),
-            lambda: ready.update(texts=sampled_texts(base, tokenizer, TOKENS, 0)),
+            lambda: second_moments(LanguageModel(base, tokenizer, where), ready["texts"], config.target_layers, TOKENS),
+            lambda: ready.update(texts=sampled_texts(LanguageModel(base, tokenizer), TOKENS, 0)),
         ),
         "plain values": plain(values_batch),
-        "values": (prepare, lambda: model.base_facts.contexts(base, config)),
+        "values": (prepare, lambda: model.lm.contexts(config)),
         "solve": (
             lambda: ready["facts"].changes(config, {layer: KeyStatistics(None) for layer in config.target_layers}),
             lambda: ready.update(facts=prepare()),
         ),
-        "edit": (lambda: model.edit(facts), lambda: model.base_facts.contexts(base, config)),
+        "edit": (lambda: model.edit(facts), lambda: model.lm.contexts(config)),
         "save": (lambda: model.save_pretrained(scratch), lambda: model.edit(facts)),
         "load": (
             lambda: EditModel.from_pretrained(ready["base"], scratch, tokenizer=tokenizer),

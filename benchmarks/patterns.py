@@ -30,7 +30,7 @@ def main() -> None:
     for pattern in LAYER_PATTERNS:
         model.edit_config = replace(config, layer_pattern=pattern)
         model.edit_config.target_layer = choose(model.edit_config)
-        statistics = model.base_facts.statistics(base, model.edit_config)
+        statistics = model.lm.statistics(model.edit_config, model.edit_config.target_layers)
         with timed() as seconds:
             facts = prepare(model, requests)
         for method in arguments.methods:

@@ -28,12 +28,12 @@ def main() -> None:
     model = load(arguments.model, config)
     golden = model.select_layer()
     requests = known_counterfacts(model, arguments.data)[arguments.skip : arguments.skip + arguments.facts]
-    before = [fact_likelihoods(model.get_base_model(), model.tokenizer, fact, NEIGHBORS) for fact in requests]
+    before = [fact_likelihoods(model.lm, fact, NEIGHBORS) for fact in requests]
     counts = sorted({count for count in (arguments.also_first, len(requests)) if count <= len(requests)})
     rows = [{"method": "base model", **as_row(probability_scores(before[:count]))} for count in counts]
     layers = arguments.layers or [golden]
     config.target_layer = layers
-    statistics = model.base_facts.statistics(model.get_base_model(), config)  # of all layers, in one pass
+    statistics = model.lm.statistics(config, config.target_layers)  # of all layers, in one pass
     for layer in layers:
         config.target_layer = layer
         with timed() as seconds:

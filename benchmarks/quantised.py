@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model, proxy_facts
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.edit import prepare_facts
@@ -328,10 +329,10 @@ def measure(
     linear = edited.architecture.down_projection(model, LAYER)
     found.weight = " of ".join(dict.fromkeys(type(part).__name__ for part in (getattr(linear, "weight", None), linear)))
     found.weight = found.weight.replace("NoneType of ", "")
-    found.lga = golden_layer(lga_scores(model, edited.architecture, tokenizer, proxy_facts()[:LGA_FACTS]))
-    contexts = edited.base_facts.contexts(model, config)
-    values = prepare_facts(model, edited.architecture, tokenizer, [FACT], config, contexts).values
-    edited.base_facts.statistics(model, config)
+    found.lga = golden_layer(lga_scores(edited.lm, proxy_facts()[:LGA_FACTS]))
+    contexts = edited.lm.contexts(config)
+    values = prepare_facts(edited.lm, [FACT], config, contexts).values
+    edited.lm.statistics(config, config.target_layers)
     found.before = _probability(edited, ids)
     with timed() as seconds:
         edited.edit(FACT)
@@ -346,9 +347,9 @@ def measure(
         found.loaded = _largest(_logits(loaded, ids), after)
         found.peft = _largest(_logits(PeftModel.from_pretrained(again(), folder), ids), after)
     prompt = [(SECOND.text, SECOND.target_new)]
-    likely = likelihoods(edited, tokenizer, prompt)[0].nll
+    likely = likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll
     edited.edit(SECOND)
-    found.second = tuple(torch.tensor([-likely, -likelihoods(edited, tokenizer, prompt)[0].nll]).exp().tolist())
+    found.second = tuple(torch.tensor([-likely, -likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll]).exp().tolist())
     stacked = _logits(edited, ids)
     try:
         merged = edited.merge_and_unload()

@@ -11,6 +11,7 @@ import random
 
 from common import constants, load, parser, record, timed
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
@@ -35,7 +36,7 @@ def main() -> None:
     texts = [entry["Text"] for entry in json.loads((arguments.data / "me_ppl_50.json").read_text())]
     facts = [*load_requests(arguments.data / "counterfact.json"), *proxy_facts()]
     requests = list({(fact.text, fact.subject): fact for fact in facts}.values())[: arguments.facts]
-    before = perplexity(base, tokenizer, texts)
+    before = perplexity(LanguageModel(base, tokenizer), texts)
     rows = [
         {"method": "base model", "edits": 0, **_scores(model, requests, arguments.measured), "perplexity ratio": 1.0}
     ]
@@ -49,7 +50,7 @@ def main() -> None:
                 "method": arguments.method,
                 "edits": len(done),
                 **_scores(model, done, arguments.measured),
-                "perplexity ratio": round(perplexity(base, tokenizer, texts) / before, 3),
+                "perplexity ratio": round(perplexity(LanguageModel(base, tokenizer), texts) / before, 3),
                 "seconds an edit": round(seconds() / len(requests[start : start + arguments.batch]), 2),
             }
         )
@@ -60,7 +61,7 @@ def main() -> None:
 def _scores(model: EditModel, requests: list[EditRequest], measured: int) -> dict[str, float]:
     chosen = random.Random(0).sample(requests, min(measured, len(requests)))
     base = model.get_base_model()
-    scores = probability_scores([fact_likelihoods(base, model.tokenizer, request, 2) for request in chosen])
+    scores = probability_scores([fact_likelihoods(model.lm, request, 2) for request in chosen])
     return {
         "efficacy": round(scores.efficacy, 3),
         "paraphrase": round(scores.paraphrase, 3),

@@ -22,6 +22,7 @@ from common import RESULTS, load, parser, record
 from references import r_rome, weight_gradient_scores
 from transformers import AutoModelForCausalLM
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.cost import measuring, profiling
 from goldenedit.editors.delta import LowRankDelta
@@ -58,7 +59,7 @@ def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 def edits(model: EditModel, facts: Sequence[EditRequest], layer: int) -> list[Row]:
     """One edit and a batch of them against one after the other in the plain way."""
     base, config = model.get_base_model(), model.edit_config
-    contexts, own = model.base_facts.contexts(base, config), model.base_facts.statistics(base, config)[layer]
+    contexts, own = model.lm.contexts(config), model.lm.statistics(config, config.target_layers)[layer]
     assert own.second_moment is not None
     second_moment, path = own.second_moment.double(), model.architecture.down_projections[layer]
     ridge = own.ridge * second_moment.diagonal().mean() * torch.eye(len(second_moment), dtype=torch.float64)
@@ -126,20 +127,20 @@ def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: f
     """LGA against two weight gradients a fact."""
     base, tokenizer, where = model.get_base_model(), model.tokenizer, model.architecture
     few = facts[:20]
-    scores = lga_scores(base, where, tokenizer, few)
+    scores = lga_scores(LanguageModel(base, tokenizer, where), few)
     reference = weight_gradient_scores(base, tokenizer, where.mlp_linears, where.num_layers, few)
     difference = ((scores - reference) / reference).abs().max().item()
     assert difference < SAME, difference
     own, plain = [], []
     for _ in range(3):
-        own.append(seconds(lambda: lga_scores(base, where, tokenizer, facts)))
+        own.append(seconds(lambda: lga_scores(LanguageModel(base, tokenizer, where), facts)))
         plain.append(
             seconds(lambda: weight_gradient_scores(base, tokenizer, where.mlp_linears, where.num_layers, few))
             * len(facts)
             / len(few)
         )
     with measuring() as cost:
-        whole = lga_scores(base, where, tokenizer, facts)
+        whole = lga_scores(LanguageModel(base, tokenizer, where), facts)
     row: Row = {
         "what": "LGA",
         "facts": len(facts),
@@ -147,7 +148,7 @@ def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: f
         "weight gradients s": round(statistics.median(plain), 2),
         "s": round(statistics.median(own), 2),
         "times faster": round(statistics.median(plain) / statistics.median(own), 2),
-        "forward-equivalents a fact": round(cost().flops / forward_flops(base, tokenizer, facts), 2),
+        "forward-equivalents a fact": round(cost().flops / forward_flops(LanguageModel(base, tokenizer), facts), 2),
         "largest relative difference": float(f"{difference:.1e}"),
     }
     if plain_edit_flops is not None:
@@ -161,8 +162,8 @@ def key_statistics(model: EditModel, tokens: int) -> list[Row]:
     base = model.get_base_model()
     layers = sorted(model.architecture.down_projections)
     texts: list[str] = []
-    sampling = seconds(lambda: texts.extend(sampled_texts(base, model.tokenizer, tokens, 0)))
-    passing = seconds(lambda: second_moments(base, model.architecture, model.tokenizer, texts, layers, tokens))
+    sampling = seconds(lambda: texts.extend(sampled_texts(model.lm, tokens, 0)))
+    passing = seconds(lambda: second_moments(model.lm, texts, layers, tokens))
     return [
         {
             "what": "key statistics, all layers",

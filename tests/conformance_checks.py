@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.experts import expert_matrices, fused_parameter, is_fused
@@ -86,13 +87,13 @@ def conform(
     found.layers, found.editable = architecture.num_layers, len(architecture.down_projections)
     found.modules = module_pattern(architecture)
     found.lga = _difference(
-        lga_scores(model, architecture, tokenizer, FACTS), gradient_scores(model, architecture, tokenizer, FACTS)
+        lga_scores(LanguageModel(model, tokenizer, architecture), FACTS), gradient_scores(model, architecture, tokenizer, FACTS)
     )
     ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
     before = _logits(model, ids)
     original = copy.deepcopy(model)
-    contexts = edited.base_facts.contexts(model, config)
-    values = prepare_facts(model, architecture, tokenizer, FACTS[:1], config, contexts).values
+    contexts = edited.lm.contexts(config)
+    values = prepare_facts(LanguageModel(model, tokenizer, architecture), FACTS[:1], config, contexts).values
     found.replay = values.replay
     edit = edited.edit(FACTS[0])
 
@@ -142,8 +143,8 @@ def half_precision(
     edited = EditModel(model, config, tokenizer)
     ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
     before = _logits(model, ids)
-    contexts = edited.base_facts.contexts(model, config)
-    values = prepare_facts(model, edited.architecture, tokenizer, FACTS[:1], config, contexts).values
+    contexts = edited.lm.contexts(config)
+    values = prepare_facts(edited.lm, FACTS[:1], config, contexts).values
     edited.edit(FACTS[0])
     with edited.disable_adapter():
         if not torch.equal(_logits(edited, ids), before):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.config import METHODS
 from goldenedit.editing.edit import prepare_facts
@@ -194,7 +195,7 @@ def test_ultraedit_takes_its_constants_in_the_units_that_are_asked_for(relative,
     options = {"layer": [0, 1], "relative_constants": relative, "ultraedit_lr": None}
     model = get_edit_model(tiny_model("llama"), config("ultraedit", **options), tokenizer)
     base, architecture = model.get_base_model(), model.architecture
-    found = answer_gradients(base, architecture, tokenizer, FACTS, [0, 1])
+    found = answer_gradients(LanguageModel(base, tokenizer, architecture), FACTS, [0, 1])
     moments = RunningMoments.of(torch.cat([torch.cat([found[layer][0], found[layer][2]], 1) for layer in (0, 1)]))
     made = model.edit(FACTS)
     for layer, (inputs, outputs, gradients) in found.items():
@@ -222,7 +223,7 @@ def test_pmet_without_an_attention_is_refused_before_anything_runs(tokenizer):
 
 def test_values_of_another_editor_are_refused(tokenizer):
     model = get_edit_model(tiny_model("llama"), config("memit"), tokenizer)
-    prepared = prepare_facts(model.get_base_model(), model.architecture, tokenizer, FACTS, model.edit_config, [""])
+    prepared = prepare_facts(model.lm, FACTS, model.edit_config, [""])
     with pytest.raises(ValueError, match="not optimised for the editor 'pmet'"):
         prepared.changes(config("pmet"), {1: KeyStatistics(None)})
 

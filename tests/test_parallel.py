@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import distributed, nn
 from typer.testing import CliRunner
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture import read_architecture
 from goldenedit.cli import app
@@ -88,7 +89,7 @@ def test_lga_has_the_same_scores_in_half_the_rows(in_two, tokenizer):
 
     def run():
         rows.clear()
-        return lga_scores(model, architecture, tokenizer, FACTS * 2, batch_size=1), sum(rows)
+        return lga_scores(LanguageModel(model, tokenizer, architecture), FACTS * 2, batch_size=1), sum(rows)
 
     alone, all_rows = run()
     for scores, own in in_two(run):
@@ -114,7 +115,7 @@ def measured(tokenizer, folder, layers: Iterable[int] | None = None) -> tuple[di
     base = model.get_base_model()
     store = CellStore(folder / f"{processes_of(base).index}.jsonl", folder.glob("*.jsonl"))
     known = len(store.cells)
-    cells = sweep(base, model.architecture, tokenizer, FACTS, model.edit_config, model.base_facts, store, layers=layers)
+    cells = sweep(model.lm, FACTS, model.edit_config, store, layers=layers)
     return {cell: found.outcomes for cell, found in cells.items()}, len(store.cells) - known
 
 

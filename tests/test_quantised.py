@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import merged
 from goldenedit.architecture.layers import is_quantised, plain_weight
@@ -137,7 +138,7 @@ def test_layer_gradients_are_those_of_the_dequantised_weights(tokenizer, logits)
     model = with_integers()
     logits(model)  # turns to the kernels without a backward
     found, wanted = (
-        lga_scores(base, EditModel(base, config(), tokenizer).architecture, tokenizer, [TOWER, MERKEL])
+        lga_scores(LanguageModel(base, tokenizer, EditModel(base, config(), tokenizer).architecture), [TOWER, MERKEL])
         for base in (model, dense)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
 from goldenedit.architecture import find_down_projections, read_architecture
 from goldenedit.editing.keys import subject_keys
@@ -80,9 +81,9 @@ def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config
 
 
 def test_values_are_optimised_on_packed_suffixes(base, tokenizer, config, name):
-    contexts = sample_contexts(base, tokenizer, config.contexts, config.context_length, config.seed)
+    contexts = sample_contexts(LanguageModel(base, tokenizer), config.contexts, config.context_length, config.seed)
     options = ValueOptions(2, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss)
-    values = optimise_values(base, read_architecture(base), tokenizer, [TOWER], [LAYERS[name][0]], contexts, options)
+    values = optimise_values(LanguageModel(base, tokenizer), [TOWER], [LAYERS[name][0]], contexts, options)
     assert values.replay == "packed"
 
 
@@ -114,12 +115,12 @@ def test_deeper_edits_answer_less_to_what_else_is_asked_of_their_subject(base, t
     early, count = LAYERS[name]
     later, last = count // 2 + 1, count - 1
     facts, architecture = proxy_facts()[:4], read_architecture(base)
-    keys = subject_keys(base, architecture, tokenizer, facts, [early, later, last])
+    keys = subject_keys(LanguageModel(base, tokenizer, architecture), facts, [early, later, last])
     answers = {early: 0.0, later: 0.0}
     for index, fact in enumerate(facts):
         detectors = dict(zip((early, later, last), (of_layer[index] for of_layer in keys), strict=True))
         asked = [(prompt, "Paris") for prompt in other_prompts(fact, facts)]
-        response = respond(base, architecture, tokenizer, fact, detectors, asked)
+        response = respond(LanguageModel(base, tokenizer, architecture), fact, detectors, asked)
         for layer in answers:
             answers[layer] += response.activations[layer][-len(asked) :].mean().item() / len(facts)
         assert response.slope[later] > response.slope[last] == 0  # no token reads the last layer's values

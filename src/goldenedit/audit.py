@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from goldenedit.architecture.layers import weight_of
-from goldenedit.config import TRAINED, EditConfig
-from goldenedit.editing.edit import fact_keys
-from goldenedit.editing.keys import context_keys
+from goldenedit.config import EditConfig
+from goldenedit.editing.keys import context_keys, fact_keys
 from goldenedit.editors import EDITORS, Problem
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.chat import rendered
@@ -86,9 +85,8 @@ def audit(model: EditModel) -> list[EditAudit]:
 
 
 def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> EditAudit:
-    base = model.get_base_model()
     requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
-    found = likelihoods(base, model.tokenizer, [(request.text, request.target_new) for request in requests])
+    found = likelihoods(model.lm, [(request.text, request.target_new) for request in requests])
     probabilities = [math.exp(-one.nll) for one in found]
     warnings = []
     for fact, probability in zip(edit.facts, probabilities, strict=True):
@@ -98,7 +96,7 @@ def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> Ed
                 f"the {fact.probability_after:.3f} that the edit lists"
             )
     config = edit.config or model.edit_config
-    by_keys = config.method not in TRAINED and config.regularizer is None
+    by_keys = config.method in EDITORS and config.editor.learns == "values" and config.regularizer is None
     rows = _rows(model, edit, config, remembered) if by_keys else {}
     modules = []
     for path, delta in edit.deltas.items():
@@ -138,22 +136,21 @@ def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[
         return {}  # a stranger's edit is not to choose what is loaded from elsewhere, nor for how long this runs
     if config.contexts * config.context_length > _MOST_TOKENS or edit.contexts_hash != model.contexts_hash(config):
         return {}
-    config = replace(config, layer=config.target_layers[0], layer_pattern="golden")
     requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
-    base, where, layers = model.get_base_model(), model.architecture, config.target_layers
+    where, layers = model.architecture, config.target_layers
     with model.disable_adapter():
-        contexts = model.base_facts.contexts(base, config)
-        statistics = model.base_facts.statistics(base, config)
-        keys = context_keys(base, where, model.tokenizer, requests, layers, contexts)
-        facts = fact_keys(base, where, model.tokenizer, requests, config, keys)
+        contexts = model.lm.contexts(config)
+        statistics = model.lm.statistics(config, layers)
+        keys = context_keys(model.lm, requests, layers, contexts)
+        facts = fact_keys(model.lm, requests, layers, keys, config)
     rows = {}
     for layer, of_layer in facts.items():
         path = where.down_projections[layer]
-        previous = remembered.get(f"keys/{path}")
+        previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
         # Rows do not depend on the residuals; these are one direction for each fact.
-        rows[path] = EDITORS[config.method](
-            Problem(of_layer, torch.eye(len(of_layer)), statistics[layer], config, previous)
-        ).A
+        problem = Problem(of_layer, torch.eye(len(of_layer)), statistics[layer], None, previous)
+        problem = replace(problem, options=config.resolve(problem))
+        rows[path] = config.editor.function(problem).A
     return rows
 
 

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from goldenedit import tables
-from goldenedit.config import LAYER_SELECTORS, METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +37,7 @@ Model = Annotated[
 Layer = Annotated[
     str,
     typer.Option(
-        help=f"{', '.join(f'`{name}`' for name in LAYER_SELECTORS)}, `hub:REPO`, a number, or several with commas.",
+        help="A layer selector such as `lga` or `auto`, `hub:REPO`, a number, or several numbers with commas.",
     ),
 ]
 Edits = Annotated[str, typer.Argument(help="An edit folder, or its repository on the Hub.")]
@@ -54,7 +53,7 @@ def locate(
         str,
         typer.Option(
             "--method",
-            help=f"One of {', '.join(f'`{name}`' for name in LAYER_SELECTORS)}, or `all` but the slow `sweep`.",
+            help="A layer selector (`goldenedit editors` lists them), or `all` but the slow `sweep`.",
         ),
     ] = "lga",
     sweep: Annotated[int, typer.Option(help="With `all`: edit so many facts at every layer as well.")] = 0,
@@ -70,7 +69,7 @@ def locate(
     from dataclasses import replace
 
     from goldenedit import EditConfig, EditModel
-    from goldenedit.layer_selection import proxy_set
+    from goldenedit.layer_selection import SELECTORS, proxy_set
 
     source = str(proxy) if proxy else None
     config = EditConfig(method=editor, proxy=source, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
@@ -78,7 +77,7 @@ def locate(
     base, tokenizer, is_first = load_together(model)
     found: list[LayerSelection] = []
     records: list[GoldenLayers] = []
-    names = LAYER_SELECTORS if selector == "all" else (selector,)
+    names = SELECTORS.names() if selector == "all" else [selector]
     for name in names:
         if selector == "all" and name == "sweep" and not sweep:
             continue
@@ -116,7 +115,7 @@ def edit(
     subject: Annotated[str | None, typer.Option(help="The entity, as spelled in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     file: Annotated[Path | None, typer.Option(help="Facts to edit as one batch (.json, .jsonl).")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(f'`{name}`' for name in METHODS)}.")] = "r-rome",
+    method: Annotated[str, typer.Option(help="An editor; `goldenedit editors` lists them.")] = "r-rome",
     layer: Layer = "lga",
     covariance: Annotated[str, typer.Option(help="`sampled`, `identity`, a text file or a dataset.")] = "sampled",
     name: Annotated[str | None, typer.Option(help="Name of the edit.")] = None,
@@ -146,7 +145,7 @@ def edit(
     console.print(tables.facts_table([made]))
     if profile:
         facts = [rendered(tokenizer, request) for request in requests]
-        console.print(tables.profile_table(phases, forward_flops(edit_model.get_base_model(), tokenizer, facts)))
+        console.print(tables.profile_table(phases, forward_flops(edit_model.lm, facts)))
     if output is not None and is_first:
         from goldenedit.storage.folder import folder_size
 
@@ -189,6 +188,16 @@ def evaluate(
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {escape(str(output))}")
+
+
+@app.command()
+def editors() -> None:
+    """List the editors and the layer selectors that are there, those of installed packages too."""
+    from goldenedit.editors import EDITORS
+    from goldenedit.layer_selection import SELECTORS
+
+    console.print(tables.editors_table([EDITORS.get(name) for name in EDITORS.names()]))
+    console.print(tables.selectors_table([SELECTORS.get(name) for name in SELECTORS.names()]))
 
 
 @benchmark_app.command("golden-layers")

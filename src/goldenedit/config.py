@@ -6,47 +6,31 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from goldenedit.editors import EDITORS, Editor
+from goldenedit.editors.alphaedit import AlphaEditOptions
+from goldenedit.editors.emmet import EmmetOptions
+from goldenedit.editors.finetune import ClippedOptions, LoraOptions
+from goldenedit.editors.memit import MemitOptions
+from goldenedit.editors.options import check_fields, check_number, default_of, is_relative, option
+from goldenedit.editors.ultraedit import UltraEditOptions
+from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
+from goldenedit.registry import UnknownNameError, is_plain
 from goldenedit.requests import EditRequest
 
-TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")  # these need no values and keys, but gradients
-METHODS = ("rome", "r-rome", "memit", "emmet", "pmet", "alphaedit", *TRAINED)
 REGULARIZERS = ("rect", "prune")
-SCORED_SELECTORS = ("lga", "selectivity", "key_response", "causal_tracing", "sweep", "auto")  # a score per layer
-LAYER_SELECTORS = (*SCORED_SELECTORS, "published", "random")
-HUB_LAYER = "hub:"  # before the name of a repository with golden layers
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 
-# What numbers may be: whole from 1 on, above 0, or from 0 on.
-_COUNTS = ("contexts", "context_length", "steps", "covariance_tokens", "pattern_layers", "finetune_steps", "lora_rank")
-_POSITIVE = ("lr", "clamp")
-_NOT_NEGATIVE = (
-    *("kl_factor", "weight_decay", "stop_loss", "ridge", "contrast_weight", "gram_ridge"),
-    *("finetune_stop_loss", "dense_tolerance"),
-)
-# Defaults in units of the model at hand, for fine-tuning as they measured best on development facts; and the papers'.
-_DEFAULT_CONSTANTS = {
-    "covariance_weight": (1.0, 15_000.0),
-    "null_space_threshold": (3.0, 0.02),
-    "null_space_ridge": (0.2, 10.0),
-    "finetune_lr": (5e-3, 5e-4),
-    "finetune_epsilon": (0.02, 5e-4),
-    "ultraedit_lr": (1.0, 1e-6),
-    "ultraedit_ridge": (0.1, 1.0),
-}
-
-
-# What `EditConfig.relative_constants` measures against the model at hand.
-RELATIVE_CONSTANTS = (
-    *("covariance_weight", "null_space_threshold", "null_space_ridge", "ultraedit_lr", "ultraedit_ridge"),
-)
-
 
 @dataclass
-class EditConfig:
+class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, LoraOptions, UltraEditOptions):
     """How facts are edited. Fields that end in "filled in" are set by `get_edit_model`.
+
+    The options of the built-in editors are keywords of their own, with their help in the editor's file; those of other
+    editors go into `options`.
 
     Raises:
         ValueError: An option has a value that means nothing; the message names it and the values it takes.
@@ -59,12 +43,12 @@ class EditConfig:
         ```
     """
 
-    method: str = field(default="r-rome", metadata={"help": f"Editor, one of {METHODS}."})
+    method: str = field(default="r-rome", metadata={"help": "Editor, by its name; `goldenedit editors` lists them."})
     layer: int | list[int] | str = field(
         default="lga",
         metadata={
-            "help": f"Layer to edit: a number, several numbers (edited together), one of {LAYER_SELECTORS}, or "
-            "'hub:repo' (or 'hub:repo@revision') for what a repository on the Hub says of these weights."
+            "help": "Layer to edit: a number, several numbers (edited together), a layer selector such as 'lga' or "
+            "'auto', or 'hub:repo' (or 'hub:repo@revision') for what a repository on the Hub says of these weights."
         },
     )
     layer_pattern: str = field(
@@ -74,7 +58,7 @@ class EditConfig:
             "alone, the window that ends at it, first and last of this window, or the best scores within the fence."
         },
     )
-    pattern_layers: int = field(default=3, metadata={"help": "Length of the window, or number of best layers."})
+    pattern_layers: int = option(3, help="Length of the window, or number of best layers.", least=1, whole=True)
     target_layer: int | list[int] | None = field(
         default=None, metadata={"help": "The layer that is edited; filled in."}
     )
@@ -97,14 +81,14 @@ class EditConfig:
     lga_loss: str = field(default="sequence", metadata={"help": f"Loss of LGA, one of {LGA_LOSSES}."})
     tukey_kappa: float = field(default=1.0, metadata={"help": "Width of LGA's outlier fence in interquartile ranges."})
 
-    contexts: int = field(default=10, metadata={"help": "Number of prefixes to the prompt, the empty one included."})
-    context_length: int = field(default=10, metadata={"help": "Tokens of each sampled prefix."})
-    steps: int = field(default=25, metadata={"help": "Most steps of the value optimisation."})
-    lr: float = field(default=0.5, metadata={"help": "Learning rate of the value optimisation (Adam)."})
-    kl_factor: float = field(default=0.0625, metadata={"help": 'Weight of the KL term on "{subject} is a".'})
-    weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||delta|| / ||v0||^2."})
-    clamp: float = field(default=4.0, metadata={"help": "Largest ||delta|| in units of ||v0||."})
-    stop_loss: float = field(default=0.05, metadata={"help": "A fact is finished once its answer's NLL is lower."})
+    contexts: int = option(10, help="Number of prefixes to the prompt, the empty one included.", least=1, whole=True)
+    context_length: int = option(10, help="Tokens of each sampled prefix.", least=1, whole=True)
+    steps: int = option(25, help="Most steps of the value optimisation.", least=1, whole=True)
+    lr: float = option(0.5, help="Learning rate of the value optimisation (Adam).", above=0.0)
+    kl_factor: float = option(0.0625, help='Weight of the KL term on "{subject} is a".', least=0.0)
+    weight_decay: float = option(0.5, help="Weight of ||delta|| / ||v0||^2.", least=0.0)
+    clamp: float = option(4.0, help="Largest ||delta|| in units of ||v0||.", above=0.0)
+    stop_loss: float = option(0.05, help="A fact is finished once its answer's NLL is lower.", least=0.0)
     batch_size: int | str = field(
         default="auto",
         metadata={"help": "Facts whose values are optimised side by side; 'auto' for as many as memory has room for."},
@@ -118,81 +102,30 @@ class EditConfig:
             "'identity'."
         },
     )
-    covariance_tokens: int = field(default=5_000, metadata={"help": "Tokens of text for the key covariance."})
-    ridge: float = field(
-        default=0.1, metadata={"help": "Added to the covariance's diagonal, in units of its mean eigenvalue."}
-    )
+    covariance_tokens: int = option(5_000, help="Tokens of text for the key covariance.", least=1, whole=True)
+    ridge: float = option(0.1, help="Added to the covariance's diagonal, in units of its mean eigenvalue.", least=0.0)
     anchor_bare_prompt: bool = field(
         default=True,
         metadata={"help": "Answer to the key of the bare prompt as to the averaged one; False as in the papers."},
     )
-    contrast: int = field(
-        default=16, metadata={"help": "Invented subjects with the same last token that an edit is kept silent on."}
+    contrast: int = option(
+        16, help="Invented subjects with the same last token that an edit is kept silent on.", least=0, whole=True
     )
-    contrast_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of these beside the covariance, relative to its trace; 0 as in the papers."},
+    contrast_weight: float = option(
+        0.1, help="Weight of these beside the covariance, relative to its trace; 0 as in the papers.", least=0.0
     )
     relative_constants: bool = field(
         default=True,
         metadata={
-            "help": "Measure covariance_weight, null_space_threshold, null_space_ridge, ultraedit_lr and "
-            "ultraedit_ridge against the model at hand, so that they mean the same for every one; False takes them as "
-            "they are. Constants without a value are then as published."
-        },
-    )
-    covariance_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "MEMIT, PMET: weight of the covariance, lambda, in units of the facts' key energy over the "
-            "covariance's trace; None for 1, or as published 15000 (their GPT-2 XL: 20000)."
-        },
-    )
-    gram_ridge: float = field(
-        default=0.01, metadata={"help": "EMMET: ridge of K^T C^-1 K in units of its diagonal; 0 inserts exactly."}
-    )
-    null_space_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "AlphaEdit: largest eigenvalue of the null space, in units of the mean one; None for 3, or as "
-            "published 0.02."
-        },
-    )
-    null_space_ridge: float | None = field(
-        default=None,
-        metadata={
-            "help": "AlphaEdit: weight of the update's size, in units of the facts' key energy; None for 0.2, or as "
-            "published 10."
-        },
-    )
-    finetune_steps: int = field(default=25, metadata={"help": "FT-L, FT-M, LoRA: most steps of Adam."})
-    finetune_lr: float | None = field(
-        default=None, metadata={"help": "FT-L, FT-M, LoRA: learning rate; None for 5e-3, or as published 5e-4."}
-    )
-    finetune_stop_loss: float = field(default=0.01, metadata={"help": "FT-L, FT-M, LoRA: loss to stop below."})
-    finetune_epsilon: float | None = field(
-        default=None, metadata={"help": "FT-L: largest change of a weight; None for 0.02, or as published 5e-4."}
-    )
-    lora_rank: int = field(default=8, metadata={"help": "LoRA: rank."})
-    ultraedit_lr: float | None = field(
-        default=None,
-        metadata={
-            "help": "UltraEdit: size of the step, in units of the length of the edited map's outputs; None for 1, or "
-            "as published 1e-6."
-        },
-    )
-    ultraedit_ridge: float | None = field(
-        default=None,
-        metadata={
-            "help": "UltraEdit: weight of the update's size, in units of the keys' energy; None for 0.1, or as "
-            "published 1."
+            "help": "Measure an editor's constants against the model at hand, where they have units, so that they mean "
+            "the same for every one; False takes them as they are. Constants without a value are then as published."
         },
     )
     regularizer: str | None = field(
         default=None, metadata={"help": f"What is done to the finished update, one of {REGULARIZERS}, or None."}
     )
-    dense_tolerance: float = field(
-        default=0.01, metadata={"help": "Largest relative error of storing a dense update as one of low rank."}
+    dense_tolerance: float = option(
+        0.01, help="Largest relative error of storing a dense update as one of low rank.", least=0.0
     )
     max_perplexity_ratio: float | None = field(
         default=None,
@@ -201,29 +134,52 @@ class EditConfig:
             "base model; None to measure nothing."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is sampled."})
+    seed: int = option(0, help="Seed of everything that is sampled.", least=0, whole=True)
+    options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Options of an editor that are no keywords here, by name: those of other packages' editors."},
+    )
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
         _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
         self._check_layers()
         if self.regularizer is not None:
             _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")
-        if self.method == "alphaedit" and self.covariance == "identity":
-            raise ValueError("AlphaEdit needs key statistics: EditConfig.covariance cannot be 'identity'.")
-        if self.layer_pattern != "golden" and self.layer not in SCORED_SELECTORS:
+        if self.layer_pattern != "golden" and not self.is_scored:
+            scored = [name for name in SELECTORS.names() if SELECTORS.get(name).is_scored]
             raise ValueError(
-                f"EditConfig.layer_pattern {self.layer_pattern!r} needs layers with scores, by one of "
-                f"{SCORED_SELECTORS}, got layer={self.layer!r}."
+                f"EditConfig.layer_pattern {self.layer_pattern!r} needs layers with scores, by one of {scored}, got "
+                f"layer={self.layer!r}."
             )
         self._check_numbers()
         if not isinstance(self.covariance, str) or not self.covariance:
             raise ValueError(f"EditConfig.covariance must be a source of text, got {self.covariance!r}.")
+        self._check_editor()
         _check_texts("target_modules", self.target_modules)
+        self._check_proxy()
+
+    def _check_editor(self) -> None:
+        if not isinstance(self.method, str):
+            raise ValueError(f"EditConfig.method must be the name of an editor, got {self.method!r}.")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"EditConfig.options must map names to values, got {self.options!r}.")
+        self.options = dict(self.options)
+        self.editor.check_options(self.options)
+        if isinstance(self, self.editor.options):  # its options are keywords here: they have one place
+            for name in list(self.options):
+                setattr(self, name, self.options.pop(name))
+        if self.covariance == "identity" and not self.editor.takes_identity:
+            raise ValueError(
+                f"The editor {self.method!r} needs key statistics: EditConfig.covariance cannot be 'identity'."
+            )
+
+    def _check_proxy(self) -> None:
+        if isinstance(self.proxy, Path):
+            self.proxy = str(self.proxy)
         if not isinstance(self.proxy, str | list | tuple | None):
             raise ValueError(f"EditConfig.proxy must be a file, a list of requests or None, got {self.proxy!r}.")
-        if isinstance(self.proxy, Sequence) and not isinstance(self.proxy, str):
+        if isinstance(self.proxy, list | tuple):
             self.proxy = [
                 request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
                 for request in self.proxy
@@ -231,45 +187,77 @@ class EditConfig:
 
     def _check_layers(self) -> None:
         if isinstance(self.layer, str):
-            if not self.layer.removeprefix(HUB_LAYER) or not self.layer.startswith(HUB_LAYER):
-                _check_choice("layer", self.layer, LAYER_SELECTORS, "'hub:repo', a number or a list of numbers")
+            is_shared = self.layer.startswith(HUB_LAYER) and self.layer != HUB_LAYER
+            if not is_shared and self.layer not in SELECTORS:
+                raise UnknownNameError(
+                    f"Unknown layer {self.layer!r} in EditConfig: use one of {SELECTORS.names()}, 'hub:repo', a number "
+                    "or a list of numbers."
+                )
             if self.target_layer is not None:
                 self.target_layer = _layer_numbers(self.target_layer, "target_layer")
         else:
             self.layer = _layer_numbers(self.layer)
             self.target_layer = self.layer
         for score in _scores(self.layer_scores):
-            _check_number("layer_scores", score, -sys.float_info.max, optional=True)
+            check_number("EditConfig.layer_scores", score, least=-sys.float_info.max, optional=True)
 
     def _check_numbers(self) -> None:
-        for name in _COUNTS:
-            _check_number(name, getattr(self, name), 1, whole=True)
-        for name in ("contrast", "seed"):
-            _check_number(name, getattr(self, name), 0, whole=True)
+        bounded = {entry.name: entry for entry in fields(self) if "whole" in entry.metadata}
+        check_fields("EditConfig", bounded, {name: getattr(self, name) for name in bounded})
         if self.batch_size != "auto":
-            _check_number("batch_size", self.batch_size, 1, whole=True)
-        _check_number("proxy_size", self.proxy_size, 1, whole=True, optional=True)
-        _check_number("max_perplexity_ratio", self.max_perplexity_ratio, 1.0, optional=True)
-        for name in _POSITIVE:
-            _check_number(name, getattr(self, name), 0.0, exclusive=True)
-        for name in _DEFAULT_CONSTANTS:
-            _check_number(name, getattr(self, name), 0.0, exclusive=name != "covariance_weight", optional=True)
-        for name in _NOT_NEGATIVE:
-            _check_number(name, getattr(self, name), 0.0)
+            check_number("EditConfig.batch_size", self.batch_size, least=1, whole=True)
+        check_number("EditConfig.proxy_size", self.proxy_size, least=1, whole=True, optional=True)
+        check_number("EditConfig.max_perplexity_ratio", self.max_perplexity_ratio, least=1.0, optional=True)
         if self.dense_tolerance >= 1:
             raise ValueError(f"EditConfig.dense_tolerance must be below 1, got {self.dense_tolerance}.")
-        _check_number("tukey_kappa", self.tukey_kappa, 0.0, infinite=True)
+        check_number("EditConfig.tukey_kappa", self.tukey_kappa, least=0.0, infinite=True)
+
+    @property
+    def editor(self) -> Editor:
+        """The editor that `method` names.
+
+        Raises:
+            ValueError: There is none: the package that has it is not installed.
+        """
+        return EDITORS.get(self.method)
+
+    @property
+    def selector(self) -> Selector | None:
+        """The layer selector that `layer` names; None for numbers, and for what is read from the Hub."""
+        if not isinstance(self.layer, str) or self.layer.startswith(HUB_LAYER):
+            return None
+        return SELECTORS.get(self.layer)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the layer selector gives every layer a score."""
+        return self.selector is not None and self.selector.is_scored
 
     @property
     def fence(self) -> float:
         """Width of the fence that layer scores must lie within: LGA's Tukey filter, none for other selectors."""
-        return self.tukey_kappa if self.layer == "lga" else math.inf
+        return self.tukey_kappa if self.selector is not None and self.selector.fence else math.inf
 
-    def constant(self, name: str) -> float:
-        """Return a constant that depends on `relative_constants`: what is set, or the default in these units."""
-        value: float | None = getattr(self, name)
-        relative, published = _DEFAULT_CONSTANTS[name]
-        return value if value is not None else relative if self.relative_constants else published
+    @property
+    def editor_options(self) -> dict[str, Any]:
+        """The options of the editor, by name, as they are set; None where a default depends on the units in use."""
+        if isinstance(self, self.editor.options):
+            return {name: getattr(self, name) for name in self.editor.fields}
+        return {**vars(self.editor.options()), **self.options} if self.editor.fields else {}
+
+    def constant(self, name: str) -> Any:
+        """Return an option of the editor: what is set, or its default by the units in use."""
+        value = self.editor_options[name]
+        return default_of(self.editor.fields[name], self.relative_constants) if value is None else value
+
+    def resolve(self, problem: Any) -> Any:
+        """Return the options of the editor as its maths reads them, in the units of a problem."""
+        return self.editor.resolve(self.editor_options, self.relative_constants, problem)
+
+    @property
+    def has_units(self) -> bool:
+        """Whether a constant of the editor is measured against the model at hand."""
+        return any(is_relative(entry) and entry.metadata["unit"] for entry in self.editor.fields.values())
 
     @property
     def target_layers(self) -> list[int]:
@@ -293,6 +281,7 @@ class EditConfig:
 
         Raises:
             ValueError: An option is unknown, or a value means nothing.
+            UnknownNameError: The package that has the editor or the layer selector is not installed.
         """
         known = [entry.name for entry in fields(cls)]
         if unknown := sorted(set(record) - set(known)):
@@ -302,32 +291,37 @@ class EditConfig:
             values["tukey_kappa"] = math.inf
         return cls(**values)
 
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> EditConfig:
+        """Read a saved config, whose editor or layer selector may be of a package that is not installed here.
+
+        What was saved can be looked at and used. What needs the missing part (`editor`, `selector`) raises.
+
+        Raises:
+            ValueError: An option is unknown, or a value means nothing.
+        """
+        known = {"method": EDITORS.names(), "layer": SELECTORS.names()}
+        missing: dict[str, Any] = {
+            name: value
+            for name, names in known.items()
+            if isinstance(value := record.get(name), str) and is_plain(value) and value not in names
+        }
+        if not missing:
+            return cls.from_dict(record)
+        if "layer" in missing and record.get("layer_pattern", "golden") != "golden":
+            missing["layer_pattern"] = record["layer_pattern"]
+        if "method" in missing:
+            missing["options"] = dict(record.get("options", {}))
+        config = cls.from_dict({name: value for name, value in record.items() if name not in missing})
+        for name, value in missing.items():
+            setattr(config, name, value)
+        return config
+
 
 def _check_choice(name: str, value: str, choices: Sequence[str], otherwise: str | None = None) -> None:
     if value not in choices:
         more = f", or {otherwise}" if otherwise else ""
         raise ValueError(f"Unknown {name} {value!r} in EditConfig: use one of {list(choices)}{more}.")
-
-
-def _check_number(
-    name: str,
-    value: Any,
-    least: float,
-    whole: bool = False,
-    exclusive: bool = False,
-    infinite: bool = False,
-    optional: bool = False,
-) -> None:
-    if optional and value is None:
-        return
-    kinds = (int,) if whole else (int, float)
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    # Not math.isfinite, which raises OverflowError on large ints.
-    number = number and (abs(value) <= sys.float_info.max or (infinite and value == math.inf))
-    if not number or value < least or (exclusive and value == least):
-        kind = "a whole number" if whole else "a number"
-        bound = "above" if exclusive else "of at least"
-        raise ValueError(f"EditConfig.{name} must be {kind} {bound} {least}, got {value!r}.")
 
 
 def _check_texts(name: str, value: Any) -> None:

@@ -1,16 +1,75 @@
-"""What every layer selector returns: scores, the layers chosen, and what it cost."""
+"""What every layer selector is and returns: scores, the layers chosen, and what it cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from goldenedit.cost import Cost
+from goldenedit.registry import Registry
+
+HUB_LAYER = "hub:"  # before the name of a repository with golden layers
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A layer selector: its function, and what the rest of the library must know of it.
+
+    Attributes:
+        name: Its name in `EditConfig.layer`.
+        function: From `(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig)` to the scores of the
+            layers, `(num_layers,)` with NaN where a layer has none; with `is_scored=False` to a list of layers.
+        paper: Where it was published.
+        fence: Whether layers whose scores are outliers are left out (`EditConfig.tukey_kappa`).
+        depends_on: What the scores depend on beside model and facts, by which they are cached: names of fields of
+            EditConfig, `"covariance"` for those of the key statistics, and `"edit"` for all that an edit depends on.
+        is_scored: Whether it gives every layer a score.
+        needs_facts: Whether it looks at facts.
+        is_shared: Whether the processes of a launcher share its work.
+        version: Version of its algorithm: scores that another version cached are not used.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    paper: str = ""
+    fence: bool = False
+    depends_on: tuple[str, ...] = ()
+    is_scored: bool = True
+    needs_facts: bool = True
+    is_shared: bool = False
+    version: int = 1
+
+
+SELECTORS: Registry[Selector] = Registry("layer selector", "goldenedit.layer_selection", "goldenedit.layer_selectors")
+
+
+def selector(name: str, **record: Any) -> Callable[[Function], Function]:
+    """Register a function as the layer selector of a name; the other arguments are those of `Selector`.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from goldenedit.layer_selection import selector
+        >>> @selector("last", depends_on=())
+        ... def last(lm, facts, config):
+        ...     return torch.arange(lm.architecture.num_layers, dtype=torch.float64)
+        ```
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(function: Function) -> Function:
+        SELECTORS.add(Selector(name, function, **record))
+        return function
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -41,7 +100,8 @@ class LayerSelection:
 
     def within_fence(self, kappa: float) -> Tensor:
         """Return which layers may be chosen: with LGA those within the Tukey filter, else those with a score."""
-        return tukey_filter(self.score_tensor(), kappa if self.selector == "lga" else math.inf)
+        known = SELECTORS.get(self.selector) if self.selector in SELECTORS else None
+        return tukey_filter(self.score_tensor(), kappa if known is not None and known.fence else math.inf)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the selection as JSON has it."""

@@ -19,15 +19,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
-from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
+from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.edit import Changes, check_method, prepare_facts, train_facts
+from goldenedit.editing.edit import Changes, check_editable, prepare_facts
+from goldenedit.editing.learn import learn_facts
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.language_model import BaseFacts
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.tokens import context_length, encode_request
 from goldenedit.requests import EditRequest, Message, distinct
@@ -94,7 +95,7 @@ class EditModel(nn.Module, SharingMixin):
         architecture: Where the model keeps its layers.
         edits: The edits by name, in the order they were made.
         layer_selection: What the layer selector found, and its cost; None before it ran.
-        base_facts: What is known of the base model, found when it was first needed.
+        lm: The base model as editing sees it, with what is found of it once.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class EditModel(nn.Module, SharingMixin):
         )
         self.edits: dict[str, Edit] = {}
         self.model: PreTrainedModel | PeftModel = model
-        self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
+        self.lm = LanguageModel(model, self.tokenizer, self.architecture, self.base_info.fingerprint)
         self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the edits that were on
@@ -136,13 +137,12 @@ class EditModel(nn.Module, SharingMixin):
     def select_layer(self) -> int | list[int]:
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
         with self.disable_adapter():
-            base = self.get_base_model()
             if len(self.architecture.experts) == len(self.architecture.down_projections):  # whatever is chosen
-                check_method(base, self.architecture, self.edit_config, list(self.architecture.experts)[:1])
+                check_editable(self.lm, self.edit_config, list(self.architecture.experts)[:1])
             with phase("layer selection"):
-                selection = select_layer(base, self.architecture, self.tokenizer, self.edit_config, self.base_facts)
+                selection = select_layer(self.lm, self.edit_config)
         self.layer_selection = selection
-        if self.edit_config.layer in SCORED_SELECTORS:
+        if self.edit_config.is_scored:
             self._proxy_hash = proxy_hash(proxy_set(self.edit_config))
         assert self.edit_config.target_layer is not None
         return self.edit_config.target_layer
@@ -185,12 +185,12 @@ class EditModel(nn.Module, SharingMixin):
             self.select_layer()
         made = self._changes(requests)
         active, config = self.active_adapters, copy.copy(self.edit_config)
-        contexts = None if config.method in TRAINED else self.contexts_hash(config)
+        contexts = None if config.editor.learns != "values" else self.contexts_hash(config)
         try:
             self.model = self._with_adapter(name, made.deltas)
             self.set_adapter([*active, name])
             with phase("check"):
-                after = likelihoods(base, self.tokenizer, [(request.text, request.target_new) for request in requests])
+                after = likelihoods(self.lm, [(request.text, request.target_new) for request in requests])
             for request, found in zip(requests, after, strict=True):
                 if not math.isfinite(found.nll):
                     raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
@@ -208,20 +208,17 @@ class EditModel(nn.Module, SharingMixin):
 
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
         """Find the change of weights that serves the requests; what the active edits remember is minded."""
-        base, config = self.get_base_model(), self.edit_config
+        config = self.edit_config
         # What cannot be done is told before anything takes time.
-        check_method(base, self.architecture, config, config.target_layers)
+        check_editable(self.lm, config, config.target_layers)
         remembered = joined_state(self.edits[name] for name in self.active_adapters)
-        if config.method == "pmet":
-            for layer in config.target_layers:
-                self.architecture.attention_output(base, layer)
-        if config.method in TRAINED:
+        if config.editor.learns != "values":
             with phase("training"):
-                return train_facts(base, self.architecture, self.tokenizer, requests, config, remembered)
+                return learn_facts(self.lm, requests, config, remembered)
         with self.disable_adapter():
-            contexts = self.base_facts.contexts(base, config)
-            statistics = self.base_facts.statistics(base, config)
-        prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, config, contexts)
+            contexts = self.lm.contexts(config)
+            statistics = self.lm.statistics(config, config.target_layers)
+        prepared = prepare_facts(self.lm, requests, config, contexts)
         for request, delta, steps in zip(requests, prepared.values.delta, prepared.values.steps, strict=True):
             if steps and not delta.any():
                 logger.warning(
@@ -236,17 +233,16 @@ class EditModel(nn.Module, SharingMixin):
     def contexts_hash(self, config: EditConfig) -> str:
         """Return a short name for the prefixes that this model samples by a config."""
         with self.disable_adapter():
-            return cache_key(contexts=self.base_facts.contexts(self.get_base_model(), config))
+            return cache_key(contexts=self.lm.contexts(config))
 
     def _check_perplexity(self, name: str) -> None:
         """Raise ValueError where the active edits harm plain text more than the config allows."""
         most = self.edit_config.max_perplexity_ratio
         if most is None:
             return
-        base = self.get_base_model()
         with self.disable_adapter():
-            before = self.base_facts.perplexity(base)
-        after = perplexity(base, self.tokenizer, sample_texts())
+            before = self.lm.perplexity()
+        after = perplexity(self.lm, sample_texts())
         if not after <= most * before:
             raise ValueError(
                 f"With edit {name!r} perplexity on plain statements is {after:.2f}, against {before:.2f} of the base "
@@ -277,12 +273,12 @@ class EditModel(nn.Module, SharingMixin):
         if not requests:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
         requests = [rendered(self.tokenizer, request) for request in requests]
-        base, where = self.get_base_model(), self.architecture
+        where = self.architecture
         paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
         first = min(map(where.layer_of, paths), default=where.num_layers - 1)
         with phase("evaluation"):
             edited, before = observe_with_and_without(
-                base, where, self.tokenizer, requests, first, self.disable_adapter, generation, neighbors
+                self.lm, requests, first, self.disable_adapter, generation, neighbors
             )
         found = Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
         self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(requests), **found.to_dict()}
@@ -405,7 +401,7 @@ class EditModel(nn.Module, SharingMixin):
             self.base_info = BaseModel(
                 self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
             )
-            self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
+            self.lm = LanguageModel(self.model, self.tokenizer, self.architecture, self.base_info.fingerprint)
         return self.model
 
     def unload(self) -> PreTrainedModel:

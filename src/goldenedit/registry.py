@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import re
 from typing import Generic, Protocol, TypeVar
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class Named(Protocol):
@@ -42,7 +45,7 @@ class Registry(Generic[Record]):
         """Add a record.
 
         Raises:
-            ValueError: The name is taken by another one, or is not a plain word.
+            ValueError: The name is taken by another one, or not plain.
         """
         name = record.name
         if (
@@ -63,7 +66,8 @@ class Registry(Generic[Record]):
         """Return the record of a name; an installed package that has it is imported now.
 
         Raises:
-            ValueError: There is none, or the package that declares it does not add it.
+            UnknownNameError: There is none.
+            ValueError: The package that declares it cannot be imported, or does not add it.
         """
         self._load_builtin()
         if name not in self._records and name in (declared := self._declared()):
@@ -107,6 +111,11 @@ class Registry(Generic[Record]):
 
     def _declared(self) -> dict[str, importlib.metadata.EntryPoint]:
         return {entry.name: entry for entry in importlib.metadata.entry_points(group=self.group)}
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a text can name an editor or a layer selector."""
+    return _NAME.fullmatch(name) is not None
 
 
 class UnknownNameError(ValueError):

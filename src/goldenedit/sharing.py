@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit import adapters as peft_adapters
-from goldenedit.config import HUB_LAYER, EditConfig
-from goldenedit.layer_selection import LayerSelection
+from goldenedit.config import EditConfig
+from goldenedit.layer_scores import HUB_LAYER, LayerSelection
 from goldenedit.storage.atlas import GoldenLayers
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from goldenedit.cost import Cost
+    from goldenedit.editors import Editor
     from goldenedit.evaluation.evaluate import Evaluation
-    from goldenedit.layer_scores import LayerSelection
+    from goldenedit.layer_scores import LayerSelection, Selector
     from goldenedit.storage.folder import Edit
 
 
@@ -74,4 +75,27 @@ def evaluation_table(found: Evaluation) -> Table:
             row = (f"{figures[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{base[name]:.3f}")
             table.add_row(f"{family}, n = {figures['n']}", name.replace("_", " "), *row)
         table.add_section()
+    return table
+
+
+def editors_table(editors: Sequence[Editor]) -> Table:
+    """Return editors with their papers, and what their options do."""
+    from goldenedit.editors.options import default_of
+
+    table = Table("editor", "paper", "option", "default", "what it does")
+    for editor in editors:
+        rows = [
+            (name, str(default_of(entry, True)), str(entry.metadata.get("help", "")))
+            for name, entry in editor.fields.items()
+        ]
+        for index, row in enumerate(rows or [("", "", "")]):
+            table.add_row(*((editor.name, editor.paper) if index == 0 else ("", "")), *map(escape, row))
+    return table
+
+
+def selectors_table(selectors: Sequence[Selector]) -> Table:
+    """Return layer selectors with their papers, and what they do."""
+    table = Table("layer selector", "paper", "what it does")
+    for selector in selectors:
+        table.add_row(selector.name, selector.paper, escape((selector.function.__doc__ or "").strip().split("\n")[0]))
     return table

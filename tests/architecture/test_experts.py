@@ -308,7 +308,7 @@ def test_the_sweep_edits_experts_beside_their_weights(tokenizer, tmp_path):
     facts = [replace(FACTS[0], locality=(("Paris is a", "city"),))]
     store = CellStore(tmp_path / "cells.jsonl")
     cells = sweep(
-        model.model, model.architecture, tokenizer, facts, CONFIG, model.base_facts, store, methods=["r-rome"]
+        model.lm, facts, CONFIG, store, methods=["r-rome"]
     )
     assert torch.equal(logits(model), base)
     model.edit(facts[0])
@@ -316,7 +316,7 @@ def test_the_sweep_edits_experts_beside_their_weights(tokenizer, tmp_path):
     (outcome,) = cells["r-rome", 1].outcomes
     assert outcome.matches.rewrite == pytest.approx(scores.rewrite)
     with pytest.raises(ValueError, match="'lora'"):
-        sweep(model.model, model.architecture, tokenizer, facts, CONFIG, model.base_facts, store, methods=["lora"])
+        sweep(model.lm, facts, CONFIG, store, methods=["lora"])
 
 
 def test_the_card_tells_only_of_programs_that_load_experts(tokenizer, tmp_path):

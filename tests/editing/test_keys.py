@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.keys import contrast_keys
@@ -21,7 +22,7 @@ REQUESTS = [
 
 
 def keys_of(model, tokenizer, layers=(0, 2), count=5, seed=0, requests=REQUESTS):
-    return contrast_keys(model, read_architecture(model), tokenizer, requests, list(layers), count, seed)
+    return contrast_keys(LanguageModel(model, tokenizer), requests, list(layers), count, seed)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -37,7 +38,7 @@ def test_each_subject_of_several_tokens_has_its_keys(name, tokenizer):
 
 @pytest.mark.parametrize("requests", [REQUESTS[1:2], []])
 def test_nothing_runs_where_no_subject_has_a_beginning(requests, tokenizer):
-    assert contrast_keys(None, None, tokenizer, requests, [0], 5, 0) == [None] * len(requests)
+    assert contrast_keys(LanguageModel(None, tokenizer, None), requests, [0], 5, 0) == [None] * len(requests)
 
 
 def test_a_count_of_zero_gives_none(tokenizer):
@@ -70,7 +71,7 @@ def test_keys_are_those_of_each_text_alone_at_the_subject_s_last_token(name, tok
     handle = model.register_forward_pre_hook(lambda _, args, kwargs: ran.append(kwargs), with_kwargs=True)
     architecture = read_architecture(model)
     ran.clear()
-    (keys,) = contrast_keys(model, architecture, tokenizer, REQUESTS[:1], [1], 4, 0)[0]
+    (keys,) = contrast_keys(LanguageModel(model, tokenizer, architecture), REQUESTS[:1], [1], 4, 0)[0]
     handle.remove()
     assert model.training
     model.eval()
@@ -106,7 +107,7 @@ def test_no_logits_are_computed_for_keys(tokenizer):
     ran = []
     architecture = read_architecture(model)
     model.lm_head.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape))
-    contrast_keys(model, architecture, tokenizer, REQUESTS, [1], 4, 0)
+    contrast_keys(LanguageModel(model, tokenizer, architecture), REQUESTS, [1], 4, 0)
     assert ran == []
 
 
@@ -119,6 +120,6 @@ def test_the_size_of_a_forward_does_not_grow_with_the_number_of_requests(tokeniz
             lambda _, args, kwargs, count=count: sizes.setdefault(count, []).append(len(kwargs["input_ids"])),
             with_kwargs=True,
         )
-        contrast_keys(model, architecture, tokenizer, REQUESTS[:1] * count, [0], 8, 0)
+        contrast_keys(LanguageModel(model, tokenizer, architecture), REQUESTS[:1] * count, [0], 8, 0)
         handle.remove()
     assert max(sizes[60]) == max(sizes[30])

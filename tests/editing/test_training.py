@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.editing.training import answer_gradients, answer_nll, train
 from goldenedit.editors.finetune import DenseChange, LowRankChange
@@ -33,7 +34,7 @@ def test_the_loss_is_the_mean_over_an_answer_s_tokens(loss, tokenizer):
     model = tiny_model("llama")
     rows = [encode(tokenizer, request.text, request.target_new) for request in REQUESTS]
     expected = torch.stack([plain_nll(model, tokenizer, request, loss) for request in REQUESTS])
-    torch.testing.assert_close(answer_nll(model, tokenizer, rows, loss), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer_nll(LanguageModel(model, tokenizer), rows, loss), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj"])
@@ -42,7 +43,7 @@ def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenize
     model = tiny_model(name)
     architecture = read_architecture(model)
     change = DenseChange(MLP_WIDTH, WIDTH)
-    assert train(model, architecture, tokenizer, REQUESTS, {1: change}, loss, **STEPS, batch_size=1) == 4
+    assert train(LanguageModel(model, tokenizer, architecture), REQUESTS, {1: change}, loss, **STEPS, batch_size=1) == 4
 
     twin = copy.deepcopy(model)
     weight = architecture.down_projection(twin, 1).weight
@@ -59,7 +60,7 @@ def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenize
 def test_an_epsilon_bounds_every_entry(tokenizer):
     model = tiny_model("llama")
     change = DenseChange(MLP_WIDTH, WIDTH, epsilon=5e-4)
-    train(model, read_architecture(model), tokenizer, REQUESTS, {1: change}, "last", **STEPS)
+    train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, "last", **STEPS)
     assert change.weight.detach().abs().max() == pytest.approx(5e-4)
 
 
@@ -67,7 +68,7 @@ def test_training_stops_below_the_loss_it_is_given(tokenizer):
     model = tiny_model("llama")
     change = LowRankChange(MLP_WIDTH, WIDTH, 2, torch.Generator().manual_seed(0))
     options = STEPS | {"stop_loss": 1e6}
-    assert train(model, read_architecture(model), tokenizer, REQUESTS, {1: change}, "masked", **options) == 0
+    assert train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, "masked", **options) == 0
     assert not change.B.any()
 
 
@@ -75,8 +76,8 @@ def test_weights_gradients_and_hooks_are_as_before(tokenizer):
     model = tiny_model("gpt2").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     architecture = read_architecture(model)
-    train(model, architecture, tokenizer, REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, "masked", **STEPS)
-    answer_gradients(model, architecture, tokenizer, REQUESTS, [0, 1])
+    train(LanguageModel(model, tokenizer, architecture), REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, "masked", **STEPS)
+    answer_gradients(LanguageModel(model, tokenizer, architecture), REQUESTS, [0, 1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -89,7 +90,7 @@ def test_gradients_are_those_of_the_weight(name, tokenizer):
     model = tiny_model(name).requires_grad_(False)
     architecture = read_architecture(model)
     layers = [0, 2]
-    found = answer_gradients(model, architecture, tokenizer, REQUESTS, layers, batch_size=1)
+    found = answer_gradients(LanguageModel(model, tokenizer, architecture), REQUESTS, layers, batch_size=1)
     tokens = sum(len(encode(tokenizer, request.text, request.target_new).target) for request in REQUESTS)
     last = architecture.weight(model, 2)
     for layer in layers:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing import values
@@ -32,7 +33,7 @@ layer_sets = pytest.mark.parametrize("layers", [[1], [0, 2]], ids=["one layer", 
 
 def optimise(model, tokenizer, requests, layers=(1,), options=OPTIONS, contexts=CONTEXTS, **kwargs):
     return optimise_values(
-        model, read_architecture(model), tokenizer, requests, list(layers), contexts, options, **kwargs
+        LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs
     )
 
 
@@ -266,7 +267,7 @@ def test_a_request_that_cannot_be_tokenised_raises_before_any_forward(bad, messa
     ran = []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=message):
-        optimise_values(model, architecture, tokenizer, [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
+        optimise_values(LanguageModel(model, tokenizer, architecture), [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
     assert ran == []
 
 
@@ -279,4 +280,4 @@ def test_weights_that_are_not_finite_raise_with_the_subject_s_name(name, tokeniz
         caplog.at_level(logging.ERROR),
         pytest.raises(ValueError, match=r"'Paris' -> 'London' is not finite at step 0\. Load the model in"),
     ):
-        optimise_values(model, architecture, tokenizer, REQUESTS, [1], CONTEXTS, OPTIONS)
+        optimise_values(LanguageModel(model, tokenizer, architecture), REQUESTS, [1], CONTEXTS, OPTIONS)

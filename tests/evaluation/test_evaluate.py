@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditRequest, get_edit_model
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.evaluate import measure, observe, observe_with_and_without
@@ -41,11 +42,11 @@ def edited(tokenizer):
 def test_every_score_is_that_of_its_prompts_one_by_one(edited, tokenizer):
     found = edited.evaluate(FACTS)
     base = edited.get_base_model()
-    probability = replace(probability_scores([fact_likelihoods(base, tokenizer, FACTS[0])]), paraphrase_accuracy=None)
+    probability = replace(probability_scores([fact_likelihoods(LanguageModel(base, tokenizer), FACTS[0])]), paraphrase_accuracy=None)
     assert found.edited["probability"].scores == probability
 
     def accuracy(prompt, answer):
-        return likelihoods(base, tokenizer, [(prompt, answer)])[0].accuracy
+        return likelihoods(LanguageModel(base, tokenizer), [(prompt, answer)])[0].accuracy
 
     match = found.edited["token_match"].scores
     rewrites = [accuracy(fact.text, fact.target_new) for fact in FACTS]
@@ -56,7 +57,7 @@ def test_every_score_is_that_of_its_prompts_one_by_one(edited, tokenizer):
     choices = {}
     for state in ("edited", "base"):
         with edited.disable_adapter() if state == "base" else torch.no_grad():
-            choices[state] = [likelihoods(base, tokenizer, [pair])[0].choices for pair in FACTS[0].locality]
+            choices[state] = [likelihoods(LanguageModel(base, tokenizer), [pair])[0].choices for pair in FACTS[0].locality]
     same = [
         sum(one == other for one, other in zip(*both, strict=True)) / len(both[0])
         for both in zip(choices["edited"], choices["base"], strict=True)
@@ -76,7 +77,7 @@ def test_an_answer_is_found_in_what_the_model_writes_by_itself(tokenizer):
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=8)
     said = tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix(prompt).split()[0]
     requests = [replace(FACTS[0], target_new=said), FACTS[1]]
-    seen = observe(model, tokenizer, requests, generation=True)
+    seen = observe(LanguageModel(model, tokenizer), requests, generation=True)
     assert seen.written[prompt].strip().startswith(said)
     assert measure(requests, seen, seen)["generation"].scores.rewrite == 0.5
 
@@ -98,7 +99,7 @@ def test_all_figures_are_json_with_intervals_that_hold_them(edited):
 
 def test_facts_without_old_answers_have_no_probability_scores(tokenizer):
     model = tiny_model("llama")
-    seen = observe(model, tokenizer, FACTS[1:])
+    seen = observe(LanguageModel(model, tokenizer), FACTS[1:])
     assert set(measure(FACTS[1:], seen, seen)) == {"token_match"}
 
 
@@ -113,13 +114,13 @@ def test_both_models_are_observed_as_each_is_alone(layer, tokenizer):
     calls: list[int] = []
     handle = model.architecture.down_projection(base, 0).register_forward_hook(lambda *_: calls.append(0))
     now, before = observe_with_and_without(
-        base, model.architecture, tokenizer, FACTS, layer, model.disable_adapter, generation=True
+        model.lm, FACTS, layer, model.disable_adapter, generation=True
     )
     shared = len(calls)
     calls.clear()
-    alone = observe(base, tokenizer, FACTS, generation=True)
+    alone = observe(LanguageModel(base, tokenizer), FACTS, generation=True)
     with model.disable_adapter():
-        base_alone = observe(base, tokenizer, FACTS, generation=True)
+        base_alone = observe(LanguageModel(base, tokenizer), FACTS, generation=True)
     handle.remove()
     assert now == alone
     assert before == base_alone

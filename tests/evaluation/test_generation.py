@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from goldenedit.lm import LanguageModel
 from goldenedit.evaluation.generation import fluency, ngram_entropy
 from models import tiny_model
 
@@ -28,7 +29,7 @@ def test_words_and_marks_count_and_spaces_do_not():
 def test_fluency_is_that_of_what_the_model_writes_and_is_the_same_twice(tokenizer):
     model = tiny_model("llama")
     prompts = ["The Eiffel Tower", "Berlin is a city in"]
-    first = fluency(model, tokenizer, prompts, max_new_tokens=12)
-    assert first == fluency(model, tokenizer, prompts, max_new_tokens=12)
+    first = fluency(LanguageModel(model, tokenizer), prompts, max_new_tokens=12)
+    assert first == fluency(LanguageModel(model, tokenizer), prompts, max_new_tokens=12)
     assert first > 0
-    assert first != fluency(model, tokenizer, prompts, max_new_tokens=12, seed=1)
+    assert first != fluency(LanguageModel(model, tokenizer), prompts, max_new_tokens=12, seed=1)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goldenedit.lm import LanguageModel
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
 from goldenedit.evaluation.likelihood import _hosts, likelihoods
 from goldenedit.requests import EditRequest
@@ -48,7 +49,7 @@ def naive(model, tokenizer, prompt: str, answer: str) -> tuple[float, float]:
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_likelihoods_equal_those_of_each_pair_alone(name, tokenizer):
     model = tiny_model(name)
-    found = likelihoods(model, tokenizer, PAIRS)
+    found = likelihoods(LanguageModel(model, tokenizer), PAIRS)
     for (prompt, answer), one in zip(PAIRS, found, strict=True):
         nll, accuracy = naive(model, tokenizer, prompt, answer)
         assert one.nll == pytest.approx(nll, rel=1e-4)
@@ -58,21 +59,21 @@ def test_likelihoods_equal_those_of_each_pair_alone(name, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_batch_size_does_not_matter(batch_size, tokenizer):
     model = tiny_model("gpt2")
-    together = likelihoods(model, tokenizer, PAIRS)
-    found = likelihoods(model, tokenizer, PAIRS, batch_size)
+    together = likelihoods(LanguageModel(model, tokenizer), PAIRS)
+    found = likelihoods(LanguageModel(model, tokenizer), PAIRS, batch_size)
     assert [one.nll for one in found] == pytest.approx([one.nll for one in together], rel=1e-4)
     assert [one.accuracy for one in found] == [one.accuracy for one in together]
 
 
 def test_answers_of_a_prompt_share_a_row_as_far_as_they_begin_alike(tokenizer):
     model = tiny_model("llama")
-    alone = {pair: likelihoods(model, tokenizer, [pair])[0] for pair in SHARING}
+    alone = {pair: likelihoods(LanguageModel(model, tokenizer), [pair])[0] for pair in SHARING}
     widths = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with handle:
-        found = likelihoods(model, tokenizer, SHARING)
+        found = likelihoods(LanguageModel(model, tokenizer), SHARING)
     # All are read from the row of "city of Rome", those of the shorter prompt too; only "Rome city" needs its own.
     assert [rows for rows, _ in widths] == [2]
     for pair, one in zip(SHARING, found, strict=True):
@@ -98,20 +99,20 @@ def test_accuracy_is_the_share_of_first_choices(tokenizer):
     model.lm_head.weight.data[tokenizer.convert_tokens_to_ids("ĠRome")] += 5 * model.lm_head.weight.data.std()
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("ĠRome")] = 1e3
-    (both, none) = likelihoods(model, tokenizer, [(prompt, "Rome city"), (prompt, "city")])
+    (both, none) = likelihoods(LanguageModel(model, tokenizer), [(prompt, "Rome city"), (prompt, "city")])
     assert both.accuracy == 0.5
     assert none.accuracy == 0.0
 
 
 def test_no_pairs_give_no_likelihoods(tokenizer):
-    assert likelihoods(tiny_model("llama"), tokenizer, []) == []
+    assert likelihoods(LanguageModel(tiny_model("llama"), tokenizer), []) == []
 
 
 def test_modes_are_as_before_and_dropout_is_off(tokenizer):
     model = tiny_model("gpt2")
-    expected = likelihoods(model, tokenizer, PAIRS)
+    expected = likelihoods(LanguageModel(model, tokenizer), PAIRS)
     model.train()
-    assert likelihoods(model, tokenizer, PAIRS) == expected
+    assert likelihoods(LanguageModel(model, tokenizer), PAIRS) == expected
     assert model.training
 
 
@@ -120,7 +121,7 @@ def test_modes_are_as_before_and_dropout_is_off(tokenizer):
 )
 def test_a_pair_that_cannot_be_scored_raises(pair, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        likelihoods(tiny_model("llama"), tokenizer, [*PAIRS, pair])
+        likelihoods(LanguageModel(tiny_model("llama"), tokenizer), [*PAIRS, pair])
 
 
 FACT = EditRequest(
@@ -136,7 +137,7 @@ FACT = EditRequest(
 @pytest.mark.parametrize("neighbors", [None, 1, 0])
 def test_a_fact_is_measured_on_its_prompt_its_paraphrases_and_its_neighbours(neighbors, tokenizer):
     model = tiny_model("llama")
-    found = fact_likelihoods(model, tokenizer, FACT, neighbors)
+    found = fact_likelihoods(LanguageModel(model, tokenizer), FACT, neighbors)
 
     def both(prompt: str):
         return pytest.approx(
@@ -153,7 +154,7 @@ def test_a_fact_is_measured_on_its_prompt_its_paraphrases_and_its_neighbours(nei
 
 def test_a_fact_without_an_old_answer_cannot_be_measured(tokenizer):
     with pytest.raises(ValueError, match="'Paris' has no target_true"):
-        fact_likelihoods(tiny_model("llama"), tokenizer, EditRequest("Paris is in", "Paris", "Rome"))
+        fact_likelihoods(LanguageModel(tiny_model("llama"), tokenizer), EditRequest("Paris is in", "Paris", "Rome"))
 
 
 def test_facts_whose_old_answer_is_clearly_preferred_are_known(tokenizer):
@@ -166,4 +167,4 @@ def test_facts_whose_old_answer_is_clearly_preferred_are_known(tokenizer):
         EditRequest("Paris is in", "Paris", "Rome", "London"),
         EditRequest("Paris is in", "Paris", "Hamburg", "London"),  # neither is likely
     ]
-    assert known_facts(model, tokenizer, facts) == [0]
+    assert known_facts(LanguageModel(model, tokenizer), facts) == [0]

@@ -41,7 +41,7 @@ def model(tokenizer):
 
 def run(model, store, facts=FACTS, config=CONFIG, **options):
     return sweep(
-        model.get_base_model(), model.architecture, model.tokenizer, facts, config, model.base_facts, store, **options
+        model.lm, facts, config, store, **options
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.layer_selection import causal_tracing_scores
 from goldenedit.lm.tokens import encode, subject_span
@@ -62,7 +63,7 @@ def plain_scores(model, tokenizer, facts, draws):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "gemma3"])
 def test_effects_are_those_of_plain_loops(name, tokenizer):
     model = tiny_model(name)
-    found = causal_tracing_scores(model, read_architecture(model), tokenizer, FACTS, draws=2)
+    found = causal_tracing_scores(LanguageModel(model, tokenizer), FACTS, draws=2)
     assert found.shape == (NUM_LAYERS,)
     expected = plain_scores(model, tokenizer, FACTS, 2)[:-1].double()
     torch.testing.assert_close(found[:-1], expected, rtol=1e-3, atol=1e-7)
@@ -74,7 +75,7 @@ def test_the_last_state_of_a_subject_that_ends_the_prompt_brings_all_back(tokeni
     fact = EditRequest("A city is Paris", "Paris", "London", "Rome")
     row = encode(tokenizer, fact.text, fact.target_true, fact.subject_end)
     assert len(row.target) == 1
-    scores = causal_tracing_scores(model, read_architecture(model), tokenizer, [fact], draws=1)
+    scores = causal_tracing_scores(LanguageModel(model, tokenizer), [fact], draws=1)
     with torch.no_grad():
         clean = model(input_ids=torch.tensor([row.input_ids])).logits[0, row.target[0] - 1].softmax(-1)
     rest = scores[-1] - clean[row.target_ids[0]].double()
@@ -85,8 +86,8 @@ def test_the_last_state_of_a_subject_that_ends_the_prompt_brings_all_back(tokeni
 def test_the_same_seed_gives_the_same_scores_and_no_hook_is_left(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model)
-    first, again = (causal_tracing_scores(model, architecture, tokenizer, FACTS, draws=2) for _ in range(2))
-    other = causal_tracing_scores(model, architecture, tokenizer, FACTS, draws=2, seed=1)
+    first, again = (causal_tracing_scores(LanguageModel(model, tokenizer, architecture), FACTS, draws=2) for _ in range(2))
+    other = causal_tracing_scores(LanguageModel(model, tokenizer, architecture), FACTS, draws=2, seed=1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not any(module._forward_hooks for module in model.modules())
@@ -95,4 +96,4 @@ def test_the_same_seed_gives_the_same_scores_and_no_hook_is_left(tokenizer):
 def test_no_facts_raise(tokenizer):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="at least one fact"):
-        causal_tracing_scores(model, read_architecture(model), tokenizer, [])
+        causal_tracing_scores(LanguageModel(model, tokenizer), [])

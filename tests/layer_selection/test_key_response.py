@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.config import EditConfig
@@ -51,20 +52,20 @@ def second_moment() -> torch.Tensor:
 
 def scores(model, tokenizer, facts, config=SELECTIVE, statistics=None, contexts=CONTEXTS) -> torch.Tensor:
     statistics = {1: KeyStatistics(second_moment(), 0.1)} if statistics is None else statistics
-    return key_response_scores(model, read_architecture(model), tokenizer, facts, config, statistics, contexts)
+    return key_response_scores(LanguageModel(model, tokenizer), facts, config, statistics, contexts)
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY_CONFIGS) - {"bloom"}))  # whose MLP has another width
 def test_a_response_is_what_the_plain_way_finds(name, tokenizer):
     model = tiny_model(name).double()
     architecture = read_architecture(model)
-    (key,) = subject_keys(model, architecture, tokenizer, [FACT], [1])
+    (key,) = subject_keys(LanguageModel(model, tokenizer, architecture), [FACT], [1])
     a = detector(FactKeys(key[0], key[0]), SELECTIVE, KeyStatistics(second_moment(), 0.1))
-    found = respond(model, architecture, tokenizer, FACT, {1: a}, KEPT)
+    found = respond(LanguageModel(model, tokenizer, architecture), FACT, {1: a}, KEPT)
 
     prompts = [FACT.text, *FACT.paraphrases, *FACT.neighborhood]
     pairs = [(prompt, answer) for prompt in prompts for answer in (FACT.target_new, FACT.target_true)]
-    nll = torch.tensor([one.nll for one in likelihoods(model, tokenizer, pairs)])
+    nll = torch.tensor([one.nll for one in likelihoods(LanguageModel(model, tokenizer), pairs)])
     torch.testing.assert_close(found.margins, nll[1::2] - nll[::2], rtol=1e-4, atol=1e-5)
 
     module = architecture.down_projection(model, 1)
@@ -167,7 +168,7 @@ def test_the_model_is_left_as_it_was(tokenizer):
 
 def test_what_facts_lack_is_what_the_model_says(tokenizer):
     model = tiny_model("llama")
-    own = greedy_answer(model, tokenizer, FACT.text)
+    own = greedy_answer(LanguageModel(model, tokenizer), FACT.text)
     bare = replace(FACT, target_true=None, neighborhood=(), locality=(("Paris is the", "fox"),))
     torch.testing.assert_close(
         scores(model, tokenizer, [bare]), scores(model, tokenizer, [replace(bare, target_true=own)]), equal_nan=True
@@ -218,7 +219,7 @@ def test_what_is_not_finite_is_told(where, tokenizer):
 
 def test_a_fact_whose_new_answer_the_model_gives_already_is_passed_by(tokenizer):
     model = tiny_model("llama")
-    there = EditRequest(FACT.text, FACT.subject, greedy_answer(model, tokenizer, FACT.text))
+    there = EditRequest(FACT.text, FACT.subject, greedy_answer(LanguageModel(model, tokenizer), FACT.text))
     torch.testing.assert_close(
         scores(model, tokenizer, [there, FACT]), scores(model, tokenizer, [FACT]), equal_nan=True
     )
@@ -234,9 +235,9 @@ def test_first_tokens_answer_to_a_subject_that_is_one(tokenizer):
         (EditRequest("Paris is the capital of", "Paris", "Spain", "France"), 1.0),
         (EditRequest("It is Paris, the capital of", "Paris", "Spain", "France"), 0.0),
     ):
-        (key,) = subject_keys(model, architecture, tokenizer, [fact], [1])
+        (key,) = subject_keys(LanguageModel(model, tokenizer, architecture), [fact], [1])
         assert (encode(tokenizer, fact.text, None, fact.subject_end).subject == 0) == bool(expected)
-        found = respond(model, architecture, tokenizer, fact, {1: key[0]}, [("Paris", "France")])
+        found = respond(LanguageModel(model, tokenizer, architecture), fact, {1: key[0]}, [("Paris", "France")])
         assert found.activations[1][1] == pytest.approx(expected)
 
 

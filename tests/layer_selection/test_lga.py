@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.layer_selection import golden_layer, lga_scores, tukey_filter
 from goldenedit.lm.sampling import greedy_answer
@@ -58,7 +59,7 @@ def close(scores: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_scores_equal_dot_products_of_plain_gradients(name, loss, tokenizer):
     model = tiny_model(name).double()
     expected = plain_scores(model, tokenizer, FACTS, loss)
-    scores = lga_scores(model, read_architecture(model), tokenizer, FACTS, loss, batch_size=2)
+    scores = lga_scores(LanguageModel(model, tokenizer), FACTS, loss, batch_size=2)
     assert scores.dtype == torch.float64
     assert close(scores, expected), (scores, expected)
 
@@ -69,7 +70,7 @@ def test_scores_do_not_depend_on_frozen_weights_and_leave_no_gradient(name, trai
     model = tiny_model(name)
     expected = plain_scores(model, tokenizer, FACTS[:2], "sequence")
     model.requires_grad_(trainable).train()
-    scores = lga_scores(model, read_architecture(model), tokenizer, FACTS[:2])
+    scores = lga_scores(LanguageModel(model, tokenizer), FACTS[:2])
     assert close(scores, expected), (scores, expected)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad == trainable for parameter in model.parameters())
@@ -82,7 +83,7 @@ def test_scores_do_not_depend_on_frozen_weights_and_leave_no_gradient(name, trai
 def test_batch_size_does_not_matter(name, loss, tokenizer):
     model = tiny_model(name).double()
     architecture = read_architecture(model)
-    alone, together = (lga_scores(model, architecture, tokenizer, FACTS, loss, size) for size in (1, 5))
+    alone, together = (lga_scores(LanguageModel(model, tokenizer, architecture), FACTS, loss, size) for size in (1, 5))
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=0.0)
 
 
@@ -90,14 +91,14 @@ def test_scores_are_computed_where_gradients_are_switched_off(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model)
     with torch.no_grad():
-        off = lga_scores(model, architecture, tokenizer, FACTS)
-    torch.testing.assert_close(off, lga_scores(model, architecture, tokenizer, FACTS))
+        off = lga_scores(LanguageModel(model, tokenizer, architecture), FACTS)
+    torch.testing.assert_close(off, lga_scores(LanguageModel(model, tokenizer, architecture), FACTS))
 
 
 def test_only_layers_with_an_mlp_are_scored(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model, ["model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj"])
-    assert lga_scores(model, architecture, tokenizer, FACTS).isnan().tolist() == [False, True, False]
+    assert lga_scores(LanguageModel(model, tokenizer, architecture), FACTS).isnan().tolist() == [False, True, False]
 
 
 def test_facts_without_an_old_answer_are_scored_against_the_greedy_one(tokenizer):
@@ -108,11 +109,11 @@ def test_facts_without_an_old_answer_are_scored_against_the_greedy_one(tokenizer
     for _ in range(4):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     answer = tokenizer.decode(ids[0, -4:]).strip()
-    assert greedy_answer(model, tokenizer, fact.text) == answer
+    assert greedy_answer(LanguageModel(model, tokenizer), fact.text) == answer
     without = EditRequest(fact.prompt, fact.subject, fact.target_new)
     given = EditRequest(fact.prompt, fact.subject, fact.target_new, answer)
     torch.testing.assert_close(
-        lga_scores(model, architecture, tokenizer, [without]), lga_scores(model, architecture, tokenizer, [given])
+        lga_scores(LanguageModel(model, tokenizer, architecture), [without]), lga_scores(LanguageModel(model, tokenizer, architecture), [given])
     )
 
 
@@ -120,13 +121,13 @@ def test_a_model_without_an_answer_asks_for_the_old_one(tokenizer):
     model = tiny_model("llama")
     model.lm_head.weight.data.zero_()  # all logits equal: the greedy token is the first, a special one
     with pytest.raises(ValueError, match=r"no answer to 'The Eiffel Tower .*give the fact a target_true"):
-        greedy_answer(model, tokenizer, FACTS[0].text)
+        greedy_answer(LanguageModel(model, tokenizer), FACTS[0].text)
 
 
 def test_no_facts_raise(tokenizer):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="at least one fact"):
-        lga_scores(model, read_architecture(model), tokenizer, [])
+        lga_scores(LanguageModel(model, tokenizer), [])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -135,7 +136,7 @@ def test_weights_that_are_not_finite_raise_and_leave_no_hook(value, tokenizer):
     architecture = read_architecture(model)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
     with pytest.raises(ValueError, match="not finite"):
-        lga_scores(model, architecture, tokenizer, FACTS)
+        lga_scores(LanguageModel(model, tokenizer, architecture), FACTS)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

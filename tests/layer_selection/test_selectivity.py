@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editors.statistics import KeyStatistics
@@ -57,18 +58,18 @@ def test_scores_are_those_of_the_definition(name, identity, tokenizer):
     X = torch.randn(200, MLP_WIDTH, generator=torch.Generator().manual_seed(0)).double()
     C = torch.eye(MLP_WIDTH).double() if identity else X.T @ X / 200
     statistics = dict.fromkeys(range(NUM_LAYERS), KeyStatistics(None if identity else C))
-    found = selectivity_scores(model, read_architecture(model), tokenizer, FACTS, statistics)
+    found = selectivity_scores(LanguageModel(model, tokenizer), FACTS, statistics)
     expected = torch.tensor([plain_score(model, tokenizer, layer, C) for layer in range(NUM_LAYERS)]).double()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_layers_without_statistics_have_no_score(tokenizer):
     model = tiny_model("llama")
-    found = selectivity_scores(model, read_architecture(model), tokenizer, FACTS, {1: KeyStatistics(None)})
+    found = selectivity_scores(LanguageModel(model, tokenizer), FACTS, {1: KeyStatistics(None)})
     assert found.isnan().tolist() == [index != 1 for index in range(NUM_LAYERS)]
 
 
 def test_facts_that_say_nothing_are_refused(tokenizer):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="paraphrases that name the subject"):
-        selectivity_scores(model, read_architecture(model), tokenizer, FACTS[2:], {1: KeyStatistics(None)})
+        selectivity_scores(LanguageModel(model, tokenizer), FACTS[2:], {1: KeyStatistics(None)})

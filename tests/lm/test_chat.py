@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.audit import audit
 from goldenedit.evaluation.likelihood import likelihoods
@@ -242,9 +243,9 @@ def test_a_model_goes_on_from_a_prompt_and_not_from_the_end_behind_it(model, cha
         for _ in range(4):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     said = chat.decode(ids[start:], skip_special_tokens=True)
-    assert sample_continuations(model.get_base_model(), chat, [prompt], 4, 0, top_k=1) == [prompt + said]
+    assert sample_continuations(LanguageModel(model.get_base_model(), chat), [prompt], 4, 0, top_k=1) == [prompt + said]
     if said.strip().split("\n")[0]:
-        assert greedy_answer(model.get_base_model(), chat, prompt) == said.strip().split("\n")[0]
+        assert greedy_answer(LanguageModel(model.get_base_model(), chat), prompt) == said.strip().split("\n")[0]
     first = chat.decode(ids[start : start + 1]) or "Rome"
-    (found,) = likelihoods(model.get_base_model(), chat, [(prompt, first)])
+    (found,) = likelihoods(LanguageModel(model.get_base_model(), chat), [(prompt, first)])
     assert math.isfinite(found.nll)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
@@ -19,7 +20,7 @@ TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live 
 
 def statistics_of(model, tokenizer, layers=(0, 1), fingerprint="base", **options):
     config = EditConfig(**{"covariance_tokens": 200, **options})
-    return key_statistics(model, read_architecture(model), tokenizer, list(layers), config, fingerprint)
+    return key_statistics(LanguageModel(model, tokenizer, fingerprint=fingerprint), list(layers), config)
 
 
 def forwards(model) -> list[None]:
@@ -52,9 +53,9 @@ def test_cached_statistics_run_nothing(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model)
     config = EditConfig(covariance_tokens=200, ridge=0.5)
-    key_statistics(model, architecture, tokenizer, [0, 2], config, "base")
+    key_statistics(LanguageModel(model, tokenizer, architecture, fingerprint="base"), [0, 2], config)
     ran = forwards(model)
-    found = key_statistics(model, architecture, tokenizer, [2, 0], config, "base")
+    found = key_statistics(LanguageModel(model, tokenizer, architecture, fingerprint="base"), [2, 0], config)
     assert ran == []
     assert found[0].ridge == 0.5
 
@@ -74,7 +75,7 @@ def test_a_text_file_gives_the_statistics_of_its_lines(tokenizer, tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(TEXTS), encoding="utf-8")
     found = statistics_of(model, tokenizer, [1], covariance=str(path))
-    expected = second_moments(model, read_architecture(model), tokenizer, TEXTS, [1], 200)
+    expected = second_moments(LanguageModel(model, tokenizer), TEXTS, [1], 200)
     torch.testing.assert_close(found[1].second_moment, expected[1])
 
 
@@ -104,7 +105,7 @@ def test_files_of_every_kind_give_their_texts(suffix, tmp_path):
 
 def test_sampled_texts_hold_about_the_tokens_asked_for_and_follow_the_seed(tokenizer):
     model = tiny_model("llama")
-    texts = sampled_texts(model, tokenizer, 500, seed=0)
+    texts = sampled_texts(LanguageModel(model, tokenizer), 500, seed=0)
     assert 400 < sum(len(tokenizer(text).input_ids) for text in texts) < 900
-    assert sampled_texts(model, tokenizer, 500, seed=0) == texts
-    assert sampled_texts(model, tokenizer, 500, seed=1) != texts
+    assert sampled_texts(LanguageModel(model, tokenizer), 500, seed=0) == texts
+    assert sampled_texts(LanguageModel(model, tokenizer), 500, seed=1) != texts

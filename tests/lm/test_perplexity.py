@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from models import tiny_model
 
@@ -27,12 +28,12 @@ def test_it_is_the_exponent_of_the_mean_over_tokens(name, batch_size, tokenizer)
         with torch.no_grad():
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    assert perplexity(model, tokenizer, TEXTS, batch_size) == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert perplexity(LanguageModel(model, tokenizer), TEXTS, batch_size) == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_no_text_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="text"):
-        perplexity(tiny_model("llama"), tokenizer, ["", "a"[:0]])
+        perplexity(LanguageModel(tiny_model("llama"), tokenizer), ["", "a"[:0]])
 
 
 def test_the_sample_is_plain_text_of_many_kinds():

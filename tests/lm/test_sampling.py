@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import sample_contexts, sample_continuations
 from models import tiny_model
 
@@ -14,13 +15,13 @@ OPENINGS = ["The", "Rome is a", "Angela Merkel", "I", "Paris is in"]
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
 def test_same_seed_same_texts_other_seed_others(name, tokenizer):
     model = tiny_model(name)
-    texts = sample_contexts(model, tokenizer, 6, 8, seed=3)
-    assert sample_contexts(model, tokenizer, 6, 8, seed=3) == texts
-    assert sample_contexts(model, tokenizer, 6, 8, seed=4) != texts
+    texts = sample_contexts(LanguageModel(model, tokenizer), 6, 8, seed=3)
+    assert sample_contexts(LanguageModel(model, tokenizer), 6, 8, seed=3) == texts
+    assert sample_contexts(LanguageModel(model, tokenizer), 6, 8, seed=4) != texts
 
 
 def test_the_first_context_is_empty_and_the_others_are_sentences(tokenizer):
-    texts = sample_contexts(tiny_model("llama"), tokenizer, 7, 8, seed=0)
+    texts = sample_contexts(LanguageModel(tiny_model("llama"), tokenizer), 7, 8, seed=0)
     assert len(texts) == 7
     assert texts[0] == ""
     assert [text.split()[0][0] for text in texts[1:]] == list("TTBIYT")  # The, Therefore, Because, I, You
@@ -28,29 +29,29 @@ def test_the_first_context_is_empty_and_the_others_are_sentences(tokenizer):
 
 
 def test_one_context_is_the_empty_one_and_runs_nothing(tokenizer):
-    assert sample_contexts(None, tokenizer, 1, 8, seed=0) == [""]
+    assert sample_contexts(LanguageModel(None, tokenizer), 1, 8, seed=0) == [""]
 
 
 def test_the_global_random_state_is_neither_used_nor_changed(tokenizer):
     model = tiny_model("llama")
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    texts = sample_contexts(model, tokenizer, 4, 8, seed=0)
+    texts = sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert sample_contexts(model, tokenizer, 4, 8, seed=0) == texts
+    assert sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0) == texts
 
 
 def test_sampling_runs_without_dropout_and_leaves_the_mode(tokenizer):
     model = tiny_model("gpt2")
-    texts = sample_contexts(model, tokenizer, 4, 8, seed=0)
+    texts = sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0)
     model.train()
-    assert sample_contexts(model, tokenizer, 4, 8, seed=0) == texts
+    assert sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0) == texts
     assert model.training
 
 
 def test_continuations_keep_the_order_of_their_openings(tokenizer):
-    texts = sample_continuations(tiny_model("llama"), tokenizer, OPENINGS, 5, seed=0)
+    texts = sample_continuations(LanguageModel(tiny_model("llama"), tokenizer), OPENINGS, 5, seed=0)
     assert all(text.startswith(opening) for text, opening in zip(texts, OPENINGS, strict=True))
 
 
@@ -58,7 +59,7 @@ def test_nothing_follows_an_end_of_text(tokenizer):
     model = tiny_model("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     model.lm_head.bias.data[tokenizer.eos_token_id] = 1e4
-    assert sample_continuations(model, tokenizer, OPENINGS, 5, seed=0) == OPENINGS
+    assert sample_continuations(LanguageModel(model, tokenizer), OPENINGS, 5, seed=0) == OPENINGS
 
 
 def test_sampling_follows_the_model_s_own_distribution(tokenizer):
@@ -66,7 +67,7 @@ def test_sampling_follows_the_model_s_own_distribution(tokenizer):
     ids = tokenizer("The", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0, -1].softmax(-1)
-    texts = sample_continuations(model, tokenizer, ["The"] * 4000, 1, seed=0, batch_size=4000)
+    texts = sample_continuations(LanguageModel(model, tokenizer), ["The"] * 4000, 1, seed=0, batch_size=4000)
     best = int(expected.argmax())
     share = sum(text == "The" + tokenizer.decode([best]) for text in texts) / len(texts)
     assert share == pytest.approx(expected[best].item(), abs=0.03)
@@ -74,8 +75,8 @@ def test_sampling_follows_the_model_s_own_distribution(tokenizer):
 
 def test_the_likeliest_token_alone_is_the_greedy_text(tokenizer):
     model = tiny_model("llama")
-    texts = sample_continuations(model, tokenizer, OPENINGS, 5, seed=0, top_k=1)
-    assert texts == sample_continuations(model, tokenizer, OPENINGS, 5, seed=9, top_k=1)
+    texts = sample_continuations(LanguageModel(model, tokenizer), OPENINGS, 5, seed=0, top_k=1)
+    assert texts == sample_continuations(LanguageModel(model, tokenizer), OPENINGS, 5, seed=9, top_k=1)
     for opening, text in zip(OPENINGS, texts, strict=True):
         ids = torch.tensor([tokenizer(opening)["input_ids"]])
         for _ in range(5):

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editors.statistics import KeyStatistics, relative_contrast
@@ -43,7 +44,7 @@ def test_second_moment_is_the_mean_over_all_tokens_however_they_are_batched(name
     architecture = read_architecture(model)
     expected = naive_second_moment(model, tokenizer, 1, TEXTS)
     for batch_tokens in (1, 40, 2048):
-        found = second_moments(model, architecture, tokenizer, TEXTS, [1], MANY, batch_tokens)
+        found = second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [1], MANY, batch_tokens)
         assert (found[1] - expected).norm() <= 1e-5 * expected.norm()
         assert found[1].dtype == torch.float32
 
@@ -52,10 +53,10 @@ def test_second_moment_is_the_mean_over_all_tokens_however_they_are_batched(name
 def test_layers_in_one_pass_equal_each_alone(name, tokenizer):
     model = tiny_model(name).train()
     architecture = read_architecture(model)
-    together = second_moments(model, architecture, tokenizer, TEXTS, [2, 0], MANY)
+    together = second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [2, 0], MANY)
     assert set(together) == {0, 2}
     for layer in (0, 2):
-        alone = second_moments(model, architecture, tokenizer, TEXTS, [layer], MANY)
+        alone = second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [layer], MANY)
         torch.testing.assert_close(together[layer], alone[layer])
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -66,20 +67,20 @@ def test_no_more_tokens_than_asked_for_are_used(tokenizer):
     words = "The Eiffel Tower is located in the city of Paris"
     first = "The Eiffel Tower is located in the city"
     count = len(tokenizer(first).input_ids)
-    found = second_moments(model, read_architecture(model), tokenizer, [words, "Rome is a city"], [0], count)
+    found = second_moments(LanguageModel(model, tokenizer), [words, "Rome is a city"], [0], count)
     expected = naive_second_moment(model, tokenizer, 0, [first])
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_texts_are_cut_where_the_model_s_context_ends(tokenizer):
     model = tiny_model("gpt2")  # 128 positions
-    second_moments(model, read_architecture(model), tokenizer, ["Rome is a city. " * 50], [0], MANY)
+    second_moments(LanguageModel(model, tokenizer), ["Rome is a city. " * 50], [0], MANY)
 
 
 def test_no_text_raises(tokenizer):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="no text"):
-        second_moments(model, read_architecture(model), tokenizer, ["", "I"], [0], MANY)
+        second_moments(LanguageModel(model, tokenizer), ["", "I"], [0], MANY)
 
 
 def test_keys_that_are_not_finite_raise(tokenizer):
@@ -87,7 +88,7 @@ def test_keys_that_are_not_finite_raise(tokenizer):
     architecture = read_architecture(model)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="layer 1 are not finite"):
-        second_moments(model, architecture, tokenizer, TEXTS, [0, 1], MANY)
+        second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [0, 1], MANY)
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_a_damaged_cache_file_is_ignored_with_a_warning(moment, tmp_path, caplog
 
 def test_width_of_the_second_moment_is_that_of_the_keys(tokenizer):
     model = tiny_model("gpt2")
-    found = second_moments(model, read_architecture(model), tokenizer, TEXTS[:1], [0, 1, 2], MANY)
+    found = second_moments(LanguageModel(model, tokenizer), TEXTS[:1], [0, 1, 2], MANY)
     assert {layer: moment.shape for layer, moment in found.items()} == {
         layer: (MLP_WIDTH, MLP_WIDTH) for layer in range(3)
     }

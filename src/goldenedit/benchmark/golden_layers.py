@@ -21,8 +21,9 @@ from goldenedit.architecture.layers import Architecture
 from goldenedit.config import LGA_LOSSES, EditConfig
 from goldenedit.cost import Cost
 from goldenedit.evaluation.counterfact import known_facts
-from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, find_layers, sweep
+from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, sweep
 from goldenedit.layer_selection.brute_force import Cell, is_comparable, tells_locality
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.flops import forward_flops
 from goldenedit.lm.tokens import context_length, encode
@@ -33,7 +34,6 @@ from goldenedit.requests import EditRequest, load_requests, proxy_facts
 PACKAGED = "packaged"
 _OWN = {"method", "layer", "layer_pattern", "pattern_layers", "proxy", "lga_loss", "tukey_kappa"}
 _BLOCK = 64  # facts that are looked at in one go
-BATCHED = ("memit", "emmet", "pmet", "alphaedit", "ultraedit")  # these editors are made for many facts at once
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) 
                 fitting.append(request)
             seen.add(prompt)
         compared = [request for request in fitting if is_comparable(request)]
-        known = {id(compared[index]) for index in known_facts(model.get_base_model(), model.tokenizer, compared)}
+        known = {id(compared[index]) for index in known_facts(model.lm, compared)}
         found += [request for request in fitting if not is_comparable(request) or id(request) in known]
         if len(found) >= count:
             break
@@ -201,23 +201,12 @@ def _sweep_all(
     layers = sorted(model.architecture.down_projections)
     curves = {}
     for dataset, facts in splits.items():
-        plain = forward_flops(base, model.tokenizer, facts)
+        plain = forward_flops(model.lm, facts)
         cells: list[Cell] = []
         for start in range(0, len(facts), setting.chunk):
-            found = sweep(
-                base,
-                model.architecture,
-                model.tokenizer,
-                facts[start : start + setting.chunk],
-                config,
-                model.base_facts,
-                store,
-                setting.methods,
-                layers,
-                BATCHED,
-                setting.neighbors,
-                {"model": name, "dataset": dataset, "facts": f"{start} to {start + setting.chunk}"},
-            )
+            about = {"model": name, "dataset": dataset, "facts": f"{start} to {start + setting.chunk}"}
+            options = SweepOptions(setting.methods, layers, True, setting.neighbors, about)
+            found = sweep(model.lm, facts[start : start + setting.chunk], config, store, options)
             cells += found.values()
         for method in setting.methods:
             own = [cell for cell in cells if cell.method == method]
@@ -243,8 +232,8 @@ def _select_all(
 
     def run(dataset: str, name: str, architecture: Architecture, **options: Any) -> None:
         config = replace(setting.config(setting.methods[0]), **options)
-        base, tokenizer = model.get_base_model(), model.tokenizer
-        found[dataset, name] = find_layers(base, architecture, tokenizer, config, model.base_facts)
+        lm = LanguageModel(model.lm.model, model.tokenizer, architecture, model.lm.fingerprint)
+        found[dataset, name] = find_layers(lm, config)
 
     whole = model.architecture
     down = replace(whole, mlp_linears={layer: (path,) for layer, path in whole.down_projections.items()})

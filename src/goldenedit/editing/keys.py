@@ -6,21 +6,50 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating, recording, stop_forward
-from goldenedit.architecture.layers import Architecture
-from goldenedit.devices import input_device
-from goldenedit.lm.tokens import context_length, encode_request, padding_id, subject_tokens
+from goldenedit.config import EditConfig
+from goldenedit.editors import FactKeys
+from goldenedit.editors.statistics import relative_contrast
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import encode_request, subject_tokens
 from goldenedit.requests import EditRequest, proxy_facts
+
+
+def fact_keys(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    keys: Sequence[Tensor],
+    config: EditConfig,
+) -> dict[int, list[FactKeys]]:
+    """Return what the configured editor reads of each fact's keys, by layer.
+
+    Args:
+        layers: The layers, ascending.
+        keys: By layer `(N, contexts, d_in)`, keys of each fact in each context, that of the bare prompt first.
+        config: What is read beside the keys: anchors and contrast keys.
+    """
+    reads = config.editor.reads
+    count = config.contrast if "contrast" in reads and config.contrast_weight > 0 else 0
+    contrasts = contrast_keys(lm, requests, layers, count, config.seed)
+    # In one context alone the bare key is the mean.
+    anchor = "anchor" in reads and config.anchor_bare_prompt and keys[0].shape[1] > 1
+    by_layer: dict[int, list[FactKeys]] = {}
+    for index, (layer, of_layer) in enumerate(zip(layers, keys, strict=True)):
+        by_layer[layer] = []
+        for of_fact, contrast in zip(of_layer, contrasts, strict=True):
+            weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
+            # A copy, so that keeping the facts does not keep the keys of all contexts.
+            by_layer[layer].append(FactKeys(of_fact[0].clone(), of_fact.mean(0), weighed, anchor))
+    return by_layer
 
 
 @torch.no_grad()
 def contrast_keys(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
     count: int,
@@ -38,17 +67,19 @@ def contrast_keys(
         count: Invented subjects for each request.
         batch_size: Requests a forward.
     """
-    own = [subject_tokens(tokenizer, request.text, request.subject_start, request.subject_end) for request in requests]
+    own = [
+        subject_tokens(lm.tokenizer, request.text, request.subject_start, request.subject_end) for request in requests
+    ]
     many = [index for index, ids in enumerate(own) if len(ids) > 1]
     found: list[list[Tensor] | None] = [None] * len(requests)
-    beginnings = _beginnings(tokenizer, count, seed)
+    beginnings = _beginnings(lm.tokenizer, count, seed)
     if not beginnings or not many:
         return found
-    with evaluating(model):
+    with evaluating(lm.model):
         for start in range(0, len(many), batch_size):
             group = many[start : start + batch_size]
             rows = [[*beginning, own[index][-1]] for index in group for beginning in beginnings]
-            keys = _last_keys(model, architecture, rows, layers, padding_id(tokenizer))
+            keys = _last_keys(lm, rows, layers)
             for row, index in enumerate(group):
                 own_rows = slice(row * len(beginnings), (row + 1) * len(beginnings))
                 found[index] = [of_layer[own_rows].T for of_layer in keys]
@@ -56,9 +87,7 @@ def contrast_keys(
 
 
 def subject_keys(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
     batch_size: int = 32,
@@ -69,15 +98,13 @@ def subject_keys(
         layers: The layers whose keys are wanted, ascending.
         batch_size: Requests a forward.
     """
-    found = context_keys(model, architecture, tokenizer, requests, layers, [""], batch_size)
+    found = context_keys(lm, requests, layers, [""], batch_size)
     return [of_layer[:, 0] for of_layer in found]
 
 
 @torch.no_grad()
 def context_keys(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
     contexts: Sequence[str],
@@ -90,16 +117,16 @@ def context_keys(
         contexts: Prefixes to each prompt.
         batch_size: Rows a forward.
     """
-    longest = context_length(model.config)
+    longest = lm.max_length
     rows = [
-        encode_request(tokenizer, request, context=prefix, max_length=longest)
+        encode_request(lm.tokenizer, request, context=prefix, max_length=longest)
         for request in requests
         for prefix in contexts
     ]
     ids = [list(row.input_ids[: row.subject + 1]) for row in rows]
     groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-    with evaluating(model):
-        found = [_last_keys(model, architecture, group, layers, padding_id(tokenizer)) for group in groups]
+    with evaluating(lm.model):
+        found = [_last_keys(lm, group, layers) for group in groups]
     return [torch.cat(parts).unflatten(0, (len(requests), len(contexts))) for parts in zip(*found, strict=True)]
 
 
@@ -115,24 +142,22 @@ def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> li
     return random.Random(seed).sample(usable, min(count, len(usable)))
 
 
-def _last_keys(
-    model: nn.Module, architecture: Architecture, rows: list[list[int]], layers: Sequence[int], pad: int
-) -> list[Tensor]:
+def _last_keys(lm: LanguageModel, rows: list[list[int]], layers: Sequence[int]) -> list[Tensor]:
     """Return the keys at the last token of each row, by layer `(rows, d_in)` float32."""
-    device = input_device(model)
+    device = lm.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = int(lengths.max())
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+    ids = torch.tensor([row + [lm.padding_id] * (longest - len(row)) for row in rows], device=device)
     mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-    modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
+    modules = {str(layer): lm.architecture.down_projection(lm.model, layer) for layer in layers}
     with stop_forward() as stop, recording(modules) as record:
         handle = modules[str(layers[-1])].register_forward_hook(lambda *_: stop())
         try:
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             handle.remove()
     ends = torch.arange(len(rows), device=device) * longest + lengths - 1
-    return [architecture.keys(model, layer, record.calls[str(layer)], ends).cpu() for layer in layers]
+    return [lm.architecture.keys(lm.model, layer, record.calls[str(layer)], ends).cpu() for layer in layers]
 
 
 def _special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

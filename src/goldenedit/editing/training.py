@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
-from goldenedit.architecture.layers import Architecture
-from goldenedit.devices import execution_device, input_device
-from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
+from goldenedit.devices import execution_device
+from goldenedit.editors.record import AnswerLoss
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import Row, encode, pad
 from goldenedit.requests import EditRequest
 
-AnswerLoss = Literal["masked", "last"]
+
+@dataclass(frozen=True)
+class Training:
+    """How a change is trained.
+
+    Attributes:
+        loss: `masked`: cross entropy of the answer's tokens, each behind those before it; `last`: of all of them at the
+            last token of the prompt.
+        steps: Most steps of Adam.
+        lr: Learning rate.
+        stop_loss: The mean loss below which training ends.
+    """
+
+    loss: AnswerLoss
+    steps: int
+    lr: float
+    stop_loss: float
 
 
 class Change(Protocol):
@@ -37,54 +54,47 @@ class Change(Protocol):
 
 
 def train(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     changes: Mapping[int, Change],
-    loss: AnswerLoss,
-    steps: int,
-    lr: float,
-    stop_loss: float,
+    options: Training,
     batch_size: int = 16,
 ) -> int:
     """Train the changes of some layers by Adam on all requests together, and return the number of steps taken.
 
     Args:
         changes: What is added to the down projection of each layer.
-        loss: `masked`: cross entropy of the answer's tokens, each behind those before it; `last`: of all of them at the
-            last token of the prompt.
-        stop_loss: The mean loss below which training ends.
+        options: The loss, and when to stop.
         batch_size: Requests a forward; the gradients of all are added up before a step.
 
     Raises:
         ValueError: A request cannot be tokenised, or the loss leaves the finite numbers.
     """
-    longest = context_length(model.config)
-    rows = [encode(tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
+    longest = lm.max_length
+    rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
     groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    modules = {architecture.down_projection(model, layer): change for layer, change in changes.items()}
+    modules = {lm.architecture.down_projection(lm.model, layer): change for layer, change in changes.items()}
     for module, change in modules.items():
         change.to(execution_device(module))
     parameters = [parameter for change in changes.values() for parameter in change.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=lr)
+    optimiser = torch.optim.Adam(parameters, lr=options.lr)
     with (
-        evaluating(model),
+        evaluating(lm.model),
         torch.enable_grad(),
         _added(modules),
-        tqdm(total=steps, desc="Training", leave=False) as bar,
+        tqdm(total=options.steps, desc="Training", leave=False) as bar,
     ):
-        for step in range(steps):
+        for step in range(options.steps):
             total = 0.0
             sums = [torch.zeros_like(parameter) for parameter in parameters]
             for group in groups:
-                found = answer_nll(model, tokenizer, group, loss).sum() / len(rows)
+                found = answer_nll(lm, group, options.loss).sum() / len(rows)
                 for held, gradient in zip(sums, torch.autograd.grad(found, parameters), strict=True):
                     held += gradient
                 total += found.item()
             if not torch.tensor(total).isfinite():
                 raise ValueError(f"The training loss is not finite at step {step}: lower EditConfig.finetune_lr.")
-            if total < stop_loss:
+            if total < options.stop_loss:
                 return step
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
@@ -92,18 +102,18 @@ def train(
             for change in changes.values():
                 change.constrain()
             bar.update()
-    return steps
+    return options.steps
 
 
-def answer_nll(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], loss: AnswerLoss) -> Tensor:
+def answer_nll(lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss) -> Tensor:
     """Return the NLL of each row's answer, mean over its tokens, `(B,)`."""
-    device = input_device(model)
-    batch = pad(rows, padding_id(tokenizer), device)
+    device = lm.device
+    batch = pad(rows, lm.padding_id, device)
     positions = batch.read_positions
     if loss == "last":  # the first token of an answer is predicted at the last of its prompt
         positions = torch.tensor([row.target[0] - 1 for row in rows], device=device)[batch.read_rows]
-    with reading_logits(model, batch.read_rows, positions) as logits_of:
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    with reading_logits(lm.model, batch.read_rows, positions) as logits_of:
+        output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         logits = logits_of(output).float()
     wanted = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)
     token_nll = nn.functional.cross_entropy(logits, wanted, reduction="none")
@@ -113,9 +123,7 @@ def answer_nll(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Seque
 
 
 def answer_gradients(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
     batch_size: int = 16,
@@ -129,18 +137,18 @@ def answer_gradients(
         By layer `(inputs (n, d_in), outputs (n, d_out), gradients (n, d_out))` float32, a row for each token of each
         answer; the gradient is by the outputs, of the answers' summed mean cross entropy.
     """
-    longest = context_length(model.config)
-    rows = [encode(tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
+    longest = lm.max_length
+    rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
     found: dict[int, list[list[Tensor]]] = {layer: [] for layer in layers}
-    with evaluating(model), torch.enable_grad():
+    with evaluating(lm.model), torch.enable_grad():
         for start in range(0, len(rows), batch_size):
             group = rows[start : start + batch_size]
             roots: dict[int, tuple[Tensor, Tensor]] = {}
             with ExitStack() as stack:
                 for layer in layers:
-                    module = architecture.down_projection(model, layer)
+                    module = lm.architecture.down_projection(lm.model, layer)
                     stack.callback(module.register_forward_hook(_root(roots, layer), with_kwargs=True).remove)
-                total = answer_nll(model, tokenizer, group, "masked").sum()
+                total = answer_nll(lm, group, "masked").sum()
             gradients = torch.autograd.grad(total, [roots[layer][1] for layer in layers])
             reads = [(index, position) for index, row in enumerate(group) for position in row.reads]
             for layer, gradient in zip(layers, gradients, strict=True):

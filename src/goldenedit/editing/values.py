@@ -27,11 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import adding, evaluating, recording
-from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
-from goldenedit.devices import input_device
 from goldenedit.editing.budget import groups_by_length
-from goldenedit.lm.tokens import Row, context_length, encode, encode_request, pad, padding_id, target_ids
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import Row, encode, encode_request, pad, target_ids
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValueOptions:
-    """Constants of the optimisation; see `EditConfig` for what each does."""
+    """Constants of the optimization; see `EditConfig` for what each does, and `Editor.vectors`."""
 
     steps: int
     lr: float
@@ -47,6 +46,7 @@ class ValueOptions:
     weight_decay: float
     clamp: float
     stop_loss: float
+    vectors: tuple[str, ...] = ("mlp",)
 
 
 @dataclass(frozen=True)
@@ -69,48 +69,46 @@ class Values:
 
 
 def optimise_values(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
     contexts: Sequence[str],
     options: ValueOptions,
     batch_size: int = 8,
-    attention: bool = False,
 ) -> Values:
     """Optimise the values of all requests, up to `batch_size` side by side; each is independent of the others.
 
     Args:
         layers: The layers that are edited, ascending. With several, their deltas are optimised together.
         contexts: Prefixes to each prompt, the first of them empty.
-        attention: Optimise the attention's outputs as well, and return the values of the MLPs alone (PMET).
+        options: Constants; with vectors of attention its outputs are optimized as well, and the values of the MLPs
+            alone are returned (PMET).
 
     Raises:
         ValueError: A request cannot be tokenised as it must be, or its optimisation leaves the finite numbers.
     """
     # Everything is tokenised before anything runs: a bad request costs nothing.
-    rows = fact_rows(tokenizer, requests, contexts, context_length(model.config))
+    rows = fact_rows(lm.tokenizer, requests, contexts, lm.max_length)
     lengths = [max(max(row.reads) + 1 - row.subject for row in own) for own in rows]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
 
     def split(facts: list[int], padded: bool) -> list[list[int]]:
         of_length = [lengths[index] for index in facts]
-        slices = groups_by_length(of_length, len(contexts) + 1, batch_size, input_device(model), padded)
+        slices = groups_by_length(of_length, len(contexts) + 1, batch_size, lm.device, padded)
         return [facts[some] for some in slices]
 
     results: list[Values] = []
     with (
-        evaluating(model),
+        evaluating(lm.model),
         torch.enable_grad(),  # the caller may have switched it off
         tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
     ):
-        padded = not may_pack(model)
+        padded = not may_pack(lm.model)
         groups = split(order, padded)
         while groups:
             some = groups.pop(0)
-            group = _Group(model, tokenizer, [requests[index] for index in some], [rows[index] for index in some])
-            results.append(_optimise(model, architecture, group, layers, options, attention))
+            group = _Group(lm, [requests[index] for index in some], [rows[index] for index in some])
+            results.append(_optimise(lm, group, layers, options))
             progress.update(len(some))
             if padded != (results[-1].replay != "packed"):  # not what was thought
                 padded = not padded
@@ -148,16 +146,15 @@ class _Group:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        lm: LanguageModel,
         requests: Sequence[EditRequest],
         rows: Sequence[Sequence[Row]],
     ) -> None:
         self.requests = requests
         self.rows_each = len(rows[0])
-        device = input_device(model)
+        device = lm.device
         every = [row for own in rows for row in own]
-        self.batch = pad(every, padding_id(tokenizer), device)
+        self.batch = pad(every, lm.padding_id, device)
         self.targets = target_ids(every, device)
 
     def rows_of(self, members: Tensor) -> Tensor:
@@ -179,18 +176,18 @@ class _Group:
 
 
 def _optimise(
-    model: nn.Module,
-    architecture: Architecture,
+    lm: LanguageModel,
     group: _Group,
     layers: Sequence[int],
     options: ValueOptions,
-    attention: bool,
 ) -> Values:
-    sites = [architecture.down_projection(model, layer) for layer in layers]
-    if attention:
-        sites += [architecture.attention_output(model, layer) for layer in layers]
-    whole = capture(model, architecture, layers[0], group.batch, {str(index): site for index, site in enumerate(sites)})
-    replay = Replayer(model, architecture, layers[0])
+    sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
+    if "attention" in options.vectors:
+        sites += [lm.architecture.attention_output(lm.model, layer) for layer in layers]
+    whole = capture(
+        lm.model, lm.architecture, layers[0], group.batch, {str(index): site for index, site in enumerate(sites)}
+    )
+    replay = Replayer(lm.model, lm.architecture, layers[0])
 
     count, each = len(group.requests), group.rows_each
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)

@@ -5,25 +5,41 @@ Gupta et al. 2024, A Unified Framework for Model Editing (arXiv 2403.14236), equ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
 
 from goldenedit.editors.delta import LowRankDelta
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors.options import option
+from goldenedit.editors.problem import Problem
+from goldenedit.editors.record import editor
 
 
-def emmet(keys: Tensor, residuals: Tensor, statistics: KeyStatistics, ridge: float = 0.0) -> LowRankDelta:
+@dataclass(kw_only=True)
+class EmmetOptions:
+    """Constants of EMMET."""
+
+    gram_ridge: float = option(
+        0.01, least=0.0, help="EMMET: ridge of K^T C^-1 K in units of its diagonal; 0 inserts exactly."
+    )
+
+
+@editor(
+    "emmet",
+    paper="arXiv 2403.14236, equation 10",
+    options=EmmetOptions,
+    reads=("covariance", "ridge", "anchor", "contrast"),
+    inserts_batches=True,
+    published="rome",
+)
+def emmet(problem: Problem) -> LowRankDelta:
     """Return `Delta = R (K^T C^-1 K)^-1 K^T C^-1`, the least `tr(Delta C Delta^T)` of all with `Delta K = R`.
 
-    Args:
-        keys: `(d_in, N)`, `K`.
-        residuals: `(d_out, N)`, `R`: what is missing to the wanted values.
-        statistics: Second moment of keys, `C`. A factor before it changes nothing.
-        ridge: Added to the diagonal of `K^T C^-1 K`, in units of each of its entries: keys that are all but the same
-            ask for more than the model can give.
+    A factor before `C` changes nothing. The ridge is added to the diagonal of `K^T C^-1 K`, in units of each of its
+    entries: keys that are all but the same ask for more than the model can give.
     """
-    K = keys.double()
-    CK = statistics.solve(K)
+    K = problem.keys.double()
+    CK = problem.statistics.solve(K)
     gram = K.T @ CK
-    A = torch.linalg.solve(gram + ridge * torch.diag(gram.diagonal()), CK.T)
-    return LowRankDelta(A.float(), residuals.float())
+    A = torch.linalg.solve(gram + problem.options.gram_ridge * torch.diag(gram.diagonal()), CK.T)
+    return LowRankDelta(A.float(), problem.residuals.float())

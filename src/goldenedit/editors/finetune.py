@@ -9,10 +9,64 @@ LoRA: Hu et al. 2021 (arXiv 2106.09685): the same loss, a change of low rank tha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editors.options import TrainingOptions, option, relative
+from goldenedit.editors.problem import TrainingProblem
+from goldenedit.editors.record import editor
+
+
+@dataclass(kw_only=True)
+class ClippedOptions(TrainingOptions):
+    """Constants of FT-L."""
+
+    finetune_epsilon: float | None = relative(
+        0.02, published=5e-4, help="FT-L: largest change of a weight; None for 0.02, or as published 5e-4."
+    )
+
+
+@dataclass(kw_only=True)
+class LoraOptions(TrainingOptions):
+    """Constants of LoRA."""
+
+    lora_rank: int = option(8, least=1, whole=True, help="LoRA: rank.")
+
+
+@editor(
+    "ft-l",
+    paper="arXiv 2012.00363",
+    options=ClippedOptions,
+    learns="training",
+    reads=("dense_tolerance",),
+    loss="last",
+    published="ft",
+)
+def ft_l(problem: TrainingProblem) -> DenseChange:
+    """Return the change that FT-L trains: all entries, clipped."""
+    return DenseChange(problem.d_in, problem.d_out, problem.options.finetune_epsilon)
+
+
+@editor(
+    "ft-m",
+    paper="arXiv 2401.01286",
+    options=TrainingOptions,
+    learns="training",
+    reads=("dense_tolerance",),
+    published="ft",
+)
+def ft_m(problem: TrainingProblem) -> DenseChange:
+    """Return the change that FT-M trains: all entries."""
+    return DenseChange(problem.d_in, problem.d_out)
+
+
+@editor("lora", paper="arXiv 2106.09685", options=LoraOptions, learns="training")
+def lora(problem: TrainingProblem) -> LowRankChange:
+    """Return the change that LoRA trains: two factors."""
+    return LowRankChange(problem.d_in, problem.d_out, problem.options.lora_rank, problem.generator)
 
 
 class DenseChange(nn.Module):

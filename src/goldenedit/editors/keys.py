@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -25,8 +23,3 @@ class FactKeys:
     mean: Tensor
     contrast: Tensor | None = None
     anchor_bare: bool = False
-
-
-def answered_keys(facts: Sequence[FactKeys]) -> Tensor:
-    """Return the keys that an edit must answer to, `(d_in, M)`: each fact's mean, then the bare ones where anchored."""
-    return torch.stack([*(fact.mean for fact in facts), *(fact.bare for fact in facts if fact.anchor_bare)], 1)

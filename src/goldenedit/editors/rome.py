@@ -10,46 +10,38 @@ import torch
 from torch import Tensor
 
 from goldenedit.editors.delta import LowRankDelta
-from goldenedit.editors.keys import FactKeys
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors.problem import Problem
+from goldenedit.editors.record import editor
 
 
-def rome(facts: list[FactKeys], residuals: Tensor, statistics: KeyStatistics) -> LowRankDelta:
+@editor("rome", paper="arXiv 2202.05262, equation 2", reads=("covariance", "ridge", "contrast"), published="rome")
+def rome(problem: Problem) -> LowRankDelta:
     """Return the update of ROME: direction from the key averaged over contexts, solved for the key of the bare prompt.
 
-        u = C^-1 k* / ||C^-1 k*||        Delta = (v* - W k) u^T / (u . k)
-
-    Args:
-        facts: Keys of the N facts.
-        residuals: `(d_out, N)`, what is missing to the wanted values, `v* - W k`.
-        statistics: Second moment of keys, `C`.
+    u = C^-1 k* / ||C^-1 k*||        Delta = (v* - W k) u^T / (u . k)
     """
     detectors = []
-    for fact in facts:
-        u = statistics.solve(fact.mean[:, None], fact.contrast)[:, 0]
+    for fact in problem.facts:
+        u = problem.text_statistics.solve(fact.mean[:, None], fact.contrast)[:, 0]
         detectors.append(u / (u @ fact.bare.double()))
-    return insert(detectors, torch.stack([fact.bare for fact in facts], 1), residuals)
+    return insert(detectors, torch.stack([fact.bare for fact in problem.facts], 1), problem.fact_residuals)
 
 
-def r_rome(facts: list[FactKeys], residuals: Tensor, statistics: KeyStatistics) -> LowRankDelta:
+@editor("r-rome", paper="arXiv 2403.07175", reads=("covariance", "ridge", "anchor", "contrast"), published="rome")
+def r_rome(problem: Problem) -> LowRankDelta:
     """Return the update of R-ROME, which answers to the averaged key, and to the key of the bare prompt as well.
 
     R-ROME is `Delta = (v* - W k*) u^T / (u . k*)` with `u = C^-1 k*`: of all `w` with `w . k* = 1`, `u / (u . k*)` is
     the one that answers least to other text, `min w^T C w`. Where the facts come with `anchor_bare`, the same minimum
     is taken under two constraints, `w . k* = w . k = 1`: at the very start of a sequence a subject's key can be so
     unlike its average that R-ROME misses the bare prompt.
-
-    Args:
-        facts: Keys of the N facts.
-        residuals: `(d_out, N)`, what is missing to the wanted values, `v* - W k*`.
-        statistics: Second moment of keys, `C`.
     """
     detectors = []
-    for fact in facts:
+    for fact in problem.facts:
         anchors = torch.stack([fact.mean, fact.bare] if fact.anchor_bare else [fact.mean], 1).double()
-        U = statistics.solve(anchors, fact.contrast)
+        U = problem.text_statistics.solve(anchors, fact.contrast)
         detectors.append(U @ _least_squares(anchors.T @ U))
-    return insert(detectors, torch.stack([fact.mean for fact in facts], 1), residuals)
+    return insert(detectors, torch.stack([fact.mean for fact in problem.facts], 1), problem.fact_residuals)
 
 
 def _least_squares(gram: Tensor, ridge: float = 1e-4) -> Tensor:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods
 from goldenedit.evaluation.scores import FactLikelihoods
+from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
 
-def fact_likelihoods(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, request: EditRequest, neighbors: int | None = None
-) -> FactLikelihoods:
+def fact_likelihoods(lm: LanguageModel, request: EditRequest, neighbors: int | None = None) -> FactLikelihoods:
     """Return what the model makes of the new and the old answer of one fact.
 
     Args:
@@ -24,7 +20,7 @@ def fact_likelihoods(
         ValueError: The request has no old answer.
     """
     pairs = fact_pairs(request, neighbors)
-    return likelihoods_of_fact(request, dict(zip(pairs, likelihoods(model, tokenizer, pairs), strict=True)), neighbors)
+    return likelihoods_of_fact(request, dict(zip(pairs, likelihoods(lm, pairs), strict=True)), neighbors)
 
 
 def fact_pairs(request: EditRequest, neighbors: int | None = None) -> list[tuple[str, str]]:
@@ -44,10 +40,10 @@ def likelihoods_of_fact(
     return FactLikelihoods(nll[0], nll[1:split], nll[split:], [new.accuracy for new in both[2 : 2 * split : 2]])
 
 
-def known_facts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> list[int]:
+def known_facts(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[int]:
     """Return the indices of the facts whose old answer the model prefers: NLL(old) < NLL(new) - 1 and NLL(old) < 5."""
     pairs = [(request.text, answer) for request in requests for answer in (request.target_new, _old_answer(request))]
-    found = likelihoods(model, tokenizer, pairs)
+    found = likelihoods(lm, pairs)
     pairwise = zip(found[::2], found[1::2], strict=True)
     return [index for index, (new, old) in enumerate(pairwise) if old.nll < min(new.nll - 1, 5)]
 

@@ -7,10 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from goldenedit.architecture.layers import Architecture
 from goldenedit.evaluation.counterfact import fact_pairs, likelihoods_of_fact
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods, likelihoods_with_and_without
 from goldenedit.evaluation.scores import (
@@ -23,6 +19,7 @@ from goldenedit.evaluation.scores import (
     token_match_scores,
     with_intervals,
 )
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
@@ -55,8 +52,7 @@ class Observed:
 
 
 def observe(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     generation: bool = False,
     neighbors: int | None = None,
@@ -68,15 +64,13 @@ def observe(
         neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
     """
     pairs = _pairs(requests, neighbors)
-    found = likelihoods(model, tokenizer, pairs)
-    written = _written(model, tokenizer, requests) if generation else {}
+    found = likelihoods(lm, pairs)
+    written = _written(lm, requests) if generation else {}
     return Observed(dict(zip(pairs, found, strict=True)), written)
 
 
 def observe_with_and_without(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     start: int,
     without_edits: Callable[[], AbstractContextManager[None]],
@@ -92,12 +86,12 @@ def observe_with_and_without(
         neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
     """
     pairs = _pairs(requests, neighbors)
-    both = likelihoods_with_and_without(model, architecture, tokenizer, pairs, start, without_edits)
+    both = likelihoods_with_and_without(lm, pairs, start, without_edits)
     written: list[dict[str, str]] = [{}, {}]
     if generation:
-        written[0] = _written(model, tokenizer, requests)
+        written[0] = _written(lm, requests)
         with without_edits():
-            written[1] = _written(model, tokenizer, requests)
+            written[1] = _written(lm, requests)
     now, before = (
         Observed(dict(zip(pairs, found, strict=True)), texts) for found, texts in zip(both, written, strict=True)
     )
@@ -114,12 +108,12 @@ def _pairs(requests: Sequence[EditRequest], neighbors: int | None) -> list[Pair]
     return list(pairs)
 
 
-def _written(model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> dict[str, str]:
+def _written(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[str, str]:
     """Return what the model writes freely after each prompt whose answer an edit should give."""
     asked = list(dict.fromkeys(pair for request in requests for pair in _matched(request)))
-    length = max(len(encode(tokenizer, *pair).target) for pair in asked)
+    length = max(len(encode(lm.tokenizer, *pair).target) for pair in asked)
     prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
-    texts = sample_continuations(model, tokenizer, prompts, length + 1, seed=0, top_k=1)
+    texts = sample_continuations(lm, prompts, length + 1, seed=0, top_k=1)
     return {prompt: text.removeprefix(prompt) for prompt, text in zip(prompts, texts, strict=True)}
 
 

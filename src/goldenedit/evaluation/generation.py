@@ -11,9 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import sample_continuations
 
 
@@ -41,8 +39,7 @@ def _entropy(words: Sequence[str], size: int) -> float:
 
 
 def fluency(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     prompts: Sequence[str],
     max_new_tokens: int = 100,
     seed: int = 0,
@@ -51,5 +48,5 @@ def fluency(
 
     Tokens are drawn from the five likeliest, as in ROME's code.
     """
-    texts = sample_continuations(model, tokenizer, prompts, max_new_tokens, seed, top_k=5)
+    texts = sample_continuations(lm, prompts, max_new_tokens, seed, top_k=5)
     return fmean(ngram_entropy(text) for text in texts)

@@ -8,14 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from goldenedit.architecture.hooks import evaluating, reading_logits
-from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch, Replayer, capture
-from goldenedit.devices import input_device
-from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import Row, encode, pad
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihoods(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     pairs: Sequence[tuple[str, str]],
     batch_size: int = 64,
 ) -> list[Likelihood]:
@@ -52,20 +49,18 @@ def likelihoods(
         ValueError: An answer has no tokens behind its prompt, or a pair does not fit the model's context.
     """
     found: dict[int, Likelihood] = {}
-    with evaluating(model):
-        for reading in _readings(model, tokenizer, pairs, batch_size):
+    with evaluating(lm.model):
+        for reading in _readings(lm, pairs, batch_size):
             batch = reading.batch
-            with reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
-                output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            with reading_logits(lm.model, batch.read_rows, batch.read_positions) as logits_of:
+                output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 found |= reading.likelihoods(logits_of(output))
     return [found[index] for index in range(len(pairs))]
 
 
 @torch.no_grad()
 def likelihoods_with_and_without(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     pairs: Sequence[tuple[str, str]],
     start: int,
     without_edits: Callable[[], AbstractContextManager[None]],
@@ -81,12 +76,12 @@ def likelihoods_with_and_without(
     """
     now: dict[int, Likelihood] = {}
     before: dict[int, Likelihood] = {}
-    replay = Replayer(model, architecture, start, whole_rows=True)
+    replay = Replayer(lm.model, lm.architecture, start, whole_rows=True)
     checked = False
-    with evaluating(model):
-        for reading in _readings(model, tokenizer, pairs, batch_size):
+    with evaluating(lm.model):
+        for reading in _readings(lm, pairs, batch_size):
             with without_edits():
-                whole = capture(model, architecture, start, reading.batch, {}, use_cache=False)
+                whole = capture(lm.model, lm.architecture, start, reading.batch, {}, use_cache=False)
                 if not checked:
                     replay.check(whole.select(torch.arange(min(2, len(whole.hidden)), device=whole.hidden.device)))
                     checked = True
@@ -123,19 +118,17 @@ class _Reading:
         return found
 
 
-def _readings(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int
-) -> Iterator[_Reading]:
-    rows = [encode(tokenizer, prompt, answer, max_length=context_length(model.config)) for prompt, answer in pairs]
+def _readings(lm: LanguageModel, pairs: Sequence[tuple[str, str]], batch_size: int) -> Iterator[_Reading]:
+    rows = [encode(lm.tokenizer, prompt, answer, max_length=lm.max_length) for prompt, answer in pairs]
     read = [row.input_ids[: row.reads[-1] + 1] for row in rows]
     members: dict[int, list[int]] = defaultdict(list)
     for index, host in enumerate(_hosts(read)):
         members[host].append(index)
     order = sorted(members, key=lambda host: len(read[host]))
-    device = input_device(model)
+    device = lm.device
     for start in range(0, len(order), batch_size):
         hosts = order[start : start + batch_size]
-        padded = pad([Row(read[host], -1, (), len(read[host]) - 1) for host in hosts], padding_id(tokenizer), device)
+        padded = pad([Row(read[host], -1, (), len(read[host]) - 1) for host in hosts], lm.padding_id, device)
         guests = [(row, index) for row, host in enumerate(hosts) for index in members[host]]
         spots = list(dict.fromkeys((row, position) for row, index in guests for position in rows[index].reads))
         number = {spot: position for position, spot in enumerate(spots)}

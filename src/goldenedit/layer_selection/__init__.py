@@ -1,7 +1,12 @@
-"""Layer selectors: functions of a model and facts to a score per layer."""
+"""Layer selectors: functions of a model and facts to a score per layer, a file for each.
 
-from goldenedit.layer_scores import LayerSelection, golden_layer, tukey_filter
-from goldenedit.layer_selection.brute_force import CellStore, Outcome, edit_score, sweep
+A selector is one function with a decorator (see `selector`), which `EditConfig(layer=...)` finds by its name: those of
+this folder, and those of installed packages with an entry point in the group `goldenedit.layer_selectors`.
+`docs/extending.md` adds one, step by step.
+"""
+
+from goldenedit.layer_scores import SELECTORS, LayerSelection, Selector, golden_layer, selector, tukey_filter
+from goldenedit.layer_selection.brute_force import CellStore, Outcome, SweepOptions, edit_score, sweep
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
 from goldenedit.layer_selection.key_response import key_response_scores
 from goldenedit.layer_selection.lga import lga_scores
@@ -11,9 +16,12 @@ from goldenedit.layer_selection.selectivity import selectivity_scores
 
 __all__ = [
     "PUBLISHED_LAYERS",
+    "SELECTORS",
     "CellStore",
     "LayerSelection",
     "Outcome",
+    "Selector",
+    "SweepOptions",
     "causal_tracing_scores",
     "choose",
     "edit_score",
@@ -26,6 +34,7 @@ __all__ = [
     "published_layers",
     "select_layer",
     "selectivity_scores",
+    "selector",
     "sweep",
     "tukey_filter",
 ]

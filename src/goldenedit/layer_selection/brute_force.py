@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.layers import Architecture
-from goldenedit.cache import cache_key
-from goldenedit.config import TRAINED, EditConfig
+from goldenedit.cache import cache_dir
+from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editing.edit import PreparedFacts, check_method, prepare_facts, train_facts
+from goldenedit.editing.edit import PreparedFacts, check_editable, prepare_facts
+from goldenedit.editing.learn import learn_facts
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import likelihoods_of_fact
@@ -35,10 +35,10 @@ from goldenedit.evaluation.scores import (
     probability_scores,
     token_match_scores,
 )
-from goldenedit.lm.covariance import LazyStatistics, source_name
-from goldenedit.lm.language_model import BaseFacts
-from goldenedit.parallel import Processes, processes_of
-from goldenedit.precision import matmul_precision
+from goldenedit.layer_scores import selector
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.covariance import source_name
+from goldenedit.parallel import Processes
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,9 @@ _IRRELEVANT = (
     *("method", "layer", "layer_pattern", "pattern_layers", "target_layer", "layer_scores", "proxy", "proxy_size"),
     *("lga_loss", "tukey_kappa", "batch_size", "max_perplexity_ratio"),
 )
+_NEIGHBORS = 5
+_VERSION = 1  # of what a cell holds and how it is measured
+_Deltas = Callable[[list[int]], dict[str, LowRankDelta]]
 
 
 @dataclass(frozen=True)
@@ -148,190 +151,171 @@ class CellStore:
                 end.write("\n")
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep measures.
+
+    Attributes:
+        methods: Editors; by default the config's.
+        layers: Layers; by default all that can be edited.
+        in_batches: Whether editors that are made for batches insert all facts at once; others do each fact alone.
+        neighbors: Use the first so many neighborhood prompts of each fact; None for all.
+        about: What a reader of the store should know of these cells.
+    """
+
+    methods: Sequence[str] = ()
+    layers: Sequence[int] | None = None
+    in_batches: bool = False
+    neighbors: int | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
 def sweep(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     facts: Sequence[EditRequest],
     config: EditConfig,
-    base_facts: BaseFacts,
     store: CellStore,
-    methods: Sequence[str] = (),
-    layers: Sequence[int] | None = None,
-    together: Collection[str] = (),
-    neighbors: int | None = None,
-    about: Mapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
 ) -> dict[tuple[str, int], Cell]:
     """Edit the facts at each layer with each editor, and return what became of them by editor and layer.
 
     Under `accelerate launch` or torchrun the layers are shared among the processes (see `goldenedit.parallel`).
 
     Args:
-        model: The model, without edits.
+        lm: The model, without edits.
         config: Constants of the editors.
         store: Where cells are taken from and kept; each process adds to a file of its own.
-        methods: Editors; by default the config's.
-        layers: Layers; by default all that can be edited.
-        together: Editors that insert all facts at once, as batches are; the others each fact alone.
-        neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
-        about: What a reader of the store should know of these cells.
+        options: What is measured.
 
     Returns:
         Cells by editor and layer; those of layers that an editor failed at are not there, and a warning says why.
 
     Raises:
-        ValueError: A fact cannot be tokenised, or an editor fails at every layer.
+        ValueError: A fact cannot be tokenized, or an editor fails at every layer.
     """
-    methods = list(methods) or [config.method]
-    layers = sorted(architecture.down_projections) if layers is None else layers
+    options = options or SweepOptions()
+    methods = list(options.methods) or [config.method]
+    layers = sorted(lm.architecture.down_projections) if options.layers is None else options.layers
     wanted: dict[tuple[str, int], tuple[str, EditConfig]] = {}
     for layer, method in product(layers, methods):
-        own = replace(config, method=method, layer=layer, layer_pattern="golden")
-        key = _key(facts, own, architecture, base_facts.fingerprint, neighbors, method in together)
-        wanted[method, layer] = key, own
-    found = _known(store, {cell: key for cell, (key, _) in wanted.items()}, processes_of(model))
-    missing = {cell: parts for cell, parts in wanted.items() if cell not in found}
+        of_cell = replace(config, method=method, layer=layer, layer_pattern="golden")
+        wanted[method, layer] = _key(lm, facts, of_cell, options), of_cell
+    cells = _known(store, {cell: key for cell, (key, _) in wanted.items()}, lm.processes)
+    missing = {cell: parts for cell, parts in wanted.items() if cell not in cells}
     if not missing:
-        return found
-    before = observe(model, tokenizer, facts, neighbors=neighbors)
+        return cells
+    before = observe(lm, facts, neighbors=options.neighbors)
     statistics: Mapping[int, KeyStatistics] = {}
     edited = sorted({layer for _, layer in missing})
-    if any(method not in TRAINED for method, _ in missing):
-        statistics = LazyStatistics(model, architecture, tokenizer, edited, config, base_facts.fingerprint)
+    if any(of_cell.editor.learns == "values" for _, of_cell in missing.values()):
+        statistics = lm.streamed_statistics(config, edited)
 
     def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], ValueError | None]:
-        made: dict[tuple[str, int], Cell] = {}
-        shared: dict[bool, tuple[PreparedFacts, Cost]] = {}  # values are those of one layer
+        measured: dict[tuple[str, int], Cell] = {}
+        at_layer = _Layer(lm, facts, statistics, before, options)
         failed: ValueError | None = None
         for method in methods:
             if (method, layer) not in missing:
                 continue
-            key, own = missing[method, layer]
+            key, of_cell = missing[method, layer]
             try:
-                cell = _cell(
-                    model,
-                    architecture,
-                    tokenizer,
-                    facts,
-                    own,
-                    base_facts,
-                    statistics,
-                    shared,
-                    together,
-                    before,
-                    neighbors,
-                )
+                cell = at_layer.cell(of_cell)
             except ValueError as error:  # some editors cannot work everywhere: AlphaEdit, where there is no null space
                 logger.warning("Layer %d is left out for %s: %s", layer, method, error)
                 failed = error
                 continue
-            store.add(key, cell, about or {})
-            made[method, layer] = cell
+            store.add(key, cell, options.about)
+            measured[method, layer] = cell
             progress.update()
-        return made, failed
+        return measured, failed
 
     with tqdm(total=len(missing), desc="Edits at every layer", unit="cell", leave=False) as progress:
-        results = processes_of(model).map(edit_layer, edited)
-    for made, _ in results:
-        found |= made
+        results = lm.processes.map(edit_layer, edited)
+    for measured, _ in results:
+        cells |= measured
     failures = [failed for _, failed in results if failed is not None]
-    if failures and set(methods) > {method for method, _ in found}:
+    if failures and set(methods) > {method for method, _ in cells}:
         raise failures[-1]
-    return found
+    return cells
 
 
 def _known(store: CellStore, keys: Mapping[tuple[str, int], str], processes: Processes) -> dict[tuple[str, int], Cell]:
     """Return the cells that any of the processes has."""
-    own = {cell: store.cells[key] for cell, key in keys.items() if key in store.cells}
-    return {cell: one for part in processes.gather(own) for cell, one in part.items()}
+    here = {cell: store.cells[key] for cell, key in keys.items() if key in store.cells}
+    return {cell: content for part in processes.gather(here) for cell, content in part.items()}
 
 
 def edit_constants(config: EditConfig) -> dict[str, Any]:
     """Return the options that decide what an edit at a given layer does, beside the editor."""
     constants = {name: value for name, value in config.to_dict().items() if name not in _IRRELEVANT}
+    if not config.options:
+        del constants["options"]
     return {**constants, "covariance": source_name(config.covariance)}
 
 
-def _key(
-    facts: Sequence[EditRequest],
-    config: EditConfig,
-    architecture: Architecture,
-    fingerprint: str,
-    neighbors: int | None,
-    together: bool,
-) -> str:
+def _key(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig, options: SweepOptions) -> str:
     (layer,) = config.target_layers
-    precision = matmul_precision()
-    return cache_key(
+    return lm.cache_key(
+        _VERSION,
         facts=[fact.to_dict() for fact in facts],
         method=config.method,
-        module=architecture.down_projections[layer],
+        module=lm.architecture.down_projections[layer],
         constants=edit_constants(config),
-        fingerprint=fingerprint,
-        neighbors=neighbors,
-        together=together,
-        # Only where products are rounded, so that a key holds for all machines that do not.
-        **({} if precision == "highest" else {"matmul": precision}),
+        neighbors=options.neighbors,
+        together=options.in_batches and config.editor.inserts_batches,
     )
 
 
-def _cell(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[EditRequest],
-    config: EditConfig,
-    base_facts: BaseFacts,
-    statistics: Mapping[int, KeyStatistics],
-    shared: dict[bool, tuple[PreparedFacts, Cost]],
-    together: Collection[str],
-    before: Observed,
-    neighbors: int | None,
-) -> Cell:
-    """Make the edits of one cell; `shared` has the values that editors of the same layer found before."""
-    (layer,) = config.target_layers
-    find, spent = _finder(model, architecture, tokenizer, facts, config, base_facts, statistics, shared)
-    everything = list(range(len(facts)))
-    outcomes = []
-    with measuring() as cost:
-        for chosen in [everything] if config.method in together else [[index] for index in everything]:
-            edited = [facts[index] for index in chosen]
-            (delta,) = find(chosen).values()
-            with architecture.adding_delta(model, layer, delta.A, delta.B):
-                now = observe(model, tokenizer, edited, neighbors=neighbors)
-            outcomes += [_outcome(fact, now, before, neighbors) for fact in edited]
-    return Cell(config.method, layer, outcomes, spent + cost())
+class _Layer:
+    """Makes the edits of one layer; editors that insert the same values share them."""
 
+    def __init__(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[EditRequest],
+        statistics: Mapping[int, KeyStatistics],
+        before: Observed,
+        options: SweepOptions,
+    ) -> None:
+        self.lm = lm
+        self.facts = facts
+        self.statistics = statistics
+        self.before = before
+        self.options = options
+        self._prepared: dict[tuple[str, ...], tuple[PreparedFacts, Cost]] = {}
 
-def _finder(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[EditRequest],
-    config: EditConfig,
-    base_facts: BaseFacts,
-    statistics: Mapping[int, KeyStatistics],
-    shared: dict[bool, tuple[PreparedFacts, Cost]],
-) -> tuple[Callable[[list[int]], dict[str, LowRankDelta]], Cost]:
-    """Return a function of fact indices to the delta of their edit, and what was spent before it is called."""
-    check_method(model, architecture, config, config.target_layers)
-    if config.method in TRAINED:
-        return (
-            lambda chosen: (
-                train_facts(model, architecture, tokenizer, [facts[index] for index in chosen], config, {}).deltas
-            ),
-            Cost(),
-        )
-    contexts = base_facts.contexts(model, config)
-    attention = config.method == "pmet"
-    if attention not in shared:
+    def cell(self, config: EditConfig) -> Cell:
+        """Make the edits of a cell, and measure each."""
+        (layer,) = config.target_layers
+        check_editable(self.lm, config, config.target_layers)
+        deltas_of, spent = self._inserting(config) if config.editor.learns == "values" else self._learning(config)
+        everything = list(range(len(self.facts)))
+        at_once = self.options.in_batches and config.editor.inserts_batches
+        outcomes = []
         with measuring() as cost:
-            prepared = prepare_facts(model, architecture, tokenizer, facts, config, contexts)
-        shared[attention] = prepared, cost()
-    prepared, spent = shared[attention]
-    (layer,) = config.target_layers
-    own = {layer: statistics[layer]}
-    return lambda chosen: prepared.changes(config, own, chosen=chosen).deltas, spent
+            for chosen in [everything] if at_once else [[index] for index in everything]:
+                edited = [self.facts[index] for index in chosen]
+                (delta,) = deltas_of(chosen).values()
+                with self.lm.architecture.adding_delta(self.lm.model, layer, delta.A, delta.B):
+                    now = observe(self.lm, edited, neighbors=self.options.neighbors)
+                outcomes += [_outcome(fact, now, self.before, self.options.neighbors) for fact in edited]
+        return Cell(config.method, layer, outcomes, spent + cost())
+
+    def _inserting(self, config: EditConfig) -> tuple[_Deltas, Cost]:
+        """Return a function of fact indices to the delta of their edit, and what the values cost."""
+        vectors = config.editor.vectors
+        if vectors not in self._prepared:
+            contexts = self.lm.contexts(config)
+            with measuring() as cost:
+                prepared = prepare_facts(self.lm, self.facts, config, contexts)
+            self._prepared[vectors] = prepared, cost()
+        prepared, spent = self._prepared[vectors]
+        (layer,) = config.target_layers
+        statistics = {layer: self.statistics[layer]}
+        return lambda chosen: prepared.changes(config, statistics, chosen=chosen).deltas, spent
+
+    def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:
+        return (lambda chosen: learn_facts(self.lm, [self.facts[index] for index in chosen], config, {}).deltas), Cost()
 
 
 def is_comparable(fact: EditRequest) -> bool:
@@ -347,3 +331,27 @@ def tells_locality(fact: EditRequest) -> bool:
 def _outcome(fact: EditRequest, now: Observed, before: Observed, neighbors: int | None) -> Outcome:
     likelihoods = likelihoods_of_fact(fact, now.found, neighbors) if is_comparable(fact) else None
     return Outcome(matches_of(fact, now.found, before.found), likelihoods)
+
+
+@selector("sweep", depends_on=("edit",))
+def sweep_scores(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> tuple[Tensor, Cost]:
+    """Return S of the facts' edits at each layer, and the cost of all of them; cells of a stopped run are at hand.
+
+    Raises:
+        ValueError: No fact has prompts whose answers must stay.
+    """
+    if not any(tells_locality(fact) for fact in facts):
+        raise ValueError(
+            "No proxy fact has prompts whose answers must stay (locality, or paraphrases and neighborhood with "
+            "target_true): a sweep could not tell layers apart."
+        )
+    folder = cache_dir() / "cells"
+    index = lm.processes.index
+    store = CellStore(folder / f"{lm.fingerprint}-{index}.jsonl", folder.glob(f"{lm.fingerprint}-*.jsonl"))
+    cells = sweep(lm, facts, config, store, SweepOptions(neighbors=_NEIGHBORS))
+    scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
+    cost = Cost()
+    for (_, layer), cell in cells.items():
+        scores[layer] = edit_score(cell.outcomes)
+        cost += cell.cost
+    return scores, cost

@@ -17,21 +17,27 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, first_tensor, reading_logits
-from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.replay import Batch
-from goldenedit.devices import execution_device, input_device
+from goldenedit.config import EditConfig
+from goldenedit.devices import execution_device
+from goldenedit.layer_scores import selector
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
-from goldenedit.lm.tokens import context_length, encode, pad, padding_id, subject_span, subject_tokens, target_ids
+from goldenedit.lm.tokens import encode, pad, subject_span, subject_tokens, target_ids
 from goldenedit.requests import EditRequest
 
 _NOISE = 3.0  # standard deviations of the subjects' embeddings
 
 
+@selector("causal_tracing", paper="arXiv 2202.05262, section 2", depends_on=("seed",))
+def causal_tracing(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
+    """Return the average indirect effects; see `causal_tracing_scores`."""
+    return causal_tracing_scores(lm, facts, seed=config.seed)
+
+
 @torch.no_grad()
 def causal_tracing_scores(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     facts: Sequence[EditRequest],
     draws: int = 3,
     seed: int = 0,
@@ -47,28 +53,28 @@ def causal_tracing_scores(
     """
     if not facts:
         raise ValueError("Causal tracing needs at least one fact.")
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    device = input_device(model)
-    deviation = _NOISE * _embedding_deviation(embeddings, tokenizer, facts)
+    embeddings = lm.model.get_input_embeddings()  # type: ignore[operator]
+    device = lm.device
+    deviation = _NOISE * _embedding_deviation(embeddings, lm.tokenizer, facts)
     generator = torch.Generator().manual_seed(seed)
-    effects = torch.zeros(architecture.num_layers, dtype=torch.float64)
-    layers = [architecture.layer(model, index) for index in range(architecture.num_layers)]
-    with evaluating(model), tqdm(total=len(facts), desc="Causal tracing", unit="fact", leave=False) as progress:
+    effects = torch.zeros(lm.architecture.num_layers, dtype=torch.float64)
+    layers = [lm.architecture.layer(lm.model, index) for index in range(lm.architecture.num_layers)]
+    with evaluating(lm.model), tqdm(total=len(facts), desc="Causal tracing", unit="fact", leave=False) as progress:
         for fact in facts:
-            old = fact.target_true or greedy_answer(model, tokenizer, fact.text)
-            row = encode(tokenizer, fact.text, old, fact.subject_end, context_length(model.config))
-            batch = pad([row] * draws, padding_id(tokenizer), device)
+            old = fact.target_true or greedy_answer(lm, fact.text)
+            row = encode(lm.tokenizer, fact.text, old, fact.subject_end, lm.max_length)
+            batch = pad([row] * draws, lm.padding_id, device)
             targets = target_ids([row] * draws, device)
-            span = subject_span(tokenizer, fact.text, fact.subject_start, fact.subject_end)
+            span = subject_span(lm.tokenizer, fact.text, fact.subject_start, fact.subject_end)
             clean: dict[nn.Module, Tensor] = {}
             with _watching(layers, clean, row.subject):
-                _probability(model, batch, targets)
+                _probability(lm.model, batch, targets)
             noise = torch.randn(draws, len(span), embeddings.weight.shape[1], generator=generator) * deviation
             with _corrupting(embeddings, span, noise):
-                corrupted = _probability(model, batch, targets)
+                corrupted = _probability(lm.model, batch, targets)
                 for index, layer in enumerate(layers):
                     with _restoring(layer, clean[layer], row.subject):
-                        effects[index] += (_probability(model, batch, targets) - corrupted).double().cpu()
+                        effects[index] += (_probability(lm.model, batch, targets) - corrupted).double().cpu()
             progress.update()
     return effects / len(facts)
 

@@ -36,22 +36,19 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
-from goldenedit.architecture.layers import Architecture
-from goldenedit.config import TRAINED, EditConfig
-from goldenedit.editing.edit import fact_keys
-from goldenedit.editing.keys import context_keys
+from goldenedit.config import EditConfig
+from goldenedit.editing.keys import context_keys, fact_keys
 from goldenedit.editing.training import answer_nll
-from goldenedit.editors import EDITORS, Problem
-from goldenedit.editors.keys import FactKeys
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors import FactKeys, KeyStatistics, Problem
 from goldenedit.evaluation.scores import harmonic_mean
 from goldenedit.formats import Pair
+from goldenedit.layer_scores import selector
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
-from goldenedit.lm.tokens import Row, context_length, encode
+from goldenedit.lm.tokens import Row, encode
 from goldenedit.requests import ChatText, EditRequest
 
 # Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: a margin of 9.2 on
@@ -67,45 +64,44 @@ PROPERTIES = (
 _ASKED = 5
 
 
+@selector("key_response", depends_on=("edit",))
 def key_response_scores(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     facts: Sequence[EditRequest],
     config: EditConfig,
-    statistics: Mapping[int, KeyStatistics],
-    contexts: Sequence[str] = ("",),
+    statistics: Mapping[int, KeyStatistics] | None = None,
     neighbors: int = 5,
 ) -> Tensor:
     """Return the predicted S of each layer, `(num_layers,)` float64; NaN where a layer has no statistics.
 
     Args:
-        facts: The proxy set. The old answer of those that have none is what the model says, and facts whose new answer
-            that is are passed by; facts without locality are asked for other properties of their subject, those in a
-            chat for what other facts are about.
-        config: The editor and its constants; editors that are trained are taken for R-ROME.
-        statistics: Key statistics of the layers to be scored; each is asked for once.
-        contexts: Prefixes to prompts that edits are made with, the first of them empty.
-        neighbors: Use the first so many neighbourhood prompts of each fact.
+        facts: The proxy set. The old answer of those that have none is what the model says, and facts that the model
+            already answers so are skipped; facts without locality are asked for other properties of their subject,
+            those in a chat for what other facts are about.
+        config: The editor and its constants; editors that insert no values are taken for R-ROME.
+        statistics: Key statistics of the layers to be scored; by default of all, each read when it is needed.
+        neighbors: Use the first so many neighborhood prompts of each fact.
 
     Raises:
         ValueError: No fact has prompts whose answers must stay, or an output or gradient is not finite.
     """
+    if statistics is None:
+        statistics = lm.streamed_statistics(config)
     layers = sorted(statistics)
     parts: dict[int, dict[str, list[float]]] = {layer: defaultdict(list) for layer in layers}
-    with evaluating(model), tqdm(total=len(facts), desc="Key response", unit="fact", leave=False) as progress:
-        known = [there for fact in facts if (there := _with_old_answer(model, tokenizer, fact)) is not None]
+    with evaluating(lm.model), tqdm(total=len(facts), desc="Key response", unit="fact", leave=False) as progress:
+        known = [there for fact in facts if (there := _with_old_answer(lm, fact)) is not None]
         if not known:
             raise ValueError("Key response needs facts whose new answer is not what the model says.")
-        detectors = _detectors(model, architecture, tokenizer, known, config, statistics, contexts)
+        detectors = _detectors(lm, known, config, statistics)
         for index, fact in enumerate(known):
-            same = _said(model, tokenizer, [prompt for prompt, _ in fact.locality] or other_prompts(fact, facts))
+            same = _said(lm, [prompt for prompt, _ in fact.locality] or other_prompts(fact, facts))
             kept = {
                 "neighbors": [(prompt, str(fact.target_true)) for prompt in fact.neighborhood[:neighbors]],
                 "locality": [(prompt, word) for prompt, word in same if not fact.target_new.startswith(word)],
             }
             own = {layer: found[index] for layer, found in detectors.items()}
-            response = respond(model, architecture, tokenizer, fact, own, [pair for of in kept.values() for pair in of])
+            response = respond(lm, fact, own, [pair for of in kept.values() for pair in of])
             sizes = {"paraphrase": len(fact.paraphrases)} | {part: len(of) for part, of in kept.items()}
             for layer in layers:
                 parts[layer]["efficacy"].append(response.efficacy(layer, config))
@@ -114,18 +110,18 @@ def key_response_scores(
                     if len(of_prompts):
                         parts[layer][part].append((-of_prompts if part in kept else of_prompts).sigmoid().mean().item())
             progress.update()
-    scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
+    scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
     for layer, of_layer in parts.items():
         scores[layer] = score_of({part: fmean(shares) for part, shares in of_layer.items()})
     return scores
 
 
-def _with_old_answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditRequest) -> EditRequest | None:
+def _with_old_answer(lm: LanguageModel, fact: EditRequest) -> EditRequest | None:
     """Return the fact with what the model says as its old answer, None where that is nothing or the new one."""
     if fact.target_true:
         return fact
     with suppress(ValueError):
-        return replace(fact, target_true=greedy_answer(model, tokenizer, fact.text))
+        return replace(fact, target_true=greedy_answer(lm, fact.text))
     return None
 
 
@@ -177,9 +173,7 @@ def _logit(nll: Tensor) -> float:
 
 
 def respond(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     fact: EditRequest,
     detectors: Mapping[int, Tensor],
     kept: Sequence[Pair],
@@ -190,16 +184,16 @@ def respond(
         detectors: `a` of each layer, `(d_in,)`.
         kept: Prompts whose answers must stay, with these answers.
     """
-    layers = {architecture.down_projection(model, layer): layer for layer in detectors}
+    layers = {lm.architecture.down_projection(lm.model, layer): layer for layer in detectors}
     modules = {str(layer): module for module, layer in layers.items()}
-    rows = _rows(model, tokenizer, fact, kept)
+    rows = _rows(lm, fact, kept)
     subject = rows[0].subject
     with torch.no_grad(), recording(modules) as record:
-        nll = answer_nll(model, tokenizer, rows, "masked").cpu()
+        nll = answer_nll(lm, rows, "masked").cpu()
     asking = _asking(rows[::2], max(len(row.input_ids) for row in rows))
     activations = {}
     for layer, a in detectors.items():
-        keys = architecture.keys(model, layer, record.calls[str(layer)]).unflatten(0, (len(rows), -1))
+        keys = lm.architecture.keys(lm.model, layer, record.calls[str(layer)]).unflatten(0, (len(rows), -1))
         answers = (keys[::2] @ a.to(keys)).abs().cpu()  # a prompt's keys are the same before either answer
         answers = answers.masked_fill(~asking, 0.0).amax(1)
         activations[layer] = (answers / answers[0].clamp_min(torch.finfo(answers.dtype).tiny)).clamp(max=1)
@@ -212,9 +206,9 @@ def respond(
 
     with (
         recording(modules) as record,
-        watching_gradients(architecture.layer(model, 0), layers, take) as roots,
+        watching_gradients(lm.architecture.layer(lm.model, 0), layers, take) as roots,
     ):
-        new, old = answer_nll(model, tokenizer, rows[:2], "masked")
+        new, old = answer_nll(lm, rows[:2], "masked")
         torch.autograd.grad(old - new, roots, allow_unused=True)
     steepest = torch.tensor(list(slope.values()))
     if not (nll.isfinite().all() and steepest.isfinite().all()):
@@ -249,52 +243,48 @@ def other_prompts(fact: EditRequest, facts: Sequence[EditRequest]) -> list[str]:
     return list(prompts.values())
 
 
-def _said(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Pair]:
+def _said(lm: LanguageModel, prompts: Sequence[str]) -> list[Pair]:
     """Return prompts with the word that the model itself goes on with, where there is one."""
     pairs = []
     for prompt in prompts:
         with suppress(ValueError):
-            pairs.append((prompt, greedy_answer(model, tokenizer, prompt, 1)))
+            pairs.append((prompt, greedy_answer(lm, prompt, 1)))
     return pairs
 
 
-def _rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditRequest, kept: Sequence[Pair]) -> list[Row]:
+def _rows(lm: LanguageModel, fact: EditRequest, kept: Sequence[Pair]) -> list[Row]:
     """Return the rows of prompt, paraphrases and what must stay, each with the new and then with the old answer."""
-    longest = context_length(model.config)
+    longest = lm.max_length
     assert fact.target_true is not None
     rows = []
     for prompt, old in [*((text, fact.target_true) for text in (fact.text, *fact.paraphrases)), *kept]:
         for answer in (fact.target_new, old):
             end = fact.subject_end if prompt == fact.text else None
-            rows.append(encode(tokenizer, prompt, answer, end, longest))
+            rows.append(encode(lm.tokenizer, prompt, answer, end, longest))
     return rows
 
 
 def _detectors(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[EditRequest],
-    config: EditConfig,
-    statistics: Mapping[int, KeyStatistics],
-    contexts: Sequence[str],
+    lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig, statistics: Mapping[int, KeyStatistics]
 ) -> dict[int, Tensor]:
     """Return `a` of each fact by layer, `(N, d_in)`; the statistics of one layer are looked at after the other."""
-    layers = sorted(statistics)
-    everywhere = replace(config, layer=layers, layer_pattern="golden")
-    known = []
+    layers, contexts = sorted(statistics), lm.contexts(config)
+    if config.editor.learns != "values":
+        config = replace(config, method="r-rome", layer=layers, layer_pattern="golden")
+    keys_of = []
     for fact in facts:  # one by one: the keys of all facts in all contexts would be large
-        keys = context_keys(model, architecture, tokenizer, [fact], layers, contexts)
-        known.append(fact_keys(model, architecture, tokenizer, [fact], everywhere, keys))
-    found = {}
-    for layer in layers:
-        own = statistics[layer]
-        found[layer] = torch.stack([detector(of_fact[layer][0], config, own) for of_fact in known])
-    return found
+        keys = context_keys(lm, [fact], layers, contexts)
+        keys_of.append(fact_keys(lm, [fact], layers, keys, config))
+    return {
+        layer: torch.stack([detector(of_fact[layer][0], config, of_layer) for of_fact in keys_of])
+        for layer in layers
+        for of_layer in (statistics[layer],)
+    }
 
 
 def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> Tensor:
     """Return `a`, `(d_in,)`: how much of its value the configured editor adds for each key."""
-    editor = EDITORS["r-rome" if config.method in TRAINED else config.method]
-    delta = editor(Problem([fact], torch.ones(1, 1), statistics, config))
+    problem = Problem([fact], torch.ones(1, 1), statistics)
+    problem = replace(problem, options=config.resolve(problem))
+    delta = problem.folded(config.editor.function(problem))
     return (delta.B @ delta.A)[0]

@@ -23,25 +23,23 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.experts import FusedExperts
 from goldenedit.architecture.hooks import Call, evaluating, reading_logits, recording, watching_gradients
-from goldenedit.architecture.layers import Architecture
-from goldenedit.devices import input_device
+from goldenedit.config import EditConfig
+from goldenedit.layer_scores import selector
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
-from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
-from goldenedit.parallel import Processes, processes_of
+from goldenedit.lm.tokens import Row, encode, pad
+from goldenedit.parallel import Processes
 from goldenedit.requests import EditRequest
 
 Loss = Literal["sequence", "answer"]
 
 
 def lga_scores(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     facts: Sequence[EditRequest],
     loss: Loss = "sequence",
     batch_size: int = 4,
@@ -60,66 +58,68 @@ def lga_scores(
     """
     if not facts:
         raise ValueError("LGA needs at least one fact.")
-    processes = processes_of(model)
-    pairs = _encode_pairs(model, tokenizer, facts, processes)
+    processes = lm.processes
+    pairs = _encode_pairs(lm, facts, processes)
     pairs.sort(key=lambda pair: len(pair[0].input_ids))
-    scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
-    scores[list(architecture.mlp_linears)] = 0.0
+    scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
+    scores[list(lm.architecture.mlp_linears)] = 0.0
     linears = {
-        model.get_submodule(path): layer
-        for layer, paths in architecture.mlp_linears.items()
-        for path in ((architecture.experts[layer].site,) if layer in architecture.experts else paths)
+        lm.model.get_submodule(path): layer
+        for layer, paths in lm.architecture.mlp_linears.items()
+        for path in ((lm.architecture.experts[layer].site,) if layer in lm.architecture.experts else paths)
     }
     starts = processes.share(range(0, len(pairs), batch_size))
     own = sum(len(pairs[start : start + batch_size]) for start in starts)
-    with evaluating(model), tqdm(total=own, desc="Layer gradients", unit="fact", leave=False) as progress:
+    with evaluating(lm.model), tqdm(total=own, desc="Layer gradients", unit="fact", leave=False) as progress:
         for start in starts:
             group = pairs[start : start + batch_size]
             rows = [row for pair in group for row in pair]
-            for layer, dot in _gradient_dots(model, tokenizer, architecture, linears, rows, loss):
+            for layer, dot in _gradient_dots(lm, linears, rows, loss):
                 scores[layer] += dot
             progress.update(len(group))
     scores = processes.total(scores)
-    if scores.isinf().any() or scores[list(architecture.mlp_linears)].isnan().any():
+    if scores.isinf().any() or scores[list(lm.architecture.mlp_linears)].isnan().any():
         raise ValueError("A gradient of LGA is not finite: load the model in float32 or bfloat16.")
     return scores
 
 
-def _encode_pairs(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], processes: Processes
-) -> list[tuple[Row, Row]]:
-    longest = context_length(model.config)
-    answers = processes.map(lambda fact: fact.target_true or greedy_answer(model, tokenizer, fact.text), facts)
+@selector("lga", paper="arXiv 2602.20207", fence=True, depends_on=("lga_loss",), is_shared=True)
+def lga(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
+    """Return the LGA scores by the config's loss; see `lga_scores`."""
+    return lga_scores(lm, facts, config.lga_loss)  # type: ignore[arg-type]
+
+
+def _encode_pairs(lm: LanguageModel, facts: Sequence[EditRequest], processes: Processes) -> list[tuple[Row, Row]]:
+    longest = lm.max_length
+    answers = processes.map(lambda fact: fact.target_true or greedy_answer(lm, fact.text), facts)
     pairs = []
     for fact, old in zip(facts, answers, strict=True):
         pairs.append(
             (
-                encode(tokenizer, fact.text, old, max_length=longest),
-                encode(tokenizer, fact.text, fact.target_new, max_length=longest),
+                encode(lm.tokenizer, fact.text, old, max_length=longest),
+                encode(lm.tokenizer, fact.text, fact.target_new, max_length=longest),
             )
         )
     return pairs
 
 
 def _gradient_dots(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    architecture: Architecture,
+    lm: LanguageModel,
     linears: dict[nn.Module, int],
     rows: list[Row],
     loss: Loss,
 ) -> list[tuple[int, float]]:
     """Return `(layer, sum over pairs of the gradients' dot product)` for each linear map; rows come in pairs."""
-    batch = pad(rows, padding_id(tokenizer), input_device(model))
+    batch = pad(rows, lm.padding_id, lm.device)
     mask = batch.attention_mask.bool()
     dots: list[tuple[int, float]] = []
-    experts = {str(layer): module for module, layer in linears.items() if layer in architecture.experts}
+    experts = {str(layer): module for module, layer in linears.items() if layer in lm.architecture.experts}
 
     def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         layer = linears[module]
-        if layer in architecture.experts:
+        if layer in lm.architecture.experts:
             call = record.calls[str(layer)]
-            dots.append((layer, _expert_dot(architecture.experts[layer], model, call, gradient, mask)))
+            dots.append((layer, _expert_dot(lm.architecture.experts[layer], lm.model, call, gradient, mask)))
         else:
             dots.append((layer, _ghost_dot(inputs, gradient, mask)))
 
@@ -130,10 +130,10 @@ def _gradient_dots(
     targets = batch.input_ids[read_rows, read_positions + 1]
     with (
         recording(experts) as record,
-        watching_gradients(architecture.layer(model, 0), linears, take) as roots,
-        reading_logits(model, read_rows, read_positions) as logits_of,
+        watching_gradients(lm.architecture.layer(lm.model, 0), linears, take) as roots,
+        reading_logits(lm.model, read_rows, read_positions) as logits_of,
     ):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         token_loss = nn.functional.cross_entropy(
             logits_of(output).float(), targets.to(output.logits.device), reduction="none"
         )

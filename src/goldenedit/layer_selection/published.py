@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-# Which kind an editor is: those that insert into one layer, those that spread over several, plain fine-tuning.
-_KINDS = {
-    **dict.fromkeys(("rome", "r-rome", "emmet"), "rome"),
-    **dict.fromkeys(("memit", "pmet", "alphaedit"), "memit"),
-    **dict.fromkeys(("ft-l", "ft-m"), "ft"),
-}
+from goldenedit.config import EditConfig
+from goldenedit.layer_scores import selector
+from goldenedit.lm import LanguageModel
+from goldenedit.requests import EditRequest
+
 _LLAMA: dict[str, list[int]] = {"rome": [5], "memit": [4, 5, 6, 7, 8], "ft": [21]}
 _QWEN: dict[str, list[int]] = {**_LLAMA, "ft": [27]}
 
-# 0-based layers by the last part of the model's name in lower case and the kind of editor. Sources: the hyperparameter
-# files of ROME, MEMIT and EasyEdit.
+# 0-based layers by the last part of the model's name in lower case and by `Editor.published`. Sources: the
+# hyperparameter files of ROME, MEMIT and EasyEdit.
 PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
     "gpt2-medium": {"rome": [8]},
     "gpt2-large": {"rome": [12]},
@@ -37,20 +36,21 @@ PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
 }
 
 
-def published_layers(model: Any, method: str) -> list[int]:
+@selector("published", is_scored=False, needs_facts=False)
+def published_layers(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> list[int]:
     """Return the layers that the field edits in this model with an editor of this kind.
 
     Raises:
         ValueError: Nothing is published for it; the message says what else to do.
     """
-    name = str(getattr(model, "name_or_path", "") or "").rstrip("/").split("/")[-1].lower()
+    name = str(getattr(lm.model, "name_or_path", "") or "").rstrip("/").split("/")[-1].lower()
     instead = "Use EditConfig(layer='lga'), or give the layer's number."
     if name not in PUBLISHED_LAYERS:
         raise ValueError(
             f"No layer is published for {name or 'a model without a name'!r}; there is one for "
             f"{sorted(PUBLISHED_LAYERS)}. {instead}"
         )
-    layers = PUBLISHED_LAYERS[name].get(_KINDS.get(method, ""))
+    layers = PUBLISHED_LAYERS[name].get(config.editor.published or "")
     if layers is None:
-        raise ValueError(f"No layer is published for the editor {method!r} on {name!r}. {instead}")
+        raise ValueError(f"No layer is published for the editor {config.method!r} on {name!r}. {instead}")
     return list(layers)

@@ -6,51 +6,38 @@ import hashlib
 import json
 import logging
 import math
-import random
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from goldenedit.architecture.layers import Architecture
-from goldenedit.cache import cache_dir, cache_key, write_atomically
-from goldenedit.config import HUB_LAYER, EditConfig
+from goldenedit.architecture import Architecture
+from goldenedit.cache import cache_dir, write_atomically
+from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editors.statistics import KeyStatistics
-from goldenedit.layer_scores import LayerSelection, golden_layer, score_tensor, tukey_filter
-from goldenedit.layer_selection.brute_force import CellStore, edit_constants, edit_score, sweep, tells_locality
-from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
-from goldenedit.layer_selection.key_response import key_response_scores
-from goldenedit.layer_selection.lga import lga_scores
-from goldenedit.layer_selection.published import published_layers
-from goldenedit.layer_selection.selectivity import selectivity_scores
+from goldenedit.layer_scores import (
+    HUB_LAYER,
+    LayerSelection,
+    Selector,
+    golden_layer,
+    score_tensor,
+    tukey_filter,
+)
+from goldenedit.layer_selection.brute_force import edit_constants
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.covariance import LazyStatistics, source_name
+from goldenedit.lm.covariance import source_name
 from goldenedit.lm.flops import forward_flops
-from goldenedit.lm.language_model import BaseFacts
-from goldenedit.parallel import processes_of
-from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 from goldenedit.storage.atlas import read_golden_layers, record_for
 from goldenedit.storage.hub import find_golden_layers
 
 logger = logging.getLogger(__name__)
 
-AUTO = "key_response"  # what "auto" is: the selector that loses least against brute force
-_SWEEP_NEIGHBORS = 5
 
-
-def select_layer(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EditConfig,
-    base_facts: BaseFacts,
-) -> LayerSelection | None:
+def select_layer(lm: LanguageModel, config: EditConfig) -> LayerSelection | None:
     """Fill `config.target_layer`, and `config.layer_scores` where the selector has scores, and return its answer.
 
     None where the config has the layer's number.
@@ -60,86 +47,79 @@ def select_layer(
     """
     selection = None
     if isinstance(config.layer, str):
-        selection = find_layers(model, architecture, tokenizer, config, base_facts)
+        selection = find_layers(lm, config)
         config.layer_scores = selection.scores
         config.target_layer = selection.layers[0] if len(selection.layers) == 1 else selection.layers
     for layer in config.target_layers:
-        architecture.check_layer(layer)
+        lm.architecture.check_layer(layer)
     return selection
 
 
-def find_layers(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EditConfig,
-    base_facts: BaseFacts,
-) -> LayerSelection:
+def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
     """Run the selector that `config.layer` names.
 
-    Scores are cached by the model's fingerprint, the facts and the options they depend on, with what they cost.
+    Scores are cached by the model, the facts and the options they depend on, with what they cost.
 
     Raises:
         ValueError: The selector cannot decide.
     """
     name = str(config.layer)
-    if name.startswith(HUB_LAYER):
-        return _shared(name.removeprefix(HUB_LAYER), base_facts.fingerprint, config.method)
-    if name == "published":
-        return LayerSelection(name, None, published_layers(model, config.method))
-    if name == "random":
-        return LayerSelection(name, None, [random.Random(config.seed).choice(sorted(architecture.down_projections))])
-    found = _scored(AUTO if name == "auto" else name, model, architecture, tokenizer, config, base_facts)
-    chosen = choose(replace(config, layer_scores=found.scores))
-    return replace(found, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
+    if config.selector is None:
+        return _shared(name.removeprefix(HUB_LAYER), lm.fingerprint, config.method)
+    if not config.is_scored:
+        return LayerSelection(name, None, config.selector.function(lm, [], config))
+    scored = _scored(lm, config, config.selector)
+    chosen = choose(replace(config, layer_scores=scored.scores))
+    return replace(scored, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
 
 
 def _shared(source: str, fingerprint: str, method: str) -> LayerSelection:
     """Return what a repository on the Hub, or one revision of it, says of these weights."""
     repo_id, _, revision = source.partition("@")
     records = read_golden_layers(find_golden_layers(repo_id, revision=revision or None))
-    found = record_for(records, fingerprint, method, repo_id)
-    cost = Cost(found.seconds)
-    return LayerSelection(found.selector, found.scores, found.layers, found.facts, cost, found.forward_equivalents)
+    record = record_for(records, fingerprint, method, repo_id)
+    cost = Cost(record.seconds)
+    return LayerSelection(record.selector, record.scores, record.layers, record.facts, cost, record.forward_equivalents)
 
 
-def _scored(
-    selector: str,
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EditConfig,
-    base_facts: BaseFacts,
-) -> LayerSelection:
+def _scored(lm: LanguageModel, config: EditConfig, used: Selector) -> LayerSelection:
     """Return a selector's scores, from the cache where they are there, without the layers that follow from them."""
-    facts = [rendered(tokenizer, fact) for fact in proxy_set(config)]
-    key = cache_key(
-        selector=selector,
-        fingerprint=base_facts.fingerprint,
+    facts = [rendered(lm.tokenizer, fact) for fact in proxy_set(config)] if used.needs_facts else []
+    key = lm.cache_key(
+        used.version,
+        selector=f"{used.function.__module__}.{used.function.__qualname__}",  # whatever names it has
         proxy=proxy_hash(facts),
-        **_options(selector, architecture, config),
+        modules=[sorted(lm.architecture.down_projections.values()), sorted(lm.architecture.mlp_linears.values())],
+        options={name: value for word in used.depends_on for name, value in _option(word, config).items()},
     )
     path = cache_dir() / "layer_scores" / f"{key}.json"
-    processes = processes_of(model)
-    kept = next((found for found in processes.gather(_read(path)) if found is not None), None)
-    if kept is None:
-        if selector == "sweep":
-            found, cost = _sweep_scores(model, architecture, tokenizer, facts, config, base_facts, path)
-        else:
-            statistics: Mapping[int, KeyStatistics] = {}
-            contexts = base_facts.contexts(model, config) if selector == "key_response" else []
-            if selector in ("selectivity", "key_response"):
-                layers = sorted(architecture.down_projections)
-                statistics = LazyStatistics(model, architecture, tokenizer, layers, config, base_facts.fingerprint)
-            with measuring() as spent:
-                found = _scores(selector, model, architecture, tokenizer, facts, config, statistics, contexts)
-            cost = spent()
-            if selector == "lga":  # the others are not shared among processes
-                cost = replace(cost, flops=sum(processes.gather(cost.flops)))
-        forwards = cost.flops / forward_flops(model, tokenizer, facts)
-        kept = LayerSelection(selector, _as_list(found, architecture), [], len(facts), cost, forwards)
-        write_atomically(path, json.dumps(kept.to_dict()).encode())
-    return kept
+    cached = next((there for there in lm.processes.gather(_read(path)) if there is not None), None)
+    if cached is not None:
+        return cached
+    if {"covariance", "edit"} & set(used.depends_on):  # kept for edits too, and so no cost of the selector
+        lm.streamed_statistics(config)
+        lm.contexts(config)
+    with measuring() as spent:
+        scores = used.function(lm, facts, config)
+    cost = spent()
+    if isinstance(scores, tuple):
+        scores, cost = scores
+    elif used.is_shared:
+        cost = replace(cost, flops=sum(lm.processes.gather(cost.flops)))
+    forwards = cost.flops / forward_flops(lm, facts) if facts else 0.0
+    selection = LayerSelection(used.name, _as_list(scores, lm.architecture), [], len(facts), cost, forwards)
+    write_atomically(path, json.dumps(selection.to_dict()).encode())
+    return selection
+
+
+def _option(word: str, config: EditConfig) -> dict[str, Any]:
+    """Return the values behind a word of `Selector.depends_on`, by name."""
+    if word == "edit":
+        return {"method": config.method, "constants": edit_constants(config)}
+    if word == "covariance":
+        text = [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]
+        return {"covariance": text}
+    return {word: config.to_dict()[word]}
 
 
 def _as_list(scores: Tensor, architecture: Architecture) -> list[float | None]:
@@ -189,67 +169,6 @@ def proxy_hash(facts: list[EditRequest]) -> str:
     """Return a short name for this set of facts."""
     parts = [fact.to_dict() for fact in facts]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _options(selector: str, architecture: Architecture, config: EditConfig) -> dict[str, Any]:
-    """Return what the scores depend on, beside model and facts."""
-    rounded = {} if matmul_precision() == "highest" else {"matmul": matmul_precision()}
-    if selector == "lga":
-        modules = sorted(path for paths in architecture.mlp_linears.values() for path in paths)
-        return {"loss": config.lga_loss, "modules": modules, **rounded}
-    if selector == "causal_tracing":
-        return {"seed": config.seed, **rounded}
-    modules = sorted(architecture.down_projections.values())
-    if selector == "selectivity":
-        text = [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]
-        return {"covariance": text, "modules": modules, **rounded}
-    return {"method": config.method, "constants": edit_constants(config), "modules": modules, **rounded}
-
-
-def _scores(
-    selector: str,
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[EditRequest],
-    config: EditConfig,
-    statistics: Mapping[int, KeyStatistics],
-    contexts: Sequence[str],
-) -> Tensor:
-    if selector == "lga":
-        return lga_scores(model, architecture, tokenizer, facts, loss=config.lga_loss)  # type: ignore[arg-type]
-    if selector == "selectivity":
-        return selectivity_scores(model, architecture, tokenizer, facts, statistics)
-    if selector == "key_response":
-        return key_response_scores(model, architecture, tokenizer, facts, config, statistics, contexts)
-    return causal_tracing_scores(model, architecture, tokenizer, facts, seed=config.seed)
-
-
-def _sweep_scores(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[EditRequest],
-    config: EditConfig,
-    base_facts: BaseFacts,
-    path: Path,
-) -> tuple[Tensor, Cost]:
-    """Edit every fact at every layer; cells of a run that was stopped are at hand."""
-    if not any(tells_locality(fact) for fact in facts):
-        raise ValueError(
-            "No proxy fact has prompts whose answers must stay (locality, or paraphrases and neighborhood with "
-            "target_true): a sweep could not tell layers apart."
-        )
-    processes = processes_of(model)
-    own = path.with_suffix(".cells.jsonl" if processes.is_first else f".cells-{processes.index}.jsonl")
-    store = CellStore(own, path.parent.glob(f"{path.stem}.cells*.jsonl"))
-    cells = sweep(model, architecture, tokenizer, facts, config, base_facts, store, neighbors=_SWEEP_NEIGHBORS)
-    scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
-    cost = Cost()
-    for (_, layer), cell in cells.items():
-        scores[layer] = edit_score(cell.outcomes)
-        cost += cell.cost
-    return scores, cost
 
 
 def _read(path: Path) -> LayerSelection | None:

@@ -15,24 +15,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, recording
-from goldenedit.architecture.layers import Architecture
-from goldenedit.devices import input_device
+from goldenedit.config import EditConfig
 from goldenedit.editing.keys import subject_keys
 from goldenedit.editors.statistics import KeyStatistics
-from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id
+from goldenedit.layer_scores import selector
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import Row, encode, pad
 from goldenedit.requests import EditRequest
+
+
+@selector("selectivity", depends_on=("covariance",))
+def selectivity(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
+    """Return the selectivity of all layers that can be edited; see `selectivity_scores`."""
+    return selectivity_scores(lm, facts, lm.streamed_statistics(config))
 
 
 @torch.no_grad()
 def selectivity_scores(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: LanguageModel,
     facts: Sequence[EditRequest],
     statistics: Mapping[int, KeyStatistics],
 ) -> Tensor:
@@ -50,34 +54,36 @@ def selectivity_scores(
     if not usable:
         raise ValueError("Selectivity needs facts with paraphrases that name the subject, and with neighbours.")
     sums = torch.zeros(len(layers), dtype=torch.float64)
-    modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
-    keys = subject_keys(model, architecture, tokenizer, usable, layers)
+    modules = {str(layer): lm.architecture.down_projection(lm.model, layer) for layer in layers}
+    keys = subject_keys(lm, usable, layers)
     directions = [statistics[layer].solve(of_layer.T).T for layer, of_layer in zip(layers, keys, strict=True)]  # u
-    with evaluating(model), tqdm(total=len(usable), desc="Selectivity", unit="fact", leave=False) as progress:
+    with evaluating(lm.model), tqdm(total=len(usable), desc="Selectivity", unit="fact", leave=False) as progress:
         for number, fact in enumerate(usable):
-            rows, paraphrases = _rows(model, tokenizer, fact)
-            batch = pad(rows, padding_id(tokenizer), input_device(model))
+            rows, paraphrases = _rows(lm, fact)
+            batch = pad(rows, lm.padding_id, lm.device)
             with recording(modules) as record:
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             for index, layer in enumerate(layers):
-                found = architecture.keys(model, layer, record.calls[str(layer)]).cpu().unflatten(0, (len(rows), -1))
+                found = (
+                    lm.architecture.keys(lm.model, layer, record.calls[str(layer)]).cpu().unflatten(0, (len(rows), -1))
+                )
                 sums[index] += _selectivity(
                     found, batch.subject.cpu(), batch.attention_mask.cpu(), paraphrases, directions[index][number]
                 )
             progress.update()
-    scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
+    scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
     scores[layers] = sums / len(usable)
     return scores
 
 
-def _rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditRequest) -> tuple[list[Row], int]:
+def _rows(lm: LanguageModel, fact: EditRequest) -> tuple[list[Row], int]:
     """Return the rows of the prompt, the paraphrases and the neighbours, and the number of paraphrases."""
-    longest = context_length(model.config)
+    longest = lm.max_length
     named = [text for text in fact.paraphrases if fact.subject in text]
-    rows = [encode(tokenizer, fact.text, None, fact.subject_end, longest)]
+    rows = [encode(lm.tokenizer, fact.text, None, fact.subject_end, longest)]
     for text in named:
-        rows.append(encode(tokenizer, text, None, text.rfind(fact.subject) + len(fact.subject), longest))
-    rows += [encode(tokenizer, text, max_length=longest) for text in fact.neighborhood]
+        rows.append(encode(lm.tokenizer, text, None, text.rfind(fact.subject) + len(fact.subject), longest))
+    rows += [encode(lm.tokenizer, text, max_length=longest) for text in fact.neighborhood]
     return rows, len(named)
 
 

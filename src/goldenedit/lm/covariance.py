@@ -8,29 +8,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from goldenedit.architecture.layers import Architecture
-from goldenedit.cache import cache_dir, cache_key
+from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
 from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.statistics import check_widths, load_second_moment, save_second_moment, second_moments
-from goldenedit.parallel import Processes, processes_of
+from goldenedit.parallel import Processes
 from goldenedit.requests import proxy_facts
 
+_VERSION = 1  # of which text is taken, and of what is computed on it
 _OPENING_TOKENS = 8
 _SAMPLED_TOKENS = 24  # drawn behind each opening
 
 
 def key_statistics(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: TokenizedModel,
     layers: Sequence[int],
     config: EditConfig,
-    fingerprint: str,
     processes: Processes | None = None,
 ) -> dict[int, KeyStatistics]:
     """Return the key statistics of each wanted layer; what is not cached is computed in one pass.
@@ -43,52 +38,42 @@ def key_statistics(
     """
     if config.covariance == "identity":
         return dict.fromkeys(layers, KeyStatistics(None))
-    processes = processes_of(model) if processes is None else processes
-    paths = {layer: _cached(architecture, layer, config, fingerprint) for layer in layers}
+    processes = lm.processes if processes is None else processes
+    paths = {layer: _cached(lm, layer, config) for layer in layers}
     moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
     # Caches may differ between machines.
     missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
-    check_widths(model, architecture, missing)
+    check_widths(lm, missing)
     if missing:
-        (texts,) = processes.map(lambda _: _texts(model, tokenizer, config), [None])  # the same for all
-        found = second_moments(
-            model, architecture, tokenizer, texts, missing, config.covariance_tokens, processes=processes
-        )
+        (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # the same for all
+        found = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes)
         for layer, moment in found.items():
             save_second_moment(paths[layer], moment)
         moments |= found
     return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
 
 
-def _cached(architecture: Architecture, layer: int, config: EditConfig, fingerprint: str) -> Path:
+def _cached(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
     """Return the file that the second moment of a layer is kept in."""
     seed = config.seed if config.covariance == "sampled" else None
     source = {"text": source_name(config.covariance), "tokens": config.covariance_tokens, "seed": seed}
-    key = cache_key(fingerprint=fingerprint, module=architecture.down_projections[layer], **source)
+    key = lm.cache_key(_VERSION, module=lm.architecture.down_projections[layer], **source)
     return cache_dir() / "key_statistics" / f"{key}.safetensors"
 
 
-class LazyStatistics(Mapping[int, KeyStatistics]):
+class StreamedStatistics(Mapping[int, KeyStatistics]):
     """The key statistics of layers, read from the cache at each access and not kept: those of all layers are large."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        architecture: Architecture,
-        tokenizer: PreTrainedTokenizerBase,
-        layers: Sequence[int],
-        config: EditConfig,
-        fingerprint: str,
-    ) -> None:
+    def __init__(self, lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> None:
         self._layers = list(layers)
         # Each process reads the layers that it works on.
         alone = Processes()
-        self._read = lambda wanted: key_statistics(model, architecture, tokenizer, wanted, config, fingerprint, alone)
-        there = [_cached(architecture, layer, config, fingerprint).is_file() for layer in layers]
-        known = [all(found) for found in zip(*processes_of(model).gather(there), strict=True)]
+        self._read = lambda wanted: key_statistics(lm, wanted, config, alone)
+        there = [_cached(lm, layer, config).is_file() for layer in layers]
+        known = [all(found) for found in zip(*lm.processes.gather(there), strict=True)]
         missing = [layer for layer, is_known in zip(layers, known, strict=True) if not is_known]
         if missing:
-            key_statistics(model, architecture, tokenizer, missing, config, fingerprint)  # in one pass
+            key_statistics(lm, missing, config)  # in one pass
 
     def __getitem__(self, layer: int) -> KeyStatistics:
         return self._read([layer])[layer]
@@ -109,28 +94,24 @@ def source_name(covariance: str) -> str:
     return covariance
 
 
-def _texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> Sequence[str]:
+def _texts(lm: TokenizedModel, config: EditConfig) -> Sequence[str]:
     if config.covariance == "sampled":
-        return sampled_texts(model, tokenizer, config.covariance_tokens, config.seed)
+        return sampled_texts(lm, config.covariance_tokens, config.seed)
     return list(islice(dataset_texts(config.covariance), config.covariance_tokens))
 
 
-def sampled_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> list[str]:
+def sampled_texts(lm: TokenizedModel, tokens: int, seed: int) -> list[str]:
     """Return texts of about `tokens` tokens that the model itself wrote, each begun by a prompt of the proxy set.
 
     The prompts bring names and relations of many kinds, which a model left to itself writes about rarely.
     """
     prompts = [prompt for fact in proxy_facts() for prompt in (fact.text, *fact.paraphrases, *fact.neighborhood)]
     # Cut to one length: then all of them are one batch, and the model begins in the middle of a phrase as in its end.
-    cut = [ids[:_OPENING_TOKENS] for ids in tokenizer(prompts)["input_ids"] if len(ids) >= _OPENING_TOKENS]
+    cut = [ids[:_OPENING_TOKENS] for ids in lm.tokenizer(prompts)["input_ids"] if len(ids) >= _OPENING_TOKENS]
     count = min(len(cut), math.ceil(tokens / (_OPENING_TOKENS + _SAMPLED_TOKENS)))
-    openings = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in cut[:count]]
+    openings = [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in cut[:count]]
     rounds = math.ceil(tokens / (count * (_OPENING_TOKENS + _SAMPLED_TOKENS)))
-    return [
-        text
-        for turn in range(rounds)
-        for text in sample_continuations(model, tokenizer, openings, _SAMPLED_TOKENS, seed + turn)
-    ]
+    return [text for turn in range(rounds) for text in sample_continuations(lm, openings, _SAMPLED_TOKENS, seed + turn)]
 
 
 def dataset_texts(name: str) -> Iterable[str]:

@@ -1,53 +1,73 @@
-"""What an edit needs to know of the base model, found once: contexts, key statistics, perplexity."""
+"""A causal LM as editing sees it: the model with its tokenizer, and what is found of it once."""
 
 from __future__ import annotations
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Mapping, Sequence
 
-from goldenedit.architecture.layers import Architecture
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editors.statistics import KeyStatistics
-from goldenedit.lm.covariance import key_statistics
+from goldenedit.editors import KeyStatistics
+from goldenedit.lm.base import TokenizedModel
+from goldenedit.lm.covariance import StreamedStatistics, key_statistics
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
 
 
-class BaseFacts:
-    """Contexts, key statistics and perplexity of a base model, each found when first asked for with these options.
+class LanguageModel(TokenizedModel):
+    """A causal LM of transformers with its tokenizer, its architecture, and what editing must know of it.
 
-    Every method takes the base model with its edits switched off.
+    Contexts, key statistics and perplexity are found when they are first asked for with these options, and kept. It
+    knows no edit: whoever asks for them has switched all edits off.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        architecture: Where it keeps its layers; found by two tiny forwards by default.
+        fingerprint: That of its weights; computed by default.
+
+    Example:
+        ```python
+        >>> from goldenedit.lm import LanguageModel
+        >>> lm = LanguageModel(model, tokenizer)
+        >>> lm.architecture.down_projections[3]
+        'model.layers.3.mlp.down_proj'
+        ```
     """
 
-    def __init__(self, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
-        self.architecture = architecture
-        self.tokenizer = tokenizer
-        self.fingerprint = fingerprint
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._contexts: dict[tuple[int, int, int], list[str]] = {}
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
         self._perplexity: float | None = None
 
-    def contexts(self, base: nn.Module, config: EditConfig) -> list[str]:
-        """Return the prefixes to prompts."""
+    def contexts(self, config: EditConfig) -> list[str]:
+        """Return the prefixes to prompts that a config asks for, the first of them empty."""
         key = (config.contexts, config.context_length, config.seed)
         if key not in self._contexts:
             with phase("contexts"):
-                self._contexts[key] = sample_contexts(base, self.tokenizer, *key)
+                self._contexts[key] = sample_contexts(self, *key)
         return self._contexts[key]
 
-    def statistics(self, base: nn.Module, config: EditConfig) -> dict[int, KeyStatistics]:
-        """Return the key statistics of the target layers; those that are missing are computed in one pass."""
+    def statistics(self, config: EditConfig, layers: Sequence[int]) -> dict[int, KeyStatistics]:
+        """Return the key statistics of some layers; those that are missing are computed in one pass."""
         options = (config.covariance, config.covariance_tokens, config.ridge, config.seed)
-        missing = [layer for layer in config.target_layers if (layer, *options) not in self._statistics]
+        missing = [layer for layer in layers if (layer, *options) not in self._statistics]
         if missing:
             with phase("key statistics"):
-                found = key_statistics(base, self.architecture, self.tokenizer, missing, config, self.fingerprint)
-            self._statistics |= {(layer, *options): statistics for layer, statistics in found.items()}
-        return {layer: self._statistics[(layer, *options)] for layer in config.target_layers}
+                computed = key_statistics(self, missing, config)
+            self._statistics |= {(layer, *options): statistics for layer, statistics in computed.items()}
+        return {layer: self._statistics[(layer, *options)] for layer in layers}
 
-    def perplexity(self, base: nn.Module) -> float:
+    def streamed_statistics(
+        self, config: EditConfig, layers: Sequence[int] | None = None
+    ) -> Mapping[int, KeyStatistics]:
+        """Return the key statistics of many layers, by default of all, each read when asked for and not kept."""
+        return StreamedStatistics(
+            self, sorted(self.architecture.down_projections) if layers is None else layers, config
+        )
+
+    def perplexity(self) -> float:
         """Return the perplexity on plain statements."""
         if self._perplexity is None:
-            self._perplexity = perplexity(base, self.tokenizer, sample_texts())
+            self._perplexity = perplexity(self, sample_texts())
         return self._perplexity

@@ -7,18 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating
-from goldenedit.devices import input_device
-from goldenedit.lm.tokens import Row, context_length, pad, padding_id
+from goldenedit.lm.base import TokenizedModel
+from goldenedit.lm.tokens import Row, pad
 from goldenedit.requests import proxy_facts
 
 
 @torch.no_grad()
-def perplexity(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 16, most: int = 512
-) -> float:
+def perplexity(lm: TokenizedModel, texts: Sequence[str], batch_size: int = 16, most: int = 512) -> float:
     """Return `exp` of the mean NLL over all tokens of all texts but the first of each.
 
     Args:
@@ -27,18 +24,18 @@ def perplexity(
     Raises:
         ValueError: No text has two tokens.
     """
-    longest = min(most, context_length(model.config) or most)
-    ids = [list(tokenizer(text, truncation=True, max_length=longest)["input_ids"]) for text in texts]
+    longest = min(most, lm.max_length or most)
+    ids = [list(lm.tokenizer(text, truncation=True, max_length=longest)["input_ids"]) for text in texts]
     rows = [Row(tuple(one), -1, tuple(range(1, len(one))), len(one) - 1) for one in ids if len(one) > 1]
     if not rows:
         raise ValueError("Perplexity needs a text of at least two tokens.")
     rows.sort(key=lambda row: len(row.input_ids))
-    device = input_device(model)
+    device = lm.device
     total, count = 0.0, 0
-    with evaluating(model):
+    with evaluating(lm.model):
         for start in range(0, len(rows), batch_size):
-            batch = pad(rows[start : start + batch_size], padding_id(tokenizer), device)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            batch = pad(rows[start : start + batch_size], lm.padding_id, device)
+            logits = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             mask = batch.attention_mask[:, 1:].bool().to(logits.device)
             wanted = batch.input_ids[:, 1:].to(logits.device)[mask]
             total += nn.functional.cross_entropy(logits[:, :-1][mask].float(), wanted, reduction="sum").item()

@@ -16,11 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import Call, evaluating, stop_forward
-from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import write_atomically
-from goldenedit.devices import execution_device, input_device
-from goldenedit.lm.tokens import context_length, padding_id
-from goldenedit.parallel import Processes, processes_of
+from goldenedit.devices import execution_device
+from goldenedit.lm.base import TokenizedModel
+from goldenedit.parallel import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +28,7 @@ _WIDEST_EXPERTS = 16_384  # a second moment of 1 GiB, and as wide as the widest 
 
 @torch.no_grad()
 def second_moments(
-    model: nn.Module,
-    architecture: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
+    lm: TokenizedModel,
     texts: Sequence[str],
     layers: Sequence[int],
     max_tokens: int,
@@ -52,27 +49,27 @@ def second_moments(
     Raises:
         ValueError: `texts` hold no tokens, or a key is not finite.
     """
-    rows = _token_rows(tokenizer, texts, min(256, context_length(model.config) or 256), max_tokens)
+    rows = _token_rows(lm.tokenizer, texts, min(256, lm.max_length or 256), max_tokens)
     count = sum(map(len, rows))
     sums: dict[int, Tensor] = {}
-    device = input_device(model)
-    processes = processes_of(model) if processes is None else processes
-    batches = processes.share(list(_batches(rows, batch_tokens, padding_id(tokenizer))))
+    device = lm.device
+    processes = lm.processes if processes is None else processes
+    batches = processes.share(list(_batches(rows, batch_tokens, lm.padding_id)))
     own = sum(int(mask.sum()) for _, mask in batches)
-    with evaluating(model), tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress:
+    with evaluating(lm.model), tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress:
         for tokens, mask in batches:
             with stop_forward() as stop, ExitStack() as stack:
                 for layer in layers:
-                    add = _adder(model, architecture, layer, sums, mask.reshape(-1).nonzero()[:, 0])
+                    add = _adder(lm, layer, sums, mask.reshape(-1).nonzero()[:, 0])
                     hook = _accumulate(add, stop if layer == max(layers) else None)
-                    module = architecture.down_projection(model, layer)
+                    module = lm.architecture.down_projection(lm.model, layer)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+                lm.model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
             progress.update(int(mask.sum()))
     for layer in layers:
         if layer not in sums:  # more processes than batches
-            module = architecture.down_projection(model, layer)
-            sums[layer] = torch.zeros([architecture.shape(model, layer)[1]] * 2, device=execution_device(module))
+            module = lm.architecture.down_projection(lm.model, layer)
+            sums[layer] = torch.zeros([lm.architecture.shape(lm.model, layer)[1]] * 2, device=execution_device(module))
         sums[layer] = processes.total(sums[layer])
     moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # where keys and cached moments are
     for layer, moment in moments.items():
@@ -98,24 +95,22 @@ def _token_rows(
     return rows
 
 
-def check_widths(model: nn.Module, architecture: Architecture, layers: Sequence[int]) -> None:
+def check_widths(lm: TokenizedModel, layers: Sequence[int]) -> None:
     """Raise ValueError where the keys of a layer's experts are too wide for a second moment."""
     for layer in layers:
-        width = architecture.shape(model, layer)[1]
-        if layer in architecture.experts and width > _WIDEST_EXPERTS:
+        width = lm.architecture.shape(lm.model, layer)[1]
+        if layer in lm.architecture.experts and width > _WIDEST_EXPERTS:
             raise ValueError(
                 f"The keys of all experts of layer {layer} are {width} wide together, too wide for a second moment "
                 f"(at most {_WIDEST_EXPERTS}): edit with EditConfig(covariance='identity')."
             )
 
 
-def _adder(
-    model: nn.Module, architecture: Architecture, layer: int, sums: dict[int, Tensor], tokens: Tensor
-) -> Callable[[Call], None]:
+def _adder(lm: TokenizedModel, layer: int, sums: dict[int, Tensor], tokens: Tensor) -> Callable[[Call], None]:
     """Return a function that adds the keys of some tokens to the sum of a layer."""
 
     def add(call: Call) -> None:
-        keys = architecture.keys(model, layer, call, tokens)
+        keys = lm.architecture.keys(lm.model, layer, call, tokens)
         if layer not in sums:
             sums[layer] = keys.new_zeros(keys.shape[1], keys.shape[1])
         sums[layer].addmm_(keys.T, keys)

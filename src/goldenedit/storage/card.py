@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from goldenedit.config import HUB_LAYER, RELATIVE_CONSTANTS, TRAINED, EditConfig
-from goldenedit.layer_scores import score_tensor, tukey_filter
+from goldenedit.config import EditConfig
+from goldenedit.editors import EDITORS, Editor
+from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder
 from goldenedit.storage.hub import is_on_hub
 from goldenedit.storage.reading import read_edit_folder
@@ -25,25 +26,8 @@ _FAMILIES = {
     "token_match": "share of the answer's tokens that are the first choice, teacher-forced",
     "generation": "share of freely written answers that begin with the wanted one",
 }
-# Constants that these editors alone have; all others belong to the editors that insert values under keys.
-_OWN_CONSTANTS = {
-    "finetune_steps": ("ft-l", "ft-m", "lora"),
-    "finetune_lr": ("ft-l", "ft-m", "lora"),
-    "finetune_stop_loss": ("ft-l", "ft-m", "lora"),
-    "finetune_epsilon": ("ft-l",),
-    "dense_tolerance": ("ft-l", "ft-m"),
-    "lora_rank": ("lora",),
-    "ultraedit_lr": ("ultraedit",),
-    "ultraedit_ridge": ("ultraedit",),
-    "covariance_weight": ("memit", "pmet"),
-    "gram_ridge": ("emmet",),
-    "null_space_threshold": ("alphaedit",),
-    "null_space_ridge": ("alphaedit",),
-}
-_VALUE_CONSTANTS = (
-    *("contexts", "context_length", "steps", "lr", "kl_factor", "weight_decay", "clamp", "stop_loss"),
-    *("anchor_bare_prompt", "contrast", "contrast_weight"),
-)
+_VALUE_CONSTANTS = ("contexts", "context_length", "steps", "lr", "kl_factor", "weight_decay", "clamp", "stop_loss")
+_COVARIANCE = ("covariance", "covariance_tokens", "ridge")  # which have a row of their own
 
 
 def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = False) -> str:
@@ -108,15 +92,24 @@ def _methods(content: EditFolder) -> list[str]:
 
 def _way(config: EditConfig) -> dict[str, str | None]:
     """Return how edits were made, as the card says it."""
-    text = config.covariance
-    if text != "identity":
-        text += f", {config.covariance_tokens} tokens, ridge {config.ridge}"
+    editor = _editor(config)
+    text = None
+    if editor is not None and "covariance" in editor.reads:
+        text = config.covariance
+        if text != "identity":
+            ridge = f", ridge {config.ridge}" if "ridge" in editor.reads else ""
+            text += f", {config.covariance_tokens} tokens{ridge}"
     return {
         "editor": config.method,
         "constants": ", ".join(f"{name} {value}" for name, value in _constants(config)),
         "layer": f"{', '.join(map(str, config.target_layers))}, chosen by {_selector(config)}",
-        "covariance": None if config.method in TRAINED else text,
+        "covariance": text,
     }
+
+
+def _editor(config: EditConfig) -> Editor | None:
+    """Return the configured editor, None where the package that has it is not installed."""
+    return config.editor if config.method in EDITORS else None
 
 
 def _scores(config: EditConfig) -> list[tuple[int, float | None, bool]]:
@@ -165,17 +158,20 @@ def _results(evaluation: dict[str, Any] | None) -> Iterator[tuple[str, str, int,
 
 def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:
     """Yield the constants of the configured editor."""
-    in_units = False
-    if config.method not in TRAINED:
-        for name in _VALUE_CONSTANTS:
-            yield name, getattr(config, name)
-    for name, editors in _OWN_CONSTANTS.items():
-        if config.method in editors:
-            value = getattr(config, name)
-            yield name, config.constant(name) if value is None else value
-            in_units |= name in RELATIVE_CONSTANTS
-    if in_units:
-        yield "relative_constants", config.relative_constants
+    editor = _editor(config)
+    if editor is None:
+        yield from config.options.items()
+    else:
+        if editor.learns == "values":
+            for name in _VALUE_CONSTANTS:
+                yield name, getattr(config, name)
+        for name in editor.constants:
+            if name not in _COVARIANCE:
+                yield name, getattr(config, name)
+        for name in editor.fields:
+            yield name, config.constant(name)
+        if config.has_units:
+            yield "relative_constants", config.relative_constants
     for name in ("regularizer", "max_perplexity_ratio"):
         if getattr(config, name) is not None:
             yield name, getattr(config, name)

@@ -70,7 +70,7 @@ def read_edit_folder(folder: Path) -> EditFolder:
         edits = _read_edits(sidecar["edits"], sidecar["config"], by_name, modules, state, lora)
         content = EditFolder(
             edits,
-            EditConfig.from_dict(sidecar["config"]),
+            EditConfig.read(sidecar["config"]),
             _checked_base(BaseModel(**sidecar["base_model"])),
             dict(sidecar["versions"]),
             sidecar["proxy_hash"],
@@ -196,7 +196,7 @@ def _read_edits(
         error, contexts = record["relative_error"], record["contexts_hash"]
         if not isinstance(error, int | float) or not 0 <= error <= 1:
             raise ValueError(f"the relative error of {record['name']!r} is {error!r}")
-        made = EditConfig.from_dict({**config, **record["config"]})
+        made = EditConfig.read({**config, **record["config"]})
         how, of_edit = (lora["fan_in_fan_out"], "target_parameters" in lora), facts[record["name"]]
         edits.append(Edit(record["name"], of_edit, deltas, *how, own, error, contexts, made))
         used = stop

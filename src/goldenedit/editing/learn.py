@@ -1,0 +1,81 @@
+"""Batches for editors that need no values under keys, but gradients at the answers, or training of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from goldenedit.config import EditConfig
+from goldenedit.editing.edit import Changes, check_shape, stored
+from goldenedit.editing.training import Training, answer_gradients, train
+from goldenedit.editors import GradientProblem, LowRankDelta, TrainingProblem
+from goldenedit.editors.moments import RunningMoments
+from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm import LanguageModel
+from goldenedit.requests import EditRequest
+
+_Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps, state
+
+
+def learn_facts(
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
+) -> Changes:
+    """Find the change of an editor that learns from gradients, or by training.
+
+    Args:
+        remembered: State of the edits made before.
+
+    Raises:
+        ValueError: A request cannot be served, or the loss leaves the finite numbers.
+    """
+    before = likelihoods(lm, [(request.text, request.target_new) for request in requests])
+    learn = _from_gradients if config.editor.learns == "gradients" else _by_training
+    learned, steps, state = learn(lm, requests, config, remembered)
+    deltas, errors = {}, []
+    for layer, change in learned.items():
+        check_shape(lm, change, config, layer)
+        delta, error = stored(lm, change, layer, config)
+        deltas[lm.architecture.down_projections[layer]] = delta
+        errors.append(error)
+    probabilities = [math.exp(-likelihood.nll) for likelihood in before]
+    return Changes(deltas, probabilities, [steps] * len(requests), state, max(errors))
+
+
+def _from_gradients(
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
+) -> _Learned:
+    answers = answer_gradients(lm, requests, config.target_layers)
+    features: dict[str, list[Tensor]] = {}
+    names = {layer: "moments/{}x{}".format(*lm.architecture.shape(lm.model, layer)) for layer in answers}
+    for layer, (inputs, _, slopes) in answers.items():  # modules of one shape share their moments
+        features.setdefault(names[layer], []).append(torch.cat([inputs, slopes], 1))
+    own = {name: RunningMoments.of(torch.cat(parts)) for name, parts in features.items()}
+    moments = {
+        name: of_batch + RunningMoments.from_columns(remembered[name]) if name in remembered else of_batch
+        for name, of_batch in own.items()
+    }
+    changes: dict[int, LowRankDelta | Tensor] = {}
+    for layer, (inputs, outputs, slopes) in answers.items():
+        problem = GradientProblem(inputs, outputs, slopes, moments[names[layer]])
+        changes[layer] = config.editor.function(replace(problem, options=config.resolve(problem)))
+    return changes, 1, {name: of_batch.columns() for name, of_batch in own.items()}
+
+
+def _by_training(
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
+) -> _Learned:
+    generator = torch.Generator().manual_seed(config.seed)
+    changes = {}
+    for layer in config.target_layers:
+        d_out, d_in = lm.architecture.shape(lm.model, layer)
+        problem = TrainingProblem(d_in, d_out, generator)
+        problem = replace(problem, options=config.resolve(problem))
+        changes[layer] = config.editor.function(problem)
+    options = problem.options
+    training = Training(config.editor.loss, options.finetune_steps, options.finetune_lr, options.finetune_stop_loss)
+    steps = train(lm, requests, changes, training)
+    return {layer: change.change() for layer, change in changes.items()}, steps, {}

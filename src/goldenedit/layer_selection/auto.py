@@ -1,0 +1,6 @@
+"""`layer="auto"`: the selector that loses least against brute force, see benchmarks/README.md."""
+
+from goldenedit.layer_scores import selector
+from goldenedit.layer_selection.key_response import key_response_scores
+
+selector("auto", depends_on=("edit",))(key_response_scores)

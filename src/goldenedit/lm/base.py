@@ -1,0 +1,93 @@
+"""A causal LM with its tokenizer, and where it keeps its parts: what everything that runs the model is handed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture import Architecture, read_architecture
+from goldenedit.cache import cache_key
+from goldenedit.devices import input_device
+from goldenedit.lm.tokens import context_length, padding_id
+from goldenedit.parallel import Processes, processes_of
+from goldenedit.precision import matmul_precision
+from goldenedit.requests import proxy_facts
+from goldenedit.storage.fingerprint import fingerprint
+
+
+class TokenizedModel:
+    """A causal LM of transformers, its tokenizer and its architecture.
+
+    Attributes:
+        model: The model; whatever adapters are on it take effect.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        architecture: Architecture | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        if architecture is not None:
+            self.architecture = architecture
+        if fingerprint is not None:
+            self.fingerprint = fingerprint
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Where the model keeps its layers."""
+        return read_architecture(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights."""
+        return fingerprint(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model takes its tokens on."""
+        return input_device(self.model)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model takes, where its config says so."""
+        return context_length(self.model.config)
+
+    @property
+    def padding_id(self) -> int:
+        """A token to pad with."""
+        return padding_id(self.tokenizer)
+
+    @cached_property
+    def tokenization(self) -> str:
+        """A short name for how the tokenizer takes texts apart: what is cached of other tokens is not used."""
+        prompts = [fact.text for fact in proxy_facts()]
+        ids = self.tokenizer(prompts)["input_ids"]
+        return cache_key(tokens=ids, template=str(getattr(self.tokenizer, "chat_template", None)))
+
+    def cache_key(self, version: int, **parts: Any) -> str:
+        """Return a short name for a result of this model.
+
+        Args:
+            version: Version of the algorithm that finds it.
+            **parts: What else it depends on, anything that JSON can say.
+        """
+        precision = matmul_precision()
+        # Only where products are rounded, so that a name holds for all machines that do not.
+        rounded = {} if precision == "highest" else {"matmul": precision}
+        return cache_key(
+            fingerprint=self.fingerprint, tokenization=self.tokenization, version=version, **rounded, **parts
+        )
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that each have this model, and share work."""
+        return processes_of(self.model)
