@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -159,6 +160,25 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         _check_texts("target_modules", self.target_modules)
         self._check_proxy()
 
+        self.__dict__["_is_checked"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option; a value that means nothing is refused, and the config stays as it was.
+
+        With another `layer` what the selector filled in is gone, so that the next edit looks for the layer again.
+        """
+        if not self.__dict__.get("_is_checked"):  # its own __init__
+            object.__setattr__(self, name, value)
+            return
+        changed = copy.copy(self)
+        values = changed.__dict__
+        values["_is_checked"] = False
+        if name == "layer" and value != self.layer:
+            values["target_layer"] = values["layer_scores"] = None
+        values[name] = value
+        changed.__post_init__()
+        self.__dict__.update(values)
+
     def _check_editor(self) -> None:
         if not isinstance(self.method, str):
             raise ValueError(f"EditConfig.method must be the name of an editor, got {self.method!r}.")
@@ -197,7 +217,9 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
                 self.target_layer = _layer_numbers(self.target_layer, "target_layer")
         else:
             self.layer = _layer_numbers(self.layer)
-            self.target_layer = self.layer
+            self.target_layer = (
+                self.layer if self.target_layer is None else _layer_numbers(self.target_layer, "target_layer")
+            )
         for score in _scores(self.layer_scores):
             check_number("EditConfig.layer_scores", score, least=-sys.float_info.max, optional=True)
 
@@ -220,6 +242,11 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             ValueError: There is none: the package that has it is not installed.
         """
         return EDITORS.get(self.method)
+
+    @property
+    def has_editor(self) -> bool:
+        """Whether the package that has the editor is installed."""
+        return self.method in EDITORS
 
     @property
     def selector(self) -> Selector | None:
@@ -262,9 +289,25 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     @property
     def target_layers(self) -> list[int]:
         """The layers that are edited, ascending; empty until the selector has run."""
-        if self.target_layer is None:
+        layers = self.target_layer if self.target_layer is not None else self.layer
+        if isinstance(layers, str):
             return []
-        return [self.target_layer] if isinstance(self.target_layer, int) else sorted(self.target_layer)
+        return [layers] if isinstance(layers, int) else sorted(layers)
+
+    def without_sources(self) -> EditConfig:
+        """Return a copy that names no file, dataset or repository, so that its author does not choose what is read.
+
+        Texts are sampled from the model, layers are compared on the packaged facts, and golden layers that came from
+        the Hub are given by their numbers.
+        """
+        config = copy.deepcopy(self)
+        values = vars(config)  # as they are, whatever is installed
+        if self.covariance not in ("sampled", "identity"):
+            values["covariance"] = "sampled"
+        values["proxy"] = None
+        if isinstance(self.layer, str) and self.layer.startswith(HUB_LAYER):
+            values["layer"] = self.target_layer if self.target_layer is not None else "lga"
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON has it."""
@@ -313,8 +356,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         if "method" in missing:
             missing["options"] = dict(record.get("options", {}))
         config = cls.from_dict({name: value for name, value in record.items() if name not in missing})
-        for name, value in missing.items():
-            setattr(config, name, value)
+        vars(config).update(missing)
         return config
 
 

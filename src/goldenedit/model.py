@@ -5,66 +5,74 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Unpack
+from dataclasses import replace
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from goldenedit import adapters as peft_adapters
+from goldenedit.adapters import Adapters, is_conv1d, plain
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.edit import Changes, check_editable, prepare_facts
 from goldenedit.editing.learn import learn_facts
-from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
-from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.evaluation.likelihood import Likelihood, likelihoods
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.perplexity import perplexity, sample_texts
-from goldenedit.lm.tokens import context_length, encode_request
+from goldenedit.lm.tokens import encode_request
 from goldenedit.requests import EditRequest, Message, distinct
-from goldenedit.sharing import SharingMixin, library_versions
-from goldenedit.storage.card import render_card
+from goldenedit.sharing import SharingMixin
 from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import (
-    ADAPTER_CONFIG,
-    EDIT_CONFIG,
     BaseModel,
     Edit,
     EditedFact,
-    EditFolder,
     is_edit_name,
     joined,
     joined_state,
-    write_edit_folder,
 )
-from goldenedit.storage.hub import DownloadOptions, cached_commit, find_folder, is_on_hub
-from goldenedit.storage.reading import read_edit_folder
+from goldenedit.storage.hub import cached_commit
+from goldenedit.storing import StoringMixin
+from goldenedit.versions import library_versions
 
 logger = logging.getLogger(__name__)
 
+# Verbs of PEFT and transformers that would leave an EditModel unaware of what is on, with what to call instead.
+_REFUSED = {
+    "merge_adapter": "merge_and_unload()",
+    "unmerge_adapter": "merge_and_unload(), which is for good",
+    "add_adapter": "edit(), or load_adapter()",
+    "inject_adapter": "edit(), or load_adapter()",
+    "set_requires_grad": "requires_grad_() on the model that was wrapped",
+    "enable_adapters": "enable_adapter_layers()",
+    "disable_adapters": "disable_adapter_layers(), or `with disable_adapter():`",
+    "create_or_update_model_card": "save_pretrained(), which writes a card",
+}
+
 
 def get_edit_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     edit_config: EditConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> EditModel:
     """Wrap a causal LM for editing, and find the layer to edit.
 
     Args:
-        model: A causal LM of transformers. Edits are put beside its weights, which are never written.
-        edit_config: How to edit; LGA's golden layer and R-ROME by default. The model keeps this object, and fills
-            `target_layer` and `layer_scores` in.
+        model: A causal LM of transformers, or a PeftModel around one: LoRA adapters that are active in it are a part of
+            the model that is edited, and stay yours. Edits are put beside the weights, which are never written.
+        edit_config: How to edit; LGA's golden layer and R-ROME by default. The model keeps a copy, `model.edit_config`;
+            `target_layer` and `layer_scores` are filled in on both.
         tokenizer: Its tokenizer; by default the one at `model.name_or_path`.
 
     Raises:
@@ -81,71 +89,85 @@ def get_edit_model(
     """
     edit_model = EditModel(model, edit_config or EditConfig(), tokenizer)
     edit_model.select_layer()
+    if edit_config is not None:
+        edit_config.target_layer = edit_model.edit_config.target_layer
+        edit_config.layer_scores = edit_model.edit_config.layer_scores
     return edit_model
 
 
-class EditModel(nn.Module, SharingMixin):
+class EditModel(nn.Module, StoringMixin, SharingMixin):
     """A causal LM with edits that switch on and off, stack, fuse, merge, save and load.
 
     Each call of `edit` adds one adapter to a stock `PeftModel`, with PEFT's verbs for all that adapters do. `forward`
     and `generate` go straight through, and so does every attribute of the model.
 
     Attributes:
-        edit_config: The filled config.
+        edit_config: How the next edits are made: a copy of the config that was given, filled in.
         architecture: Where the model keeps its layers.
+        adapters: The edits as adapters in the model.
+        lm: The model as editing sees it, with what is found of it once.
         edits: The edits by name, in the order they were made.
         layer_selection: What the layer selector found, and its cost; None before it ran.
-        lm: The base model as editing sees it, with what is found of it once.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         edit_config: EditConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         model = extract_model_from_parallel(model, keep_torch_compile=False)  # edits go into what was compiled
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, PreTrainedModel | PeftModel):
             raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
-        if peft_adapters.carries_adapters(model):
-            raise ValueError(
-                "The model already carries PEFT adapters: take them off (unload() of their wrapper), or write them "
-                "into the weights first (merge_and_unload())."
+        self.adapters = Adapters(model)
+        base = self.adapters.base
+        self.edit_config = copy.deepcopy(edit_config)
+        self.tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(base)
+        with plain(base):
+            self.architecture: Architecture = read_architecture(base, edit_config.target_modules)
+            self.base_info = BaseModel(
+                name_or_path=base.name_or_path or type(base).__name__,
+                fingerprint=fingerprint(base),
+                revision=cached_commit(str(base.name_or_path)),
+                architecture=type(base).__name__,
             )
-        self.edit_config = edit_config
-        self.tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
-        self.architecture: Architecture = read_architecture(model, edit_config.target_modules)
         for layer in edit_config.target_layers:
             self.architecture.check_layer(layer)
-        self.base_info = BaseModel(
-            name_or_path=model.name_or_path or type(model).__name__,
-            fingerprint=fingerprint(model),
-            revision=cached_commit(str(model.name_or_path)),
-            architecture=type(model).__name__,
-        )
+        # Fused experts are named as parameters: where some layers have them, edits of all layers are, to go together.
+        self.adapters.by_parameter = bool(self.architecture.experts)
+        self.adapters.base_name = self.base_info.name_or_path
         self.edits: dict[str, Edit] = {}
         self.model: PreTrainedModel | PeftModel = model
-        self.lm = LanguageModel(model, self.tokenizer, self.architecture, self.base_info.fingerprint)
+        self._see_model()
         self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the edits that were on
-        self._loaded: tuple[list[str], dict[str, str]] | None = None  # edits of a folder, and what versions made them
+        self._switched_off: list[str] | None = None  # edits that were on before disable_adapter_layers()
+
+    def _see_model(self) -> None:
+        """Have `lm` speak of the model as it is: the weights, and the user's adapters that are on."""
+        beside = self.adapters.beside()
+        name = self.base_info.fingerprint
+        if beside:
+            name = cache_key(fingerprint=name, beside=[entry.hash for entry in beside])
+        if "lm" not in self.__dict__ or self.lm.fingerprint != name:
+            self.lm: LanguageModel = LanguageModel(self.adapters.base, self.tokenizer, self.architecture, name)
 
     # ------------------------------------------------------------------ editing
 
     def select_layer(self) -> int | list[int]:
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
+        self._see_model()
         with self.disable_adapter():
             if len(self.architecture.experts) == len(self.architecture.down_projections):  # whatever is chosen
                 check_editable(self.lm, self.edit_config, list(self.architecture.experts)[:1])
             with phase("layer selection"):
-                selection = select_layer(self.lm, self.edit_config)
-        self.layer_selection = selection
+                self.layer_selection = select_layer(self.lm, self.edit_config)
         if self.edit_config.is_scored:
             self._proxy_hash = proxy_hash(proxy_set(self.edit_config))
-        assert self.edit_config.target_layer is not None
-        return self.edit_config.target_layer
+        layers = self.edit_config.target_layers
+        return layers[0] if len(layers) == 1 else layers
 
     def edit(
         self,
@@ -173,44 +195,49 @@ class EditModel(nn.Module, SharingMixin):
             The edit, with the probability of each new answer before and after.
 
         Raises:
-            ValueError: A request is bad, two contradict each other, the name is taken, or the optimisation fails.
+            ValueError: A request is bad, two contradict each other, the name is taken, or the optimization fails.
         """
         asked = _as_requests(prompt, subject, target_new, target_true, messages)
         name = self._new_name(name)
-        base = self.get_base_model()
+        self._see_model()
         requests = [rendered(self.tokenizer, request) for request in asked]
-        for request in requests:  # what cannot be tokenised is told before anything takes time
-            encode_request(self.tokenizer, request, request.target_new, max_length=context_length(base.config))
+        for request in requests:  # what cannot be tokenized is told before anything takes time
+            encode_request(self.tokenizer, request, request.target_new, max_length=self.lm.max_length)
         if not self.edit_config.target_layers:
             self.select_layer()
-        made = self._changes(requests)
-        active, config = self.active_adapters, copy.copy(self.edit_config)
-        contexts = None if config.editor.learns != "values" else self.contexts_hash(config)
-        try:
-            self.model = self._with_adapter(name, made.deltas)
-            self.set_adapter([*active, name])
+        self.adapters.ensure()
+        changes = self._changes(requests)
+        config = copy.deepcopy(self.edit_config)
+        contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
+        with self._adding({name: changes.deltas}):
             with phase("check"):
                 after = likelihoods(self.lm, [(request.text, request.target_new) for request in requests])
-            for request, found in zip(requests, after, strict=True):
-                if not math.isfinite(found.nll):
+            for request, likelihood in zip(requests, after, strict=True):
+                if not math.isfinite(likelihood.nll):
                     raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
             self._check_perplexity(name)
-        except BaseException:  # an interrupt too leaves the model as it was
-            self.model = peft_adapters.remove(self.model, name)
-            raise
-        facts = [
-            EditedFact(request, before, math.exp(-found.nll), steps)
-            for request, before, found, steps in zip(asked, made.probability_before, after, made.steps, strict=True)
-        ]
-        how = peft_adapters.is_conv1d(self.model, made.deltas), peft_adapters.targets_parameters(self.model, name)
-        self.edits[name] = Edit(name, facts, made.deltas, *how, made.state, made.relative_error, contexts, config)
+            facts = _edited_facts(asked, changes, after)
+            self.edits[name] = Edit(
+                name,
+                facts,
+                changes.deltas,
+                layers=tuple(config.target_layers),
+                fan_in_fan_out=is_conv1d(self.adapters.base, changes.deltas),
+                by_parameter=self.adapters.targets_parameters(name),
+                state=changes.state,
+                relative_error=changes.relative_error,
+                contexts_hash=contexts,
+                configs=(config,),
+                versions=library_versions(),
+                beside=tuple(self.adapters.beside()),
+            )
+        _tell_what_did_not_take(facts, config)
         return self.edits[name]
 
     def _changes(self, requests: Sequence[EditRequest]) -> Changes:
         """Find the change of weights that serves the requests; what the active edits remember is minded."""
         config = self.edit_config
-        # What cannot be done is told before anything takes time.
-        check_editable(self.lm, config, config.target_layers)
+        check_editable(self.lm, config, config.target_layers)  # what cannot be done is told before it takes time
         remembered = joined_state(self.edits[name] for name in self.active_adapters)
         if config.editor.learns != "values":
             with phase("training"):
@@ -276,6 +303,7 @@ class EditModel(nn.Module, SharingMixin):
         where = self.architecture
         paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
         first = min(map(where.layer_of, paths), default=where.num_layers - 1)
+        self.adapters.ensure()
         with phase("evaluation"):
             edited, before = observe_with_and_without(
                 self.lm, requests, first, self.disable_adapter, generation, neighbors
@@ -289,20 +317,23 @@ class EditModel(nn.Module, SharingMixin):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the edits that are switched on, in the order they are applied."""
-        return peft_adapters.active(self.model)
+        return list(self.adapters.active)
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """PEFT's config of each adapter."""
-        return peft_adapters.configs(self.model)
+        """PEFT's config of each edit, and of the adapters that are not edits."""
+        return self.adapters.configs
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Switch on exactly these edits: one name, or a list whose edits are stacked.
 
+        Adapters that are no edits stay switched on or off as they are, unless some of them are named.
+
         Raises:
             ValueError: There is no edit of that name.
         """
-        peft_adapters.activate(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self._switched_off = None
+        self.adapters.activate([adapter_name] if isinstance(adapter_name, str) else adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an edit; the others stay as they are, switched on or off.
@@ -310,17 +341,30 @@ class EditModel(nn.Module, SharingMixin):
         Raises:
             ValueError: There is no edit of that name.
         """
-        peft_adapters.check_names(self.model, [adapter_name])
-        self.model = peft_adapters.remove(self.model, adapter_name)
+        self.adapters.check([adapter_name])
+        self.adapters.remove(adapter_name)
+        self.model = self.adapters.model
         del self.edits[adapter_name]
-        self._loaded = None
-        self._evaluations = {names: found for names, found in self._evaluations.items() if adapter_name not in names}
+        self._evaluations = {
+            names: evaluation for names, evaluation in self._evaluations.items() if adapter_name not in names
+        }
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Switch all edits off inside this context: the logits are exactly the base model's."""
-        with peft_adapters.disabled(self.model):
+        """Switch all edits off inside this context: the logits are exactly those of the model that was wrapped."""
+        with self.adapters.disabled():
             yield
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all edits off until `enable_adapter_layers`; an edit that is made meanwhile is on."""
+        self._switched_off = [*(self._switched_off or []), *self.active_adapters]
+        self.adapters.activate([])
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the edits on again that `disable_adapter_layers` switched off."""
+        names = [name for name in self._switched_off or [] if name in self.edits]
+        self.adapters.activate([*names, *(name for name in self.active_adapters if name not in names)])
+        self._switched_off = None
 
     def add_weighted_adapter(
         self,
@@ -344,215 +388,80 @@ class EditModel(nn.Module, SharingMixin):
             raise ValueError(f"add_weighted_adapter needs one weight for each edit, got {adapters} and {weights}.")
         parts = [self._edit(name) for name in adapters]
         self._new_name(adapter_name)
-        assert isinstance(self.model, PeftModel)
-        active = self.active_adapters
-        if combination_type == "cat":
-            if kwargs:
-                raise TypeError(f"add_weighted_adapter() with 'cat' takes no {sorted(kwargs)}.")
-            made, cut = joined(adapter_name, parts, weights, reduce=True)
+        is_sum = combination_type == "cat"
+        if is_sum and kwargs:
+            raise TypeError(f"add_weighted_adapter() with 'cat' takes no {sorted(kwargs)}.")
+        edit, cut = joined(adapter_name, parts, weights, reduce=is_sum)
+        if is_sum:
             if cut > 0:
                 logger.warning(
                     "Edit %r is cut to rank %d, the largest that pays, with a relative error of %.1e: the edits it is "
                     "made of are exact, stacked or merged.",
                     adapter_name,
-                    made.rank,
+                    edit.rank,
                     cut,
                 )
-            try:
-                self.model = self._with_adapter(adapter_name, made.deltas)
-            except BaseException:
-                self.model = peft_adapters.remove(self.model, adapter_name)
-                raise
-        elif any(delta.experts > 1 for part in parts for delta in part.deltas.values()):
+            with self._adding({adapter_name: edit.deltas}, on=False):
+                self.edits[adapter_name] = edit
+            return
+        if any(delta.experts > 1 for part in parts for delta in part.deltas.values()):
             raise ValueError(
                 f"Edits of fused experts are no matrices that PEFT combines by {combination_type!r}: use 'cat'."
             )
-        else:
-            self.model.base_model.add_weighted_adapter(
-                list(adapters), list(weights), adapter_name, combination_type=combination_type, **kwargs
-            )
-            facts = [fact for part in parts for fact in part.facts]
-            error = max(part.relative_error for part in parts)
-            deltas = peft_adapters.read(self.model, adapter_name)
-            how = parts[0].fan_in_fan_out, parts[0].by_parameter
-            made = Edit(adapter_name, facts, deltas, *how, joined_state(parts), error)
-        self.set_adapter(active)
-        self.edits[adapter_name] = made
+        self.adapters.combine(adapters, weights, adapter_name, combination_type, **kwargs)
+        error = max(part.relative_error for part in parts)
+        self.edits[adapter_name] = replace(edit, deltas=self.adapters.read(adapter_name), relative_error=error)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
-        """Write the active edits into the weights and return the plain model.
+        """Write the active edits, and the user's active adapters, into the weights and return the plain model.
 
-        Its config says which layers were edited, `golden_layers`, and by whom. This wrapper then has no edits, and
-        sequential editors have forgotten them.
+        Sums are taken in full precision, rounded once and checked to be finite, so that `push_merged_to_hub` writes the
+        same weights; both arguments are PEFT's, and change nothing. The model's config says which layers were edited,
+        `golden_layers`, and by whom. This wrapper then has no edits, and sequential editors have forgotten them.
 
         Raises:
-            ValueError: An edited weight is quantised; nothing has changed.
+            ValueError: An edited weight is quantized, or a sum is not finite; nothing has changed.
         """
-        peft_adapters.check_mergeable(self.model)
-        if isinstance(self.model, PeftModel):
-            active = self.active_adapters
-            metadata = golden_metadata(self._content(active)) if active else {}
-            self.model = self.model.merge_and_unload(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=active
-            )
-            self.edits, self._evaluations = {}, {}
-            self.layer_selection = self._proxy_hash = None  # what was found is of other weights
-            self.model.config.update(metadata)
-            self.base_info = BaseModel(
-                self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
-            )
-            self.lm = LanguageModel(self.model, self.tokenizer, self.architecture, self.base_info.fingerprint)
-        return self.model
+        metadata = golden_metadata(self._content(self.active_adapters)) if self.active_adapters else {}
+        merged = self.adapters.merge()
+        self.model = merged
+        self.edits, self._evaluations = {}, {}
+        self.layer_selection = self._proxy_hash = None  # what was found is of other weights
+        merged.config.update(metadata)
+        if metadata:
+            self.base_info = replace(self.base_info, fingerprint=fingerprint(merged), revision=None)
+        self._see_model()
+        return merged
 
-    def unload(self) -> PreTrainedModel:
-        """Drop all edits and return the plain base model."""
-        if isinstance(self.model, PeftModel):
-            self.model = self.model.unload()
-            self.edits, self._evaluations = {}, {}
+    def unload(self) -> PreTrainedModel | PeftModel:
+        """Drop all edits and return the model that was wrapped, as it was."""
+        self.adapters.clear()
+        self.model = self.adapters.model
+        self.edits, self._evaluations, self._switched_off = {}, {}, None
         return self.model
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the transformers model under the edits, with the active ones in effect."""
-        return peft_adapters.base_of(self.model)
+        self.adapters.ensure()
+        return self.adapters.base
 
-    # ------------------------------------------------------------------ saving and loading
+    # ------------------------------------------------------------------ in and out
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
-    ) -> None:
-        """Save the active edits as one LoRA adapter with a sidecar and a model card, in one step.
-
-        An edit that was in the folder is replaced whole or, on an error, kept whole, and so are other files.
-
-        Args:
-            save_directory: The folder.
-            selected_adapters: Names of the edits to save; those that are switched on by default.
-
-        Raises:
-            ValueError: There is nothing to save.
-        """
-        content = self._content(self.active_adapters if selected_adapters is None else selected_adapters)
-        names = [edit.name for edit in content.edits]
-        if selected_adapters is None and (left_out := [name for name in self.edits if name not in names]):
-            logger.warning("Saving the active edits; %s are switched off and not saved.", left_out)
-        rank, pays = sum(edit.rank for edit in content.edits), min(edit.paying_rank for edit in content.edits)
-        if rank > pays:
-            logger.warning(
-                "The saved edits have rank %d together. Above %d their factors outgrow the matrices they change, or "
-                "what vLLM loads: share an edited checkpoint (push_merged_to_hub()), or fuse them by "
-                "add_weighted_adapter(), which leaves the smallest singular values out.",
-                rank,
-                pays,
-            )
-        write_edit_folder(Path(save_directory), content, render_card(content))
-
-    def _content(self, names: Sequence[str]) -> EditFolder:
-        """Return what is saved of some edits."""
-        if not names:
-            raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
-        edits = [self._edit(name) for name in names]
-        evaluation = self._evaluations.get(tuple(names))
-        loaded = self._loaded if self._loaded is not None and set(names) <= set(self._loaded[0]) else None
-        versions = library_versions() if loaded is None else loaded[1]
-        return EditFolder(edits, self.edit_config, self.base_info, versions, self._proxy_hash, evaluation)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: PreTrainedModel,
-        model_id: str | os.PathLike[str],
-        adapter_name: str | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        ignore_fingerprint: bool = False,
-        **download: Unpack[DownloadOptions],
-    ) -> EditModel:
-        """Put saved edits on their base model and switch them on.
-
-        Args:
-            model: The base model.
-            model_id: The edit folder, or its repository on the Hub.
-            adapter_name: Name for what is loaded, as one edit; by default each edit has its own name back.
-            tokenizer: The model's tokenizer; by default the one at `model.name_or_path`.
-            ignore_fingerprint: Load the edits on a model with other weights than they were made on.
-            **download: For the Hub, as transformers has them: `revision`, `subfolder`, `token`, `cache_dir`,
-                `local_files_only`, `force_download`.
-
-        Raises:
-            ValueError: The folder is no edit folder, is damaged, or was made on another base model.
-            FileNotFoundError: There is no such folder, and no repository can be called so.
-            huggingface_hub.errors.HfHubHTTPError: The Hub has no such repository, revision or file, or refuses.
-        """
-        folder = find_folder(os.fspath(model_id), **download)
-        content = read_edit_folder(folder)
+    @contextmanager
+    def _adding(self, edits: Mapping[str, Mapping[str, LowRankDelta]], on: bool = True) -> Iterator[None]:
+        """Add adapters; an error or an interrupt inside takes them and their edits away again."""
         try:
-            edit_model = cls(model, content.config, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{folder / EDIT_CONFIG} does not fit this model: {error}") from error
-        edit_model._proxy_hash = content.proxy_hash
-        if content.base_model.fingerprint == edit_model.base_info.fingerprint and not is_on_hub(edit_model.base_info):
-            edit_model.base_info = content.base_model  # the same weights, by the name that others find them by
-        edit_model._load(content, folder, adapter_name, ignore_fingerprint)
-        edit_model._loaded = list(edit_model.edits), content.versions
-        edit_model.set_adapter(list(edit_model.edits))
-        return edit_model
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str | None = None,
-        ignore_fingerprint: bool = False,
-        **download: Unpack[DownloadOptions],
-    ) -> None:
-        """Load the edits of another folder beside those that are there; `set_adapter` switches them on.
-
-        Raises:
-            ValueError: As in `from_pretrained`, or a name is taken.
-        """
-        folder = find_folder(os.fspath(model_id), **download)
-        active = self.active_adapters
-        self._load(read_edit_folder(folder), folder, adapter_name, ignore_fingerprint)
-        if self.active_adapters != active:
-            self.set_adapter(active)
-
-    def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
-        made_on = content.base_model
-        if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
-            raise ValueError(
-                f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
-                f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint "
-                f"{self.base_info.fingerprint}). Load that model, or pass ignore_fingerprint=True to use the edits all "
-                "the same."
-            )
-        edits = content.edits
-        if adapter_name is not None:
-            edits = [joined(adapter_name, edits)[0]]
-        for edit in edits:
-            self._new_name(edit.name)
-            for path, delta in edit.deltas.items():
-                try:
-                    peft_adapters.check_fits(self.model, path, delta)
-                except ValueError as error:
-                    raise ValueError(f"{folder / ADAPTER_CONFIG} does not fit this model: {error}") from error
-        added: list[str] = []
-        try:
-            for edit in edits:
-                added.append(edit.name)
-                self.model = self._with_adapter(edit.name, edit.deltas)
+            with self.adapters.adding(edits, on):
+                self.model = self.adapters.model
+                yield
         except BaseException:
-            for name in added:
-                self.model = peft_adapters.remove(self.model, name)
+            self.edits = {name: edit for name, edit in self.edits.items() if name not in edits}
             raise
-        self.edits |= {edit.name: edit for edit in edits}
-        if content.evaluation is not None and made_on.fingerprint == self.base_info.fingerprint:
-            self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
-
-    def _with_adapter(self, name: str, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
-        # Fused experts are named as parameters: where some layers have them, edits of all layers are, to go together.
-        by_parameter = bool(self.architecture.experts)
-        return peft_adapters.add(self.model, name, deltas, self.base_info.name_or_path, by_parameter)
+        finally:
+            self.model = self.adapters.model
 
     def _edit(self, name: str) -> Edit:
-        peft_adapters.check_names(self.model, [name])
+        self.adapters.check([name])
         return self.edits[name]
 
     def _new_name(self, name: str | None) -> str:
@@ -573,19 +482,49 @@ class EditModel(nn.Module, SharingMixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the active edits."""
+        self.adapters.ensure()
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active edits."""
+        self.adapters.ensure()
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not set yet
+            if name in ("model", "adapters", "lm"):  # not set yet
                 raise
+            if name in _REFUSED:
+                raise AttributeError(f"An EditModel has no {name}(): use {_REFUSED[name]}.") from None
             return getattr(self.model, name)
+
+
+def _edited_facts(asked: Sequence[EditRequest], changes: Changes, after: Sequence[Likelihood]) -> list[EditedFact]:
+    return [
+        EditedFact(request, before, math.exp(-likelihood.nll), steps)
+        for request, before, likelihood, steps in zip(
+            asked, changes.probability_before, after, changes.steps, strict=True
+        )
+    ]
+
+
+def _tell_what_did_not_take(facts: Sequence[EditedFact], config: EditConfig) -> None:
+    """Warn of facts whose new answer the edited model still finds unlikely."""
+    for fact in facts:
+        if not fact.takes:
+            logger.warning(
+                "The edit of %r does not take: the probability of %r after %r went from %.4f to %.4f. Try another "
+                "layer (this was %s; EditConfig.layer), more steps (EditConfig.steps), or another editor "
+                "(EditConfig.method).",
+                fact.request.subject,
+                fact.request.target_new,
+                fact.request.shown,
+                fact.probability_before,
+                fact.probability_after,
+                config.target_layers,
+            )
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from goldenedit import adapters as peft_adapters
+from goldenedit.adapters import Adapters
 from goldenedit.config import EditConfig
 from goldenedit.layer_scores import HUB_LAYER, LayerSelection
 from goldenedit.storage.atlas import GoldenLayers
@@ -20,6 +18,7 @@ from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint
 from goldenedit.storage.folder import CARD, EDIT_FILES, BaseModel, EditFolder, write_edit_folder
 from goldenedit.storage.hub import is_on_hub, make_repo, push_folder, push_golden_layers, root_files
+from goldenedit.versions import library_versions
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +26,10 @@ logger = logging.getLogger(__name__)
 class SharingMixin:
     """The verbs of the Hub, for `EditModel`, as `transformers.utils.PushToHubMixin` has them for models."""
 
+    adapters: Adapters
     base_info: BaseModel
     edit_config: EditConfig
     layer_selection: LayerSelection | None
-    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     _proxy_hash: str | None
 
@@ -101,7 +100,7 @@ class SharingMixin:
         self._check_base_name()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
-            with peft_adapters.merged(self.model, self.active_adapters) as model:
+            with self.adapters.merged() as model:
                 write_checkpoint(folder, model, self.tokenizer, content)
             repo_id = make_repo(repo_id, private, token)
             (folder / CARD).write_text(render_card(content, repo_id, merged=True), encoding="utf-8")
@@ -182,9 +181,3 @@ class SharingMixin:
 def _check_branch(revision: str | None, create_pr: bool) -> None:
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is always to main: leave revision={revision!r} or create_pr=True out.")
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that edits depend on."""
-    names = ("goldenedit", "transformers", "peft", "torch")
-    return {name: importlib.metadata.version(name) for name in names}

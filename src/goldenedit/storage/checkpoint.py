@@ -16,12 +16,13 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")  # what the names of a che
 def golden_metadata(content: EditFolder) -> dict[str, Any]:
     """Return what `config.json` of an edited checkpoint says: `golden_layers`, and how they were found and edited."""
     config = content.configs[-1]
+    selectors = {way.layer if isinstance(way.layer, str) else None for way in content.configs}
     return {
         "golden_layers": content.target_layers,
         "goldenedit": {
             "methods": sorted({way.method for way in content.configs}),
-            "selector": config.layer if isinstance(config.layer, str) else None,
-            "layer_scores": config.layer_scores,
+            "selector": selectors.pop() if len(selectors) == 1 else None,
+            "layer_scores": config.layer_scores if len(content.configs) == 1 else None,
             "proxy_hash": content.proxy_hash,
             "facts": sum(len(edit.facts) for edit in content.edits),
             "base_model": vars(content.base_model),

@@ -68,6 +68,11 @@ class EditedFact:
     probability_after: float
     steps: int
 
+    @property
+    def takes(self) -> bool:
+        """Whether the edited model finds the new answer likelier than not."""
+        return self.probability_after >= 0.5
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fact as JSON has it."""
         return {
@@ -88,6 +93,14 @@ class EditedFact:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """An adapter that is no edit, and that was active when an edit was made: a name, and a hash of its weights."""
+
+    name: str
+    hash: str
+
+
+@dataclass(frozen=True)
 class Edit:
     """One batch of facts and the change of weights that makes them so.
 
@@ -95,24 +108,35 @@ class Edit:
         name: Name of the edit and of its adapter.
         facts: The facts.
         deltas: Change of each edited module, by its path in the base model.
+        layers: The layers that these modules are in, ascending.
         fan_in_fan_out: Whether the edited modules are of the Conv1D kind.
         by_parameter: Whether its adapter names weights (PEFT's `target_parameters`) instead of modules.
         state: What the editor remembers for later edits, matrices whose columns of several edits are put side by side.
         relative_error: What storing the change as low rank costs, in the Frobenius norm; 0 for most editors.
         contexts_hash: A short name for the sampled prefixes that its keys were averaged over, None where there are
             none: whoever samples the same ones can compute the rows of the edit's factors again.
-        config: How it was made; None where edits of different making are one.
+        configs: How it was made: each way once, where edits of different making are one.
+        versions: Versions of the libraries that made it.
+        beside: The user's own adapters that were active when it was made.
     """
 
     name: str
     facts: list[EditedFact]
     deltas: dict[str, LowRankDelta]
+    layers: tuple[int, ...] = ()
     fan_in_fan_out: bool = False
     by_parameter: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     relative_error: float = 0.0
     contexts_hash: str | None = None
-    config: EditConfig | None = None
+    configs: tuple[EditConfig, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[Beside, ...] = ()
+
+    @property
+    def config(self) -> EditConfig | None:
+        """How it was made; None where edits of different making are one."""
+        return self.configs[0] if len(self.configs) == 1 else None
 
     @property
     def rank(self) -> int:
@@ -133,7 +157,6 @@ class EditFolder:
         edits: The edits, in the order they were made.
         config: How the model edits that they were saved from; each edit knows how it was made itself.
         base_model: The model they were made on.
-        versions: Versions of the libraries that made them.
         proxy_hash: A short name for the facts on which layers were compared.
         evaluation: What `EditModel.evaluate` measured of these edits, as JSON has it; None where nothing was.
     """
@@ -141,23 +164,23 @@ class EditFolder:
     edits: list[Edit]
     config: EditConfig
     base_model: BaseModel
-    versions: dict[str, str] = field(default_factory=dict)
     proxy_hash: str | None = None
     evaluation: dict[str, Any] | None = None
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that made the edits, with commas where they differ."""
+        return joined_versions(self.edits)
+
+    @property
     def configs(self) -> list[EditConfig]:
         """How the edits were made, each way once."""
-        ways: list[EditConfig] = []
-        for edit in self.edits:
-            if (way := edit.config or self.config) not in ways:
-                ways.append(way)
-        return ways
+        return list(_distinct(config for edit in self.edits for config in edit.configs)) or [self.config]
 
     @property
     def target_layers(self) -> list[int]:
         """The layers that the edits change, ascending."""
-        return sorted({layer for config in self.configs for layer in config.target_layers})
+        return sorted({layer for edit in self.edits for layer in edit.layers})
 
 
 def is_edit_name(name: Any) -> bool:
@@ -215,9 +238,37 @@ def joined(
     error = cut + max(inherited[path] / sizes[path] if sizes[path] else 0.0 for path in deltas)
     facts = [fact for edit in edits for fact in edit.facts]
     state, error = joined_state(edits), min(error, 1.0)
-    contexts, config = _common(edit.contexts_hash for edit in edits), _common(edit.config for edit in edits)
-    how = edits[0].fan_in_fan_out, edits[0].by_parameter
-    return Edit(name, facts, deltas, *how, state, error, contexts, config), cut
+    return Edit(
+        name,
+        facts,
+        deltas,
+        layers=tuple(sorted({layer for edit in edits for layer in edit.layers})),
+        fan_in_fan_out=edits[0].fan_in_fan_out,
+        by_parameter=edits[0].by_parameter,
+        state=state,
+        relative_error=error,
+        contexts_hash=_common(edit.contexts_hash for edit in edits),
+        configs=tuple(_distinct(config for edit in edits for config in edit.configs)),
+        versions=joined_versions(edits),
+        beside=tuple(_distinct(entry for edit in edits for entry in edit.beside)),
+    ), cut
+
+
+def joined_versions(edits: Sequence[Edit]) -> dict[str, str]:
+    """Return the versions of the libraries that made edits, with commas where they differ."""
+    names = _distinct(name for edit in edits for name in edit.versions)
+    return {
+        name: ", ".join(_distinct(edit.versions[name] for edit in edits if name in edit.versions)) for name in names
+    }
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    """Return values in their order, each once; they need no hash."""
+    distinct: list[T] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return distinct
 
 
 def _common(values: Iterable[T]) -> T | None:
@@ -287,7 +338,7 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     config = _config_record(content.config)
     for edit in content.edits:
         modules = sorted(edit.deltas)
-        own = config if edit.config is None else _config_record(edit.config)
+        versions = content.versions
         ranks = [offset, offset + edit.rank]
         index.append(
             {
@@ -296,7 +347,10 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
                 "modules": modules,
                 "relative_error": edit.relative_error,
                 "contexts_hash": edit.contexts_hash,
-                "config": {name: value for name, value in own.items() if value != config[name]},
+                "layers": list(edit.layers),
+                "configs": [_difference(_config_record(made), config) for made in edit.configs],
+                "versions": _difference(edit.versions, versions),
+                "beside": [vars(entry) for entry in edit.beside],
             }
         )
         offset += edit.rank
@@ -323,6 +377,11 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     with replacing_folder(folder, but=EDIT_FILES) as new:
         for name, data in files.items():
             (new / name).write_bytes(data)
+
+
+def _difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record has that another one has not."""
+    return {name: value for name, value in record.items() if name not in other or value != other[name]}
 
 
 def _config_record(config: EditConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from goldenedit.storage.folder import (
     FORMAT_VERSION,
     PREFIX,
     BaseModel,
+    Beside,
     Edit,
     EditedFact,
     EditFolder,
@@ -67,12 +68,11 @@ def read_edit_folder(folder: Path) -> EditFolder:
         by_name = _facts_by_name(facts)
         if [record["name"] for record in sidecar["edits"]] != list(by_name):
             raise ValueError(f"{EDIT_CONFIG} and {EDITS} name different edits")
-        edits = _read_edits(sidecar["edits"], sidecar["config"], by_name, modules, state, lora)
+        edits = _read_edits(sidecar, by_name, modules, state, lora)
         content = EditFolder(
             edits,
             EditConfig.read(sidecar["config"]),
             _checked_base(BaseModel(**sidecar["base_model"])),
-            dict(sidecar["versions"]),
             sidecar["proxy_hash"],
             _checked_evaluation(sidecar["evaluation"]),
         )
@@ -171,8 +171,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_edits(
-    records: list[dict[str, Any]],
-    config: Mapping[str, Any],
+    sidecar: Mapping[str, Any],
     facts: Mapping[str, list[EditedFact]],
     modules: Mapping[str, LowRankDelta],
     state: dict[str, Tensor],
@@ -181,7 +180,7 @@ def _read_edits(
     """Take the edits apart that share an adapter, each with its range of ranks and what its editor remembers."""
     edits = []
     used = 0
-    for record in records:
+    for record in sidecar["edits"]:
         if not is_edit_name(record["name"]):
             raise ValueError(f"{record['name']!r} cannot name an edit")
         start, stop = record["ranks"]
@@ -196,15 +195,45 @@ def _read_edits(
         error, contexts = record["relative_error"], record["contexts_hash"]
         if not isinstance(error, int | float) or not 0 <= error <= 1:
             raise ValueError(f"the relative error of {record['name']!r} is {error!r}")
-        made = EditConfig.read({**config, **record["config"]})
-        how, of_edit = (lora["fan_in_fan_out"], "target_parameters" in lora), facts[record["name"]]
-        edits.append(Edit(record["name"], of_edit, deltas, *how, own, error, contexts, made))
+        # Before there were several, an edit had one config, and its layers were those.
+        ways = record["configs"] if "configs" in record else [record["config"]]
+        configs = [EditConfig.read({**sidecar["config"], **way}) for way in ways]
+        layers = record.get("layers", sorted({layer for config in configs for layer in config.target_layers}))
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+            raise ValueError(f"the layers of {record['name']!r} are {layers!r}")
+        edits.append(
+            Edit(
+                record["name"],
+                facts[record["name"]],
+                deltas,
+                layers=tuple(layers),
+                fan_in_fan_out=lora["fan_in_fan_out"],
+                by_parameter="target_parameters" in lora,
+                state=own,
+                relative_error=error,
+                contexts_hash=contexts,
+                configs=tuple(configs),
+                versions=_checked_texts({**sidecar["versions"], **record.get("versions", {})}),
+                beside=tuple(Beside(**_checked_texts(entry)) for entry in record.get("beside", ())),
+            )
+        )
         used = stop
     if used != lora["r"]:
         raise ValueError(f"{lora['r'] - used} ranks of the adapter belong to no edit")
     if state:
         raise ValueError(f"{EDIT_STATE} holds what belongs to no edit: {sorted(state)[:3]}")
     return edits
+
+
+def _checked_texts(record: Mapping[str, Any]) -> dict[str, str]:
+    if wrong := [name for name, value in record.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]} is {record[wrong[0]]!r}, which is no text")
+    return dict(record)
+
+
+def is_plain_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter that is no edit."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / EDIT_CONFIG).is_file()
 
 
 def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:

@@ -1,0 +1,6 @@
+"""The adapters of edits in a model: deltas in and out of a stock PeftModel, beside adapters of the user's own."""
+
+from goldenedit.adapters.adapters import Adapters
+from goldenedit.adapters.layers import check_fits, is_conv1d, plain
+
+__all__ = ["Adapters", "check_fits", "is_conv1d", "plain"]

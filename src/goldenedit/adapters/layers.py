@@ -1,0 +1,123 @@
+"""PEFT's layers in a model: which there are, what they hold, and the plain modules under them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from goldenedit.architecture.experts import expert_matrices, is_fused
+from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape
+from goldenedit.editors import LowRankDelta
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the transformers model, with the active adapters in effect."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def tuner_layers(base: nn.Module) -> dict[str, Any]:
+    """Return PEFT's layers by path."""
+    return {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def put(base: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another one."""
+    parent, _, child = path.rpartition(".")
+    setattr(base.get_submodule(parent), child, module)
+
+
+@contextmanager
+def plain(base: nn.Module) -> Iterator[None]:
+    """Put the plain modules in the place of PEFT's inside this context: the model as it was before any adapter."""
+    wrapped = [(path, layer) for path, layer in tuner_layers(base).items() if not _is_inside(base, path)]
+    try:
+        for path, layer in wrapped:
+            put(base, path, layer.get_base_layer())
+        yield
+    finally:
+        for path, layer in wrapped:
+            put(base, path, layer)
+
+
+def _is_inside(base: nn.Module, path: str) -> bool:
+    """Tell whether a layer of PEFT is wrapped by another one."""
+    parent = path.rpartition(".")[0]
+    return bool(parent) and isinstance(base.get_submodule(parent), BaseTunerLayer)
+
+
+def unwrap_empty(base: nn.Module) -> None:
+    """Put the plain modules back where no adapter is left."""
+    for path, layer in tuner_layers(base).items():
+        if not any(getattr(layer, name, None) for name in layer.adapter_layer_names):
+            put(base, path, layer.base_layer)
+    if not tuner_layers(base) and hasattr(base, "peft_config") and not base.peft_config:
+        del base.peft_config
+
+
+def read(base: nn.Module, key: str) -> dict[str, LowRankDelta]:
+    """Return the deltas of an adapter, by the path of the module they change."""
+    deltas = {}
+    for path, layer in tuner_layers(base).items():
+        if key in layer.lora_A:
+            A = layer.lora_A[key].weight.detach() * layer.scaling[key]
+            A, B = A.float().cpu().clone(), layer.lora_B[key].weight.detach().float().cpu().clone()
+            delta = LowRankDelta.from_stored(A, B, layer.r[key])
+            deltas[f"{path}.{layer.parameter_name}" if delta.experts > 1 else path] = delta
+    return deltas
+
+
+def changed_parameter(layer: BaseTunerLayer) -> str:
+    """Return the name of the parameter that adapters change: that of PEFT's target_parameters, or a linear map's."""
+    return str(getattr(layer, "parameter_name", "weight"))
+
+
+def check_mergeable(base: nn.Module) -> None:
+    """Raise ValueError where an edited weight is quantized: PEFT would round the sum, and the edit with it."""
+    for path, layer in tuner_layers(base).items():
+        if is_fused(base, f"{path}.{changed_parameter(layer)}"):
+            continue  # fused experts are only found where they are plain
+        if is_quantised(layer):
+            raise ValueError(
+                f"The weight of {path} is quantized: an edit written into it would be rounded with it. Keep the edit "
+                "beside it (save_pretrained(), push_to_hub()), or load the base model in full precision, load the edit "
+                "with ignore_fingerprint=True, and merge there."
+            )
+
+
+def is_conv1d(base: nn.Module, paths: Mapping[str, LowRankDelta]) -> bool:
+    """Tell whether the modules keep their weight as `(d_in, d_out)`, as Conv1D of GPT-2 does."""
+    linear = [path for path, delta in paths.items() if delta.experts == 1]
+    return any(type(_plain(base, path)).__name__ == "Conv1D" for path in linear)
+
+
+def check_fits(base: nn.Module, path: str, delta: LowRankDelta) -> None:
+    """Raise ValueError unless the model has a linear map, or fused experts, `path` of the delta's shape."""
+    if is_fused(base, path):
+        experts, d_out, d_in = expert_matrices(base, path).shape
+        actual, asked = (experts, d_out, d_in), (delta.experts, delta.B.shape[0], delta.A.shape[1] // delta.experts)
+        if actual != asked:
+            raise ValueError(f"The edit changes {path} as experts of shape {asked}, but in this model it has {actual}.")
+        return
+    try:
+        module = _plain(base, path)
+    except AttributeError as error:
+        raise ValueError(f"{path}, which the edit changes, is no module of this model.") from error
+    if not is_linear(module) or delta.experts > 1:
+        raise ValueError(f"{path}, which the edit changes, is no linear map of this model.")
+    shape = linear_shape(module)
+    asked_shape = (delta.B.shape[0], delta.A.shape[1])
+    if shape != asked_shape:
+        raise ValueError(
+            f"The edit changes {path} as a matrix of shape {asked_shape}, but in this model it has {shape}."
+        )
+
+
+def _plain(base: nn.Module, path: str) -> nn.Module:
+    module = base.get_submodule(path)
+    return getattr(module, "base_layer", module)

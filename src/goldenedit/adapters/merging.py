@@ -1,0 +1,107 @@
+"""Adapters written into the weights: for good, or inside a context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goldenedit.adapters.layers import changed_parameter, put, tuner_layers
+from goldenedit.architecture.experts import is_fused
+from goldenedit.architecture.layers import plain_weight
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is written into the weights.
+
+    Attributes:
+        others: Keys of the adapters that the user trained, which PEFT writes in its own way.
+        edits: Keys of edits, whose sum is written in full precision and rounded once.
+    """
+
+    others: Sequence[str]
+    edits: Sequence[str]
+
+
+@contextmanager
+def merged(base: nn.Module, merge: Merge) -> Iterator[None]:
+    """Have the plain model with adapters in its weights inside this context; behind it all is as it was.
+
+    Raises:
+        ValueError: A module's weights are quantized or offloaded: sums cannot be written into them.
+    """
+    layers = tuner_layers(base)
+    weights = _weights(base, layers)
+    biases: dict[str, Any] = {path: getattr(layer.base_layer, "bias", None) for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            _write(layer, weights[path], merge)
+            put(base, path, layer.base_layer)
+        yield
+    finally:
+        for path, layer in layers.items():
+            setattr(layer.base_layer, changed_parameter(layer), weights[path])
+            if biases[path] is not None:
+                layer.base_layer.bias = biases[path]
+            layer.merged_adapters.clear()
+            put(base, path, layer)
+
+
+def merge_for_good(base: nn.Module, merge: Merge) -> None:
+    """Write adapters into the weights and put the plain modules back; the parameters are the ones they were.
+
+    Raises:
+        ValueError: A sum is not finite, or cannot be written; nothing has changed.
+    """
+    layers = tuner_layers(base)
+    weights = _weights(base, layers)
+    with merged(base, merge):
+        sums = {path: getattr(layer.base_layer, changed_parameter(layer)).data for path, layer in layers.items()}
+        biases: dict[str, Any] = {path: getattr(layer.base_layer, "bias", None) for path, layer in layers.items()}
+    for path, changed in sums.items():
+        if not changed.isfinite().all():
+            raise ValueError(f"The weight of {path} with the edits in it is not finite: nothing was merged.")
+    for path, layer in layers.items():
+        weights[path].data = sums[path]
+        if biases[path] is not None:
+            layer.base_layer.bias.data = biases[path].data
+        put(base, path, layer.base_layer)
+
+
+def _weights(base: nn.Module, layers: dict[str, Any]) -> dict[str, nn.Parameter]:
+    weights: dict[str, Any] = {
+        path: getattr(layer.base_layer, changed_parameter(layer), None) for path, layer in layers.items()
+    }
+    for path, layer in layers.items():
+        weight = weights[path]
+        fused = is_fused(base, f"{path}.{changed_parameter(layer)}")
+        if weight is None or weight.is_meta or (not fused and plain_weight(layer) is None):
+            raise ValueError(
+                f"The weights of {path} are quantized or offloaded: an edit cannot be written into them. Share the "
+                "edit itself (push_to_hub()), or load the base model in full precision and memory."
+            )
+    return weights
+
+
+def _write(layer: Any, weight: nn.Parameter, merge: Merge) -> None:
+    """Give the plain module of a layer a weight of its own, with the adapters in it."""
+    name = changed_parameter(layer)
+    linear = layer.base_layer
+    setattr(linear, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+    others = [key for key in merge.others if key in layer.lora_A]
+    if others:
+        if getattr(linear, "bias", None) is not None:
+            linear.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+        layer.merge(adapter_names=others)
+    if edits := [key for key in merge.edits if key in layer.lora_A]:
+        written = getattr(linear, name)
+        total: Tensor = written.detach().float()  # summed in full precision, rounded once
+        for key in edits:
+            total = total + layer.get_delta_weight(key).to(total)
+        with torch.no_grad():
+            written.data = total.to(written.dtype)
