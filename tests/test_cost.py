@@ -101,8 +101,8 @@ def test_the_phases_of_an_edit_are_all_of_it(tokenizer):
         edited.edit("Angela Merkel was born in", "Angela Merkel", "Paris")
     assert list(phases) == [
         "layer selection",
-        "contexts",
         "key statistics",
+        "contexts",
         "values",
         "contrast keys",
         "solve",

@@ -219,8 +219,9 @@ class EditModel(nn.Module, SharingMixin):
             with phase("training"):
                 return train_facts(base, self.architecture, self.tokenizer, requests, config, remembered)
         with self.disable_adapter():
-            contexts = self.base_facts.contexts(base, config)
+            # In this order: processes share the statistics, and would wait for one that failed before it came there.
             statistics = self.base_facts.statistics(base, config)
+            contexts = self.base_facts.contexts(base, config)
         prepared = prepare_facts(base, self.architecture, self.tokenizer, requests, config, contexts)
         for request, delta, steps in zip(requests, prepared.values.delta, prepared.values.steps, strict=True):
             if steps and not delta.any():

@@ -158,7 +158,11 @@ def second_moments(
     processes = processes_of(model) if processes is None else processes
     batches = processes.share(list(_batches(rows, batch_tokens, padding_id(tokenizer))))
     own = sum(int(mask.sum()) for _, mask in batches)
-    with evaluating(model), tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress:
+    with (
+        processes.together(),
+        evaluating(model),
+        tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress,
+    ):
         for tokens, mask in batches:
             with stop_forward() as stop, ExitStack() as stack:
                 for layer in layers:

@@ -37,7 +37,7 @@ from goldenedit.evaluation.scores import (
     probability_scores,
     token_match_scores,
 )
-from goldenedit.parallel import Processes, processes_of
+from goldenedit.parallel import Processes, failing_together, processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest
 
@@ -148,6 +148,7 @@ class CellStore:
                 end.write("\n")
 
 
+@failing_together
 def sweep(
     model: nn.Module,
     architecture: Architecture,
@@ -199,10 +200,10 @@ def sweep(
     if any(method not in TRAINED for method, _ in missing):
         statistics = LazyStatistics(model, architecture, tokenizer, edited, config, base_facts.fingerprint)
 
-    def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], ValueError | None]:
+    def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
         made: dict[tuple[str, int], Cell] = {}
         shared: dict[bool, tuple[PreparedFacts, Cost]] = {}  # values are those of one layer
-        failed: ValueError | None = None
+        failed: str | None = None  # in words, which every process can read
         for method in methods:
             if (method, layer) not in missing:
                 continue
@@ -223,7 +224,7 @@ def sweep(
                 )
             except ValueError as error:  # some editors cannot work everywhere: AlphaEdit, where there is no null space
                 logger.warning("Layer %d is left out for %s: %s", layer, method, error)
-                failed = error
+                failed = str(error)
                 continue
             store.add(key, cell, about or {})
             made[method, layer] = cell
@@ -236,7 +237,7 @@ def sweep(
         found |= made
     failures = [failed for _, failed in results if failed is not None]
     if failures and set(methods) > {method for method, _ in found}:
-        raise failures[-1]
+        raise ValueError(failures[-1])
     return found
 
 

@@ -32,12 +32,13 @@ from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
 from goldenedit.editing.contexts import continuation
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id, prompt_tokens
-from goldenedit.parallel import Processes, processes_of
+from goldenedit.parallel import Processes, failing_together, processes_of
 from goldenedit.requests import EditRequest
 
 Loss = Literal["sequence", "answer"]
 
 
+@failing_together
 def lga_scores(
     model: nn.Module,
     architecture: Architecture,

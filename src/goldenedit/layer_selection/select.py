@@ -31,7 +31,7 @@ from goldenedit.layer_selection.lga import golden_layer, lga_scores, tukey_filte
 from goldenedit.layer_selection.published import published_layers
 from goldenedit.layer_selection.selection import LayerSelection, forward_flops, score_tensor
 from goldenedit.layer_selection.selectivity import selectivity_scores
-from goldenedit.parallel import processes_of
+from goldenedit.parallel import failing_together, processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 from goldenedit.storage.atlas import read_golden_layers, record_for
@@ -67,6 +67,7 @@ def select_layer(
     return selection
 
 
+@failing_together
 def find_layers(
     model: nn.Module,
     architecture: Architecture,
