@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from goldenedit import EditConfig, EditModel
-from goldenedit.cost import _FORMULAS, Cost, measuring, phase, profiling
+from goldenedit.cost import Cost, _formulas, measuring, phase, profiling
 from models import VOCAB_SIZE, tiny_model
 
 
@@ -39,7 +39,7 @@ def test_attention_counts_its_two_products_and_five_backward():
 
 def test_keys_may_have_fewer_heads_than_queries():
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8)
-    formula = _FORMULAS[torch.ops.aten._scaled_dot_product_flash_attention]
+    formula = _formulas()[torch.ops.aten._scaled_dot_product_flash_attention]
     assert formula(query, key, key, out_val=None) == 2 * (2 * 4 * 5 * 7 * 8)
 
 

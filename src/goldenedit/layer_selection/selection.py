@@ -68,7 +68,8 @@ def score_tensor(scores: Sequence[float | None] | None) -> Tensor:
 def forward_flops(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest]) -> float:
     """Return the floating-point operations of plain forwards over facts, each with its new answer, one row a fact.
 
-    One of them, of middle length, is run; the others count by their tokens.
+    One of them, of middle length, is run; the others count by their tokens. Where nothing can be counted (see
+    `goldenedit.cost`) it is infinity, of which every cost is zero times as much.
     """
     longest = context_length(model.config)
     rows = [encode(tokenizer, fact.text, fact.target_new, max_length=longest).input_ids for fact in facts]
@@ -76,4 +77,4 @@ def forward_flops(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: S
     ids = torch.tensor([middle], device=input_device(model))
     with evaluating(model), measuring() as cost:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return cost().flops / len(middle) * sum(map(len, rows))
+    return cost().flops / len(middle) * sum(map(len, rows)) or math.inf
