@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit import EditConfig, EditModel, EditRequest, devices, get_edit_model
 from goldenedit.adapters import merged
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import evaluating
@@ -263,3 +263,13 @@ def test_steps_of_the_optimisation_wait_for_the_device_a_fixed_number_of_times(t
     each = counts[1] - counts[0]
     assert counts == [counts[0] + step * each for step in range(4)]
     assert each <= 8
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_offloaded_model_needs_no_private_name_of_accelerate_or_transformers(name, tmp_path, monkeypatch):
+    expected = fingerprint(tiny_model(name))
+    model = disk_offload(tiny_model(name), tmp_path, execution_device="cpu")
+    monkeypatch.setattr(devices, "_hooks", lambda module: [])
+    monkeypatch.delattr(model, "all_tied_weights_keys")
+    assert execution_device(model.get_input_embeddings()) == torch.device("cpu")
+    assert fingerprint(model) == expected

@@ -75,7 +75,7 @@ def _counter_class() -> type[Any]:
             if formula is not None:
                 try:
                     self.flops += formula(*args, **kwargs, out_val=result)
-                except Exception as error:  # a formula for the arguments of another version: the operator ran all the same
+                except Exception as error:  # a formula for another version's arguments; the operator itself ran
                     logger.debug("A call of %s is not counted (%s: %s).", func, type(error).__name__, error)
             return result
 
