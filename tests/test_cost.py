@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit import EditConfig, EditModel
-from goldenedit.cost import _FORMULAS, Cost, measuring, phase, profiling
+from goldenedit import EditConfig, EditModel, cost
+from goldenedit.cost import Cost, _formulas, measuring, phase, profiling
 from models import VOCAB_SIZE, tiny_model
 
 
@@ -39,7 +39,7 @@ def test_attention_counts_its_two_products_and_five_backward():
 
 def test_keys_may_have_fewer_heads_than_queries():
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8)
-    formula = _FORMULAS[torch.ops.aten._scaled_dot_product_flash_attention]
+    formula = _formulas()[torch.ops.aten._scaled_dot_product_flash_attention]
     assert formula(query, key, key, out_val=None) == 2 * (2 * 4 * 5 * 7 * 8)
 
 
@@ -78,6 +78,34 @@ def test_factorisations_and_solves_count_by_the_textbook():
         assert cost().flops == flops
 
 
+@pytest.mark.parametrize("name", ["aten._linalg_eigh", "aten._scaled_dot_product_flash_attention_for_cpu"])
+def test_an_operator_that_torch_does_not_have_is_not_counted(name, monkeypatch):
+    monkeypatch.setitem(cost._FORMULAS, f"{name}_renamed", cost._FORMULAS[name])
+    monkeypatch.delitem(cost._FORMULAS, name)
+    formulas = cost._formulas.__wrapped__()
+    assert torch.ops.aten.linalg_cholesky_ex in formulas
+    assert torch.ops.aten.mm in formulas
+
+
+def test_a_formula_that_does_not_fit_an_operator_does_no_harm(monkeypatch):
+    def refuse(*_: object, **__: object) -> int:
+        raise TypeError("one argument too many")
+
+    monkeypatch.setattr(cost, "_formulas", lambda: {torch.ops.aten.mm: refuse})
+    with measuring() as spent:
+        product = torch.ones(2, 3) @ torch.ones(3, 4)
+    assert torch.equal(product, torch.full((2, 4), 3.0))
+    assert spent().flops == 0
+
+
+def test_where_nothing_can_be_counted_a_selection_costs_no_forwards(tokenizer, monkeypatch):
+    monkeypatch.setattr(cost, "_counter_class", lambda: cost._NoCounter)
+    edited = EditModel(tiny_model("llama"), EditConfig(layer="lga"), tokenizer)
+    edited.select_layer()
+    assert edited.layer_selection.cost.flops == edited.layer_selection.forward_equivalents == 0
+    assert edited.layer_selection.cost.seconds > 0
+
+
 def test_phases_are_counted_where_somebody_asks_and_once():
     def work():
         with phase("outer"):
@@ -101,8 +129,8 @@ def test_the_phases_of_an_edit_are_all_of_it(tokenizer):
         edited.edit("Angela Merkel was born in", "Angela Merkel", "Paris")
     assert list(phases) == [
         "layer selection",
-        "contexts",
         "key statistics",
+        "contexts",
         "values",
         "contrast keys",
         "solve",

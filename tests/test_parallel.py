@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -17,11 +20,11 @@ from safetensors.torch import load_file
 from torch import distributed, nn
 from typer.testing import CliRunner
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture import read_architecture
 from goldenedit.cli import app
-from goldenedit.layer_selection import CellStore, lga_scores, sweep
+from goldenedit.layer_selection import CellStore, lga_scores, select, sweep
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.statistics import second_moments
 from goldenedit.parallel import Processes, processes_of
 from models import NUM_LAYERS, tiny_model
@@ -211,3 +214,118 @@ def test_the_command_line_edits_once_in_two_processes(tokenizer, tmp_path):
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for key, factor in one.items():
         torch.testing.assert_close(two[key], factor, rtol=1e-3, atol=1e-3 * float(factor.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "other"),
+    [
+        (torch.OutOfMemoryError("no 2 GiB left"), "OutOfMemoryError: no 2 GiB left", r"RuntimeError: .*no 2 GiB left"),
+        (MemoryError(), "MemoryError: ", r"RuntimeError: .*rank 1.*out of memory.*bfloat16"),
+        (RuntimeError("a kernel"), "RuntimeError: a kernel", r"RuntimeError: .*rank 1.*failed with RuntimeError: a ke"),
+        (PermissionError("a file"), "PermissionError: a file", r"OSError: .*rank 1.*PermissionError: a file"),
+        (KeyboardInterrupt(), "KeyboardInterrupt: ", r"RuntimeError: .*rank 1.*failed with KeyboardInterrupt"),
+        (SystemExit(3), "SystemExit: 3", r"RuntimeError: .*rank 1.*failed with SystemExit: 3"),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "no text"), "UnicodeDecodeError: ", r"ValueError: .*rank 1.*no text"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+@pytest.mark.parametrize("work", ["a map", "between", "before a sum", "inside another", "at the end"])
+def test_however_one_process_fails_all_end_with_its_message(in_two, error, own, other, work):
+    def fail() -> None:
+        if distributed.get_rank() == 1:
+            raise error
+
+    def do() -> None:
+        processes = Processes(distributed.get_rank(), 2)
+        with processes.together():
+            if work == "a map":
+                processes.map(lambda item: item if item != 1 else fail(), range(4))
+            elif work == "inside another":
+                with processes.together():
+                    processes.gather(0)
+                    fail()
+            elif work != "at the end":
+                processes.gather(0)
+                fail()
+                processes.gather(1) if work == "between" else processes.total(torch.ones(2))
+            else:
+                fail()
+
+    def run() -> tuple[str, list[int]]:
+        with pytest.raises(BaseException) as raised:  # noqa: PT011
+            do()
+        ended = f"{type(raised.value).__name__}: {raised.value}"
+        return ended, Processes(distributed.get_rank(), 2).gather(distributed.get_rank())  # nothing is out of step
+
+    (theirs, ranks), (mine, same_ranks) = in_two(run)
+    assert ranks == same_ranks == [0, 1]
+    assert mine.startswith(own)
+    assert re.match(other, theirs)
+
+
+def exhausting(model: nn.Module, rank: int, forwards: int) -> nn.Module:
+    """Let the model run out of memory in the process of this rank once it has run so often."""
+    counter = itertools.count()
+
+    def run_out(*_: object) -> None:
+        if distributed.is_initialized() and distributed.get_rank() == rank and next(counter) >= forwards:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    model.register_forward_pre_hook(run_out)
+    return model
+
+
+SHARED_WORK: dict[str, Callable] = {
+    "lga": lambda model, tokenizer: lga_scores(model, read_architecture(tiny_model("llama")), tokenizer, FACTS),
+    "key statistics": lambda model, tokenizer: second_moments(
+        model, read_architecture(tiny_model("llama")), tokenizer, [fact.text for fact in FACTS] * 2, [0, 2], 1000, 20
+    ),
+    "sweep": lambda model, tokenizer: get_edit_model(model, EditConfig(layer="sweep", **FAST), tokenizer),
+    "a selector": lambda model, tokenizer: get_edit_model(model, EditConfig(layer="key_response", **FAST), tokenizer),
+    "an edit": lambda model, tokenizer: EditModel(model, EditConfig(layer=1, **FAST), tokenizer).edit(FACTS[0]),
+}
+
+
+@pytest.mark.parametrize("work", SHARED_WORK)
+def test_a_process_that_runs_out_of_memory_ends_the_other(in_two, tokenizer, work):
+    rank = 0 if work == "an edit" else 1  # all text fits into one batch, that of the first process
+    model = exhausting(tiny_model("llama"), rank, 6 if work in ("sweep", "a selector", "an edit") else 1)
+
+    def run() -> str:
+        with pytest.raises(RuntimeError, match=r"tried to allocate 2\.00 GiB") as raised:
+            SHARED_WORK[work](model, tokenizer)
+        return str(raised.value)
+
+    message = in_two(run)[1 - rank]
+    assert f"rank {rank}" in message
+    assert "bfloat16" in message
+
+
+def test_a_cache_that_one_process_cannot_read_ends_both(in_two, tokenizer, monkeypatch):
+    def refuse(path):
+        if distributed.is_initialized() and distributed.get_rank() == 1:
+            raise PermissionError(f"may not read {path}")
+
+    monkeypatch.setattr(select, "_read", refuse)
+
+    def run() -> str:
+        with pytest.raises(OSError, match="may not read") as raised:
+            get_edit_model(tiny_model("llama"), EditConfig(layer="lga", **FAST), tokenizer)
+        return str(raised.value)
+
+    assert "rank 1" in in_two(run)[0]
+
+
+def test_a_process_that_is_killed_ends_the_other(in_two, tmp_path):
+    def run() -> None:
+        def work(item: int) -> None:
+            if item == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with pytest.raises(RuntimeError):
+            Processes(distributed.get_rank(), 2).map(work, range(4))
+        (tmp_path / str(distributed.get_rank())).touch()
+
+    with pytest.raises(EOFError):  # from the one that was killed
+        in_two(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]

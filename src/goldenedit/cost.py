@@ -1,17 +1,24 @@
-"""What a computation costs: seconds here, and floating-point operations, which hold on every machine."""
+"""What a computation costs: seconds here, and floating-point operations, which hold on every machine.
+
+torch has no public way to see the operators that run: what is used here is looked up when something is first measured.
+An operator that this version of torch does not have, or calls otherwise, is not counted; nothing else depends on it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,22 +32,54 @@ class Cost:
         return Cost(self.seconds + other.seconds, self.flops + other.flops)
 
 
-class _Counter(TorchDispatchMode):
-    """torch's own formulas, without the module tree of its `FlopCounterMode`, which refuses `torch.autograd.grad`."""
+class _NoCounter:
+    """Counts nothing, where torch has no `TorchDispatchMode`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+    flops = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
-        return result
+    def __enter__(self) -> _NoCounter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+
+@cache
+def _counter_class() -> type[Any]:
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError as error:
+        logger.debug("Floating-point operations are not counted: %s", error)
+        return _NoCounter
+
+    class Counter(TorchDispatchMode):
+        """torch's own formulas, without the module tree of its `FlopCounterMode`, which refuses `torch.autograd.grad`.
+
+        Attributes:
+            flops: Operations of what ran in this context.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.flops = 0
+            self._formulas = _formulas()
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            result = func(*args, **kwargs)
+            formula = self._formulas.get(getattr(func, "overloadpacket", None))
+            if formula is not None:
+                try:
+                    self.flops += formula(*args, **kwargs, out_val=result)
+                except Exception as error:  # a formula for another version's arguments; the operator itself ran
+                    logger.debug("A call of %s is not counted (%s: %s).", func, type(error).__name__, error)
+            return result
+
+    return Counter
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -81,17 +120,35 @@ def _eigh(matrix: torch.Tensor, *_: Any, **__: Any) -> int:
 
 
 _FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention for name in _FUSED},
-    **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward for name in _FUSED},
-    **({torch.ops.mkldnn._linear_pointwise: _linear} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}),
-    torch.ops.aten.linalg_cholesky_ex: _cholesky,
-    torch.ops.aten.cholesky_solve: _cholesky_solve,
-    torch.ops.aten.linalg_solve_triangular: _triangular_solve,
-    torch.ops.aten._linalg_solve_ex: _solve,
-    torch.ops.aten._linalg_eigh: _eigh,
+_FORMULAS: dict[str, Callable[..., int]] = {
+    **{f"aten._scaled_dot_product_{name}": _attention for name in _FUSED},
+    **{f"aten._scaled_dot_product_{name}_backward": _attention_backward for name in _FUSED},
+    "mkldnn._linear_pointwise": _linear,
+    "aten.linalg_cholesky_ex": _cholesky,
+    "aten.cholesky_solve": _cholesky_solve,
+    "aten.linalg_solve_triangular": _triangular_solve,
+    "aten._linalg_solve_ex": _solve,
+    "aten._linalg_eigh": _eigh,
 }
+
+
+@cache
+def _formulas() -> Mapping[Any, Callable[..., int]]:
+    """Return the formula of each operator that there is one for: torch's own, and those of this file."""
+    try:
+        from torch.utils.flop_counter import flop_registry
+    except ImportError as error:
+        logger.debug("Floating-point operations of products are not counted: %s", error)
+        flop_registry = {}
+    formulas: dict[Any, Callable[..., int]] = dict(flop_registry)
+    for name, formula in _FORMULAS.items():
+        namespace, _, operator_name = name.partition(".")
+        operator = getattr(getattr(torch.ops, namespace), operator_name, None)
+        if operator is None:
+            logger.debug("Calls of %s are not counted: torch has no such operator.", name)
+        else:
+            formulas[operator] = formula
+    return formulas
 
 
 @contextmanager
@@ -112,7 +169,7 @@ def measuring() -> Iterator[Callable[[], Cost]]:
     """
     started = perf_counter()
     ended: list[float] = []
-    with _Counter() as counter:
+    with _counter_class()() as counter:
         yield lambda: Cost((ended[0] if ended else perf_counter()) - started, counter.flops)
     ended.append(perf_counter())
 

@@ -21,8 +21,15 @@ def execution_device(module: nn.Module) -> torch.device:
         for hook in _hooks(part):
             if hook.execution_device is not None:
                 return torch.device(hook.execution_device)
-    kept = (tensor.device for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta)
-    return next(kept, torch.device("cpu"))
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    for part in module.modules():  # offloaded, by hooks that are not where they were: accelerate's own name for it
+        with onloaded(part):
+            for parameter in part.parameters(recurse=False):
+                if not parameter.is_meta:
+                    return parameter.device
+    return torch.device("cpu")
 
 
 @contextmanager
@@ -42,6 +49,6 @@ def onloaded_parameter(model: nn.Module, name: str) -> Tensor:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Return accelerate's hooks on a module that move tensors."""
+    """Return accelerate's hooks on a module that move tensors, by its private name for them."""
     hook = getattr(module, "_hf_hook", None)
     return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "execution_device")]

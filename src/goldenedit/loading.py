@@ -30,9 +30,10 @@ def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
     processes, device = join_processes()
     if not processes.is_first:
         disable_progress_bar()
-    model, tokenizer = load_model(name)
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+    with processes.together():
+        model, tokenizer = load_model(name)
+        if device is not None:
+            model.to(device)  # type: ignore[arg-type]
     return model, tokenizer, processes.is_first
 
 

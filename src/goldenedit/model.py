@@ -243,8 +243,9 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             with phase("training"):
                 return learn_facts(self.lm, requests, config, remembered)
         with self.disable_adapter():
-            contexts = self.lm.contexts(config)
+            # In this order: processes share the statistics, and would wait for one that failed before it came there.
             statistics = self.lm.statistics(config, config.target_layers)
+            contexts = self.lm.contexts(config)
         prepared = prepare_facts(self.lm, requests, config, contexts)
         for request, delta, steps in zip(requests, prepared.values.delta, prepared.values.steps, strict=True):
             if steps and not delta.any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -171,6 +172,56 @@ def test_a_forward_put_on_the_instance_by_others_stays():
     with faster_products(module):
         assert module.__dict__["forward"] is own
     assert module.__dict__["forward"] is own
+
+
+class Operators:
+    """Stands for `torch.ops.mkldnn`, with another operator by the name of the private one, or none."""
+
+    def __init__(self, operator: Callable[..., Tensor] | None) -> None:
+        if operator is not None:
+            self._linear_pointwise = operator
+
+
+OWN_OPERATOR = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+CHANGED: dict[str, Callable[..., Tensor] | None] = {
+    "missing": None,
+    "other arguments": lambda x, weight: functional.linear(x, weight),
+    "without the bias": lambda x, weight, bias, *_: OWN_OPERATOR(x, weight, None, *_),
+    "the weight as it lies": lambda x, weight, bias, *_: x @ weight if x.shape[-1] == len(weight) else x @ weight.T,
+    "rounded": lambda x, weight, bias, *_: functional.linear(x.bfloat16(), weight.bfloat16()).float() + (bias or 0),
+    "flat": lambda x, weight, bias, *_: OWN_OPERATOR(x.flatten(0, -2), weight, bias, *_),
+}
+
+
+@fast
+@pytest.mark.parametrize("operator", CHANGED.values(), ids=CHANGED.keys())
+def test_an_operator_that_is_not_what_it_was_is_not_used(operator, monkeypatch):
+    x, module = torch.randn(5, WIDTH, requires_grad=True), linear(torch.randn(OUT, WIDTH))
+    expected = module(x)
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators(operator))
+    assert not products.usable()
+    with faster_products(module):
+        assert torch.equal(module(x), expected)
+
+
+@fast
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu")])
+def test_the_proof_is_made_once_and_minds_no_context_of_the_caller(mode, monkeypatch):
+    calls = []
+
+    def operator(*args):
+        calls.append(None)
+        return OWN_OPERATOR(*args)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators(operator))
+    state = torch.get_rng_state()
+    with mode(), measuring() as cost:
+        assert products.usable()
+        count = len(calls)
+        assert products.usable()
+    assert count == len(calls) > 0
+    assert cost().flops == 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_user_s_settings_are_respected(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import adding
-from goldenedit.architecture.replay import Batch, Replayer, capture
+from goldenedit.architecture.replay import Batch, Replayer, capture, may_pack
 from models import NUM_LAYERS, TINY_CONFIGS, VOCAB_SIZE, WIDTH, tiny_model
 
 # Its sliding window of 8 is shorter than the rows, so its cache has forgotten what the suffix needs.
@@ -232,8 +232,45 @@ def test_a_model_that_cannot_be_replayed_falls_back_to_whole_with_a_warning(batc
     assert replayer.way == "whole"
     (record,) = caplog.records
     assert "LlamaForCausalLM" in record.getMessage()
-    assert "Replay by layers" in record.getMessage()
-    assert "logits differ by" in record.getMessage()
+    assert "all layers run at every step" in record.getMessage()
+    assert "they differ by" in record.getMessage()
+
+
+def test_a_slower_replay_than_expected_is_told_once(batch, caplog, monkeypatch):
+    model = tiny_model("llama")
+    architecture = read_architecture(model)
+    captured = capture(model, architecture, 1, batch, {})
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(replay, "may_pack", lambda _: True)  # as of a model that says it attends by torch's function
+    with caplog.at_level(logging.WARNING, logger="goldenedit"):
+        for _ in range(3):  # as with each group of facts
+            replayer = Replayer(model, architecture, 1)
+            replayer.check(captured)
+            assert replayer.way == "suffix"
+    (record,) = caplog.records
+    assert "texts are padded to one length" in record.getMessage()
+    assert "Layer 1 does not attend by scaled_dot_product_attention" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", sorted(PADDED))
+def test_a_model_that_cannot_be_packed_is_no_reason_to_warn(name, batch, caplog):
+    captured, replayer, _ = prepared(tiny_model(name), 1, batch)
+    with caplog.at_level(logging.WARNING, logger="goldenedit"):
+        replayer.check(captured)
+    assert replayer.way == "suffix"
+    assert not caplog.records
+
+
+def test_without_transformers_name_for_the_attention_packing_is_tried(batch, monkeypatch):
+    model = tiny_model("llama")
+    captured, replayer, _ = prepared(model, 1, batch)
+    monkeypatch.setattr(model, "config", SimpleNamespace())
+    with pytest.raises(AttributeError):
+        _ = model.config._attn_implementation
+    assert may_pack(model)
+    monkeypatch.undo()
+    replayer.check(captured)
+    assert replayer.way == "packed"
 
 
 def test_a_check_hands_on_the_logits_of_what_it_was_given(batch):

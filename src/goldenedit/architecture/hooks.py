@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -220,7 +222,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     ]
     modes = {module: module.training for module in model.modules()}
     # Compiled code passes hooks by that came after it, and compiling the hooks would take longer than running them.
-    compiled = "torch._dynamo" in sys.modules
+    compiled = "torch._dynamo" in sys.modules or not _has_dynamo()
     model.eval()
     for module in keeping_integers(model):
         module.training = True
@@ -235,3 +237,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             getattr(module, name).requires_grad_()
         for module, training in modes.items():
             module.training = training
+
+
+@cache
+def _has_dynamo() -> bool:
+    """Tell whether torch's compiler has the private name by which it is known to be unused, and so not worth waking."""
+    return find_spec("torch._dynamo") is not None

@@ -38,6 +38,7 @@ class Architecture:
         attention_outputs: Path of the output projection of each layer's attention: the last linear map in it that
             mixes positions. Layers without one are left out.
         experts: The fused experts of each layer whose down projections are one parameter.
+        told: What the user has been told of this model, and need not be told again.
     """
 
     layers: str
@@ -46,6 +47,7 @@ class Architecture:
     mlp_linears: dict[int, tuple[str, ...]]
     attention_outputs: dict[int, str] = field(default_factory=dict)
     experts: dict[int, FusedExperts] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """Return decoder layer `index`."""

@@ -7,8 +7,11 @@ second in the same precision. torch itself turns to oneDNN only for products tha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from torch.nn import functional
 
 from goldenedit.precision import matmul_precision
 
+logger = logging.getLogger(__name__)
+
 _SMALLEST = 1 << 16  # entries of a weight from which on the faster kernel outweighs its longer call
 
 
@@ -25,8 +30,9 @@ _SMALLEST = 1 << 16  # entries of a weight from which on the faster kernel outwe
 def faster_products(model: nn.Module) -> Iterator[None]:
     """Let the linear maps of a model with frozen float32 weights on CPUs use oneDNN inside this context.
 
-    It does nothing on processors without AVX-512, where oneDNN is switched off (`torch.backends.mkldnn.enabled`), and
-    where the user lets products of float32 be rounded (`torch.set_float32_matmul_precision`).
+    It does nothing on processors without AVX-512, where oneDNN is switched off (`torch.backends.mkldnn.enabled`), where
+    the user lets products of float32 be rounded (`torch.set_float32_matmul_precision`), and where torch's operator for
+    it, which is private, is missing or says something else than torch's own product.
     """
     if not usable():
         yield
@@ -50,9 +56,53 @@ def usable() -> bool:
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and matmul_precision() == "highest"
+        and _is_proven(_operator())
     )
+
+
+def _operator() -> Any:
+    """Return torch's operator for products by oneDNN; None where this version has none by this name."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+@cache
+def _is_proven(operator: Any) -> bool:
+    """Tell whether the products of this file, which use this operator, are torch's own, on a small random matrix."""
+    if operator is None:
+        logger.info("Products on this CPU are torch's own, which are slower: torch has no mkldnn._linear_pointwise.")
+        return False
+    # In a thread of its own no context of the caller counts: no inference mode, autocast, device or counter.
+    with ThreadPoolExecutor(1) as thread:
+        problem = thread.submit(_problem).result()
+    if problem is not None:
+        logger.info("Products on this CPU are torch's own, which are slower: those by oneDNN fail (%s).", problem)
+    return problem is None
+
+
+def _problem() -> str | None:
+    """Return what is wrong with products by oneDNN, forward and backward; None where nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, slope = (
+        torch.randn(shape, generator=generator, dtype=torch.float32)
+        for shape in ((2, 3, 64), (48, 64), (48,), (2, 3, 48))
+    )
+    for matrix, offset in ((weight, bias), (weight.T.contiguous().T, None)):
+        given = x.clone().requires_grad_()
+        expected = functional.linear(given, matrix, offset)
+        try:
+            output = _Product.apply(given, matrix, offset)
+            pairs = [
+                (_linear(x, matrix, offset), expected),
+                (output, expected),
+                (torch.autograd.grad(output, given, slope)[0], torch.autograd.grad(expected, given, slope)[0]),
+            ]
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        for one, other in pairs:
+            if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+                return "they differ from torch's"
+    return None
 
 
 def _kind(module: nn.Module) -> str:
@@ -108,7 +158,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _operator()(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -119,7 +169,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight)
         flat = _linear(x.reshape(-1, x.shape[-1]), weight, bias)
         # Not as a view: models may change what a linear map gave them in place (OLMo clamps it).
-        return torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], len(weight)])
+        return flat.resize_(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

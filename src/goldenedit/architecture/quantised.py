@@ -37,9 +37,10 @@ def reading_state(model: nn.Module) -> Iterator[None]:
     bitsandbytes' 4-bit maps that ran on a CPU otherwise put their weights back in the order of a file first, and lose
     their scales: PEFT asks for a state only to see its names.
     """
-    modules = keeping_integers(model)
+    plain: Any = getattr(nn.Module, "_save_to_state_dict", None)  # torch's name for those who override it, but private
+    modules = [] if plain is None else keeping_integers(model)
     for module in modules:
-        module._save_to_state_dict = MethodType(nn.Module._save_to_state_dict, module)  # type: ignore[method-assign]
+        module._save_to_state_dict = MethodType(plain, module)  # type: ignore[method-assign]
     try:
         yield
     finally:

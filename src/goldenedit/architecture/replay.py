@@ -8,7 +8,8 @@ A `Capture` holds what one whole forward leaves behind. From it, four ways to co
 - `layers`: all tokens, from the edited layer on;
 - `whole`: the whole model.
 
-A replay proves itself: `Replayer.check` compares its logits with the captured ones and falls back, with a warning.
+A replay proves itself: `Replayer.check` compares its logits with the captured ones and falls back, with a warning that
+a model gets once.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ NO_CACHE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, Value
 # Largest difference between replayed and captured logits, relative to the largest captured logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _MATMUL_TOLERANCE = {"highest": 0.0, "high": 1e-2, "medium": 5e-2}  # where the user lets float32 products be rounded
+# What each way but the fastest does more, and what the one before it would do.
+_SLOWER = {
+    "suffix": ("texts are padded to one length", "running them without padding"),
+    "layers": ("all tokens run at every step", "running only those from the subject on"),
+    "whole": ("all layers run at every step", "running only those from the edited one on"),
+}
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,8 @@ class Replayer:
     def check(self, captured: Capture, replayed: Callable[[], Tensor] | None = None) -> Tensor:
         """Compare the replay with the captured logits, without any edit, and fall back to a way that agrees.
 
+        A way that is slower than the model lets expect is told once.
+
         Args:
             replayed: Replays the capture, with an edit that changes nothing; by default without any.
 
@@ -246,6 +255,7 @@ class Replayer:
             relative = max(relative, _MATMUL_TOLERANCE[matmul_precision()])
         tolerance = relative * captured.logits.abs().max().item()
         replayed = replayed or (lambda: self(captured))
+        reason = None
         while self.way != "whole":
             try:
                 logits = replayed()
@@ -253,18 +263,34 @@ class Replayer:
             except torch.OutOfMemoryError:  # slower ways need more
                 raise
             except NO_CACHE as error:
-                reason = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}"
             else:
                 if difference <= tolerance:
+                    self._tell(reason)
                     return logits
-                reason = f"logits differ by {difference:.1e}"
+                problem = f"they differ by {difference:.1e}"
                 del logits  # and with it the graph
+            logger.info("Replay by %s does not reproduce %s (%s).", self.way, type(self.model).__name__, problem)
+            if self.way != "packed" or may_pack(self.model):  # else no one expects it
+                reason = problem
             self._attention = None
-            level = logging.WARNING if self.way == "layers" else logging.INFO
-            message = "Replay by %s does not reproduce %s (%s); falling back to a slower way."
-            logger.log(level, message, self.way, type(self.model).__name__, reason)
             self._ways.pop(0)
+        self._tell(reason)
         return replayed()
+
+    def _tell(self, reason: str | None) -> None:
+        """Warn of the way in use, unless there is no reason or the user knows."""
+        topic = f"replay by {self.way}"
+        if reason is None or topic in self.architecture.told:
+            return
+        self.architecture.told.add(topic)
+        logger.warning(
+            "Editing and evaluating %s take longer than usual: %s, because %s does not reproduce its logits (%s). "
+            "Results are the same.",
+            type(self.model).__name__,
+            *_SLOWER[self.way],
+            reason,
+        )
 
     def _whole(self, captured: Capture) -> Tensor:
         batch = captured.batch
@@ -366,7 +392,8 @@ class Replayer:
 
 def may_pack(model: nn.Module) -> bool:
     """Tell whether a replay without padding is worth the try; `Replayer.check` finds out."""
-    return takes_positions(model) and getattr(model.config, "_attn_implementation", None) == "sdpa"
+    # Transformers has no public name for it; where the private one is gone, the try is made.
+    return takes_positions(model) and getattr(model.config, "_attn_implementation", "sdpa") == "sdpa"
 
 
 def takes_positions(model: nn.Module) -> bool:

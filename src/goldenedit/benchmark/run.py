@@ -31,20 +31,20 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
     called = {name: Path(name).name or "model" for name in models}
     if len(set(called.values())) < len(models):
         raise ValueError(f"Two of the models {list(models)} have one name: measure them into folders of their own.")
-    join_processes()
+    processes, _ = join_processes()
     state = PartialState()
     for name, short in called.items():
-        base, tokenizer = load(name)
-        base.to(state.device)
-        config = EditConfig(layer="random", target_modules=setting.config(setting.methods[0]).target_modules)
-        found = measure_model(EditModel(base, config, tokenizer), short, setting, output)
-        del base  # before the next one takes its place
-        if state.is_main_process:
-            text = json.dumps(summarise(found), indent=1) + "\n"
-            write_atomically(output / f"{short}.summary.json", text.encode())
-            write_report(output)
-            console.print(f"Report in {output / 'report.md'}")
-        state.wait_for_everyone()
+        with processes.together():  # at the end of which each waits for the others
+            base, tokenizer = load(name)
+            base.to(state.device)
+            config = EditConfig(layer="random", target_modules=setting.config(setting.methods[0]).target_modules)
+            found = measure_model(EditModel(base, config, tokenizer), short, setting, output)
+            del base  # before the next one takes its place
+            if state.is_main_process:
+                text = json.dumps(summarise(found), indent=1) + "\n"
+                write_atomically(output / f"{short}.summary.json", text.encode())
+                write_report(output)
+                console.print(f"Report in {output / 'report.md'}")
 
 
 def write_report(output: Path) -> None:

@@ -38,7 +38,7 @@ from goldenedit.evaluation.scores import (
 from goldenedit.layer_scores import selector
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import source_name
-from goldenedit.parallel import Processes
+from goldenedit.parallel import Processes, failing_together
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class SweepOptions:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
+@failing_together
 def sweep(
     lm: LanguageModel,
     facts: Sequence[EditRequest],
@@ -210,10 +211,10 @@ def sweep(
     if any(of_cell.editor.learns == "values" for _, of_cell in missing.values()):
         statistics = lm.streamed_statistics(config, edited)
 
-    def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], ValueError | None]:
+    def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
         measured: dict[tuple[str, int], Cell] = {}
         at_layer = _Layer(lm, facts, statistics, before, options)
-        failed: ValueError | None = None
+        failed: str | None = None  # in words, which every process can read
         for method in methods:
             if (method, layer) not in missing:
                 continue
@@ -222,7 +223,7 @@ def sweep(
                 cell = at_layer.cell(of_cell)
             except ValueError as error:  # some editors cannot work everywhere: AlphaEdit, where there is no null space
                 logger.warning("Layer %d is left out for %s: %s", layer, method, error)
-                failed = error
+                failed = str(error)
                 continue
             store.add(key, cell, options.about)
             measured[method, layer] = cell
@@ -235,7 +236,7 @@ def sweep(
         cells |= measured
     failures = [failed for _, failed in results if failed is not None]
     if failures and set(methods) > {method for method, _ in cells}:
-        raise failures[-1]
+        raise ValueError(failures[-1])
     return cells
 
 

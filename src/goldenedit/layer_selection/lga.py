@@ -32,12 +32,13 @@ from goldenedit.layer_scores import selector
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import Row, encode, pad
-from goldenedit.parallel import Processes
+from goldenedit.parallel import Processes, failing_together
 from goldenedit.requests import EditRequest
 
 Loss = Literal["sequence", "answer"]
 
 
+@failing_together
 def lga_scores(
     lm: LanguageModel,
     facts: Sequence[EditRequest],

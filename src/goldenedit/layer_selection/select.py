@@ -30,6 +30,7 @@ from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.covariance import source_name
 from goldenedit.lm.flops import forward_flops
+from goldenedit.parallel import failing_together
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 from goldenedit.storage.atlas import read_golden_layers, record_for
 from goldenedit.storage.hub import find_golden_layers
@@ -55,6 +56,7 @@ def select_layer(lm: LanguageModel, config: EditConfig) -> LayerSelection | None
     return selection
 
 
+@failing_together
 def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
     """Run the selector that `config.layer` names.
 

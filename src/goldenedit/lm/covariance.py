@@ -40,16 +40,17 @@ def key_statistics(
         return dict.fromkeys(layers, KeyStatistics(None))
     processes = lm.processes if processes is None else processes
     paths = {layer: _cached(lm, layer, config) for layer in layers}
-    moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
-    # Caches may differ between machines.
-    missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
-    check_widths(lm, missing)
-    if missing:
-        (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # the same for all
-        found = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes)
-        for layer, moment in found.items():
-            save_second_moment(paths[layer], moment)
-        moments |= found
+    with processes.together():
+        moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
+        # Caches may differ between machines.
+        missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
+        check_widths(lm, missing)
+        if missing:
+            (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # the same for all
+            found = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes)
+            for layer, moment in found.items():
+                save_second_moment(paths[layer], moment)
+            moments |= found
     return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,8 @@ from goldenedit.requests import EditRequest
 def forward_flops(lm: TokenizedModel, facts: Sequence[EditRequest]) -> float:
     """Return the floating-point operations of plain forwards over facts, each with its new answer, one row a fact.
 
-    One of them, of middle length, is run; the others count by their tokens.
+    One of them, of middle length, is run; the others count by their tokens. Where nothing can be counted (see
+    `goldenedit.cost`) it is infinity, of which every cost is zero times as much.
     """
     longest = lm.max_length
     rows = [encode(lm.tokenizer, fact.text, fact.target_new, max_length=longest).input_ids for fact in facts]
@@ -25,4 +27,4 @@ def forward_flops(lm: TokenizedModel, facts: Sequence[EditRequest]) -> float:
     ids = torch.tensor([middle], device=lm.device)
     with evaluating(lm.model), measuring() as cost:
         lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return cost().flops / len(middle) * sum(map(len, rows))
+    return cost().flops / len(middle) * sum(map(len, rows)) or math.inf

@@ -56,7 +56,11 @@ def second_moments(
     processes = lm.processes if processes is None else processes
     batches = processes.share(list(_batches(rows, batch_tokens, lm.padding_id)))
     own = sum(int(mask.sum()) for _, mask in batches)
-    with evaluating(lm.model), tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress:
+    with (
+        processes.together(),
+        evaluating(lm.model),
+        tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress,
+    ):
         for tokens, mask in batches:
             with stop_forward() as stop, ExitStack() as stack:
                 for layer in layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def fingerprint(model: nn.Module) -> str:
     ones by the tensors they are made of, integers by a sum over all of them.
     """
     digest = hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", {})  # offloaded, they are no longer one tensor under two names
+    tied = _tied_names(model)  # offloaded, they are no longer one tensor under two names
     for name, parameter in _tensors(model):
         if parameter.is_meta and name in tied:
             continue
@@ -39,6 +39,17 @@ def fingerprint(model: nn.Module) -> str:
         sampled = values[torch.tensor(index, device=values.device)].cpu().to(torch.bfloat16).view(torch.int16)
         digest.update(sampled.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _tied_names(model: nn.Module) -> Collection[str]:
+    """Return the names of parameters that are another one as well."""
+    names: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # of transformers, undocumented
+    if names is not None:
+        return names
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return ()
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {f"{path}.weight" for path, module in model.named_modules() if module is head}
 
 
 def _halves(tensor: Tensor) -> int:

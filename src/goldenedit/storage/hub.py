@@ -10,7 +10,6 @@ from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from goldenedit.storage.atlas import (
@@ -179,7 +178,8 @@ def cached_commit(repo_id: str) -> str | None:
     """Return the commit of a model in the cache: None unless there is one commit only, as nothing says which it was."""
     if not is_repo_id(repo_id):
         return None
-    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    folder = f"models--{repo_id.replace('/', '--')}"  # as huggingface_hub documents its cache
+    snapshots = Path(constants.HF_HUB_CACHE, folder, "snapshots")
     commits = [path.parent.name for path in snapshots.glob("*/config.json")]
     return commits[0] if len(commits) == 1 else None
 
