@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -34,7 +35,7 @@ from goldenedit.requests import EditRequest, Message, distinct
 from goldenedit.sharing import SharingMixin, library_versions
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import golden_metadata
-from goldenedit.storage.fingerprint import fingerprint
+from goldenedit.storage.fingerprint import weight_hashes
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
     EDIT_CONFIG,
@@ -119,13 +120,13 @@ class EditModel(nn.Module, SharingMixin):
             self.architecture.check_layer(layer)
         self.base_info = BaseModel(
             name_or_path=model.name_or_path or type(model).__name__,
-            fingerprint=fingerprint(model),
             revision=cached_commit(str(model.name_or_path)),
             architecture=type(model).__name__,
+            **vars(weight_hashes(model)),
         )
         self.edits: dict[str, Edit] = {}
         self.model: PreTrainedModel | PeftModel = model
-        self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
+        self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info)
         self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the edits that were on
@@ -402,10 +403,8 @@ class EditModel(nn.Module, SharingMixin):
             self.edits, self._evaluations = {}, {}
             self.layer_selection = self._proxy_hash = None  # what was found is of other weights
             self.model.config.update(metadata)
-            self.base_info = BaseModel(
-                self.base_info.name_or_path, fingerprint(self.model), None, self.base_info.architecture
-            )
-            self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info.fingerprint)
+            self.base_info = replace(self.base_info, revision=None, **vars(weight_hashes(self.model)))
+            self.base_facts = BaseFacts(self.architecture, self.tokenizer, self.base_info)
         return self.model
 
     def unload(self) -> PreTrainedModel:
@@ -493,8 +492,10 @@ class EditModel(nn.Module, SharingMixin):
         except ValueError as error:
             raise ValueError(f"{folder / EDIT_CONFIG} does not fit this model: {error}") from error
         edit_model._proxy_hash = content.proxy_hash
-        if content.base_model.fingerprint == edit_model.base_info.fingerprint and not is_on_hub(edit_model.base_info):
-            edit_model.base_info = content.base_model  # the same weights, by the name that others find them by
+        if edit_model.base_info.is_same(content.base_model) and not is_on_hub(edit_model.base_info):
+            name, revision = content.base_model.name_or_path, content.base_model.revision
+            # The same weights, by the name that others find them by.
+            edit_model.base_info = replace(edit_model.base_info, name_or_path=name, revision=revision)
         edit_model._load(content, folder, adapter_name, ignore_fingerprint)
         edit_model._loaded = list(edit_model.edits), content.versions
         edit_model.set_adapter(list(edit_model.edits))
@@ -520,7 +521,7 @@ class EditModel(nn.Module, SharingMixin):
 
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
-        if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
+        if not self.base_info.is_same(made_on) and not ignore_fingerprint:
             raise ValueError(
                 f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
                 f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint "
@@ -547,7 +548,7 @@ class EditModel(nn.Module, SharingMixin):
                 self.model = peft_adapters.remove(self.model, name)
             raise
         self.edits |= {edit.name: edit for edit in edits}
-        if content.evaluation is not None and made_on.fingerprint == self.base_info.fingerprint:
+        if content.evaluation is not None and self.base_info.is_same(made_on):
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
 
     def _with_adapter(self, name: str, deltas: Mapping[str, LowRankDelta]) -> PeftModel:

@@ -12,6 +12,7 @@ from goldenedit.editing.contexts import sample_contexts
 from goldenedit.editing.covariance import key_statistics
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
+from goldenedit.storage.fingerprint import Hashed
 
 
 class BaseFacts:
@@ -20,10 +21,11 @@ class BaseFacts:
     Every method takes the base model with its edits switched off.
     """
 
-    def __init__(self, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
+    def __init__(self, architecture: Architecture, tokenizer: PreTrainedTokenizerBase, weights: Hashed) -> None:
         self.architecture = architecture
         self.tokenizer = tokenizer
-        self.fingerprint = fingerprint
+        self.weights = weights
+        self.fingerprint = weights.fingerprint
         self._contexts: dict[tuple[int, int, int], list[str]] = {}
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
         self._perplexity: float | None = None

@@ -35,6 +35,7 @@ from goldenedit.parallel import processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 from goldenedit.storage.atlas import read_golden_layers, record_for
+from goldenedit.storage.fingerprint import Hashed
 from goldenedit.storage.hub import find_golden_layers
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def find_layers(
     """
     name = str(config.layer)
     if name.startswith(HUB_LAYER):
-        return _shared(name.removeprefix(HUB_LAYER), base_facts.fingerprint, config.method)
+        return _shared(name.removeprefix(HUB_LAYER), base_facts.weights, config.method)
     if name == "published":
         return LayerSelection(name, None, published_layers(model, config.method))
     if name == "random":
@@ -93,11 +94,11 @@ def find_layers(
     return replace(found, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
 
 
-def _shared(source: str, fingerprint: str, method: str) -> LayerSelection:
+def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
     """Return what a repository on the Hub, or one revision of it, says of these weights."""
     repo_id, _, revision = source.partition("@")
     records = read_golden_layers(find_golden_layers(repo_id, revision=revision or None))
-    found = record_for(records, fingerprint, method, repo_id)
+    found = record_for(records, weights, method, repo_id)
     cost = Cost(found.seconds)
     return LayerSelection(found.selector, found.scores, found.layers, found.facts, cost, found.forward_equivalents)
 

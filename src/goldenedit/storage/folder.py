@@ -21,6 +21,7 @@ from goldenedit.config import EditConfig
 from goldenedit.editing.delta import LowRankDelta
 from goldenedit.requests import EditRequest
 from goldenedit.storage.atomic import replacing_folder
+from goldenedit.storage.fingerprint import Hashed, same_weights
 
 FORMAT_VERSION = 2
 ADAPTER_CONFIG = "adapter_config.json"
@@ -44,12 +45,27 @@ class EditFolderError(ValueError):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which model an edit was made on."""
+    """Which model an edit was made on.
+
+    Attributes:
+        name_or_path: Its name.
+        fingerprint: Hash of its weights.
+        revision: Its commit on the Hub.
+        architecture: Its class.
+        signs: Hash of the signs of its weights, and `dtype` their precision (see `same_weights`); None in files from
+            before there were any.
+    """
 
     name_or_path: str
     fingerprint: str
     revision: str | None = None
     architecture: str = ""
+    signs: str | None = None
+    dtype: str | None = None
+
+    def is_same(self, other: Hashed) -> bool:
+        """Tell whether these are the same weights, loaded in the same precision or in two."""
+        return same_weights(self, other)
 
 
 @dataclass(frozen=True)

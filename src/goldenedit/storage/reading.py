@@ -110,8 +110,9 @@ def _check_adapter(
 def _checked_base(base: BaseModel) -> BaseModel:
     if not all(isinstance(text, str) for text in (base.name_or_path, base.fingerprint, base.architecture)):
         raise ValueError(f"the base model {base} is not named by texts")
-    if not isinstance(base.revision, str | None):
-        raise ValueError(f"the base model's revision is {base.revision!r}")
+    for name in ("revision", "signs", "dtype"):
+        if not isinstance(getattr(base, name), str | None):
+            raise ValueError(f"the base model's {name} is {getattr(base, name)!r}")
     return base
 
 
