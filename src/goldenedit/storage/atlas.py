@@ -151,6 +151,7 @@ def record_for(records: Sequence[GoldenLayers], weights: Hashed, method: str, so
     if not own:
         known = ", ".join(sorted({f"{record.model} ({record.fingerprint})" for record in records})) or "none"
         raise GoldenLayersError(
-            f"{source} knows no golden layer of this model (fingerprint {weights.fingerprint}). It has those of: {known}."
+            f"{source} knows no golden layer of this model (fingerprint {weights.fingerprint}). It has those of: "
+            f"{known}."
         )
     return ([record for record in own if record.method == method] or own)[-1]

@@ -46,8 +46,8 @@ class WeightHashes:
 def same_weights(one: Hashed, other: Hashed) -> bool:
     """Tell whether two models are one checkpoint, loaded in the same precision or in two.
 
-    Equal fingerprints say so. float16 rounds to other values than bfloat16, so that between it and another precision the
-    signs decide: no rounding changes them, and training or a merged edit changes some of the thousands.
+    Equal fingerprints say so. float16 rounds to other values than bfloat16, so that between it and another precision
+    the signs decide: no rounding changes them, and training or a merged edit changes some of the thousands.
     """
     if one.fingerprint == other.fingerprint:
         return True
