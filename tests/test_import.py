@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 
@@ -21,6 +22,10 @@ def test_the_command_line_starts_without_torch():
     code = "import sys, goldenedit.cli; print(*{'torch', 'transformers', 'peft'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == ""
+
+
+def test_type_checkers_are_told_that_the_package_has_types():
+    assert (resources.files("goldenedit") / "py.typed").is_file()
 
 
 def test_every_public_name_is_there():

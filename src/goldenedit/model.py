@@ -423,9 +423,10 @@ class EditModel(nn.Module, SharingMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
     ) -> None:
-        """Save the active edits as one LoRA adapter with a sidecar and a model card, in one step.
+        """Save the active edits as one LoRA adapter with a sidecar and a model card.
 
-        An edit that was in the folder is replaced whole or, on an error, kept whole, and so are other files.
+        An edit that was in the folder is replaced whole or, on an error, kept whole; a save that is killed half-way is
+        finished by the next load or save. The folder itself stays, with its other files.
 
         Args:
             save_directory: The folder.

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
-from goldenedit.cache import cache_dir, cache_key
+from goldenedit.cache import cache_dir, cache_key, is_kept
 from goldenedit.config import EditConfig
 from goldenedit.editing.contexts import sample_continuations
 from goldenedit.editing.statistics import (
@@ -74,7 +74,10 @@ def _cached(architecture: Architecture, layer: int, config: EditConfig, fingerpr
 
 
 class LazyStatistics(Mapping[int, KeyStatistics]):
-    """The key statistics of layers, read from the cache at each access and not kept: those of all layers are large."""
+    """The key statistics of layers, read from the cache at each access and not held: those of all layers are large.
+
+    Where the cache cannot be written they are held all the same: computing them again for each layer takes minutes.
+    """
 
     def __init__(
         self,
@@ -89,20 +92,29 @@ class LazyStatistics(Mapping[int, KeyStatistics]):
         # Each process reads the layers that it works on.
         alone = Processes()
         self._read = lambda wanted: key_statistics(model, architecture, tokenizer, wanted, config, fingerprint, alone)
-        there = [_cached(architecture, layer, config, fingerprint).is_file() for layer in layers]
+        paths = {layer: _cached(architecture, layer, config, fingerprint) for layer in layers}
+        there = [is_kept(paths[layer]) for layer in layers]
         known = [all(found) for found in zip(*processes_of(model).gather(there), strict=True)]
         missing = [layer for layer, is_known in zip(layers, known, strict=True) if not is_known]
+        self._held: dict[int, KeyStatistics] = {}
         if missing:
-            key_statistics(model, architecture, tokenizer, missing, config, fingerprint)  # in one pass
+            computed = key_statistics(model, architecture, tokenizer, missing, config, fingerprint)  # in one pass
+            self._held = {layer: _in_memory(computed[layer]) for layer in missing if not is_kept(paths[layer])}
 
     def __getitem__(self, layer: int) -> KeyStatistics:
-        return self._read([layer])[layer]
+        return self._held[layer] if layer in self._held else self._read([layer])[layer]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+def _in_memory(statistics: KeyStatistics) -> KeyStatistics:
+    """Return statistics as they are when they are read from the cache: not on an accelerator."""
+    moment = statistics.second_moment
+    return statistics if moment is None else KeyStatistics(moment.cpu(), statistics.ridge)
 
 
 def source_name(covariance: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.layers import Architecture
-from goldenedit.cache import cache_key
+from goldenedit.cache import cache_key, going_on_without
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.base_facts import BaseFacts
@@ -118,20 +119,28 @@ class CellStore:
     Args:
         path: The file that new cells are added to.
         others: Files to read as well: those of other processes.
+        is_cache: Whether cells are kept to save time and nothing else: where the files cannot be read or written, a
+            warning says so, instead of an error.
     """
 
-    def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
+    def __init__(self, path: Path, others: Iterable[Path] = (), is_cache: bool = False) -> None:
         self.path = path
+        self.is_cache = is_cache
         self.cells: dict[str, Cell] = {}
         for file in {path, *others}:
-            self._read(file)
+            with self._access(file, "read"):
+                self._read(file)
 
     def add(self, key: str, cell: Cell, about: Mapping[str, Any]) -> None:
         """Keep a cell, with what a reader of the file should know of it."""
         self.cells[key] = cell
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+        with self._access(self.path, "written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+
+    def _access(self, file: Path, access: str) -> AbstractContextManager[None]:
+        return going_on_without(file, access) if self.is_cache else nullcontext()
 
     def _read(self, file: Path) -> None:
         if not file.is_file():

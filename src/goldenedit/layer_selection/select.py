@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.layers import Architecture
-from goldenedit.cache import cache_dir, cache_key, write_atomically
+from goldenedit.cache import cache_dir, cache_key, going_on_without, is_kept, keep
 from goldenedit.chat import rendered
 from goldenedit.config import HUB_LAYER, EditConfig
 from goldenedit.cost import Cost, measuring
@@ -138,7 +138,7 @@ def _scored(
                 cost = replace(cost, flops=sum(processes.gather(cost.flops)))
         forwards = cost.flops / forward_flops(model, tokenizer, facts)
         kept = LayerSelection(selector, _as_list(found, architecture), [], len(facts), cost, forwards)
-        write_atomically(path, json.dumps(kept.to_dict()).encode())
+        keep(path, json.dumps(kept.to_dict()).encode())
     return kept
 
 
@@ -242,7 +242,10 @@ def _sweep_scores(
         )
     processes = processes_of(model)
     own = path.with_suffix(".cells.jsonl" if processes.is_first else f".cells-{processes.index}.jsonl")
-    store = CellStore(own, path.parent.glob(f"{path.stem}.cells*.jsonl"))
+    others: list[Path] = []
+    with going_on_without(path, "read"):
+        others = list(path.parent.glob(f"{path.stem}.cells*.jsonl"))
+    store = CellStore(own, others, is_cache=True)
     cells = sweep(model, architecture, tokenizer, facts, config, base_facts, store, neighbors=_SWEEP_NEIGHBORS)
     scores = torch.full((architecture.num_layers,), torch.nan, dtype=torch.float64)
     cost = Cost()
@@ -253,10 +256,10 @@ def _sweep_scores(
 
 
 def _read(path: Path) -> LayerSelection | None:
-    if not path.is_file():
+    if not is_kept(path):
         return None
     try:
         return LayerSelection.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        logger.warning("Ignoring the damaged cache file %s.", path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("Ignoring the cache file %s, which cannot be read (%s).", path, error)
         return None
