@@ -56,7 +56,7 @@ def main() -> None:
         size = folder_size(folder)
         for way in ("peft", "transformers"):
             command = [sys.executable, "-c", STOCK, way, model.base_info.name_or_path, str(folder), PROMPT, str(target)]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(command, check=True)
             difference = _largest(load_file(target)["logits"], edited)
             rows.append({"way": f"stock {way} in a fresh process", "largest logit difference": difference})
     model.merge_and_unload()

@@ -1,7 +1,8 @@
 """What becomes of edit folders whose writer is killed, and of those that somebody damaged or made to do harm.
 
 Kills: a process saves two edits over each other in a loop and is killed (SIGKILL) at random moments; then the folder
-has to hold exactly one of the two. The model has SmolLM2's widths, few layers and random weights, and the larger edit
+has to hold exactly one of the two, once it is loaded: a load finishes a save that was stopped while files were put in
+place. The model has SmolLM2's widths, few layers and random weights, and the larger edit
 rank 64, so that a save writes the megabytes of a large batch; what the edit does makes no difference to that. The
 process is forked, not started anew: a start takes longer than a hundred saves.
 
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.editors.delta import LowRankDelta
+from goldenedit.storage.atomic import READY
 from goldenedit.storage.folder import EDIT_FILES, Edit, EditedFact, EditFolder, write_edit_folder
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -86,21 +88,20 @@ def kill(scratch: Path, kills: int, seed: int) -> dict[str, Any]:
     model.save_pretrained(folder, selected_adapters=["large"])
     (folder / "notes.txt").write_text("mine")
     model.unload()  # so that the folder can be loaded on the same base model
-    moments, found, left = random.Random(seed), Counter[str](), len(os.listdir(folder.parent))
+    moments, found = random.Random(seed), Counter[str]()
     for _ in range(kills):
         with saving(base, scratch, folder, tuple(wanted)):
             time.sleep(moments.uniform(0, 6 * seconds))
-        left, before = len(os.listdir(folder.parent)), left
+        writing, moving = any(folder.glob(".goldenedit-*.saving")), (folder / READY).exists()
+        loaded = EditModel.from_pretrained(base, folder, tokenizer=tokenizer())
         held = next((name for name in wanted if files_of(folder) == wanted[name]), "neither")
-        if held != "neither":
-            loaded = EditModel.from_pretrained(base, folder, tokenizer=tokenizer())
-            held = held if torch.equal(logits_of(loaded), logits[held]) else "neither"
-            loaded.unload()
+        held = held if held != "neither" and torch.equal(logits_of(loaded), logits[held]) else "neither"
+        loaded.unload()
         kept = (folder / "notes.txt").read_text() == "mine"
-        # A killed writer leaves the folder that it was writing.
-        found.update([f"held {held}", *["inside a save"] * (left > before), *["own file kept"] * kept])
+        stages = ["inside a save"] * (writing or moving) + ["finished by the load"] * moving
+        found.update([f"held {held}", *stages, *["own file kept"] * kept])
     size, names = sum(map(len, wanted["large"].values())), ("held large", "held small", "held neither")
-    counts = {name: found[name] for name in (*names, "inside a save", "own file kept")}
+    counts = {name: found[name] for name in (*names, "inside a save", "finished by the load", "own file kept")}
     return {"check": "kill", "kills": kills, "bytes of a save": size, "seconds a save": round(seconds, 3), **counts}
 
 

@@ -1,11 +1,14 @@
 """The cache: where it is, and files that are there whole or not at all."""
 
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from goldenedit.cache import cache_dir, cache_key, write_atomically
+from goldenedit.cache import cache_dir, cache_key, is_kept, keep, write_atomically
 
 
 def test_the_environment_says_where_the_cache_is(monkeypatch, tmp_path):
@@ -53,3 +56,71 @@ def test_a_folder_in_the_way_is_an_error_that_leaves_it(tmp_path):
     with pytest.raises(OSError, match=r"file\.bin"):
         write_atomically(tmp_path / "file.bin", b"one")
     assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
+
+
+# ---------------------------------------------------------------------- a cache that cannot be used
+
+
+@pytest.fixture
+def shown():
+    """The warnings that a user would see."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield caught
+
+
+def test_what_cannot_be_kept_is_told_once_a_folder(tmp_path, shown):
+    (tmp_path / "one").touch()
+    (tmp_path / "two").touch()
+    for name in ("one/a", "one/b", "two/a", "one/c", "two/b"):
+        keep(tmp_path / name, b"result")
+    assert [str(tmp_path / name) in str(warning.message) for warning, name in zip(shown, ("one", "two"), strict=True)]
+    assert "GOLDENEDIT_CACHE" in str(shown[0].message)
+    assert "written" in str(shown[0].message)
+
+
+def test_what_is_kept_is_there_and_nothing_is_told(tmp_path, shown):
+    keep(tmp_path / "new" / "a", b"result")
+    assert (tmp_path / "new" / "a").read_bytes() == b"result"
+    assert is_kept(tmp_path / "new" / "a")
+    assert not is_kept(tmp_path / "new" / "b")
+    assert not is_kept(tmp_path / "new" / "a" / "b")
+    assert not shown
+
+
+def test_a_folder_in_the_place_of_a_file_is_told(tmp_path, shown):
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    keep(tmp_path / "a", b"result")
+    assert len(shown) == 1
+    assert not is_kept(tmp_path / "a")
+
+
+def test_a_cache_that_cannot_be_looked_into_is_told_once(tmp_path, shown, monkeypatch):
+    def refused(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert not is_kept(tmp_path / "a")
+    assert not is_kept(tmp_path / "b")
+    (warning,) = shown
+    assert "cannot be read (Permission denied)" in str(warning.message)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from goldenedit.cache import keep
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # writes behind 1000 bytes fail, as on a full disk
+for name in "ab":
+    keep(Path(sys.argv[1], name), bytes(5000))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_on_a_full_disk_the_work_goes_on_and_nothing_is_left(tmp_path):
+    output = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert output.returncode == 0, output.stderr
+    assert output.stderr.count("cannot be written") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 
@@ -71,6 +72,10 @@ def test_an_edit_needs_no_private_name_of_torch(tmp_path):
     command = [sys.executable, "-c", WITHOUT_PRIVATE_NAMES]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout == "edited\n", done.stderr
+
+
+def test_type_checkers_are_told_that_the_package_has_types():
+    assert (resources.files("goldenedit") / "py.typed").is_file()
 
 
 def test_every_public_name_is_there():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -617,6 +618,21 @@ def test_edits_of_another_base_model_are_refused_by_both_names(edit_model, token
     assert torch.equal(logits(other), before[1])
     loaded = EditModel.from_pretrained(other, tmp_path, tokenizer=tokenizer, ignore_fingerprint=True)
     assert differ(logits(loaded), before[1])
+
+
+@pytest.mark.parametrize(("made_in", "loaded_in"), [*permutations((torch.float32, torch.float16, torch.bfloat16), 2)])
+def test_an_edit_made_in_one_precision_loads_on_the_same_checkpoint_in_another(made_in, loaded_in, tokenizer, tmp_path):
+    def wrapped(dtype, seed=0):
+        return EditModel(tiny_model("llama", seed=seed).to(dtype), config(), tokenizer)
+
+    model = wrapped(made_in)
+    model.edit(TOWER)
+    model.save_pretrained(tmp_path)
+    loaded = EditModel.from_pretrained(tiny_model("llama").to(loaded_in), tmp_path, tokenizer=tokenizer)
+    assert loaded.edits.keys() == model.edits.keys()
+    assert loaded.base_info == wrapped(loaded_in).base_info  # and not that of the precision it was made in
+    with pytest.raises(ValueError, match="ignore_fingerprint=True"):
+        wrapped(loaded_in, seed=1).load_adapter(tmp_path)
 
 
 def test_edits_of_another_shape_are_refused_whatever_is_ignored(edit_model, tokenizer, tmp_path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +35,29 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def going_on_without(path: Path, access: str) -> Iterator[None]:
+    """Warn, once for each folder, where a file of the cache cannot be `access`: a cache saves time and nothing else."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"The cache {path.parent} cannot be {access} ({error.strerror or error}), so that results are computed "
+            "again each time. Set GOLDENEDIT_CACHE to a folder that can be read and written.",
+            stacklevel=1,  # Python shows a text once a line: this one, whoever asks
+        )
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Write a result to the cache, or warn where that is not possible: who computed it has it."""
+    with going_on_without(path, "written"):
+        write_atomically(path, data)
+
+
+def is_kept(path: Path) -> bool:
+    """Tell whether the cache has a file; warn where that cannot be told."""
+    with going_on_without(path, "read"):
+        return path.is_file()
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -105,5 +106,12 @@ def _difference_in_fresh_process(model: EditModel, base: str, folder: Path) -> f
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "logits.safetensors"
         command = [sys.executable, "-c", _STOCK_PEFT, base, str(folder), PROMPT, str(target)]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        child = subprocess.run(command, check=False, env=quiet, stderr=subprocess.PIPE, text=True)
+        if child.returncode:
+            raise ChildProcessError(
+                f"A fresh process could not load {folder} with PEFT alone (exit code {child.returncode}):\n"
+                f"{child.stderr}"
+            )
+        sys.stderr.write(child.stderr)  # warnings
         return float((load_file(target)["logits"] - here.cpu()).abs().max())

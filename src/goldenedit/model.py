@@ -33,7 +33,7 @@ from goldenedit.lm.tokens import encode_request
 from goldenedit.requests import EditRequest, Message, distinct
 from goldenedit.sharing import SharingMixin
 from goldenedit.storage.checkpoint import golden_metadata
-from goldenedit.storage.fingerprint import fingerprint
+from goldenedit.storage.fingerprint import weight_hashes
 from goldenedit.storage.folder import (
     BaseModel,
     Edit,
@@ -128,9 +128,9 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             self.architecture: Architecture = read_architecture(base, edit_config.target_modules)
             self.base_info = BaseModel(
                 name_or_path=base.name_or_path or type(base).__name__,
-                fingerprint=fingerprint(base),
                 revision=cached_commit(str(base.name_or_path)),
                 architecture=type(base).__name__,
+                **vars(weight_hashes(base)),
             )
         for layer in edit_config.target_layers:
             self.architecture.check_layer(layer)
@@ -147,12 +147,10 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
 
     def _see_model(self) -> None:
         """Have `lm` speak of the model as it is: the weights, and the user's adapters that are on."""
-        beside = self.adapters.beside()
-        name = self.base_info.fingerprint
-        if beside:
-            name = cache_key(fingerprint=name, beside=[entry.hash for entry in beside])
-        if "lm" not in self.__dict__ or self.lm.fingerprint != name:
-            self.lm: LanguageModel = LanguageModel(self.adapters.base, self.tokenizer, self.architecture, name)
+        beside = "".join(entry.hash for entry in self.adapters.beside())
+        if "lm" not in self.__dict__ or self.lm.beside != beside or self.lm.weights != self.base_info:
+            base = self.adapters.base
+            self.lm: LanguageModel = LanguageModel(base, self.tokenizer, self.architecture, self.base_info, beside)
 
     # ------------------------------------------------------------------ editing
 
@@ -430,7 +428,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self.layer_selection = self._proxy_hash = None  # what was found is of other weights
         merged.config.update(metadata)
         if metadata:
-            self.base_info = replace(self.base_info, fingerprint=fingerprint(merged), revision=None)
+            self.base_info = replace(self.base_info, revision=None, **vars(weight_hashes(merged)))
         self._see_model()
         return merged
 

@@ -6,9 +6,12 @@ import importlib.metadata
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from goldenedit.cache import cache_dir
 
@@ -54,6 +57,7 @@ def packaged_model(name: str) -> Path:
     Raises:
         KeyError: `name` is not a packaged model.
         ModuleNotFoundError: The package that carries the weights is not installed; the message has the command.
+        OSError: The cache cannot be written, or the disk is full.
     """
     if name not in PACKAGED_MODELS:
         raise KeyError(f"No packaged model is called {name!r}; there are {sorted(PACKAGED_MODELS)}.")
@@ -83,10 +87,12 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
             f"The weights come with {packaged.distribution}, which is not installed: {packaged.install}"
         ) from error
     logger.info("Converting the weights of %s to safetensors, once, in %s", packaged.distribution, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    with _writing_to(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent))
     try:
-        gguf = packaged.gguf(scratch)
+        with _writing_to(target.parent):
+            gguf = packaged.gguf(scratch)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -98,8 +104,21 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         model.load_state_dict(quantised.state_dict())
         model.generation_config = quantised.generation_config
         finished = scratch / "model"
-        model.save_pretrained(finished)
-        tokenizer.save_pretrained(finished)
-        finished.replace(target)
+        with _writing_to(target.parent):
+            model.save_pretrained(finished)
+            tokenizer.save_pretrained(finished)
+            finished.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Say what to do where the disk refuses: these weights are nowhere else."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The weights cannot be written to {folder} ({error}). Set GOLDENEDIT_CACHE to a folder that can be "
+            "written and has two gigabytes free."
+        ) from error

@@ -167,6 +167,8 @@ class SharingMixin:
             found.cost.seconds,
             found.forward_equivalents,
             library_versions(),
+            self.base_info.signs,
+            self.base_info.dtype,
         )
 
     def _check_base_name(self) -> None:

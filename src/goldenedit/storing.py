@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -69,9 +70,10 @@ class StoringMixin:
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
     ) -> None:
-        """Save the active edits as one LoRA adapter with a sidecar and a model card, in one step.
+        """Save the active edits as one LoRA adapter with a sidecar and a model card.
 
-        An edit that was in the folder is replaced whole or, on an error, kept whole, and so are other files.
+        An edit that was in the folder is replaced whole or, on an error, kept whole; a save that is killed half-way is
+        finished by the next load or save. The folder itself stays, with its other files.
 
         Args:
             save_directory: The folder.
@@ -140,8 +142,10 @@ class StoringMixin:
         except ValueError as error:
             raise ValueError(f"{folder / EDIT_CONFIG} does not fit this model: {error}") from error
         edit_model._proxy_hash = content.proxy_hash
-        if content.base_model.fingerprint == edit_model.base_info.fingerprint and not is_on_hub(edit_model.base_info):
-            edit_model.base_info = content.base_model  # the same weights, by the name that others find them by
+        if edit_model.base_info.is_same(content.base_model) and not is_on_hub(edit_model.base_info):
+            name, revision = content.base_model.name_or_path, content.base_model.revision
+            # The same weights, by the name that others find them by.
+            edit_model.base_info = replace(edit_model.base_info, name_or_path=name, revision=revision)
         edit_model._load(content, folder, adapter_name, ignore_fingerprint)
         edit_model.set_adapter(list(edit_model.edits))
         return edit_model
@@ -170,7 +174,7 @@ class StoringMixin:
 
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
-        if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
+        if not self.base_info.is_same(made_on) and not ignore_fingerprint:
             raise ValueError(
                 f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
                 f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint "
@@ -190,7 +194,7 @@ class StoringMixin:
         self._tell_what_is_missing(edits, folder)
         with self._adding({edit.name: edit.deltas for edit in edits}, on=False):
             self.edits |= {edit.name: edit for edit in edits}
-        if content.evaluation is not None and made_on.fingerprint == self.base_info.fingerprint:
+        if content.evaluation is not None and self.base_info.is_same(made_on):
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
 
     def _tell_what_is_missing(self, edits: Sequence[Edit], folder: Path) -> None:

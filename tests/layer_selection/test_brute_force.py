@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +179,31 @@ def test_key_statistics_are_computed_in_one_pass_for_all_layers(model, store, mo
     monkeypatch.setattr(covariance, "second_moments", lambda *given, **more: passes.append(given[4]) or plain(*given))
     run(model, store, config=replace(CONFIG, covariance="sampled", covariance_tokens=200))
     assert passes == [[0, 1, 2]]
+
+
+def test_cells_that_a_user_asked_for_must_be_kept(tmp_path, model):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run(model, CellStore(tmp_path / "file" / "cells.jsonl"))
+
+
+def test_cells_of_a_cache_are_measured_whether_they_can_be_kept_or_not(tmp_path, model, store):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="cannot be written"):
+        found = run(model, CellStore(tmp_path / "file" / "cells.jsonl", is_cache=True))
+    assert {cell: made.outcomes for cell, made in found.items()} == {
+        cell: made.outcomes for cell, made in run(model, store).items()
+    }
+
+
+def test_cells_that_cannot_be_read_are_an_error_but_in_a_cache(tmp_path, monkeypatch):
+    def refused(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = tmp_path / "cells.jsonl"
+    path.touch()
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(PermissionError):
+        CellStore(path)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert CellStore(path, is_cache=True).cells == {}

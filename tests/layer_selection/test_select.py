@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.config import SCORED_SELECTORS
+from goldenedit.editing import covariance
 from goldenedit.layer_selection import LayerSelection, select
 from models import NUM_LAYERS, tiny_model
 from zoo import zoo_model
@@ -97,3 +100,34 @@ def test_layers_may_differ_in_width(selector, tokenizer):
     model.select_layer()
     assert len({model.architecture.shape(base, layer) for layer in range(model.architecture.num_layers)}) == 2
     assert all(score is not None for score in model.edit_config.layer_scores)
+
+
+@pytest.mark.parametrize("selector", SCORED_SELECTORS)
+def test_where_the_cache_cannot_be_written_all_is_as_it_is_where_it_can(selector, tokenizer, tmp_path, monkeypatch):
+    passes, compute = [], covariance.second_moments
+
+    def counted(*arguments, **options):
+        passes.append(arguments)
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(covariance, "second_moments", counted)
+    models, needed = [], []
+    for place in ("folder", "file"):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / place))
+        model = EditModel(tiny_model("llama"), replace(CONFIG, layer=selector), tokenizer)
+        if place == "file":
+            with pytest.warns(UserWarning, match="layer_scores cannot be written .* GOLDENEDIT_CACHE"):
+                model.select_layer()
+        else:
+            model.select_layer()
+        needed.append(len(passes))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.edit(FACTS[0])
+        models.append(model)
+    assert needed[1] - needed[0] <= needed[0] + 1  # not a pass a layer; the edit's own is cached in the first
+    assert models[0].edit_config.layer_scores == models[1].edit_config.layer_scores
+    deltas = [next(iter(model.edits["edit_1"].deltas.values())) for model in models]
+    assert torch.equal(deltas[0].A, deltas[1].A)
+    assert torch.equal(deltas[0].B, deltas[1].B)

@@ -81,6 +81,8 @@ texts = st.text(max_size=20)
         method=texts,
         revision=st.none() | texts,
         proxy_hash=st.none() | texts,
+        signs=st.none() | texts,
+        dtype=st.none() | texts,
         facts=st.integers(0, 10**6),
         versions=st.dictionaries(texts, texts, max_size=3),
     )
@@ -195,19 +197,28 @@ def test_a_record_of_another_model_selector_or_editor_is_kept():
 
 def test_the_last_record_of_the_weights_and_the_editor_is_taken():
     records = [LLAMA, MEMIT, SWEPT, GEMMA]
-    assert record_for(records, LLAMA.fingerprint, "r-rome", "org/layers") is SWEPT
-    assert record_for(records, LLAMA.fingerprint, "memit", "org/layers") is MEMIT
-    assert record_for(records, GEMMA.fingerprint, "r-rome", "org/layers") is GEMMA
+    assert record_for(records, LLAMA, "r-rome", "org/layers") is SWEPT
+    assert record_for(records, LLAMA, "memit", "org/layers") is MEMIT
+    assert record_for(records, GEMMA, "r-rome", "org/layers") is GEMMA
+
+
+def test_a_record_of_the_same_weights_in_another_precision_is_taken_where_there_is_no_other():
+    half = replace(LLAMA, fingerprint="1" * 32, signs="5", dtype="float16")
+    full, other = replace(LLAMA, signs="5", dtype="float32"), replace(GEMMA, signs="6", dtype="float32")
+    assert record_for([full, other], half, "r-rome", "org/layers") is full
+    assert record_for([half, full, half], full, "r-rome", "org/layers") is full
+    with pytest.raises(GoldenLayersError):
+        record_for([other, replace(full, signs=None)], half, "r-rome", "org/layers")
 
 
 def test_an_editor_without_a_record_takes_the_last_of_the_weights():
-    assert record_for([MEMIT, LLAMA, GEMMA], LLAMA.fingerprint, "alphaedit", "org/layers") is LLAMA
+    assert record_for([MEMIT, LLAMA, GEMMA], LLAMA, "alphaedit", "org/layers") is LLAMA
 
 
 @pytest.mark.parametrize("records", [[], [LLAMA], [LLAMA, SWEPT]])
 def test_other_weights_are_an_error_that_says_whose_golden_layers_there_are(records):
     with pytest.raises(GoldenLayersError) as caught:
-        record_for(records, GEMMA.fingerprint, "r-rome", "org/layers")
+        record_for(records, GEMMA, "r-rome", "org/layers")
     message = str(caught.value)
     assert "org/layers" in message
     assert GEMMA.fingerprint in message

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from contents import (
     edit_folder,
     edits_with_state,
 )
+from crashes import crash_at_every_step
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from goldenedit.config import EditConfig
 from goldenedit.requests import EditRequest
+from goldenedit.storage import reading
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -30,6 +35,7 @@ from goldenedit.storage.folder import (
     Edit,
     EditedFact,
     EditFolder,
+    EditFolderError,
     folder_size,
     fuse,
     write_edit_folder,
@@ -160,6 +166,53 @@ def test_saving_over_an_edit_with_state_leaves_none_of_its_files_and_all_of_the_
     assert {path.name for path in folder_with_state.iterdir()} == {*FILES, CARD, "notes.txt", "runs"}
     assert (folder_with_state / "notes.txt").read_text() == "mine"
     assert (folder_with_state / "runs" / EDIT_STATE).read_text() == "mine too"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_after_a_crash_at_any_step_a_folder_has_the_old_edits_or_the_new_ones(tmp_path, monkeypatch):
+    before, after = edits_with_state(), edit_folder()
+    found, refused = [], set()
+    for folder in crash_at_every_step(
+        tmp_path,
+        lambda new: write_edit_folder(new, before, "the card"),
+        lambda new: write_edit_folder(new, after, "another card"),
+    ):
+        with monkeypatch.context() as patched:  # a reader on a disk that it may not write to
+            patched.setattr(Path, "replace", not_permitted)
+            patched.setattr(Path, "unlink", not_permitted)
+            try:
+                held = read_edit_folder(folder)
+            except EditFolderError as error:
+                refused.add(re.sub(r"\(.*\)", "", str(error).replace(str(folder), "FOLDER")))
+            else:
+                assert_same(held, after if len(held.edits[0].state) == 0 else before)
+        held = read_edit_folder(folder)
+        found.append("old" if held.edits[0].state else "new")
+        assert_same(held, before if held.edits[0].state else after)
+        assert (folder / CARD).read_text() == ("the card" if held.edits[0].state else "another card")
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"old", "new"}
+    (message,) = refused
+    assert "A save to FOLDER was interrupted" in message
+    assert "or save it again" in message
+
+
+def not_permitted(path, *arguments, **options):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_a_reader_whose_folder_is_saved_to_meanwhile_reads_what_is_saved(folder, monkeypatch):
+    plain, saved = reading._read, []
+
+    def read(path):
+        if path.name == EDITS and not saved:
+            saved.append(path)
+            write_edit_folder(folder, edits_with_state(), "")
+        return plain(path)
+
+    monkeypatch.setattr(reading, "_read", read)
+    assert_same(read_edit_folder(folder), edits_with_state())
+    assert saved
 
 
 def test_what_was_read_stays_when_the_files_change(tmp_path):

@@ -776,9 +776,9 @@ def select(tokenizer, seed=0, **options):
     return get_edit_model(tiny_model("llama", seed), config(**options), tokenizer)
 
 
-def shared(tokenizer, seed=0, source=ATLAS, **options):
+def shared(tokenizer, seed=0, source=ATLAS, dtype=torch.float32, **options):
     """Return a tiny model whose golden layer is read from the Hub."""
-    return get_edit_model(tiny_model("llama", seed), config(layer=f"hub:{source}", **options), tokenizer)
+    return get_edit_model(tiny_model("llama", seed).to(dtype), config(layer=f"hub:{source}", **options), tokenizer)
 
 
 @pytest.fixture
@@ -803,6 +803,15 @@ def test_golden_layers_of_other_weights_are_refused(hub, selected, tokenizer):
     selected.push_golden_layers(ATLAS)
     with pytest.raises(GoldenLayersError, match=selected.base_info.fingerprint):
         shared(tokenizer, seed=1)
+    with pytest.raises(GoldenLayersError, match=selected.base_info.fingerprint):
+        shared(tokenizer, seed=1, dtype=torch.float16)
+
+
+def test_golden_layers_hold_for_the_same_weights_in_another_precision(hub, selected, tokenizer):
+    selected.push_golden_layers(ATLAS)
+    found = shared(tokenizer, dtype=torch.float16)
+    assert found.base_info.fingerprint != selected.base_info.fingerprint
+    assert found.edit_config.layer_scores == selected.edit_config.layer_scores
 
 
 def test_golden_layers_of_several_models_share_a_file(hub, selected, tokenizer):

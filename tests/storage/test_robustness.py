@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from goldenedit import EditConfig, EditModel, EditRequest
+from goldenedit.storage.atomic import READY
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
@@ -194,6 +195,24 @@ def _(rng, folder, other):
     shutil.copytree(other, folder / "other")
     (folder / "adapter_model.bin").write_bytes(rng.randbytes(100))
     return True
+
+
+@damage("a save that was stopped on its way")
+def _(rng, folder, other):
+    (folder / READY).mkdir()
+    for name in EDIT_FILES[rng.randrange(len(EDIT_FILES)) :]:
+        (folder / name).rename(folder / READY / name)
+        if rng.random() < 0.5 and name not in EDIT_FILES[-2:]:  # those two go before the others are moved
+            shutil.copy(other / name, folder / name)
+    return True
+
+
+@damage("another edit's file where a stopped save leaves its own")
+def _(rng, folder, other):
+    (folder / READY).mkdir()
+    name = rng.choice(EDIT_FILES)
+    shutil.copy(other / name, folder / READY / name)
+    return name != EDIT_CONFIG  # without one nothing is moved
 
 
 # ---------------------------------------------------------------------- by an author who recomputes the digests

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from goldenedit.cache import cache_dir
+from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.edit import PreparedFacts, check_editable, prepare_facts
@@ -121,20 +122,28 @@ class CellStore:
     Args:
         path: The file that new cells are added to.
         others: Files to read as well: those of other processes.
+        is_cache: Whether cells are kept to save time and nothing else: where the files cannot be read or written, a
+            warning says so, instead of an error.
     """
 
-    def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
+    def __init__(self, path: Path, others: Iterable[Path] = (), is_cache: bool = False) -> None:
         self.path = path
+        self.is_cache = is_cache
         self.cells: dict[str, Cell] = {}
         for file in {path, *others}:
-            self._read(file)
+            with self._access(file, "read"):
+                self._read(file)
 
     def add(self, key: str, cell: Cell, about: Mapping[str, Any]) -> None:
         """Keep a cell, with what a reader of the file should know of it."""
         self.cells[key] = cell
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+        with self._access(self.path, "written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+
+    def _access(self, file: Path, access: str) -> AbstractContextManager[None]:
+        return going_on_without(file, access) if self.is_cache else nullcontext()
 
     def _read(self, file: Path) -> None:
         if not file.is_file():
@@ -348,7 +357,10 @@ def sweep_scores(lm: LanguageModel, facts: Sequence[EditRequest], config: EditCo
         )
     folder = cache_dir() / "cells"
     index = lm.processes.index
-    store = CellStore(folder / f"{lm.fingerprint}-{index}.jsonl", folder.glob(f"{lm.fingerprint}-*.jsonl"))
+    path, others = folder / f"{lm.fingerprint}-{index}.jsonl", list[Path]()
+    with going_on_without(path, "read"):
+        others = list(folder.glob(f"{lm.fingerprint}-*.jsonl"))
+    store = CellStore(path, others, is_cache=True)
     cells = sweep(lm, facts, config, store, SweepOptions(neighbors=_NEIGHBORS))
     scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
     cost = Cost()

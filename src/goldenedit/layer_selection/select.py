@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from goldenedit.architecture import Architecture
-from goldenedit.cache import cache_dir, write_atomically
+from goldenedit.cache import cache_dir, is_kept, keep
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.layer_scores import (
@@ -33,6 +33,7 @@ from goldenedit.lm.flops import forward_flops
 from goldenedit.parallel import failing_together
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 from goldenedit.storage.atlas import read_golden_layers, record_for
+from goldenedit.storage.fingerprint import Hashed
 from goldenedit.storage.hub import find_golden_layers
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
     """
     name = str(config.layer)
     if config.selector is None:
-        return _shared(name.removeprefix(HUB_LAYER), lm.fingerprint, config.method)
+        return _shared(name.removeprefix(HUB_LAYER), lm.weights, config.method)
     if not config.is_scored:
         return LayerSelection(name, None, config.selector.function(lm, [], config))
     scored = _scored(lm, config, config.selector)
@@ -75,11 +76,11 @@ def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
     return replace(scored, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
 
 
-def _shared(source: str, fingerprint: str, method: str) -> LayerSelection:
+def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
     """Return what a repository on the Hub, or one revision of it, says of these weights."""
     repo_id, _, revision = source.partition("@")
     records = read_golden_layers(find_golden_layers(repo_id, revision=revision or None))
-    record = record_for(records, fingerprint, method, repo_id)
+    record = record_for(records, weights, method, repo_id)
     cost = Cost(record.seconds)
     return LayerSelection(record.selector, record.scores, record.layers, record.facts, cost, record.forward_equivalents)
 
@@ -110,7 +111,7 @@ def _scored(lm: LanguageModel, config: EditConfig, used: Selector) -> LayerSelec
         cost = replace(cost, flops=sum(lm.processes.gather(cost.flops)))
     forwards = cost.flops / forward_flops(lm, facts) if facts else 0.0
     selection = LayerSelection(used.name, _as_list(scores, lm.architecture), [], len(facts), cost, forwards)
-    write_atomically(path, json.dumps(selection.to_dict()).encode())
+    keep(path, json.dumps(selection.to_dict()).encode())
     return selection
 
 
@@ -174,7 +175,7 @@ def proxy_hash(facts: list[EditRequest]) -> str:
 
 
 def _read(path: Path) -> LayerSelection | None:
-    if not path.is_file():
+    if not is_kept(path):
         return None
     try:
         return LayerSelection.from_dict(json.loads(path.read_text(encoding="utf-8")))

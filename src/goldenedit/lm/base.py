@@ -16,7 +16,7 @@ from goldenedit.lm.tokens import context_length, padding_id
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.precision import matmul_precision
 from goldenedit.requests import proxy_facts
-from goldenedit.storage.fingerprint import fingerprint
+from goldenedit.storage.fingerprint import Hashed, weight_hashes
 
 
 class TokenizedModel:
@@ -25,6 +25,7 @@ class TokenizedModel:
     Attributes:
         model: The model; whatever adapters are on it take effect.
         tokenizer: Its tokenizer.
+        beside: A short name for the adapters on the model that are no edits.
     """
 
     def __init__(
@@ -32,14 +33,16 @@ class TokenizedModel:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         architecture: Architecture | None = None,
-        fingerprint: str | None = None,
+        weights: Hashed | None = None,
+        beside: str = "",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.beside = beside
         if architecture is not None:
             self.architecture = architecture
-        if fingerprint is not None:
-            self.fingerprint = fingerprint
+        if weights is not None:
+            self.weights = weights
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -47,9 +50,15 @@ class TokenizedModel:
         return read_architecture(self.model)
 
     @cached_property
+    def weights(self) -> Hashed:
+        """Hashes of the base weights."""
+        return weight_hashes(self.model)
+
+    @property
     def fingerprint(self) -> str:
-        """The fingerprint of the weights."""
-        return fingerprint(self.model)
+        """A short name for the weights, and for the adapters that take effect beside them."""
+        name = self.weights.fingerprint
+        return cache_key(fingerprint=name, beside=self.beside) if self.beside else name
 
     @property
     def device(self) -> torch.device:

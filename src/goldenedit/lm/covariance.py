@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from goldenedit.cache import cache_dir
+from goldenedit.cache import cache_dir, is_kept
 from goldenedit.config import EditConfig
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.lm.base import TokenizedModel
@@ -63,27 +63,39 @@ def _cached(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
 
 
 class StreamedStatistics(Mapping[int, KeyStatistics]):
-    """The key statistics of layers, read from the cache at each access and not kept: those of all layers are large."""
+    """The key statistics of layers, read from the cache at each access and not held: those of all layers are large.
+
+    Where the cache cannot be written they are held all the same: computing them again for each layer takes minutes.
+    """
 
     def __init__(self, lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> None:
         self._layers = list(layers)
         # Each process reads the layers that it works on.
         alone = Processes()
         self._read = lambda wanted: key_statistics(lm, wanted, config, alone)
-        there = [_cached(lm, layer, config).is_file() for layer in layers]
+        paths = {layer: _cached(lm, layer, config) for layer in layers}
+        there = [is_kept(paths[layer]) for layer in layers]
         known = [all(found) for found in zip(*lm.processes.gather(there), strict=True)]
         missing = [layer for layer, is_known in zip(layers, known, strict=True) if not is_known]
+        self._held: dict[int, KeyStatistics] = {}
         if missing:
-            key_statistics(lm, missing, config)  # in one pass
+            computed = key_statistics(lm, missing, config)  # in one pass
+            self._held = {layer: _in_memory(computed[layer]) for layer in missing if not is_kept(paths[layer])}
 
     def __getitem__(self, layer: int) -> KeyStatistics:
-        return self._read([layer])[layer]
+        return self._held[layer] if layer in self._held else self._read([layer])[layer]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+def _in_memory(statistics: KeyStatistics) -> KeyStatistics:
+    """Return statistics as they are when they are read from the cache: not on an accelerator."""
+    moment = statistics.second_moment
+    return statistics if moment is None else KeyStatistics(moment.cpu(), statistics.ridge)
 
 
 def source_name(covariance: str) -> str:

@@ -23,7 +23,8 @@ class LanguageModel(TokenizedModel):
         model: The model.
         tokenizer: Its tokenizer.
         architecture: Where it keeps its layers; found by two tiny forwards by default.
-        fingerprint: That of its weights; computed by default.
+        weights: Hashes of its weights; computed by default.
+        beside: A short name for the adapters on the model that are no edits.
 
     Example:
         ```python

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import Call, evaluating, stop_forward
-from goldenedit.cache import write_atomically
+from goldenedit.cache import is_kept, keep
 from goldenedit.devices import execution_device
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.parallel import Processes
@@ -152,17 +152,17 @@ def _padded(group: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def load_second_moment(path: Path) -> Tensor | None:
-    """Read a cached second moment; None where there is none or the file is damaged."""
-    if not path.is_file():
+    """Read a cached second moment; None where there is none, or the file is damaged or cannot be read."""
+    if not is_kept(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("second_moment")
     except Exception as error:  # safetensors raises its own error class, which it does not export
-        logger.warning("Ignoring the damaged cache file %s (%s).", path, error)
+        logger.warning("Ignoring the cache file %s, which cannot be read (%s).", path, error)
         return None
 
 
 def save_second_moment(path: Path, second_moment: Tensor) -> None:
-    """Write a second moment as safetensors, atomically."""
-    write_atomically(path, save({"second_moment": second_moment.cpu().contiguous()}, {"format": "pt"}))
+    """Write a second moment as safetensors, atomically; where the cache cannot be written, a warning says so."""
+    keep(path, save({"second_moment": second_moment.cpu().contiguous()}, {"format": "pt"}))

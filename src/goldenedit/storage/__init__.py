@@ -1,1 +1,1 @@
-"""Edit folders: the file format, the card, and writing it all at once."""
+"""Edit folders: the file format, the card, and writing it so that nothing stops it half-way."""

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from goldenedit.storage.fingerprint import Hashed, same_weights
+
 GOLDEN_LAYERS = "golden_layers.json"
 FORMAT_VERSION = 1
 
@@ -33,6 +35,7 @@ class GoldenLayers:
         facts: Number of facts that were looked at, and `proxy_hash`, a short name for them.
         seconds: What the scores took, and `forward_equivalents`, the same in forwards a fact.
         versions: Versions of the libraries that found them.
+        signs: Hash of the signs of the weights, and `dtype` their precision: see `same_weights`.
     """
 
     model: str
@@ -48,6 +51,8 @@ class GoldenLayers:
     seconds: float = 0.0
     forward_equivalents: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    signs: str | None = None
+    dtype: str | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> GoldenLayers:
@@ -61,7 +66,7 @@ class GoldenLayers:
         found = cls(**record)
         checks = {
             _is_text: ("model", "fingerprint", "selector", "method", "architecture"),
-            _is_text_or_none: ("revision", "proxy_hash"),
+            _is_text_or_none: ("revision", "proxy_hash", "signs", "dtype"),
             _is_number: ("facts", "seconds", "forward_equivalents"),
             _are_layers: ("layers",),
             _are_scores: ("scores",),
@@ -133,16 +138,20 @@ def with_record(records: Sequence[GoldenLayers], new: GoldenLayers) -> list[Gold
     return [*(record for record in records if record.key != new.key), new]
 
 
-def record_for(records: Sequence[GoldenLayers], fingerprint: str, method: str, source: str) -> GoldenLayers:
+def record_for(records: Sequence[GoldenLayers], weights: Hashed, method: str, source: str) -> GoldenLayers:
     """Return the last record of these weights, of this editor if there is one.
+
+    Records of the same weights in another precision count where there are none of this one.
 
     Raises:
         GoldenLayersError: The records are of other weights; `source` is where they come from.
     """
-    own = [record for record in records if record.fingerprint == fingerprint]
+    exact = [record for record in records if record.fingerprint == weights.fingerprint]
+    own = exact or [record for record in records if same_weights(record, weights)]
     if not own:
         known = ", ".join(sorted({f"{record.model} ({record.fingerprint})" for record in records})) or "none"
         raise GoldenLayersError(
-            f"{source} knows no golden layer of this model (fingerprint {fingerprint}). It has those of: {known}."
+            f"{source} knows no golden layer of this model (fingerprint {weights.fingerprint}). It has those of: "
+            f"{known}."
         )
     return ([record for record in own if record.method == method] or own)[-1]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from goldenedit.config import EditConfig
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.requests import EditRequest
-from goldenedit.storage.atomic import replacing_folder
+from goldenedit.storage.atomic import finish_replacing, replace_files
+from goldenedit.storage.fingerprint import Hashed, same_weights
 
 FORMAT_VERSION = 2
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +30,7 @@ EDIT_CONFIG = "edit_config.json"
 EDITS = "edits.json"
 EDIT_STATE = "edit_state.safetensors"
 CARD = "README.md"
-EDIT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, EDIT_STATE, CARD)
+EDIT_FILES = (CARD, EDITS, EDIT_STATE, ADAPTER_WEIGHTS, ADAPTER_CONFIG, EDIT_CONFIG)  # in the order they are saved
 
 PREFIX = "base_model.model."
 _TAKEN_NAMES = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters by their names in one
@@ -44,12 +45,27 @@ class EditFolderError(ValueError):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which model an edit was made on."""
+    """Which model an edit was made on.
+
+    Attributes:
+        name_or_path: Its name.
+        fingerprint: Hash of its weights.
+        revision: Its commit on the Hub.
+        architecture: Its class.
+        signs: Hash of the signs of its weights, and `dtype` their precision (see `same_weights`); None in files from
+            before there were any.
+    """
 
     name_or_path: str
     fingerprint: str
     revision: str | None = None
     architecture: str = ""
+    signs: str | None = None
+    dtype: str | None = None
+
+    def is_same(self, other: Hashed) -> bool:
+        """Tell whether these are the same weights, loaded in the same precision or in two."""
+        return same_weights(self, other)
 
 
 @dataclass(frozen=True)
@@ -332,7 +348,10 @@ def facts_of(edits: Sequence[Edit]) -> list[dict[str, Any]]:
 
 
 def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
-    """Write an edit folder in one step: a crash, or a full disk, leaves what was there."""
+    """Write an edit folder: whatever stops it, the folder holds the old edits or, once loaded, the new ones.
+
+    See `goldenedit.storage.atomic` for how.
+    """
     offset = 0
     index = []
     config = _config_record(content.config)
@@ -374,9 +393,22 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
     }
     sidecar["digest"] = sidecar_digest(sidecar)
     files |= {EDIT_CONFIG: _json(sidecar), CARD: card.encode()}
-    with replacing_folder(folder, but=EDIT_FILES) as new:
-        for name, data in files.items():
-            (new / name).write_bytes(data)
+    replace_files(folder, files, EDIT_FILES)
+
+
+def finish_saving(folder: Path) -> None:
+    """Put the files of a save in place that was stopped when all of them were written.
+
+    Raises:
+        EditFolderError: That cannot be done here.
+    """
+    try:
+        finish_replacing(folder, EDIT_FILES)
+    except OSError as error:
+        raise EditFolderError(
+            f"A save to {folder} was interrupted: {EDIT_CONFIG} and the files beside it are not all of one save, and "
+            f"the rest cannot be put in place here ({error}). Load it once where it can be written, or save it again."
+        ) from error
 
 
 def _difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

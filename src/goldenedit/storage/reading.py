@@ -31,6 +31,7 @@ from goldenedit.storage.folder import (
     EditFolder,
     EditFolderError,
     adapter_config,
+    finish_saving,
     fuse,
     is_edit_name,
     sidecar_digest,
@@ -43,12 +44,33 @@ _MOST_RANKS = 64  # in units of the smaller side of a matrix: far more than edit
 
 
 def read_edit_folder(folder: Path) -> EditFolder:
-    """Read an edit folder.
+    """Read an edit folder; a save into it that was interrupted is finished first.
 
     Raises:
         EditFolderError: A file is missing or damaged, the format is of another version, a factor is not finite, or the
             files do not fit together.
     """
+    finish_saving(folder)
+    before = _version(folder)
+    try:
+        return _read_whole(folder)
+    except EditFolderError:
+        finish_saving(folder)
+        if _version(folder) == before:
+            raise
+        return _read_whole(folder)  # somebody saved while it was read
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """Return what tells one saved `edit_config.json` from the next."""
+    try:
+        status = (folder / EDIT_CONFIG).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _read_whole(folder: Path) -> EditFolder:
     sidecar = _read_sidecar(folder)
     files = sidecar["files"]
     if (folder / EDIT_STATE).is_file() and EDIT_STATE not in files:
@@ -57,7 +79,8 @@ def read_edit_folder(folder: Path) -> EditFolder:
     for name, digest in files.items():  # what is parsed below is what is checked here: no file is read twice
         if hashlib.sha256(data[name]).hexdigest() != digest:
             raise EditFolderError(
-                f"{folder / name} is not the file that was saved with {EDIT_CONFIG}: their digests differ."
+                f"{folder / name} is not the file that was saved with {EDIT_CONFIG}: their digests differ. A "
+                "save, copy or download was interrupted, or the file was changed: save or download the edit again."
             )
     lora = _parse_json(folder / ADAPTER_CONFIG, data[ADAPTER_CONFIG])
     facts = _parse_json(folder / EDITS, data[EDITS])
@@ -110,8 +133,9 @@ def _check_adapter(
 def _checked_base(base: BaseModel) -> BaseModel:
     if not all(isinstance(text, str) for text in (base.name_or_path, base.fingerprint, base.architecture)):
         raise ValueError(f"the base model {base} is not named by texts")
-    if not isinstance(base.revision, str | None):
-        raise ValueError(f"the base model's revision is {base.revision!r}")
+    for name in ("revision", "signs", "dtype"):
+        if not isinstance(getattr(base, name), str | None):
+            raise ValueError(f"the base model's {name} is {getattr(base, name)!r}")
     return base
 
 

@@ -1,0 +1,26 @@
+"""Packaged models: what is said where they cannot be converted."""
+
+import pytest
+from safetensors import SafetensorError
+
+from goldenedit import packaged
+from goldenedit.packaged import is_installed, packaged_model
+
+
+def test_an_unknown_name_is_an_error_that_lists_those_there_are():
+    with pytest.raises(KeyError, match="smollm2"):
+        packaged_model("bert")
+
+
+@pytest.mark.skipif(not is_installed("smollm2"), reason="not installed")
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"file.*GOLDENEDIT_CACHE.*gigabytes"):
+        packaged_model("smollm2")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_an_error_that_says_what_to_set(tmp_path, error):
+    with pytest.raises(OSError, match=r"No space left on device.*GOLDENEDIT_CACHE"), packaged._writing_to(tmp_path):
+        raise error
