@@ -38,7 +38,7 @@ from goldenedit.storage.folder import (
     BaseModel,
     Edit,
     EditedFact,
-    is_edit_name,
+    check_edit_name,
     joined,
     joined_state,
 )
@@ -469,8 +469,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             while f"edit_{number}" in self.peft_config:
                 number += 1
             return f"edit_{number}"
-        if not is_edit_name(name):
-            raise ValueError(f"{name!r} cannot name an edit: use letters, digits, '_', '-' and spaces.")
+        check_edit_name(name)
         if name in self.peft_config:
             raise ValueError(
                 f"There is an edit {name!r} already: choose another name, or delete_adapter({name!r}) first."
