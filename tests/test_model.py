@@ -13,11 +13,11 @@ from itertools import permutations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.adapters import carries_adapters, merged
+from goldenedit.adapters.layers import tuner_layers
 from goldenedit.cache import cache_dir
 from goldenedit.storage.folder import EditedFact, write_edit_folder
 from goldenedit.storage.reading import read_edit_folder
@@ -138,7 +138,7 @@ def test_merging_keeps_the_edited_logits(name, tokenizer, logits):
     edited = logits(model)
     fingerprint = model.base_info.fingerprint
     plain = model.merge_and_unload()
-    assert not carries_adapters(plain)
+    assert not tuner_layers(plain)
     assert_near(logits(plain), edited, 1e-4)
     assert model.edits == {}
     assert model.active_adapters == []
@@ -303,7 +303,7 @@ def test_deleting_an_edit_leaves_the_other(two_edits, logits, deleted):
     two_edits.delete_adapter(kept)
     assert two_edits.edits == {}
     assert torch.equal(logits(two_edits), logits(tiny_model("llama")))
-    assert not carries_adapters(two_edits.get_base_model())
+    assert not tuner_layers(two_edits.get_base_model())
 
 
 def test_deleting_an_edit_leaves_one_that_is_off(two_edits, logits):
@@ -475,13 +475,15 @@ def test_who_made_an_edit_stays_when_it_is_loaded_and_saved(edit_model, tokenize
     edit_model.edit(TOWER)
     content = edit_model._content(["edit_1"])
     named = replace(content.base_model, name_or_path="org/base", revision="a" * 40)
-    write_edit_folder(tmp_path / "edit", replace(content, base_model=named, versions={"goldenedit": "0.0.1"}), "")
+    made = [replace(content.edits[0], versions={"goldenedit": "0.0.1"})]
+    write_edit_folder(tmp_path / "edit", replace(content, base_model=named, edits=made), "")
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
     again.save_pretrained(tmp_path / "again")
     found = read_edit_folder(tmp_path / "again")
     assert (found.base_model, found.versions) == (named, {"goldenedit": "0.0.1"})
     again.edit(MERKEL)  # not made by those versions
-    assert again._content(["edit_1", "edit_2"]).versions["goldenedit"] != "0.0.1"
+    assert again.edits["edit_2"].versions["goldenedit"] != "0.0.1"
+    assert again._content(["edit_1", "edit_2"]).versions["goldenedit"].startswith("0.0.1, ")
 
 
 def test_figures_of_other_weights_are_not_taken_over(edit_model, tokenizer, tmp_path):
@@ -498,7 +500,7 @@ def test_weights_that_are_elsewhere_are_not_merged(edit_model):
     base = edit_model.get_base_model()
     module = base.get_submodule("model.layers.1.mlp.down_proj")
     module.base_layer.weight = nn.Parameter(module.base_layer.weight.to("meta"))
-    with pytest.raises(ValueError, match="quantised or offloaded"), merged(edit_model.model, ["edit_1"]):
+    with pytest.raises(ValueError, match="quantized or offloaded"), edit_model.adapters.merged():
         pass
     assert base.get_submodule("model.layers.1.mlp.down_proj") is module
 
@@ -510,8 +512,8 @@ def test_the_merged_model_is_the_edited_one_and_leaves_no_trace(name, dtype, tok
     model.edit(TOWER)
     model.edit(MERKEL)
     edited, before = logits(model), weights(model)
-    with merged(model.model, ["edit_1", "edit_2"]) as plain:
-        assert not carries_adapters(plain)
+    with model.adapters.merged() as plain:
+        assert not tuner_layers(plain)
         assert_near(logits(plain), edited, 1e-5 if dtype == torch.float32 else 3e-2)
     assert weights(model) == before
     assert torch.equal(logits(model), edited)
@@ -647,7 +649,7 @@ def test_edits_of_another_shape_are_refused_whatever_is_ignored(edit_model, toke
         setattr(wider.model.layers[1].mlp, projection, nn.Linear(32, 48, bias=False))
     with pytest.raises(ValueError, match=r"\(32, 64\).*\(32, 48\)"):
         EditModel.from_pretrained(wider, tmp_path, tokenizer=tokenizer, ignore_fingerprint=True)
-    assert not carries_adapters(wider)
+    assert not tuner_layers(wider)
 
 
 def test_a_damaged_folder_leaves_the_model_as_it_was(two_edits, logits, tmp_path):
@@ -898,11 +900,17 @@ def test_something_else_than_a_causal_lm_is_a_type_error(tokenizer):
         EditModel(nn.Linear(2, 2), config(), tokenizer)
 
 
-def test_a_model_with_adapters_is_refused(base, tokenizer):
+def test_adapters_that_are_no_lora_are_refused_by_their_kind(base, tokenizer):
+    wrapped = get_peft_model(base, IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"))
+    for model in (wrapped, wrapped.get_base_model()):
+        with pytest.raises(ValueError, match="adapters of the kind IA3"):
+            EditModel(model, config(), tokenizer)
+
+
+def test_a_merged_adapter_is_refused(base, tokenizer):
     wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="already carries PEFT adapters"):
-        EditModel(wrapped.get_base_model(), config(), tokenizer)
-    with pytest.raises(TypeError, match="PeftModel"):
+    wrapped.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
         EditModel(wrapped, config(), tokenizer)
 
 

@@ -455,9 +455,8 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
                 yield
         except BaseException:
             self.edits = {name: edit for name, edit in self.edits.items() if name not in edits}
-            raise
-        finally:
             self.model = self.adapters.model
+            raise
 
     def _edit(self, name: str) -> Edit:
         self.adapters.check([name])

@@ -12,7 +12,8 @@ from contents import delta, edit_folder
 from huggingface_hub import ModelCard
 
 from goldenedit import EditModel, EditRequest, get_edit_model
-from goldenedit.config import METHODS, EditConfig
+from goldenedit.config import EditConfig
+from goldenedit.editors import EDITORS
 from goldenedit.storage.card import render_card
 from goldenedit.storage.folder import BaseModel, Edit, EditFolder
 from models import tiny_model
@@ -122,7 +123,7 @@ def test_scores_of_layers_are_a_table_with_the_edited_one_in_bold():
     assert "Golden layer" not in render_card(edit_folder())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EDITORS.names())
 def test_a_card_lists_the_constants_of_its_editor_and_no_others(method):
     card = render_card(replace(edit_folder(), config=EditConfig(method=method, layer=1)))
     (line,) = [line for line in card.splitlines() if line.startswith("| constants |")]

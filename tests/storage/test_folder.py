@@ -107,7 +107,7 @@ def test_saving_what_was_read_gives_the_same_bytes(folder, tmp_path):
 def test_a_proxy_list_is_left_to_its_hash(tmp_path):
     content = edit_folder()
     config = EditConfig(proxy=[EditRequest("{} is in", "Bonn", "Rome")], tukey_kappa=float("inf"))
-    write_edit_folder(tmp_path, EditFolder(content.edits, config, content.base_model, {}, "abc"), "")
+    write_edit_folder(tmp_path, EditFolder(content.edits, config, content.base_model, "abc"), "")
     found = read_edit_folder(tmp_path)
     assert (found.config.proxy, found.config.tukey_kappa, found.proxy_hash) == (None, float("inf"), "abc")
 

@@ -58,6 +58,7 @@ class Adapters:
         self.by_parameter = False
         self.active: list[str] = []
         self._given = model
+        self._off = 0  # contexts of `disabled` that are open
         self._keys: dict[str, str] = {}  # PEFT's key of each edit
         self._loaded: list[str] = []  # keys of plain adapters that came in by `load`
         _check_lora(model)
@@ -129,16 +130,17 @@ class Adapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch all edits off inside this context: the model is exactly what was given."""
-        active = self.active
-        self.activate([])
+        """Switch all edits off inside this context, those too that are made in it: the model is what was given."""
+        self._off += 1
+        self.activate(self.active)
         try:
             yield
         finally:
-            self.activate(active)
+            self._off -= 1
+            self.activate(self.active)
 
     def _wanted(self, others: Sequence[str]) -> list[str]:
-        return [*others, *(self._keys[name] for name in self.active)]
+        return [*others, *([] if self._off else (self._keys[name] for name in self.active))]
 
     def _current(self) -> list[str]:
         return next((list(layer.active_adapters) for layer in tuner_layers(self.base).values()), [])
@@ -177,13 +179,15 @@ class Adapters:
     def adding(self, edits: Mapping[str, Mapping[str, LowRankDelta]], on: bool = True) -> Iterator[None]:
         """Add edits, by name the deltas of their modules; an error or an interrupt inside takes them away again.
 
+        Inside this context they take effect, even where all edits are disabled.
+
         Args:
             on: Switch them on beside those that are active.
 
         Raises:
             ValueError: PEFT has no place for a factor.
         """
-        active = self.active
+        active, off, self._off = self.active, self._off, 0
         try:
             for name, deltas in edits.items():
                 self.add(name, deltas)
@@ -192,8 +196,11 @@ class Adapters:
         except BaseException:
             for name in edits:
                 self.remove(name)
-            self.activate([name for name in active if name in self._keys])
+            self.active = active
             raise
+        finally:
+            self._off = off
+            self.activate(self.active)
 
     def add(self, name: str, deltas: Mapping[str, LowRankDelta]) -> None:
         """Add an edit, not switched on.
@@ -223,6 +230,8 @@ class Adapters:
 
     def _add(self, name: str, deltas: Mapping[str, LowRankDelta], mark: _Mark, by_parameter: bool) -> list[str]:
         key, rank = self._keys[name], max(delta.rank for delta in deltas.values())
+        if isinstance(self.model, PeftModel):
+            self.base.peft_config = self.model.peft_config  # which is gone with the last adapter
         lora = LoraConfig(
             r=rank,
             lora_alpha=rank,

@@ -199,7 +199,8 @@ class EditFolder:
     @property
     def target_layers(self) -> list[int]:
         """The layers that the edits change, ascending."""
-        return sorted({layer for edit in self.edits for layer in edit.layers})
+        of_configs = {layer for config in self.configs for layer in config.target_layers}
+        return sorted({layer for edit in self.edits for layer in edit.layers} or of_configs)
 
 
 def check_edit_name(name: Any) -> None:
