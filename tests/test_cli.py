@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
-from goldenedit.cli import app, main, parse_layer, read_option
+from goldenedit.benchmark.command import read_option
+from goldenedit.cli import app, main, parse_layer
 from goldenedit.config import LAYER_SELECTORS
 from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -148,9 +148,9 @@ def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[
         path = where.down_projections[layer]
         previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
         # Rows do not depend on the residuals; these are one direction for each fact.
-        problem = Problem(of_layer, torch.eye(len(of_layer)), statistics[layer], None, previous)
-        problem = replace(problem, options=config.resolve(problem))
-        rows[path] = config.editor.function(problem).A
+        change = config.solve(Problem(of_layer, torch.eye(len(of_layer)), statistics[layer], None, previous))
+        if not isinstance(change, Tensor):
+            rows[path] = change.A
     return rows
 
 

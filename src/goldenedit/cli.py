@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from goldenedit import tables
+from goldenedit.benchmark.command import benchmark_app
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-benchmark_app = typer.Typer(help="Benchmarks of the library's claims.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
 console = Console()
 
@@ -155,7 +155,7 @@ def edit(
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="An edit folder.")],
+    folder: Edits,
     file: Annotated[
         Path | None, typer.Option(help="Facts to measure on (.json, .jsonl); by default those that the folder edits.")
     ] = None,
@@ -169,22 +169,24 @@ def evaluate(
 
     from goldenedit import EditModel, load_requests
 
+    if card and not Path(folder).is_dir():
+        raise typer.BadParameter(f"--card writes into an edit folder, and {folder} is none: download it first.")
     requests = None if file is None else load_requests(file)
-    base, tokenizer = load_model(model or base_name_of(folder))
-    edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
+    path, base, tokenizer = load_edits(folder, model)
+    edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
     found = edit_model.evaluate(requests, generation)
     console.print(tables.evaluation_table(found))
     if card:
         from goldenedit.storage.card import own_card
         from goldenedit.storage.folder import CARD
 
-        by_hand = own_card(folder)
-        edit_model.save_pretrained(folder)
+        by_hand = own_card(path)
+        edit_model.save_pretrained(path)
         if by_hand is not None:
-            (folder / CARD).write_text(by_hand, encoding="utf-8")
+            (path / CARD).write_text(by_hand, encoding="utf-8")
             console.print(f"{CARD} was written by hand and is left as it is; the figures are in edit_config.json.")
         else:
-            console.print(f"Written into {escape(str(folder / CARD))}")
+            console.print(f"Written into {escape(str(path / CARD))}")
     if output is not None:
         output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {escape(str(output))}")
@@ -198,54 +200,6 @@ def editors() -> None:
 
     console.print(tables.editors_table([EDITORS.get(name) for name in EDITORS.names()]))
     console.print(tables.selectors_table([SELECTORS.get(name) for name in SELECTORS.names()]))
-
-
-@benchmark_app.command("golden-layers")
-def golden_layers(
-    models: Annotated[list[str], typer.Argument(help="Models: names on the Hub, folders, or packaged ones.")],
-    data: Annotated[
-        list[str],
-        typer.Option(help="Test facts: a file, or a dataset's name; `name=source` calls it otherwise. Repeat."),
-    ],
-    method: Annotated[list[str], typer.Option(help="Editor; repeat for several.")] = ["r-rome"],  # noqa: B006
-    test: Annotated[int | None, typer.Option(help="Test facts of each dataset, by default 20.")] = None,
-    proxy: Annotated[
-        int | None, typer.Option(help="Packaged proxy facts that are edited at every layer, by default 10.")
-    ] = None,
-    chunk: Annotated[
-        int | None, typer.Option(help="Facts of a cell, behind which a stopped run goes on, by default 10.")
-    ] = None,
-    options: Annotated[
-        list[str], typer.Option("--set", help="An option of EditConfig as name=value; repeat for several.")
-    ] = [],  # noqa: B006
-    small: Annotated[
-        bool, typer.Option(help="The small setting: 4 test and 4 proxy facts, 3 contexts, an early stop.")
-    ] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of cells, summaries, figures and report.")
-    ] = Path("golden-layers"),
-) -> None:
-    """Measure every layer selector by brute force: regret, rank correlation and cost, as JSON lines and a report.
-
-    A run that was stopped goes on where it was. `accelerate launch -m goldenedit benchmark golden-layers ...` shares
-    the layers among GPUs; without any, `torchrun --nproc_per_node 2 -m goldenedit ...` does so among processes.
-    """
-    from goldenedit.benchmark.golden_layers import Setting
-    from goldenedit.benchmark.run import run_golden_layers
-
-    constants: dict[str, Any] = dict(read_option(text) for text in options)
-    if small:
-        constants = {"contexts": 3, "stop_loss": 0.5, **constants}
-    sources: dict[str, str] = {}
-    for text in data:
-        name, source = name_of_data(text)
-        if name in sources:
-            raise typer.BadParameter(f"two sources are called {name!r}: give name=source.")
-        sources[name] = source
-    few = 4 if small else 10
-    numbers = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
-    setting = Setting(sources, method, options=constants, **numbers)
-    run_golden_layers(models, load_model, setting, output, console)
 
 
 @app.command()
@@ -277,28 +231,22 @@ def show(
     console.print(summary)
     console.print(tables.facts_table(content.edits))
     if replay:
-        show_audit(path, model or content.base_model.name_or_path, None if model else content.base_model.revision)
+        show_audit(path, model)
 
 
-def show_audit(folder: Path, base_name: str, revision: str | None = None) -> None:
+def show_audit(folder: Path, model: str | None) -> None:
     """Print norms relative to the base model's matrices, and what the listed facts do not explain."""
     from goldenedit import EditModel
     from goldenedit.audit import audit
 
     try:
-        base, tokenizer = load_model(base_name, revision=revision, use_safetensors=True)
+        _, base, tokenizer = load_edits(str(folder), model, use_safetensors=True)
     except (OSError, ValueError) as error:
         text = f"The base model was not found, so nothing is compared with it: pass --model. ({error})"
         console.print(escape(text), style="yellow")
         return
     found = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
-    table = Table("edit", "module", "norm, relative to the base matrix", "not explained by its facts")
-    for made in found:
-        for module in made.modules:
-            share = "cannot be told" if module.unexplained is None else f"{module.unexplained:.1%}"
-            norm = "cannot be told" if module.norm is None else f"{module.norm:.2%}"
-            table.add_row(escape(made.name), escape(module.path), norm, share)
-    console.print(table)
+    console.print(tables.audit_table(found))
     for made in found:
         for warning in made.warnings:
             console.print(f"Warning: edit {made.name!r}: {warning}.", style="bold red", markup=False)
@@ -336,8 +284,8 @@ def push(
 
     content = read_edit_folder(folder)
     if merged:
-        base, tokenizer = load_model(model or content.base_model.name_or_path)
-        edit_model = EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
+        path, base, tokenizer = load_edits(str(folder), model)
+        edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
         commit = edit_model.push_merged_to_hub(repo, private=private, revision=revision, create_pr=create_pr)
     else:
         by_hand = own_card(folder)
@@ -363,9 +311,9 @@ def export(
     from goldenedit.storage.reading import read_edit_folder
 
     content = read_edit_folder(find_folder(folder))
-    export_gguf(
-        content, AutoConfig.from_pretrained(loading.model_source(model or content.base_model.name_or_path)), gguf
-    )
+    name, revision = loading.base_of(content.base_model, model)
+    pinned = {} if revision is None else {"revision": revision}
+    export_gguf(content, AutoConfig.from_pretrained(loading.model_source(name), **pinned), gguf)
     console.print(f"Saved in {escape(str(gguf))}")
 
 
@@ -399,30 +347,15 @@ def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
     return model, tokenizer, is_first
 
 
-def base_name_of(folder: Path) -> str:
-    """Return the name of the model that the edits of a folder were made on."""
+def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the folder of some edits, and load the model that they were made on, at its commit, or another one."""
+    from goldenedit import loading
+    from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
 
-    return read_edit_folder(folder).base_model.name_or_path
-
-
-def name_of_data(text: str) -> tuple[str, str]:
-    """Read a source of facts, or `name=source`, and return name and source."""
-    name, _, source = text.partition("=")
-    return (name, source) if source and not Path(text).exists() else (Path(text).stem, text)
-
-
-def read_option(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value in JSON or plain text."""
-    import json
-
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise typer.BadParameter(f"{text!r} is not name=value.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    path = find_folder(folder)
+    name, revision = loading.base_of(read_edit_folder(path).base_model, model)
+    return path, *load_model(name, revision=revision, **options)
 
 
 def parse_layer(text: str) -> int | list[int] | str:

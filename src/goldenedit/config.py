@@ -6,11 +6,13 @@ import copy
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from goldenedit.editors import EDITORS, Editor
+from torch import Tensor
+
+from goldenedit.editors import EDITORS, Editor, LowRankDelta, Problem
 from goldenedit.editors.alphaedit import AlphaEditOptions
 from goldenedit.editors.emmet import EmmetOptions
 from goldenedit.editors.finetune import ClippedOptions, LoraOptions
@@ -280,6 +282,11 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     def resolve(self, problem: Any) -> Any:
         """Return the options of the editor as its maths reads them, in the units of a problem."""
         return self.editor.resolve(self.editor_options, self.relative_constants, problem)
+
+    def solve(self, problem: Problem) -> LowRankDelta | Tensor:
+        """Return what the editor makes of a problem with the options of this config: factors, or a dense change."""
+        problem = replace(problem, options=self.resolve(problem))
+        return problem.folded(self.editor.function(problem))
 
     @property
     def has_units(self) -> bool:

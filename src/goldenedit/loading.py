@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from goldenedit.storage.folder import BaseModel
 
-def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+
+def load_model(
+    name: str, revision: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = model_source(name)
-    model = AutoModelForCausalLM.from_pretrained(source, **options)
-    return model, AutoTokenizer.from_pretrained(source)
+    source, pinned = model_source(name), {} if revision is None else {"revision": revision}
+    model = AutoModelForCausalLM.from_pretrained(source, **pinned, **options)
+    return model, AutoTokenizer.from_pretrained(source, **pinned)
+
+
+def base_of(base_model: BaseModel, model: str | None = None) -> tuple[str, str | None]:
+    """Return name and revision of the model to put edits on: the one they were made on, or the one that is named."""
+    return (base_model.name_or_path, base_model.revision) if model is None else (model, None)
 
 
 def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:

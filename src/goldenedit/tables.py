@@ -10,6 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from goldenedit.audit import EditAudit
     from goldenedit.cost import Cost
     from goldenedit.editors import Editor
     from goldenedit.evaluation.evaluate import Evaluation
@@ -98,4 +99,15 @@ def selectors_table(selectors: Sequence[Selector]) -> Table:
     table = Table("layer selector", "paper", "what it does")
     for selector in selectors:
         table.add_row(selector.name, selector.paper, escape((selector.function.__doc__ or "").strip().split("\n")[0]))
+    return table
+
+
+def audit_table(audits: Sequence[EditAudit]) -> Table:
+    """Return how large the changes of edits are, and what their facts do not explain."""
+    table = Table("edit", "module", "norm, relative to the base matrix", "not explained by its facts")
+    for audit in audits:
+        for module in audit.modules:
+            share = "cannot be told" if module.unexplained is None else f"{module.unexplained:.1%}"
+            norm = "cannot be told" if module.norm is None else f"{module.norm:.2%}"
+            table.add_row(escape(audit.name), escape(module.path), norm, share)
     return table

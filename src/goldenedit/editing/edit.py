@@ -102,8 +102,7 @@ class PreparedFacts:
             previous = (remembered or {}).get(f"keys/{path}") if editor.remembers_keys else None
             residuals = self.values.delta[list(chosen), index].T
             problem = Problem([keys[fact] for fact in chosen], residuals, statistics[layer], None, previous)
-            problem = replace(problem, options=config.resolve(problem))
-            change = problem.folded(editor.function(problem))
+            change = config.solve(problem)
             self._check(change, config, layer, [self.requests[fact] for fact in chosen])
             delta, error = stored(self.lm, change, layer, config)
             deltas[path] = delta

@@ -33,8 +33,10 @@ def learn_facts(
         ValueError: A request cannot be served, or the loss leaves the finite numbers.
     """
     before = likelihoods(lm, [(request.text, request.target_new) for request in requests])
-    learn = _from_gradients if config.editor.learns == "gradients" else _by_training
-    learned, steps, state = learn(lm, requests, config, remembered)
+    if config.editor.learns == "gradients":
+        learned, steps, state = _from_gradients(lm, requests, config, remembered)
+    else:
+        learned, steps, state = _by_training(lm, requests, config)
     deltas, errors = {}, []
     for layer, change in learned.items():
         check_shape(lm, change, config, layer)
@@ -65,9 +67,7 @@ def _from_gradients(
     return changes, 1, {name: of_batch.columns() for name, of_batch in own.items()}
 
 
-def _by_training(
-    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
-) -> _Learned:
+def _by_training(lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig) -> _Learned:
     generator = torch.Generator().manual_seed(config.seed)
     changes = {}
     for layer in config.target_layers:

@@ -102,13 +102,13 @@ class Problem:
             return energy / self.text_statistics.trace(len(self.keys))
         raise ValueError(f"Unknown unit {name!r}: use 'key energy', 'key energy per trace' or 'mean eigenvalue'.")
 
-    def folded(self, delta: LowRankDelta) -> LowRankDelta:
+    def folded(self, delta: LowRankDelta | Tensor) -> LowRankDelta | Tensor:
         """Return the same delta of rank N, where it has rank M with a column of `B` for each key.
 
-        The columns of one fact's keys are equal, so its rows of `A` add up. Other deltas are returned as they are.
+        The columns of one fact's keys are equal, so its rows of `A` add up. Other changes are returned as they are.
         """
         count = len(self.facts)
-        if len(self.owners) == count or not torch.equal(delta.B, self.residuals.float()):
+        if not isinstance(delta, LowRankDelta) or not torch.equal(delta.B, self.residuals.float()):
             return delta
         A = delta.A.new_zeros(count, delta.A.shape[1]).index_add(0, self.owners, delta.A)
         return replace(delta, A=A, B=self.fact_residuals.float())

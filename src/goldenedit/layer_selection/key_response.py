@@ -284,7 +284,5 @@ def _detectors(
 
 def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> Tensor:
     """Return `a`, `(d_in,)`: how much of its value the configured editor adds for each key."""
-    problem = Problem([fact], torch.ones(1, 1), statistics)
-    problem = replace(problem, options=config.resolve(problem))
-    delta = problem.folded(config.editor.function(problem))
-    return (delta.B @ delta.A)[0]
+    change = config.solve(Problem([fact], torch.ones(1, 1), statistics))
+    return (change if isinstance(change, Tensor) else change.B @ change.A)[0]
