@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.architecture import Architecture
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editors import KeyStatistics
@@ -11,6 +15,7 @@ from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.covariance import StreamedStatistics, key_statistics
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
+from goldenedit.storage.fingerprint import Hashed
 
 
 class LanguageModel(TokenizedModel):
@@ -35,8 +40,15 @@ class LanguageModel(TokenizedModel):
         ```
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        architecture: Architecture | None = None,
+        weights: Hashed | None = None,
+        beside: str = "",
+    ) -> None:
+        super().__init__(model, tokenizer, architecture, weights, beside)
         self._contexts: dict[tuple[int, int, int], list[str]] = {}
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
         self._perplexity: float | None = None
