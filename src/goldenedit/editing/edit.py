@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.cost import phase
@@ -229,6 +230,7 @@ def _facts_at_once(
     )
 
 
+@outside_inference_mode()
 def train_facts(
     model: nn.Module,
     architecture: Architecture,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import Call, evaluating, stop_forward
+from goldenedit.architecture.hooks import Call, evaluating, outside_inference_mode, stop_forward
 from goldenedit.architecture.layers import Architecture
 from goldenedit.cache import write_atomically
 from goldenedit.devices import execution_device, input_device
@@ -126,6 +126,7 @@ def relative_contrast(contrast: Tensor, weight: float) -> Tensor:
     return contrast.double() * (weight / contrast.double().square().sum()) ** 0.5
 
 
+@outside_inference_mode()
 @torch.no_grad()
 def second_moments(
     model: nn.Module,
