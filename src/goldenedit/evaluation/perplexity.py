@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.devices import input_device
-from goldenedit.editing.rows import Row, context_length, pad, padding_id
+from goldenedit.editing.rows import Row, context_length, pad, padding_id, with_answer
 from goldenedit.requests import proxy_facts
 
 
@@ -51,4 +51,4 @@ def sample_texts(count: int = 50) -> list[str]:
     """Return plain statements of many kinds, in which the facts of the packaged set stand as they are."""
     facts = [fact for fact in proxy_facts() if fact.target_true is not None]
     step = max(1, len(facts) // count)
-    return [f"{fact.text} {fact.target_true}. {fact.paraphrases[0]}" for fact in facts[::step][:count]]
+    return [f"{with_answer(fact.text, str(fact.target_true))}. {fact.paraphrases[0]}" for fact in facts[::step][:count]]

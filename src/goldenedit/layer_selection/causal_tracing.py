@@ -55,7 +55,7 @@ def causal_tracing_scores(
     layers = [architecture.layer(model, index) for index in range(architecture.num_layers)]
     with evaluating(model), tqdm(total=len(facts), desc="Causal tracing", unit="fact", leave=False) as progress:
         for fact in facts:
-            old = fact.target_true or greedy_answer(model, tokenizer, fact.text)
+            old = fact.target_true or fact.joined(greedy_answer(model, tokenizer, fact.text))
             row = encode(tokenizer, fact.text, old, fact.subject_end, context_length(model.config))
             batch = pad([row] * draws, padding_id(tokenizer), device)
             targets = target_ids([row] * draws, device)

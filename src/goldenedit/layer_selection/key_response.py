@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
+from goldenedit.architecture.hooks import evaluating, outside_inference_mode, recording, watching_gradients
 from goldenedit.architecture.layers import Architecture
 from goldenedit.config import TRAINED, EditConfig
 from goldenedit.editing.edit import fact_keys
@@ -52,6 +52,7 @@ from goldenedit.evaluation.scores import harmonic_mean
 from goldenedit.formats import Pair
 from goldenedit.layer_selection.lga import greedy_answer
 from goldenedit.requests import ChatText, EditRequest
+from goldenedit.subjects import replace_subject
 
 # Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: a margin of 9.2 on
 # SmolLM2 up to layer 22 and of 8.1 on Gemma up to 15; behind them it falls as this reach says (at 25 4.7, by it 4.6).
@@ -66,6 +67,7 @@ PROPERTIES = (
 _ASKED = 5
 
 
+@outside_inference_mode()
 def key_response_scores(
     model: nn.Module,
     architecture: Architecture,
@@ -244,7 +246,9 @@ def other_prompts(fact: EditRequest, facts: Sequence[EditRequest]) -> list[str]:
     prompts: dict[str, str] = {}
     for other in draw.sample(list(facts), len(facts)):
         if other.relation is not None and other.relation != fact.relation and len(prompts) < _ASKED:
-            prompts.setdefault(other.relation, other.text.replace(other.subject, fact.subject))
+            text = other.text
+            asked = replace_subject(text, other.subject, fact.subject)
+            prompts.setdefault(other.relation, ChatText(asked, text.joint) if isinstance(text, ChatText) else asked)
     return list(prompts.values())
 
 

@@ -27,7 +27,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.experts import FusedExperts
-from goldenedit.architecture.hooks import Call, evaluating, reading_logits, recording, watching_gradients
+from goldenedit.architecture.hooks import (
+    Call,
+    evaluating,
+    outside_inference_mode,
+    reading_logits,
+    recording,
+    watching_gradients,
+)
 from goldenedit.architecture.layers import Architecture
 from goldenedit.devices import input_device
 from goldenedit.editing.contexts import continuation
@@ -38,6 +45,7 @@ from goldenedit.requests import EditRequest
 Loss = Literal["sequence", "answer"]
 
 
+@outside_inference_mode()
 def lga_scores(
     model: nn.Module,
     architecture: Architecture,
@@ -117,7 +125,9 @@ def _encode_pairs(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], processes: Processes
 ) -> list[tuple[Row, Row]]:
     longest = context_length(model.config)
-    answers = processes.map(lambda fact: fact.target_true or greedy_answer(model, tokenizer, fact.text), facts)
+    answers = processes.map(
+        lambda fact: fact.target_true or fact.joined(greedy_answer(model, tokenizer, fact.text)), facts
+    )
     pairs = []
     for fact, old in zip(facts, answers, strict=True):
         pairs.append(

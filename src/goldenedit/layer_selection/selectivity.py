@@ -26,6 +26,7 @@ from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.rows import Row, context_length, encode, pad, padding_id
 from goldenedit.editing.statistics import KeyStatistics
 from goldenedit.requests import EditRequest
+from goldenedit.subjects import find_subject
 
 
 @torch.no_grad()
@@ -73,10 +74,10 @@ def selectivity_scores(
 def _rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase, fact: EditRequest) -> tuple[list[Row], int]:
     """Return the rows of the prompt, the paraphrases and the neighbours, and the number of paraphrases."""
     longest = context_length(model.config)
-    named = [text for text in fact.paraphrases if fact.subject in text]
+    places = [(text, find_subject(text, fact.subject)) for text in fact.paraphrases]
+    named = [(text, place.start + len(fact.subject)) for text, place in places if place is not None]
     rows = [encode(tokenizer, fact.text, None, fact.subject_end, longest)]
-    for text in named:
-        rows.append(encode(tokenizer, text, None, text.rfind(fact.subject) + len(fact.subject), longest))
+    rows += [encode(tokenizer, text, None, end, longest) for text, end in named]
     rows += [encode(tokenizer, text, max_length=longest) for text in fact.neighborhood]
     return rows, len(named)
 
