@@ -17,7 +17,7 @@ from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape
 from goldenedit.architecture.quantised import reading_state
 from goldenedit.devices import execution_device
 from goldenedit.editing.delta import LowRankDelta
-from goldenedit.storage.folder import adapter_tensors, target_parameters
+from goldenedit.storage.folder import adapter_key, adapter_tensors, edit_name, target_parameters
 
 
 def carries_adapters(model: nn.Module) -> bool:
@@ -31,13 +31,13 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def configs(model: nn.Module) -> dict[str, Any]:
-    """Return PEFT's config of each adapter."""
-    return model.peft_config if isinstance(model, PeftModel) else {}
+    """Return PEFT's config of each adapter, by the name of its edit."""
+    return {edit_name(key): one for key, one in model.peft_config.items()} if isinstance(model, PeftModel) else {}
 
 
 def active(model: nn.Module) -> list[str]:
     """Return the names of the adapters that are switched on."""
-    return list(model.base_model.active_adapters) if isinstance(model, PeftModel) else []
+    return list(map(edit_name, model.base_model.active_adapters)) if isinstance(model, PeftModel) else []
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
@@ -49,9 +49,10 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     check_names(model, names)
     if isinstance(model, PeftModel):
         # The tuner stacks; PeftModel.set_adapter takes one name, and would switch gradients on.
-        model.base_model.set_adapter(list(dict.fromkeys(names)), inference_mode=True)
-        if names or model.active_adapter not in model.peft_config:
-            model.active_adapter = names[0] if names else next(iter(model.peft_config))
+        keys = list(dict.fromkeys(map(adapter_key, names)))
+        model.base_model.set_adapter(keys, inference_mode=True)
+        if keys or model.active_adapter not in model.peft_config:
+            model.active_adapter = keys[0] if keys else next(iter(model.peft_config))
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -119,22 +120,23 @@ def _add(
         # PEFT draws first values for the factors, which are replaced at once.
         with torch.random.fork_rng(devices=[]), _naming_targets_of(model, lora):
             if isinstance(model, PeftModel):
-                model.add_adapter(name, lora)
+                model.add_adapter(adapter_key(name), lora)
             else:
-                model = get_peft_model(model, lora, adapter_name=name)
+                model = get_peft_model(model, lora, adapter_name=adapter_key(name))
         return model, _put_factors(model, name, deltas, rank)
 
 
 def _put_factors(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta], rank: int) -> list[str]:
     """Give an adapter its factors; return the names of those that PEFT has no place for."""
+    key = adapter_key(name)
     for layer in _tuner_layers(base_of(model)):
         for factors in (layer.lora_A, layer.lora_B):
             # On no device, as the weight beside it that accelerate offloads; but nothing would move this one.
-            if name in factors and factors[name].weight.is_meta:
-                factors[name].to_empty(device=execution_device(layer.base_layer))
+            if key in factors and factors[key].weight.is_meta:
+                factors[key].to_empty(device=execution_device(layer.base_layer))
     padded = {path: delta.padded(rank) for path, delta in deltas.items()}
     with reading_state(model):
-        loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=name)
+        loaded = set_peft_model_state_dict(model, adapter_tensors(padded), adapter_name=key)
     return list(loaded.unexpected_keys)
 
 
@@ -193,16 +195,16 @@ def targets_parameters(model: nn.Module, name: str | None = None) -> bool:
 def remove(model: PreTrainedModel | PeftModel, name: str) -> PreTrainedModel | PeftModel:
     """Take an adapter away, all or half added; the others stay switched on or off as they are."""
     base = base_of(model)
-    if not isinstance(model, PeftModel) or list(model.peft_config) == [name]:
+    if not isinstance(model, PeftModel) or list(configs(model)) == [name]:
         for layer in _tuner_layers(base):
             for other in list(layer.lora_A):
                 layer.delete_adapter(other)
         _unwrap_empty(base)
         return base
     remaining = [other for other in active(model) if other != name]
-    if name in model.peft_config:
-        activate(model, [other for other in model.peft_config if other != name])  # PEFT warns on deleting active ones
-        model.delete_adapter(name)
+    if name in configs(model):
+        activate(model, [other for other in configs(model) if other != name])  # PEFT warns on deleting active ones
+        model.delete_adapter(adapter_key(name))
     _unwrap_empty(base)
     activate(model, remaining)
     return model
@@ -223,12 +225,12 @@ def _unwrap_empty(base: nn.Module) -> None:
 
 def read(model: PreTrainedModel | PeftModel, name: str) -> dict[str, LowRankDelta]:
     """Return the deltas of an adapter, by the path of the module they change."""
-    deltas = {}
+    key, deltas = adapter_key(name), {}
     for path, module in base_of(model).named_modules():
-        if isinstance(module, BaseTunerLayer) and name in module.lora_A:
-            A = module.lora_A[name].weight.detach() * module.scaling[name]
-            A, B = A.float().cpu().clone(), module.lora_B[name].weight.detach().float().cpu().clone()
-            delta = LowRankDelta.from_stored(A, B, module.r[name])
+        if isinstance(module, BaseTunerLayer) and key in module.lora_A:
+            A = module.lora_A[key].weight.detach() * module.scaling[key]
+            A, B = A.float().cpu().clone(), module.lora_B[key].weight.detach().float().cpu().clone()
+            delta = LowRankDelta.from_stored(A, B, module.r[key])
             deltas[f"{path}.{module.parameter_name}" if delta.experts > 1 else path] = delta
     return deltas
 
@@ -282,9 +284,9 @@ def merged(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator
         for path, module in layers.items():
             weight = kept[path]
             changed = weight.detach().float()  # summed in full precision, rounded once
-            for name in names:
-                if name in module.lora_A:
-                    changed = changed + module.get_delta_weight(name).to(changed)
+            for key in map(adapter_key, names):
+                if key in module.lora_A:
+                    changed = changed + module.get_delta_weight(key).to(changed)
             changed = changed.to(weight.dtype)
             setattr(module.base_layer, names_of[path], nn.Parameter(changed, requires_grad=weight.requires_grad))
             _put(base, path, module.base_layer)

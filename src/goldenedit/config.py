@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Number
 from typing import Any
 
-from goldenedit.requests import EditRequest
+from goldenedit.requests import EditRequest, as_requests
 
 TRAINED = ("ft-l", "ft-m", "lora", "ultraedit")  # these need no values and keys, but gradients
 METHODS = ("rome", "r-rome", "memit", "emmet", "pmet", "alphaedit", *TRAINED)
@@ -204,6 +207,8 @@ class EditConfig:
     seed: int = field(default=0, metadata={"help": "Seed of everything that is sampled."})
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            setattr(self, entry.name, _plain(getattr(self, entry.name)))
         _check_choice("method", self.method, METHODS)
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
         _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
@@ -223,11 +228,8 @@ class EditConfig:
         _check_texts("target_modules", self.target_modules)
         if not isinstance(self.proxy, str | list | tuple | None):
             raise ValueError(f"EditConfig.proxy must be a file, a list of requests or None, got {self.proxy!r}.")
-        if isinstance(self.proxy, Sequence) and not isinstance(self.proxy, str):
-            self.proxy = [
-                request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
-                for request in self.proxy
-            ]
+        if isinstance(self.proxy, list | tuple):
+            self.proxy = as_requests(self.proxy)
 
     def _check_layers(self) -> None:
         if isinstance(self.layer, str):
@@ -303,6 +305,13 @@ class EditConfig:
         return cls(**values)
 
 
+def _plain(value: Any) -> Any:
+    """Return a path as a text and a number of numpy as Python's: what JSON has."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+
+
 def _check_choice(name: str, value: str, choices: Sequence[str], otherwise: str | None = None) -> None:
     if value not in choices:
         more = f", or {otherwise}" if otherwise else ""
@@ -343,11 +352,21 @@ def _scores(scores: Any) -> list[Any]:
 
 
 def _layer_numbers(layer: Any, name: str = "layer") -> int | list[int]:
-    numbers = list(layer) if isinstance(layer, list | tuple) else [layer]
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+    given = layer.tolist() if hasattr(layer, "tolist") else layer  # an array, or one of its numbers
+    numbers = [_whole(number) for number in (given if isinstance(given, list | tuple | range) else [given])]
+    known = [number for number in numbers if number is not None and number >= 0]
+    if not known or len(known) != len(numbers):
         raise ValueError(
             f"EditConfig.{name} must be a layer's number or a list of them, counted from 0, got {layer!r}."
         )
-    if len(set(numbers)) != len(numbers):
+    if len(set(known)) != len(known):
         raise ValueError(f"EditConfig.{name} names a layer twice: {layer!r}.")
-    return numbers[0] if isinstance(layer, int) or len(numbers) == 1 else sorted(numbers)
+    return known[0] if len(known) == 1 else sorted(known)
+
+
+def _whole(number: Any) -> int | None:
+    """Return a whole number of any kind, such as numpy's, as Python's; None for all else."""
+    try:
+        return None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return None

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit import adapters as peft_adapters
 from goldenedit.architecture import Architecture, read_architecture
+from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cache import cache_key
 from goldenedit.chat import rendered
 from goldenedit.config import SCORED_SELECTORS, TRAINED, EditConfig
@@ -30,7 +31,7 @@ from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.perplexity import perplexity, sample_texts
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
-from goldenedit.requests import EditRequest, Message, distinct
+from goldenedit.requests import EditRequest, Facts, Message, as_requests, distinct
 from goldenedit.sharing import SharingMixin, library_versions
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import golden_metadata
@@ -42,7 +43,8 @@ from goldenedit.storage.folder import (
     Edit,
     EditedFact,
     EditFolder,
-    is_edit_name,
+    adapter_key,
+    check_edit_name,
     joined,
     joined_state,
     write_edit_folder,
@@ -51,6 +53,8 @@ from goldenedit.storage.hub import DownloadOptions, cached_commit, find_folder, 
 from goldenedit.storage.reading import read_edit_folder
 
 logger = logging.getLogger(__name__)
+
+_TOLD = 5  # doubts about subjects that one batch logs
 
 
 def get_edit_model(
@@ -112,6 +116,11 @@ class EditModel(nn.Module, SharingMixin):
                 "The model already carries PEFT adapters: take them off (unload() of their wrapper), or write them "
                 "into the weights first (merge_and_unload())."
             )
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError(
+                "The model was loaded inside torch.inference_mode(), and no gradient passes through such weights: load "
+                "it outside. All methods of an EditModel may be called inside."
+            )
         self.edit_config = edit_config
         self.tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
         self.architecture: Architecture = read_architecture(model, edit_config.target_modules)
@@ -133,6 +142,7 @@ class EditModel(nn.Module, SharingMixin):
 
     # ------------------------------------------------------------------ editing
 
+    @outside_inference_mode()
     def select_layer(self) -> int | list[int]:
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
         with self.disable_adapter():
@@ -147,9 +157,10 @@ class EditModel(nn.Module, SharingMixin):
         assert self.edit_config.target_layer is not None
         return self.edit_config.target_layer
 
+    @outside_inference_mode()
     def edit(
         self,
-        prompt: str | EditRequest | Sequence[EditRequest] | None = None,
+        prompt: str | Facts | None = None,
         subject: str | None = None,
         target_new: str | None = None,
         target_true: str | None = None,
@@ -161,8 +172,9 @@ class EditModel(nn.Module, SharingMixin):
         Either all requests are served or nothing changes: what cannot be done raises first.
 
         Args:
-            prompt: The text before the answer, with `subject` and `target_new`; or a request; or a list of requests,
-                of which those that ask for the same answer to the same prompt are edited once.
+            prompt: The text before the answer, with `subject` and `target_new`; or a request, or a list of requests,
+                of which those that ask for the same answer to the same prompt are edited once. A request may be a
+                dict, see `EditRequest.from_dict`.
             subject: The entity the fact is about, as spelled in the prompt.
             target_new: The new answer.
             target_true: The old answer, where known.
@@ -176,6 +188,7 @@ class EditModel(nn.Module, SharingMixin):
             ValueError: A request is bad, two contradict each other, the name is taken, or the optimisation fails.
         """
         asked = _as_requests(prompt, subject, target_new, target_true, messages)
+        _tell_doubts(asked)
         name = self._new_name(name)
         base = self.get_base_model()
         requests = [rendered(self.tokenizer, request) for request in asked]
@@ -253,9 +266,10 @@ class EditModel(nn.Module, SharingMixin):
                 f"model: more than EditConfig.max_perplexity_ratio={most} allows, so the edit was undone."
             )
 
+    @outside_inference_mode()
     def evaluate(
         self,
-        requests: Sequence[EditRequest] | None = None,
+        requests: Facts | None = None,
         generation: bool = False,
         neighbors: int | None = None,
     ) -> Evaluation:
@@ -264,7 +278,7 @@ class EditModel(nn.Module, SharingMixin):
         What was measured last goes into the model card when these edits are saved.
 
         Args:
-            requests: The facts; by default those of the active edits.
+            requests: The facts, as `edit` takes them; by default those of the active edits.
             generation: Let both models write freely as well, which takes longer.
             neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
 
@@ -274,18 +288,18 @@ class EditModel(nn.Module, SharingMixin):
         own = requests is None
         if requests is None:
             requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
-        if not requests:
+        facts = [rendered(self.tokenizer, request) for request in as_requests(requests)]
+        if not facts:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
-        requests = [rendered(self.tokenizer, request) for request in requests]
         base, where = self.get_base_model(), self.architecture
         paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
         first = min(map(where.layer_of, paths), default=where.num_layers - 1)
         with phase("evaluation"):
             edited, before = observe_with_and_without(
-                base, where, self.tokenizer, requests, first, self.disable_adapter, generation, neighbors
+                base, where, self.tokenizer, facts, first, self.disable_adapter, generation, neighbors
             )
-        found = Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
-        self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(requests), **found.to_dict()}
+        found = Evaluation(measure(facts, edited, before, neighbors), measure(facts, before, before, neighbors))
+        self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(facts), **found.to_dict()}
         return found
 
     # ------------------------------------------------------------------ adapters, as PEFT has them
@@ -326,6 +340,7 @@ class EditModel(nn.Module, SharingMixin):
         with peft_adapters.disabled(self.model):
             yield
 
+    @outside_inference_mode()
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -372,8 +387,9 @@ class EditModel(nn.Module, SharingMixin):
                 f"Edits of fused experts are no matrices that PEFT combines by {combination_type!r}: use 'cat'."
             )
         else:
+            keys = [adapter_key(name) for name in (*adapters, adapter_name)]
             self.model.base_model.add_weighted_adapter(
-                list(adapters), list(weights), adapter_name, combination_type=combination_type, **kwargs
+                keys[:-1], list(weights), keys[-1], combination_type=combination_type, **kwargs
             )
             facts = [fact for part in parts for fact in part.facts]
             error = max(part.relative_error for part in parts)
@@ -383,6 +399,7 @@ class EditModel(nn.Module, SharingMixin):
         self.set_adapter(active)
         self.edits[adapter_name] = made
 
+    @outside_inference_mode()
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
         """Write the active edits into the weights and return the plain model.
 
@@ -397,7 +414,7 @@ class EditModel(nn.Module, SharingMixin):
             active = self.active_adapters
             metadata = golden_metadata(self._content(active)) if active else {}
             self.model = self.model.merge_and_unload(
-                progressbar=progressbar, safe_merge=safe_merge, adapter_names=active
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=[adapter_key(name) for name in active]
             )
             self.edits, self._evaluations = {}, {}
             self.layer_selection = self._proxy_hash = None  # what was found is of other weights
@@ -518,6 +535,7 @@ class EditModel(nn.Module, SharingMixin):
         if self.active_adapters != active:
             self.set_adapter(active)
 
+    @outside_inference_mode()
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
         if made_on.fingerprint != self.base_info.fingerprint and not ignore_fingerprint:
@@ -565,8 +583,7 @@ class EditModel(nn.Module, SharingMixin):
             while f"edit_{number}" in self.peft_config:
                 number += 1
             return f"edit_{number}"
-        if not is_edit_name(name):
-            raise ValueError(f"{name!r} cannot name an edit: use letters, digits, '_', '-' and spaces.")
+        check_edit_name(name)
         if name in self.peft_config:
             raise ValueError(
                 f"There is an edit {name!r} already: choose another name, or delete_adapter({name!r}) first."
@@ -605,7 +622,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def _as_requests(
-    prompt: str | EditRequest | Sequence[EditRequest] | None,
+    prompt: str | Facts | None,
     subject: str | None,
     target_new: str | None,
     target_true: str | None,
@@ -621,7 +638,16 @@ def _as_requests(
         return [EditRequest(prompt, subject, target_new, target_true, messages=messages)]
     if subject is not None or target_new is not None or target_true is not None:
         raise ValueError("edit() with requests takes no subject, target_new or target_true: they are in the requests.")
-    requests = distinct([prompt] if isinstance(prompt, EditRequest) else prompt)
+    requests = distinct(as_requests(prompt))
     if not requests:
         raise ValueError("edit() needs at least one request.")
     return requests
+
+
+def _tell_doubts(requests: Sequence[EditRequest]) -> None:
+    """Say of which subjects another place may be meant; of a large batch, of the first few."""
+    doubts = [doubt for request in requests if (doubt := request.doubt) is not None]
+    for doubt in doubts[:_TOLD]:
+        logger.warning("%s", doubt)
+    if more := len(doubts[_TOLD:]):
+        logger.warning("The places of the subjects of %d more requests are in doubt (EditRequest.doubt).", more)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -173,9 +174,11 @@ def proxy_set(config: EditConfig) -> list[EditRequest]:
     """
     if config.proxy is None:
         facts = proxy_facts()
-    elif isinstance(config.proxy, str):
+    elif isinstance(config.proxy, str | os.PathLike):
         if not Path(config.proxy).is_file():
-            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file; give a .json or .jsonl file of facts.")
+            raise ValueError(
+                f"EditConfig.proxy {os.fspath(config.proxy)!r} is not a file; give a .json or .jsonl file of facts."
+            )
         facts = load_requests(config.proxy)
     else:
         facts = config.proxy

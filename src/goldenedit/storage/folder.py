@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,8 +34,8 @@ CARD = "README.md"
 EDIT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EDITS, EDIT_STATE, CARD)
 
 PREFIX = "base_model.model."
-_TAKEN_NAMES = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters by their names in one
-
+_TAKEN_KEYS = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters by their keys in one
+_LORA = "lora_"  # PEFT warns of keys that are a part of it
 
 T = TypeVar("T")
 
@@ -160,11 +162,52 @@ class EditFolder:
         return sorted({layer for config in self.configs for layer in config.target_layers})
 
 
+def check_edit_name(name: Any) -> None:
+    """Raise ValueError unless a text can name an edit: letters and digits, with `_`, `-`, `.` and spaces between."""
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} cannot name an edit: it is no text.")
+    forbidden = "".join(dict.fromkeys(one for one in name if not _may_name(one)))
+    reasons = {
+        "it is empty": not name.strip(),
+        "it begins or ends with white space": name != name.strip(),
+        "it begins or ends with '.'": name.startswith(".") or name.endswith("."),
+        "it holds '..'": ".." in name,
+        f"it holds {forbidden!r}": bool(forbidden),
+    }
+    if reason := next((reason for reason, is_so in reasons.items() if is_so), None):
+        better = re.sub(r"\.{2,}", ".", "".join(one if _may_name(one) else "-" for one in name)).strip("-. ")
+        raise ValueError(
+            f"{name!r} cannot name an edit: {reason}. Use letters, digits, '_', '-', '.' and spaces, as in "
+            f"{better or 'edit 1'!r}."
+        )
+
+
+def _may_name(character: str) -> bool:
+    return character.isalnum() or character in "_-. " or unicodedata.category(character)[0] == "M"
+
+
 def is_edit_name(name: Any) -> bool:
-    """Tell whether a text can name an edit and its adapter: letters, digits, `_`, `-` and spaces."""
-    return (
-        isinstance(name, str) and name.replace("-", "_").replace(" ", "_").isidentifier() and name not in _TAKEN_NAMES
-    )
+    """Tell whether a text can name an edit, see `check_edit_name`."""
+    try:
+        check_edit_name(name)
+    except ValueError:
+        return False
+    return True
+
+
+def adapter_key(name: str) -> str:
+    """Return the key of an edit's adapter in PEFT: its name, with `%2E` for dots.
+
+    PEFT keeps adapters in an `nn.ModuleDict`, whose keys hold no dot and are none of its attributes, such as `update`,
+    and warns of keys that are a part of `lora_`: the first letter of those is written as its number too.
+    """
+    key = name.replace(".", "%2E")
+    return f"%{ord(key[0]):02X}{key[1:]}" if key in _TAKEN_KEYS or key in _LORA else key
+
+
+def edit_name(key: str) -> str:
+    """Return the name of the edit whose adapter has this key in PEFT, see `adapter_key`."""
+    return re.sub("%([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), key)
 
 
 def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
