@@ -3,8 +3,11 @@
 import json
 import math
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from goldenedit.config import EditConfig
 from goldenedit.requests import EditRequest
@@ -38,9 +41,35 @@ def test_a_proxy_may_be_given_as_records():
 
 
 @pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"layer": np.int64(3)}, {"layer": 3}),
+        ({"layer": np.array([2, 1])}, {"layer": [1, 2]}),
+        ({"layer": [np.int32(2), 1]}, {"layer": [1, 2]}),
+        ({"layer": range(1, 3)}, {"layer": [1, 2]}),
+        ({"layer": torch.tensor(3)}, {"layer": 3}),
+        ({"target_layer": np.int64(3)}, {"target_layer": 3}),
+        ({"steps": np.int64(3), "lr": np.float32(0.5), "seed": np.uint8(1)}, {"steps": 3, "lr": 0.5, "seed": 1}),
+        ({"proxy": Path("facts.jsonl")}, {"proxy": "facts.jsonl"}),
+        ({"covariance": Path("texts.txt")}, {"covariance": "texts.txt"}),
+    ],
+)
+def test_paths_and_numbers_of_numpy_are_kept_as_json_has_them(given, plain):
+    assert EditConfig(**given) == EditConfig(**plain)
+    assert json.loads(json.dumps(EditConfig(**given).to_dict())) == json.loads(
+        json.dumps(EditConfig(**plain).to_dict())
+    )
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("method", "mend"),
+        ("layer", np.float64(1.0)),
+        ("layer", np.array([1.0])),
+        ("layer", np.array([])),
+        ("layer", np.bool_(True)),
+        ("layer", np.int64(-1)),
         ("layer", "middle"),
         ("layer", -1),
         ("layer", True),

@@ -21,6 +21,8 @@ ORDER = (
     "devices",
     "parallel",
     "cost",
+    "writing",
+    "subjects",
     "requests",
     "data",
     "editors",

@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
+import math
+import re
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.cache import cache_dir
-from goldenedit.storage.folder import EditedFact, write_edit_folder
+from goldenedit.lm.tokens import encode
+from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.storage.folder import EditedFact, is_edit_name, write_edit_folder
 from goldenedit.storage.reading import read_edit_folder
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model
 
@@ -28,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_na
 
 TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
 MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
-MELTING = EditRequest("In the city of ", "the city of ", "Rome")
+CHAT = EditRequest(messages=[{"role": "user", "content": "Where is Paris?"}], subject="Paris", target_new="Rome")
 LONG = EditRequest("Paris " * 200 + "is in", "Paris", "Rome")
 FACTS = [TOWER, MERKEL]
 PROMPTS = [TOWER.text, "Berlin is a city.", "The quick brown fox"]
@@ -339,11 +345,42 @@ def test_edits_are_numbered_where_they_have_no_name(edit_model):
     assert edit_model.edit(TOWER).name == "edit_1"
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "..", "1.0", "a\nb", 'a"b'])
-def test_a_name_that_cannot_name_an_edit_is_refused(edit_model, name):
-    with pytest.raises(ValueError, match="cannot name an edit"):
+@pytest.mark.parametrize("name", [" ", " a", "a ", "", "a/b", "..", ".a", "a..b", "a\nb", 'a"b'])
+def test_a_name_that_cannot_name_an_edit_is_refused_beside_one_that_can(edit_model, name):
+    with pytest.raises(ValueError, match=r"cannot name an edit: it (is|begins|holds)") as error:
         edit_model.edit(TOWER, name=name)
     assert edit_model.edits == {}
+    assert is_edit_name(re.search("as in '(.*)'", str(error.value))[1])
+
+
+@pytest.mark.parametrize("name", ["2024 update", "update", "keys", "training", "v1.0", "lora", "0", "mlp", "weight"])
+def test_an_edit_of_any_name_goes_through_every_verb_and_stock_peft(edit_model, tokenizer, logits, tmp_path, name):
+    base = logits(edit_model)
+    edit_model.edit(MERKEL, name="other")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Adapter name")  # PEFT's, of names that are a part of its own
+        edit_model.edit(TOWER, name=name)
+    assert edit_model.active_adapters == list(edit_model.peft_config) == ["other", name]
+    both = logits(edit_model)
+    edit_model.set_adapter(name)
+    alone = logits(edit_model)
+    edit_model.add_weighted_adapter([name, "other"], [1.0, 1.0], f"{name} sum")
+    edit_model.add_weighted_adapter([name, "other"], [1.0, 1.0], f"{name}.svd", "svd", svd_rank=2)
+    for of_both in ([name, "other"], f"{name} sum", f"{name}.svd"):
+        edit_model.set_adapter(of_both)
+        assert_near(logits(edit_model), both, 1e-4)
+    edit_model.set_adapter(name)
+    edit_model.save_pretrained(tmp_path)
+    loaded = EditModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer=tokenizer)
+    assert loaded.active_adapters == [name]
+    assert_near(logits(loaded), alone, 1e-5)
+    assert_near(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path)), alone, 1e-5)
+    edit_model.delete_adapter(name)
+    assert edit_model.active_adapters == []
+    assert_near(logits(edit_model), base, 0)
+    loaded.load_adapter(tmp_path, "items")
+    assert loaded.active_adapters == [name]
+    assert_near(logits(loaded.merge_and_unload()), alone, 1e-5)
 
 
 def test_a_name_that_is_taken_is_refused(two_edits):
@@ -568,6 +605,7 @@ def test_the_same_edit_of_the_same_model_is_the_same_bytes(tokenizer, tmp_path):
 
 STOCK = """
 import sys
+import warnings
 from pathlib import Path
 import torch
 from peft import PeftModel
@@ -696,11 +734,11 @@ both = pytest.mark.parametrize("edited", [False, True], ids=["first edit", "thir
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (MELTING, "melts"),
+        (CHAT, "no chat template"),
         (EditRequest(TOWER.prompt, TOWER.subject, "Berlin"), "contradict"),
         (LONG, "tokens"),
     ],
-    ids=["an answer that melts", "a contradiction", "too long"],
+    ids=["a chat without a template", "a contradiction", "too long"],
 )
 def test_a_request_that_cannot_be_served_leaves_no_trace(tokenizer, logits, edited, bad, message):
     model = prepared(tokenizer, edited)
@@ -924,3 +962,133 @@ def test_the_tokenizer_is_found_where_the_model_was(base, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     model = EditModel(type(base).from_pretrained(tmp_path), config())
     assert model.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+# ---------------------------------------------------------------------- what is asked, in every form
+
+
+@pytest.mark.parametrize("one", [TOWER.to_dict(), [TOWER.to_dict()], (TOWER.to_dict(),), [TOWER]], ids=type)
+def test_records_are_edited_and_measured_as_the_requests_that_they_are(tokenizer, logits, one):
+    expected, found = (get_edit_model(tiny_model("llama"), config(), tokenizer) for _ in range(2))
+    expected.edit(TOWER)
+    assert found.edit(one).facts[0].request == TOWER
+    assert torch.equal(logits(found), logits(expected))
+    assert found.evaluate(one) == expected.evaluate([TOWER])
+
+
+@pytest.mark.parametrize("one", ["Paris is in", ["Paris is in"], [{"prompt": "Paris is in"}], [3]])
+def test_what_is_no_request_is_named(edit_model, one):
+    with pytest.raises(ValueError, match=r"'Paris is in'|'subject', 'target_new'|got 3"):
+        edit_model.evaluate(one)
+
+
+@pytest.mark.parametrize(
+    ("layer", "method"),
+    [
+        *((layer, "r-rome") for layer in ("lga", "selectivity", "key_response", "causal_tracing", "sweep")),
+        *((1, method) for method in ("memit", "pmet", "alphaedit", "ft-l", "lora", "ultraedit")),
+    ],
+)
+def test_inside_inference_mode_all_is_as_outside(tokenizer, logits, monkeypatch, tmp_path, layer, method):
+    fact = replace(TOWER, paraphrases=("You and The Eiffel Tower",), neighborhood=("Angela Merkel is in",))
+    options = config(layer=layer, method=method, covariance="sampled", covariance_tokens=300, proxy=[fact])
+    models = []
+    for mode in (False, True):
+        monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / str(mode)))
+        model = EditModel(tiny_model("llama"), copy.copy(options), tokenizer)
+        with torch.inference_mode() if mode else torch.enable_grad():
+            model.select_layer()
+            model.edit(FACTS, name="facts")
+            model.evaluate(FACTS)
+            assert torch.is_inference_mode_enabled() == mode
+        models.append(model)
+    one, other = models
+    assert one.edit_config == other.edit_config
+    assert torch.equal(logits(one), logits(other))
+    assert one.evaluate(FACTS) == other.evaluate(FACTS)
+    assert not any(parameter.is_inference() for parameter in other.parameters())
+    assert [fact.probability_after for fact in other.edit([MERKEL]).facts] == [
+        fact.probability_after for fact in one.edit([MERKEL]).facts
+    ]
+
+
+def test_edits_loaded_combined_and_merged_inside_inference_mode_are_differentiated_through_outside(
+    two_edits, tokenizer, tmp_path
+):
+    two_edits.save_pretrained(tmp_path)
+    base = tiny_model("llama")
+    with torch.inference_mode():
+        loaded = EditModel.from_pretrained(base, tmp_path, tokenizer=tokenizer)
+        loaded.add_weighted_adapter(["edit_1", "merkel"], [1.0, 1.0], "both")
+    loaded.edit(TOWER, name="again")
+    with torch.inference_mode():
+        merged_model = loaded.merge_and_unload(safe_merge=True)
+    assert not any(parameter.is_inference() for parameter in merged_model.parameters())
+    EditModel(merged_model, config(), tokenizer).edit(TOWER)
+
+
+def test_weights_that_no_gradient_passes_are_refused_with_the_remedy(base, tokenizer):
+    with torch.inference_mode():
+        made_inside = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="load it outside"):
+        EditModel(made_inside, config(), tokenizer)
+
+
+# ---------------------------------------------------------------------- where the subject is, and how the answer joins
+
+
+def test_white_space_around_the_subject_edits_the_same_word(tokenizer, logits):
+    expected, found = (get_edit_model(tiny_model("llama"), config(), tokenizer) for _ in range(2))
+    expected.edit("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome")
+    found.edit("The Eiffel Tower is in the city of", "The Eiffel Tower ", "Rome")
+    assert torch.equal(logits(found), logits(expected))
+
+
+def test_a_doubtful_place_of_the_subject_is_told_with_the_remedy_and_a_certain_one_is_not(edit_model, caplog):
+    with caplog.at_level(logging.WARNING):
+        edit_model.edit("Rome? No, in Rome one is", "Rome", "London")
+        edit_model.edit("In London and London you are", "don", "Rome")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "'Rome' is in 2 places of 'Rome? No, in Rome one is'" in told[0]
+    assert "'Rome? No, in [Rome] one is'" in told[0]
+    assert "Write {}" in told[0]
+    caplog.clear()
+    edit_model.edit("{}? No, in Rome you are", "Rome", "London")
+    edit_model.edit(MERKEL)
+    assert caplog.records == []
+
+
+def test_the_many_doubts_of_a_batch_are_counted(edit_model, caplog):
+    facts = [EditRequest(f"Rome, in Rome {number} is", "Rome", "London") for number in range(8)]
+    edit_model.edit(facts)
+    told = [record.getMessage() for record in caplog.records if "Rome" in record.getMessage()]
+    assert len(told) == 5
+    assert any("subjects of 3 more requests" in record.getMessage() for record in caplog.records)
+
+
+def test_an_edit_behind_an_opening_quote_is_of_the_word_without_a_space(edit_model, tokenizer):
+    request = EditRequest('The Eiffel Tower is in the city of "', "The Eiffel Tower", "Rome")
+    fact = edit_model.edit(request).facts[0]
+    ids = tokenizer(request.text).input_ids
+    answer = tokenizer("Rome").input_ids
+    with torch.no_grad():
+        scores = edit_model(torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    expected = scores.gather(1, torch.tensor(answer)[:, None]).mean().exp().item()
+    assert fact.probability_after == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_answer_that_is_marked_as_joined_is_so_in_edit_evaluation_and_after_loading(edit_model, tokenizer, tmp_path):
+    fact = EditRequest("The Eiffel Tower is in the", "The Eiffel Tower", "re", "Paris", ("You and I in the",), joint="")
+    edited = edit_model.edit(fact).facts[0]
+    evaluated = edit_model.evaluate([fact])
+    pairs = [(prompt + "re", prompt) for prompt in (fact.text, *fact.paraphrases)]
+    for text, prompt in pairs:
+        (found,) = likelihoods(edit_model.get_base_model(), tokenizer, [(prompt, fact.target_new)])
+        assert tokenizer.decode(encode(tokenizer, prompt, fact.target_new).input_ids) == text
+        if prompt == fact.text:
+            assert edited.probability_after == pytest.approx(math.exp(-found.nll), rel=1e-4)
+    edit_model.save_pretrained(tmp_path)
+    loaded = EditModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer=tokenizer)
+    assert loaded.edits["edit_1"].facts[0].request == fact
+    assert loaded.evaluate().to_dict()["edited"] == evaluated.to_dict()["edited"]

@@ -1,6 +1,7 @@
 """Requests: what is refused, how they are spelled, and how files of them are read."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,27 @@ def test_the_subject_is_found_in_the_middle_of_a_template():
 def test_a_request_survives_json(request_):
     record = json.loads(json.dumps(request_.to_dict()))
     assert EditRequest.from_dict(record) == request_
+
+
+@pytest.mark.parametrize("joint", ["", " ", "\n"])
+def test_a_mark_of_how_the_answers_join_survives_json_and_copies(joint):
+    request = EditRequest(**FACT, target_true="Paris", joint=joint)
+    again = EditRequest.from_dict(json.loads(json.dumps(request.to_dict())))
+    assert again == request != EditRequest(**FACT, target_true="Paris")
+    for one in (request, again, replace(request, target_true="Berlin")):
+        assert [answer.joint for answer in (one.target_new, one.target_true, one.joined("x"))] == [joint] * 3
+    assert {type(value) for value in request.to_dict().values()} == {str}
+
+
+@pytest.mark.parametrize("joint", ["-", 3, True])
+def test_a_mark_that_is_no_white_space_is_refused(joint):
+    with pytest.raises(ValueError, match="joint must be white space"):
+        EditRequest(**FACT, joint=joint)
+
+
+@pytest.mark.parametrize("answer", [" Rome", "\nRome", " Rome "])
+def test_white_space_of_an_answer_is_kept(answer):
+    assert EditRequest(**FACT | {"target_new": answer}).target_new == answer
 
 
 def test_fields_that_are_not_set_are_not_written():
@@ -167,17 +189,18 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     ],
 )
 @pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
-def test_a_damaged_record_is_named_by_file_and_index(tmp_path, name, bad):
+def test_a_damaged_record_is_named_by_file_and_place(tmp_path, name, bad):
     records = [FACT, bad]
+    place = "record 1" if name == "facts.json" else "line 2"
     text = json.dumps(records) if name == "facts.json" else "\n".join(map(json.dumps, records))
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{name}, record 1:"):
+    with pytest.raises(ValueError, match=rf"{name}, {place}:"):
         load_requests(tmp_path / name)
 
 
-def test_a_damaged_line_is_named_by_its_index(tmp_path):
+def test_a_damaged_line_is_named_by_its_number(tmp_path):
     (tmp_path / "facts.jsonl").write_text(json.dumps(FACT) + "\n{broken\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"facts.jsonl, record 1:"):
+    with pytest.raises(ValueError, match=r"facts.jsonl, line 2: not valid JSON"):
         load_requests(tmp_path / "facts.jsonl")
 
 

@@ -111,7 +111,9 @@ def locate(
 @app.command()
 def edit(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="The text before the answer, with the subject in it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text before the answer, with the subject or {} in it.")
+    ] = None,
     subject: Annotated[str | None, typer.Option(help="The entity, as spelled in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     file: Annotated[Path | None, typer.Option(help="Facts to edit as one batch (.json, .jsonl).")] = None,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +23,7 @@ from goldenedit.editors.options import check_fields, check_number, default_of, i
 from goldenedit.editors.ultraedit import UltraEditOptions
 from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
 from goldenedit.registry import UnknownNameError, is_plain
-from goldenedit.requests import EditRequest
+from goldenedit.requests import EditRequest, as_requests
 
 REGULARIZERS = ("rect", "prune")
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
@@ -144,6 +146,8 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     )
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            setattr(self, entry.name, _plain(getattr(self, entry.name)))
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
         _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
         self._check_layers()
@@ -197,15 +201,10 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             )
 
     def _check_proxy(self) -> None:
-        if isinstance(self.proxy, Path):
-            self.proxy = str(self.proxy)
         if not isinstance(self.proxy, str | list | tuple | None):
             raise ValueError(f"EditConfig.proxy must be a file, a list of requests or None, got {self.proxy!r}.")
         if isinstance(self.proxy, list | tuple):
-            self.proxy = [
-                request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
-                for request in self.proxy
-            ]
+            self.proxy = as_requests(self.proxy)
 
     def _check_layers(self) -> None:
         if isinstance(self.layer, str):
@@ -367,6 +366,13 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         return config
 
 
+def _plain(value: Any) -> Any:
+    """Return a path as a text and a number of numpy as Python's: what JSON has."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+
+
 def _check_choice(name: str, value: str, choices: Sequence[str], otherwise: str | None = None) -> None:
     if value not in choices:
         more = f", or {otherwise}" if otherwise else ""
@@ -386,11 +392,21 @@ def _scores(scores: Any) -> list[Any]:
 
 
 def _layer_numbers(layer: Any, name: str = "layer") -> int | list[int]:
-    numbers = list(layer) if isinstance(layer, list | tuple) else [layer]
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+    given = layer.tolist() if hasattr(layer, "tolist") else layer  # an array, or one of its numbers
+    numbers = [_whole(number) for number in (given if isinstance(given, list | tuple | range) else [given])]
+    known = [number for number in numbers if number is not None and number >= 0]
+    if not known or len(known) != len(numbers):
         raise ValueError(
             f"EditConfig.{name} must be a layer's number or a list of them, counted from 0, got {layer!r}."
         )
-    if len(set(numbers)) != len(numbers):
+    if len(set(known)) != len(known):
         raise ValueError(f"EditConfig.{name} names a layer twice: {layer!r}.")
-    return numbers[0] if isinstance(layer, int) or len(numbers) == 1 else sorted(numbers)
+    return known[0] if len(known) == 1 else sorted(known)
+
+
+def _whole(number: Any) -> int | None:
+    """Return a whole number of any kind, such as numpy's, as Python's; None for all else."""
+    try:
+        return None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return None

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.adapters import Adapters, is_conv1d, plain
 from goldenedit.architecture import Architecture, read_architecture
+from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cache import cache_key
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
@@ -30,7 +31,7 @@ from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.tokens import encode_request
-from goldenedit.requests import EditRequest, Message, distinct
+from goldenedit.requests import EditRequest, Facts, Message, as_requests, distinct
 from goldenedit.sharing import SharingMixin
 from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import weight_hashes
@@ -47,6 +48,8 @@ from goldenedit.storing import StoringMixin
 from goldenedit.versions import library_versions
 
 logger = logging.getLogger(__name__)
+
+_TOLD = 5  # doubts about subjects that one batch logs
 
 # Verbs of PEFT and transformers that would leave an EditModel unaware of what is on, with what to call instead.
 _REFUSED = {
@@ -120,6 +123,11 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         model = extract_model_from_parallel(model, keep_torch_compile=False)  # edits go into what was compiled
         if not isinstance(model, PreTrainedModel | PeftModel):
             raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError(
+                "The model was loaded inside torch.inference_mode(), and no gradient passes through such weights: load "
+                "it outside. All methods of an EditModel may be called inside."
+            )
         self.adapters = Adapters(model)
         base = self.adapters.base
         self.edit_config = copy.deepcopy(edit_config)
@@ -154,6 +162,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
 
     # ------------------------------------------------------------------ editing
 
+    @outside_inference_mode()
     def select_layer(self) -> int | list[int]:
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
         self._see_model()
@@ -167,9 +176,10 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         layers = self.edit_config.target_layers
         return layers[0] if len(layers) == 1 else layers
 
+    @outside_inference_mode()
     def edit(
         self,
-        prompt: str | EditRequest | Sequence[EditRequest] | None = None,
+        prompt: str | Facts | None = None,
         subject: str | None = None,
         target_new: str | None = None,
         target_true: str | None = None,
@@ -181,8 +191,9 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         Either all requests are served or nothing changes: what cannot be done raises first.
 
         Args:
-            prompt: The text before the answer, with `subject` and `target_new`; or a request; or a list of requests,
-                of which those that ask for the same answer to the same prompt are edited once.
+            prompt: The text before the answer, with `subject` and `target_new`; or a request, or a list of requests,
+                of which those that ask for the same answer to the same prompt are edited once. A request may be a
+                dict, see `EditRequest.from_dict`.
             subject: The entity the fact is about, as spelled in the prompt.
             target_new: The new answer.
             target_true: The old answer, where known.
@@ -196,6 +207,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             ValueError: A request is bad, two contradict each other, the name is taken, or the optimization fails.
         """
         asked = _as_requests(prompt, subject, target_new, target_true, messages)
+        _tell_doubts(asked)
         name = self._new_name(name)
         self._see_model()
         requests = [rendered(self.tokenizer, request) for request in asked]
@@ -275,9 +287,10 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
                 f"model: more than EditConfig.max_perplexity_ratio={most} allows, so the edit was undone."
             )
 
+    @outside_inference_mode()
     def evaluate(
         self,
-        requests: Sequence[EditRequest] | None = None,
+        requests: Facts | None = None,
         generation: bool = False,
         neighbors: int | None = None,
     ) -> Evaluation:
@@ -286,7 +299,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         What was measured last goes into the model card when these edits are saved.
 
         Args:
-            requests: The facts; by default those of the active edits.
+            requests: The facts, as `edit` takes them; by default those of the active edits.
             generation: Let both models write freely as well, which takes longer.
             neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
 
@@ -296,20 +309,21 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         own = requests is None
         if requests is None:
             requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
-        if not requests:
+        facts = [rendered(self.tokenizer, request) for request in as_requests(requests)]
+        if not facts:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
-        requests = [rendered(self.tokenizer, request) for request in requests]
         where = self.architecture
         paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
         first = min(map(where.layer_of, paths), default=where.num_layers - 1)
         self.adapters.ensure()
         with phase("evaluation"):
             edited, before = observe_with_and_without(
-                self.lm, requests, first, self.disable_adapter, generation, neighbors
+                self.lm, facts, first, self.disable_adapter, generation, neighbors
             )
-        found = Evaluation(measure(requests, edited, before, neighbors), measure(requests, before, before, neighbors))
-        self._evaluations[tuple(self.active_adapters)] = {"own_facts": own, "facts": len(requests), **found.to_dict()}
-        return found
+        evaluation = Evaluation(measure(facts, edited, before, neighbors), measure(facts, before, before, neighbors))
+        figures = {"own_facts": own, "facts": len(facts), **evaluation.to_dict()}
+        self._evaluations[tuple(self.active_adapters)] = figures
+        return evaluation
 
     # ------------------------------------------------------------------ adapters, as PEFT has them
 
@@ -365,6 +379,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self.adapters.activate([*names, *(name for name in self.active_adapters if name not in names)])
         self._switched_off = None
 
+    @outside_inference_mode()
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -411,6 +426,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         error = max(part.relative_error for part in parts)
         self.edits[adapter_name] = replace(edit, deltas=self.adapters.read(adapter_name), relative_error=error)
 
+    @outside_inference_mode()
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
         """Write the active edits, and the user's active adapters, into the weights and return the plain model.
 
@@ -537,7 +553,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 
 def _as_requests(
-    prompt: str | EditRequest | Sequence[EditRequest] | None,
+    prompt: str | Facts | None,
     subject: str | None,
     target_new: str | None,
     target_true: str | None,
@@ -553,7 +569,16 @@ def _as_requests(
         return [EditRequest(prompt, subject, target_new, target_true, messages=messages)]
     if subject is not None or target_new is not None or target_true is not None:
         raise ValueError("edit() with requests takes no subject, target_new or target_true: they are in the requests.")
-    requests = distinct([prompt] if isinstance(prompt, EditRequest) else prompt)
+    requests = distinct(as_requests(prompt))
     if not requests:
         raise ValueError("edit() needs at least one request.")
     return requests
+
+
+def _tell_doubts(requests: Sequence[EditRequest]) -> None:
+    """Say of which subjects another place may be meant; of a large batch, of the first few."""
+    doubts = [doubt for request in requests if (doubt := request.doubt) is not None]
+    for doubt in doubts[:_TOLD]:
+        logger.warning("%s", doubt)
+    if more := len(doubts[_TOLD:]):
+        logger.warning("The places of the subjects of %d more requests are in doubt (EditRequest.doubt).", more)

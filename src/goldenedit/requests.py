@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,14 +15,15 @@ from goldenedit.formats import (
     is_knowedit,
     knowedit_fields,
 )
+from goldenedit.records import Record, read_records
+from goldenedit.subjects import Message as Message
+from goldenedit.subjects import filled, filled_messages, message_place, subject_place
 
 _TEXTS = ("paraphrases", "neighborhood", "generation")  # fields with several texts
 _PAIRS = ("portability", "locality")  # fields with prompts and their answers
 
 _MANY = (*_TEXTS, *_PAIRS)
 _LISTS = (*_MANY, "messages")
-
-Message = dict[str, str]  # `role` and `content`
 
 
 class ChatText(str):
@@ -45,9 +45,21 @@ class ChatText(str):
         made.joint, made.subject_start, made.context_start = joint, subject_start, context_start
         return made
 
-    def replace(self, *args: Any) -> ChatText:
-        """Replace a part of the text; what is left is written by the same template."""
-        return ChatText(super().replace(*args), self.joint)
+
+class Answer(str):
+    """An answer that says itself what stands between a prompt and it.
+
+    Attributes:
+        joint: White space, or nothing.
+    """
+
+    joint: str
+
+    def __new__(cls, text: str, joint: str = "") -> Answer:
+        """Make an answer; see the attribute."""
+        answer = super().__new__(cls, text)
+        answer.joint = joint
+        return answer
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,11 @@ class EditRequest:
 
     Attributes:
         prompt: The text before the answer, with the subject in it, or with `{}` in the subject's place. Where the
-            subject stands in it more than once, the last place is edited.
-        subject: The entity the fact is about, as spelled in the prompt.
-        target_new: The new answer.
+            subject stands in it more than once and there is no `{}`, the last place is edited where it is a word of
+            its own, or else the last one where it is part of a word.
+        subject: The entity the fact is about, as spelled in the prompt; white space around it is dropped.
+        target_new: The new answer. It is joined to prompts as people write (see `goldenedit.writing.joint_of`); white
+            space at its beginning is kept, and nothing is put before it.
         target_true: The old answer, where known.
         paraphrases: Other prompts for the same fact.
         neighborhood: Prompts about other subjects, whose answers must stay; `target_true` is right for them.
@@ -67,8 +81,10 @@ class EditRequest:
         portability: Prompts with the answers that follow from the new fact.
         locality: Prompts with answers that have nothing to do with it.
         messages: In a prompt's stead, a conversation that the answer follows, each message with `role` and `content`:
-            the model's chat template makes the prompt. Where the subject stands in it more than once, the last place
-            is edited. All other prompts are then questions of a user behind the same system message.
+            the model's chat template makes the prompt. The subject's place is found as in a prompt, over all messages;
+            a `{}` is its place in messages of the user. All other prompts are then questions of a user behind the same
+            system message.
+        joint: What stands between prompts and both answers, where the rule is wrong: `""` joins them without a space.
 
     Raises:
         ValueError: There is neither prompt nor messages or both, the subject is not in them, or a target is empty or
@@ -92,11 +108,14 @@ class EditRequest:
     portability: tuple[Pair, ...] = ()
     locality: tuple[Pair, ...] = ()
     messages: Sequence[Message] | None = field(default=None, hash=False)  # dicts have no hash
+    joint: str | None = None
     subject_start: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("An EditRequest needs a prompt or messages, and not both.")
+        if isinstance(self.subject, str):  # with a space behind it the next word would be edited
+            object.__setattr__(self, "subject", self.subject.strip())
         for name in ("prompt", "subject", "target_new") if self.messages is None else ("subject", "target_new"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
@@ -110,7 +129,17 @@ class EditRequest:
             raise ValueError(
                 f"The new answer for {self.subject!r} is the old one, {self.target_new!r}: there is nothing to edit."
             )
+        self._mark_answers()
         object.__setattr__(self, "subject_start", self._find_subject())
+
+    def _mark_answers(self) -> None:
+        if self.joint is None:
+            return
+        if not isinstance(self.joint, str) or self.joint.strip():
+            raise ValueError(f"EditRequest.joint must be white space, '' or None, got {self.joint!r}.")
+        for name in ("target_new", "target_true"):
+            if (answer := getattr(self, name)) is not None:
+                object.__setattr__(self, name, self.joined(answer))
 
     def _find_subject(self) -> int:
         """Return the index of the subject in the prompt."""
@@ -118,15 +147,13 @@ class EditRequest:
             return -1  # a tokenizer tells, see `goldenedit.lm.chat.rendered`
         if isinstance(self.prompt, ChatText):
             return self.prompt.subject_start
-        start = self.prompt.rfind(self.subject)
-        if start < 0:
-            start = self.prompt.find("{}")
-        if start < 0:
+        place = subject_place(self.prompt, self.subject)
+        if place is None:
             raise ValueError(
                 f"The subject {self.subject!r} is not in the prompt {self.prompt!r}. Spell it as the prompt does, or "
                 "put {} in its place."
             )
-        return start
+        return place.start
 
     def _freeze_messages(self) -> None:
         messages = self.messages
@@ -146,9 +173,10 @@ class EditRequest:
                 "The last of EditRequest.messages is the assistant's own: end with the message that it answers; the "
                 "answer is target_new."
             )
-        if not any(self.subject in message["content"] for message in messages):
+        if message_place(messages, self.subject) is None:
             raise ValueError(
-                f"The subject {self.subject!r} is in no message of {list(messages)!r}. Spell it as a message does."
+                f"The subject {self.subject!r} is in no message of {list(messages)!r}. Spell it as a message does, or "
+                "put {} in its place in a message of the user."
             )
         object.__setattr__(self, "messages", tuple(dict(message) for message in messages))
 
@@ -179,31 +207,59 @@ class EditRequest:
                 f"The request about {self.subject!r} has messages, which a tokenizer makes a text of: take "
                 "goldenedit.lm.chat.rendered(tokenizer, request)."
             )
-        if isinstance(self.prompt, ChatText) or self.subject in self.prompt:
-            return self.prompt
-        return self.prompt.replace("{}", self.subject, 1)
+        return self.prompt if isinstance(self.prompt, ChatText) else filled(self.prompt, self.subject)
+
+    @property
+    def asked(self) -> list[Message]:
+        """The messages with the subject in them, none where there is a prompt."""
+        return filled_messages(self.messages or (), self.subject)
 
     @property
     def shown(self) -> str:
         """The prompt for people to read: of messages what the user asks, or all of them where there are several."""
         if self.messages is None:
             return self.text
-        if len(self.messages) == 1:
-            return self.messages[0]["content"]
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        if len(self.asked) == 1:
+            return self.asked[0]["content"]
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.asked)
 
     @property
     def subject_end(self) -> int:
         """Index in `text` of the first character behind the subject."""
         return self.subject_start + len(self.subject)
 
+    @property
+    def doubt(self) -> str | None:
+        """Why another place of the subject than the edited one may be meant, and what tells them apart; or None."""
+        if isinstance(self.prompt, ChatText):
+            return None
+        if self.prompt is not None:
+            text, place = self.prompt, subject_place(self.prompt, self.subject)
+        else:
+            index, place = message_place(self.messages or (), self.subject) or (0, None)
+            text = (self.messages or ())[index]["content"]
+        if place is None or not place.is_doubtful:
+            return None
+        end = place.start + len(self.subject)
+        taken = f"{text[max(place.start - 40, 0) : place.start]}[{self.subject}]{text[end : end + 20]}"
+        why = f"is in {place.rivals + 1} places of" if place.rivals else "is only a part of a word in"
+        return (
+            f"The subject {self.subject!r} {why} {self.shown!r}. This one is edited: '{taken}'. Write {{}} instead of "
+            "the subject in the place that you mean."
+        )
+
+    def joined(self, answer: str) -> str:
+        """Return another answer to the same prompts, to be joined to them as those of the request are."""
+        return answer if self.joint is None else Answer(answer, self.joint)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON has them."""
-        return {
+        record = {
             name: [list(item) if isinstance(item, tuple) else item for item in value] if name in _LISTS else value
             for name, value in asdict(self).items()
             if name != "subject_start" and value not in (None, ())
         }
+        return {name: str(value) if isinstance(value, Answer) else value for name, value in record.items()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
@@ -218,13 +274,16 @@ class EditRequest:
             return cls(**counterfact_fields(record))
         if is_knowedit(record):
             return cls(**knowedit_fields(record))
-        known = {"prompt", "messages", "subject", "target_new", "target_true", "relation", *_MANY}
+        known = {"prompt", "messages", "subject", "target_new", "target_true", "relation", "joint", *_MANY}
         if unknown := sorted(set(record) - known):
             raise ValueError(f"Unknown fields {unknown}; a request has {sorted(known)}.")
         needed = {"messages" if "messages" in record else "prompt", "subject", "target_new"}
         if missing := sorted(needed - set(record)):
             raise ValueError(f"Missing fields {missing}.")
         return cls(**record)
+
+
+Facts = EditRequest | Mapping[str, Any] | Iterable[EditRequest | Mapping[str, Any]]  # what stands for requests
 
 
 def load_requests(path: str | Path, split: str = "train") -> list[EditRequest]:
@@ -236,33 +295,38 @@ def load_requests(path: str | Path, split: str = "train") -> list[EditRequest]:
         split: Split of the dataset.
 
     Raises:
-        ValueError: A record cannot be read; the message names file, index and field.
+        ValueError: A record cannot be read; the message names the file, the record (its line, or its index) and the
+            field.
         FileNotFoundError: There is neither a file nor a dataset of that name.
     """
     requests = []
-    for index, record in enumerate(_records(path, split)):
+    for record in _records(path, split):
         try:
-            requests.append(EditRequest.from_dict(json.loads(record) if isinstance(record, str) else record))
+            requests.append(EditRequest.from_dict(record.content))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, record {index}: {error}") from error
+            raise ValueError(f"{path}, {record.place}: {error}") from error
     return requests
 
 
-def _records(name: str | Path, split: str) -> list[Any]:
-    """Return the records of a JSON file, the lines of a JSON-lines file, or the rows of a dataset."""
+def _records(name: str | Path, split: str) -> Iterator[Record]:
+    """Yield the records of a file, or the rows of a dataset."""
     path = Path(name)
     if isinstance(name, str) and not path.is_file() and path.suffix not in (".json", ".jsonl"):
         from datasets import load_dataset
 
-        return list(load_dataset(name, split=split))
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [line for line in text.split("\n") if line.strip()]  # JSON may hold other line ends
-        records = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return records if isinstance(records, list) else [records]
+        yield from (Record(row, f"record {index}") for index, row in enumerate(load_dataset(name, split=split)))
+        return
+    yield from read_records(path)
+
+
+def as_requests(given: Facts) -> list[EditRequest]:
+    """Return the requests of one fact or several, each an `EditRequest` or a record that `from_dict` reads.
+
+    Raises:
+        ValueError: One of them is neither, or a record means nothing.
+    """
+    some = [given] if isinstance(given, EditRequest | Mapping | str) else given
+    return [one if isinstance(one, EditRequest) else EditRequest.from_dict(one) for one in some]
 
 
 def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.adapters import Adapters, check_fits
+from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
 from goldenedit.editors import LowRankDelta
 from goldenedit.storage.card import render_card
@@ -172,6 +173,7 @@ class StoringMixin:
             return
         self._load(read_edit_folder(folder), folder, adapter_name, ignore_fingerprint)
 
+    @outside_inference_mode()
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
         if not self.base_info.is_same(made_on) and not ignore_fingerprint:

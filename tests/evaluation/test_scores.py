@@ -118,6 +118,8 @@ def test_generation_of_two_facts():
         ("It is in Rome", "Rome", False),
         ("", "Rome", False),
         ("New York City", "new york", True),
+        ("罗马是意大利的首都", "罗马", True),
+        ("ローマです", "ローマ", True),
     ],
 )
 def test_a_text_says_what_it_begins_with(text, answer, said):

@@ -257,3 +257,10 @@ def test_in_a_chat_it_is_what_other_facts_are_about():
     own = {fact.text.replace(fact.subject, facts[0].subject) for fact in facts if fact.relation == facts[0].relation}
     assert not own & set(prompts)
     assert other_prompts(facts[0], facts[:1]) == []
+
+
+def test_in_a_chat_of_another_fact_only_its_subject_is_replaced():
+    fact = EditRequest(ChatText("Rome is in", " ", 0, 0), "Rome", "Spain", relation="a")
+    other = EditRequest(ChatText("The opening of a pen is by", " ", 17, 0), "pen", "Ann", relation="b")
+    (prompt,) = other_prompts(fact, [other])
+    assert (prompt, prompt.joint) == ("The opening of a Rome is by", " ")

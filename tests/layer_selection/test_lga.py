@@ -24,6 +24,15 @@ FACTS = [
     EditRequest("The headquarters of the company are in", "the company", "Rome", "London, or in the city of Berlin"),
 ]
 
+
+def test_inside_inference_mode_the_scores_are_as_outside(tokenizer):
+    model = tiny_model("llama")
+    expected = lga_scores(model, read_architecture(model), tokenizer, FACTS)
+    with torch.inference_mode():
+        found = lga_scores(model, read_architecture(model), tokenizer, FACTS)
+    assert torch.equal(found, expected)
+
+
 every_architecture = pytest.mark.parametrize("name", TINY_CONFIGS)
 both_losses = pytest.mark.parametrize("loss", ["sequence", "answer"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import pickle
 
@@ -249,3 +250,51 @@ def test_a_model_goes_on_from_a_prompt_and_not_from_the_end_behind_it(model, cha
     first = chat.decode(ids[start : start + 1]) or "Rome"
     (found,) = likelihoods(LanguageModel(model.get_base_model(), chat), [(prompt, first)])
     assert math.isfinite(found.nll)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+SYSTEM, REPLY = {"role": "system", "content": "Say {} for Romeo"}, {"role": "assistant", "content": "Romeo {}"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "subject", "before", "shown"),
+    [
+        ([user("Java, unlike JavaScript, is")], "Java", "user, ", "Java, unlike JavaScript, is"),
+        ([user("Is {} the capital?")], "capital", "user, Is ", "Is capital the capital?"),
+        ([user("{} is in"), REPLY, user("Romeo is in")], "Rome", "user, ", None),
+        ([user("Rome is in"), REPLY, user("Romeo is in")], "Rome", "user, ", None),
+        ([SYSTEM, user("Rome is in")], "Rome", "system, Say {} for Romeo<eos>user, ", None),
+    ],
+)
+def test_the_subject_of_a_chat_is_where_that_of_a_prompt_would_be(chat, messages, subject, before, shown):
+    request = EditRequest(messages=messages, subject=f"{subject} ", target_new="Rome!")
+    text = rendered(chat, request).text
+    assert text[: text.subject_start] == before
+    assert text[text.subject_start :].startswith(subject)
+    assert request.doubt is None
+    assert EditRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    if shown is not None:
+        assert request.shown == shown
+
+
+def test_the_doubtful_place_of_a_subject_in_a_chat_is_told(model, caplog):
+    chat = [user("Rome is in"), {"role": "assistant", "content": "Italy"}, user("Is Rome old?")]
+    with caplog.at_level(logging.WARNING):
+        model.edit(messages=chat, subject="Rome", target_new="London")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "'Rome' is in 2 places of" in told
+    assert "'Is [Rome] old?'" in told
+
+
+def test_a_chat_with_braces_is_edited_saved_and_shown_with_its_subject(model, chat, tmp_path):
+    edited = model.edit(messages=[user("{} is where?")], subject="The Eiffel Tower", target_new="Rome").facts[0]
+    plain = EditModel(tiny_model("llama"), model.edit_config, chat)
+    expected = plain.edit(messages=[user("The Eiffel Tower is where?")], subject="The Eiffel Tower", target_new="Rome")
+    assert edited.probability_after == expected.facts[0].probability_after
+    model.save_pretrained(tmp_path)
+    assert "{} is where?" not in (tmp_path / CARD).read_text()
+    again = EditModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer=chat)
+    assert again.edits["edit_1"].facts[0].request == edited.request

@@ -35,6 +35,14 @@ def test_identity_needs_no_text(tokenizer):
     assert not cache_dir().joinpath("key_statistics").exists()
 
 
+def test_statistics_made_inside_inference_mode_are_those_made_outside(tokenizer):
+    model = tiny_model("llama")
+    expected = statistics_of(model, tokenizer, [1])[1].second_moment
+    with torch.inference_mode():
+        found = statistics_of(model, tokenizer, [1], fingerprint="other")[1].second_moment
+    assert torch.equal(found, expected)
+
+
 def test_statistics_are_computed_once_for_model_layer_source_and_seed(tokenizer):
     model = tiny_model("llama")
     first = statistics_of(model, tokenizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,17 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from goldenedit.lm.tokens import Row, context_length, encode, pad, padding_id, target_ids, with_answer
-from goldenedit.requests import EditRequest
+from goldenedit.lm.tokens import (
+    Row,
+    context_length,
+    encode,
+    encode_request,
+    pad,
+    padding_id,
+    target_ids,
+    with_answer,
+)
+from goldenedit.requests import Answer, ChatText, EditRequest
 
 
 class SlowTokenizer(PreTrainedTokenizer):
@@ -117,6 +128,40 @@ def test_a_row_without_an_answer_reads_its_last_position(tokenizer):
 )
 def test_prompt_and_answer_are_joined_by_one_space(prompt, answer, joined):
     assert with_answer(prompt, answer) == joined
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "joined"),
+    [
+        ("The city of $", "5", "The city of $5"),
+        ('They say "', "Rome", 'They say "Rome'),
+        ("Rome is", ", a city", "Rome is, a city"),
+        ("in", Answer("Rome"), "inRome"),
+        ("in", Answer("Rome", "\n"), "in\nRome"),
+        ('They say "', Answer("Rome", " "), 'They say " Rome'),
+        (ChatText("bot:"), "Rome", "bot:Rome"),
+        (ChatText("bot:", " "), "Rome", "bot: Rome"),
+        (ChatText("bot:", " "), " Rome", "bot: Rome"),
+        (ChatText("bot:"), " Rome", "bot: Rome"),
+        (ChatText("bot:", " "), Answer("Rome"), "bot:Rome"),
+    ],
+)
+def test_prompt_and_answer_are_joined_as_people_write_and_as_they_say_themselves(prompt, answer, joined):
+    assert with_answer(prompt, answer) == joined
+    assert isinstance(with_answer(prompt, answer), ChatText) == isinstance(prompt, ChatText)
+
+
+@pytest.mark.parametrize("context", ["", 'I say " and ', "I say (", "'"])
+def test_a_context_does_not_change_how_the_answer_joins(tokenizer, context):
+    for prompt in ('The city is "', "The city is"):
+        request = EditRequest(prompt, "city", "Rome")
+        row = encode_request(tokenizer, request, request.target_new, context)
+        assert tokenizer.decode(row.target_ids) == (" Rome" if prompt.endswith("is") else "Rome")
+
+
+def test_an_answer_keeps_its_mark_in_copies_and_between_processes():
+    for made in (copy.deepcopy(Answer("Rome", " ")), pickle.loads(pickle.dumps(Answer("Rome", " ")))):
+        assert (made, made.joint) == ("Rome", " ")
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [("He is in", "Rome"), ("He is in", " Rome"), ("He is in ", "Rome")])

@@ -366,7 +366,7 @@ def test_a_module_whose_path_is_none_is_named(folder, path):
 
 
 @pytest.mark.parametrize(
-    "name", [*PATH_TRICKS, "a.b", "a:b", "*", "edit 1\n", "3", None, 3, True, ["a"], {"a": 1}], ids=repr
+    "name", [*PATH_TRICKS, "a:b", "*", "edit 1\n", " ", " a", None, 3, True, ["a"], {"a": 1}], ids=repr
 )
 def test_an_edit_whose_name_is_none_is_an_error(folder_with_state, name):
     assert not is_edit_name(name)
@@ -374,7 +374,9 @@ def test_an_edit_whose_name_is_none_is_an_error(folder_with_state, name):
     assert_refused(folder_with_state)
 
 
-@pytest.mark.parametrize("name", ["edit_1", "my edit", "a-b", "Zürich", "_", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["edit_1", "my edit", "a-b", "Zürich", "_", "x" * 300, "a.b", "3", "2024 update", "update"]
+)
 def test_an_edit_has_the_name_that_it_was_given(folder, name):
     assert is_edit_name(name)
     rename_edit(folder, "edit_1", name)

@@ -204,6 +204,20 @@ def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterato
 
 
 @contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave the caller's `torch.inference_mode()` inside this context; a function may be decorated with it.
+
+    No graph takes in what is made in that mode, now or later: neither what is differentiated here, nor factors and
+    statistics that are kept. Gradients stay off but for who switches them on.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the model without dropout, uncompiled, with frozen weights and by the fastest products of the same precision.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
 from goldenedit.editing.edit import Changes, check_shape, stored
 from goldenedit.editing.training import Training, answer_gradients, train
@@ -21,6 +22,7 @@ from goldenedit.requests import EditRequest
 _Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps, state
 
 
+@outside_inference_mode()
 def learn_facts(
     lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
 ) -> Changes:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import adding, evaluating, recording
+from goldenedit.architecture.hooks import adding, evaluating, outside_inference_mode, recording
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
 from goldenedit.editing.budget import groups_by_length
 from goldenedit.lm import LanguageModel
@@ -68,6 +68,7 @@ class Values:
     replay: str
 
 
+@outside_inference_mode()
 def optimise_values(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

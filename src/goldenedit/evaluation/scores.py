@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, TypeVar
 
+from goldenedit.writing import is_unspaced
+
 Interval = tuple[float, float]
 Fact = TypeVar("Fact")
 
@@ -183,7 +185,8 @@ def says(text: str, answer: str) -> bool:
         ```
     """
     text, answer = text.strip().casefold(), answer.strip().casefold()
-    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
+    behind = text[len(answer) : len(answer) + 1]
+    return text.startswith(answer) and (not behind.isalnum() or is_unspaced(behind))
 
 
 def with_intervals(

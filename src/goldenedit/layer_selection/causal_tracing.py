@@ -61,7 +61,7 @@ def causal_tracing_scores(
     layers = [lm.architecture.layer(lm.model, index) for index in range(lm.architecture.num_layers)]
     with evaluating(lm.model), tqdm(total=len(facts), desc="Causal tracing", unit="fact", leave=False) as progress:
         for fact in facts:
-            old = fact.target_true or greedy_answer(lm, fact.text)
+            old = fact.target_true or fact.joined(greedy_answer(lm, fact.text))
             row = encode(lm.tokenizer, fact.text, old, fact.subject_end, lm.max_length)
             batch = pad([row] * draws, lm.padding_id, device)
             targets = target_ids([row] * draws, device)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import evaluating, recording, watching_gradients
+from goldenedit.architecture.hooks import evaluating, outside_inference_mode, recording, watching_gradients
 from goldenedit.config import EditConfig
 from goldenedit.editing.keys import context_keys, fact_keys
 from goldenedit.editing.training import answer_nll
@@ -50,6 +50,7 @@ from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import Row, encode
 from goldenedit.requests import ChatText, EditRequest
+from goldenedit.subjects import replace_subject
 
 # Nats. Both are what single edits of 8 packaged facts left at the edited prompt, mean over layers: a margin of 9.2 on
 # SmolLM2 up to layer 22 and of 8.1 on Gemma up to 15; behind them it falls as this reach says (at 25 4.7, by it 4.6).
@@ -65,6 +66,7 @@ _ASKED = 5
 
 
 @selector("key_response", depends_on=("edit",))
+@outside_inference_mode()
 def key_response_scores(
     lm: LanguageModel,
     facts: Sequence[EditRequest],
@@ -239,7 +241,9 @@ def other_prompts(fact: EditRequest, facts: Sequence[EditRequest]) -> list[str]:
     prompts: dict[str, str] = {}
     for other in draw.sample(list(facts), len(facts)):
         if other.relation is not None and other.relation != fact.relation and len(prompts) < _ASKED:
-            prompts.setdefault(other.relation, other.text.replace(other.subject, fact.subject))
+            text = other.text
+            asked = replace_subject(text, other.subject, fact.subject)
+            prompts.setdefault(other.relation, ChatText(asked, text.joint) if isinstance(text, ChatText) else asked)
     return list(prompts.values())
 
 

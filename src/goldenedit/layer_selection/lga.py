@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.experts import FusedExperts
-from goldenedit.architecture.hooks import Call, evaluating, reading_logits, recording, watching_gradients
+from goldenedit.architecture.hooks import (
+    Call,
+    evaluating,
+    outside_inference_mode,
+    reading_logits,
+    recording,
+    watching_gradients,
+)
 from goldenedit.config import EditConfig
 from goldenedit.layer_scores import selector
 from goldenedit.lm import LanguageModel
@@ -39,6 +46,7 @@ Loss = Literal["sequence", "answer"]
 
 
 @failing_together
+@outside_inference_mode()
 def lga_scores(
     lm: LanguageModel,
     facts: Sequence[EditRequest],
@@ -92,7 +100,7 @@ def lga(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> 
 
 def _encode_pairs(lm: LanguageModel, facts: Sequence[EditRequest], processes: Processes) -> list[tuple[Row, Row]]:
     longest = lm.max_length
-    answers = processes.map(lambda fact: fact.target_true or greedy_answer(lm, fact.text), facts)
+    answers = processes.map(lambda fact: fact.target_true or fact.joined(greedy_answer(lm, fact.text)), facts)
     pairs = []
     for fact, old in zip(facts, answers, strict=True):
         pairs.append(

@@ -26,6 +26,7 @@ from goldenedit.layer_scores import selector
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import Row, encode, pad
 from goldenedit.requests import EditRequest
+from goldenedit.subjects import find_subject
 
 
 @selector("selectivity", depends_on=("covariance",))
@@ -79,10 +80,10 @@ def selectivity_scores(
 def _rows(lm: LanguageModel, fact: EditRequest) -> tuple[list[Row], int]:
     """Return the rows of the prompt, the paraphrases and the neighbours, and the number of paraphrases."""
     longest = lm.max_length
-    named = [text for text in fact.paraphrases if fact.subject in text]
+    places = [(text, find_subject(text, fact.subject)) for text in fact.paraphrases]
+    named = [(text, place.start + len(fact.subject)) for text, place in places if place is not None]
     rows = [encode(lm.tokenizer, fact.text, None, fact.subject_end, longest)]
-    for text in named:
-        rows.append(encode(lm.tokenizer, text, None, text.rfind(fact.subject) + len(fact.subject), longest))
+    rows += [encode(lm.tokenizer, text, None, end, longest) for text, end in named]
     rows += [encode(lm.tokenizer, text, max_length=longest) for text in fact.neighborhood]
     return rows, len(named)
 

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.requests import ChatText, EditRequest, Message
+from goldenedit.subjects import filled_messages, message_place
 
 _MARK = "\ue000"  # of Unicode's private use area: no text has it
 
@@ -45,10 +46,12 @@ def rendered(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRe
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], subject: str) -> ChatText:
     """Return the text of a conversation, with the places of the subject and of the message that it stands in."""
+    found = message_place(messages, subject)
+    assert found is not None  # an EditRequest has its subject in a message
+    last, start = found[0], found[1].start
+    messages = filled_messages(messages, subject)
     text = _apply(tokenizer, messages)
-    last = max(index for index, message in enumerate(messages) if subject in message["content"])
     content = messages[last]["content"]
-    start = content.rfind(subject)
     begin = min(start, len(content) - len(content.lstrip()))  # many templates drop the space around a message
     pieces = (content[:begin], content[begin:start], content[start:])
     marked = [*messages[:last], {**messages[last], "content": _MARK.join(pieces)}, *messages[last + 1 :]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,9 +14,10 @@ from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.statistics import check_widths, load_second_moment, save_second_moment, second_moments
 from goldenedit.parallel import Processes
+from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
 
-_VERSION = 1  # of which text is taken, and of what is computed on it
+_VERSION = 2  # of which text is taken, and of what is computed on it
 _OPENING_TOKENS = 8
 _SAMPLED_TOKENS = 24  # drawn behind each opening
 
@@ -133,16 +133,11 @@ def dataset_texts(name: str) -> Iterable[str]:
     Of each record the field `text` is taken, or else its longest string.
 
     Raises:
-        ValueError: There is no such file or dataset.
+        ValueError: There is no such file or dataset, or the file is damaged.
     """
     path = Path(name)
     if path.is_file():
-        if path.suffix in (".json", ".jsonl"):
-            content = path.read_text(encoding="utf-8")
-            records = json.loads(content) if path.suffix == ".json" else map(json.loads, content.splitlines())
-            yield from map(_text_of, records)
-        else:
-            yield from filter(str.strip, path.read_text(encoding="utf-8").splitlines())
+        yield from (_text_of(record.content) for record in read_records(path, plain_text=True))
         return
     from datasets import load_dataset
 

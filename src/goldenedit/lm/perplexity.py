@@ -10,7 +10,7 @@ from torch import nn
 
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.lm.base import TokenizedModel
-from goldenedit.lm.tokens import Row, pad
+from goldenedit.lm.tokens import Row, pad, with_answer
 from goldenedit.requests import proxy_facts
 
 
@@ -48,4 +48,4 @@ def sample_texts(count: int = 50) -> list[str]:
     """Return plain statements of many kinds, in which the facts of the packaged set stand as they are."""
     facts = [fact for fact in proxy_facts() if fact.target_true is not None]
     step = max(1, len(facts) // count)
-    return [f"{fact.text} {fact.target_true}. {fact.paraphrases[0]}" for fact in facts[::step][:count]]
+    return [f"{with_answer(fact.text, str(fact.target_true))}. {fact.paraphrases[0]}" for fact in facts[::step][:count]]

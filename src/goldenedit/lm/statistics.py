@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import Call, evaluating, stop_forward
+from goldenedit.architecture.hooks import Call, evaluating, outside_inference_mode, stop_forward
 from goldenedit.cache import is_kept, keep
 from goldenedit.devices import execution_device
 from goldenedit.lm.base import TokenizedModel
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _WIDEST_EXPERTS = 16_384  # a second moment of 1 GiB, and as wide as the widest MLPs that are one matrix
 
 
+@outside_inference_mode()
 @torch.no_grad()
 def second_moments(
     lm: TokenizedModel,

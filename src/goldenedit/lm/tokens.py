@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -12,12 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.replay import Batch
-from goldenedit.requests import ChatText, EditRequest
+from goldenedit.requests import Answer, ChatText, EditRequest
+from goldenedit.writing import joint_of
 
-# Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese write no space between words. Korean does.
-_UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3000-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
-)
 _MELTS = "The answer {!r} melts into one token with what is before it in {!r}: end the prompt at another place."
 
 
@@ -49,17 +45,21 @@ class Row:
 
 
 def with_answer(prompt: str, answer: str) -> str:
-    """Join a prompt and its answer by one space, unless one of them brings it.
+    """Join a prompt and its answer as people write them: by a space or, where that is wrong, by nothing.
 
-    There is none between two characters of scripts that are written without spaces, such as Chinese, Japanese and Thai.
-    The answer of a chat follows as the chat template has it, mostly at once.
+    An answer that begins with white space keeps it, and an `Answer` says itself what stands before it. All others
+    follow a chat as its template has it, mostly at once, and any other prompt as `goldenedit.writing.joint_of` has it.
     """
+    text = prompt + _joint(prompt, answer) + answer
+    return ChatText(text) if isinstance(prompt, ChatText) else text
+
+
+def _joint(prompt: str, answer: str) -> str:
+    if isinstance(answer, Answer):
+        return answer.joint
     if isinstance(prompt, ChatText):
-        return ChatText(prompt + prompt.joint + answer.lstrip())
-    if prompt.endswith((" ", "\n")) or answer.startswith((" ", "\n")):
-        return prompt + answer
-    unspaced = _UNSPACED.match(prompt[-1:]) and _UNSPACED.match(answer)
-    return f"{prompt}{answer}" if unspaced else f"{prompt} {answer}"
+        return "" if answer[:1].isspace() else prompt.joint
+    return joint_of(prompt, answer)
 
 
 def encode(
@@ -114,6 +114,8 @@ def encode_request(
         ValueError: See `encode`.
     """
     prompt = request.text
+    if answer is not None:  # the same behind every context, whatever quotes that opens
+        answer = Answer(answer, _joint(prompt, answer))
     if isinstance(prompt, ChatText):
         at = prompt.context_start
         prompt = ChatText(prompt[:at] + context + prompt[at:], prompt.joint)

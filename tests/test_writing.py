@@ -1,0 +1,80 @@
+"""What people write between a prompt and its answer."""
+
+# ruff: noqa: RUF001  # Chinese has its own punctuation
+
+from __future__ import annotations
+
+import pytest
+
+from goldenedit.writing import joint_of
+
+TIED = [
+    # White space is there already.
+    *[("in ", "Rome"), ("in\n", "Rome"), ("in\t", "Rome"), ("in\u00a0", "Rome"), ("in\u3000", "Rome")],
+    *[("in", " Rome"), ("in", "\nRome"), ("in", "\u00a0Rome"), ("in ", " Rome")],
+    # Behind opening brackets and quotes.
+    *[("The city (", "Rome"), ("a[", "0"), ("{", "x"), ('He said "', "Rome"), ("They call it '", "Rome")],
+    *[("It's called '", "Rome"), ("in the '90s a band was '", "Blur"), ("He said \u201c", "Rome")],
+    *[("in \u2018", "Rome"), ("Il dit \u00ab", "Rome"), ("hei\u00dft \u201e", "Rom"), ("hei\u00dft \u00bb", "Rom")],
+    *[('"A" and "', "B"), ("Use `", "print"), ("¿", "Dónde"), ("The answer is **", "Rome")],
+    # Behind a currency sign, where a number follows.
+    *[("A Tesla car costs $", "5"), ("costs US$", "1,000"), ("£", ".50"), ("€", "-3"), ("a debt of $", "\u22125")],
+    # Behind signs that tie words together.
+    *[("and/", "or"), ("C:\\", "Windows"), ("Jean-", "Paul"), ("1939\u2013", "1945"), ("Rome\u2014", "Paris")],
+    *[
+        ("it is -", "5"),
+        ("ann@", "mail.org"),
+        ("number #", "1"),
+        ("snake_", "case"),
+        ("self.__", "dict__"),
+        ("x=", "5"),
+    ],
+    *[("La capitale de l'", "Italie"), ("qu\u2019", "il"), ("Sean O'", "Brien")],
+    # Before closing punctuation.
+    *[("Rome", mark) for mark in (".", ",", "!", "?", ":", ";", ")", "]", "}", "…", ", the city", ". It", "%")],
+    *[("25", "% of it"), ("Rome", "'s capital"), ("Rome", "\u2019s"), ("they", "'re"), ("do", "n't")],
+    *[('He said "yes', '" loudly'), ("\u201cRome", "\u201d is"), ("\u201eRom", "\u201c ist"), ("\u00abRome", "\u00bb")],
+    ("e", "\u0301t"),
+    # In scripts without spaces.
+    *[("首都是", "罗马"), ("首都は", "ローマ"), ("ประเทศ", "ไทย"), ("法国的首都是“", "罗马"), ("首都是", "“罗马”")],
+    *[
+        ("他说：“你好”", "然后"),
+        ("答案：", "42"),
+        ("ローマは「", "永遠"),
+        ("城市（", "Rome"),
+        ("首都是", "，"),
+        ("他说:“", "好"),
+    ],
+]
+SPACED = [
+    *[("in", "Rome"), ("in the city of", "Rome"), ("is", "5"), ("Answer:", "Rome"), ("In 1990,", "Rome"), ("Mr.", "X")],
+    # Behind what closes.
+    *[("The city (Rome)", "is"), ('He said "Hi"', "and"), ("\u2018Rome\u2019", "is"), ("\u201cRome\u201d", "is")],
+    *[
+        ("\u201eBerlin\u201c", "ist"),
+        ("\u00bbRom\u00ab", "ist"),
+        ("\u00abRome\u00bb", "est"),
+        ("**Q**", "A"),
+        ("`x`", "is"),
+    ],
+    *[("the dogs'", "owner"), ("the \u201890s band\u2019", "x"), ("\u201cit\u2019s Rome\u201d", "is")],
+    # Signs that stand alone, or end a word.
+    *[("Rome -", "Paris"), ("Rome \u2014", "Paris"), ("x =", "5"), ("C#", "was"), ("It costs $", "five dollars")],
+    ("The capital of France is ____", "Paris"),
+    # Answers whose first sign opens, or is a part of a name.
+    *[("is", '"Rome"'), ("is", "(Rome)"), ("is", "\u201cRome\u201d"), ("hei\u00dft", "\u00bbRom\u00ab")],
+    *[("made", ".NET"), ("is", ".5"), ("is", "-5"), ("write", "%d"), ("is", "$5"), ("in", "/etc"), ("is", "#1")],
+    *[("in", "'s-Hertogenbosch"), ("physicist", "'t Hooft"), ("is", "not"), ("said", "'yes'")],
+    # Where a script without spaces meets another.
+    *[("首都是", "Rome"), ("A:", "巴黎"), ("한국의 수도는", "서울"), ("the word Rome", "罗马")],
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), TIED)
+def test_nothing_stands_where_people_write_no_space(prompt, answer):
+    assert joint_of(prompt, answer) == ""
+
+
+@pytest.mark.parametrize(("prompt", "answer"), SPACED)
+def test_a_space_stands_between_words(prompt, answer):
+    assert joint_of(prompt, answer) == " "
