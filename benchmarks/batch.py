@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from common import NEIGHBORS, applied, as_row, constants, load, parser, preferring, prepare, record, timed
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
+from goldenedit.lm import LanguageModel
 
 
 def main() -> None:
@@ -42,7 +42,9 @@ def main() -> None:
             with applied(
                 model, lambda config=config, count=count: facts.changes(config, statistics, chosen=range(count)).deltas
             ):
-                found = [fact_likelihoods(LanguageModel(base, tokenizer), request, NEIGHBORS) for request in requests[:count]]
+                found = [
+                    fact_likelihoods(LanguageModel(base, tokenizer), request, NEIGHBORS) for request in requests[:count]
+                ]
             row = {"method": method, "layer": layer, **as_row(probability_scores(found))}
             rows.append({**row, "seconds a value": round(seconds() / most, 2)})
             print(rows[-1], flush=True)

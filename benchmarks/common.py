@@ -98,9 +98,7 @@ def preferring(
 def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
     """Optimise the values of facts that are edited one by one later, side by side."""
     base, config = model.get_base_model(), model.edit_config
-    return prepare_facts(
-        model.lm, requests, config, model.lm.contexts(config)
-    )
+    return prepare_facts(model.lm, requests, config, model.lm.contexts(config))
 
 
 def score_single_edits(

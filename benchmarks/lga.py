@@ -8,9 +8,9 @@ import torch
 from common import load, parser, record, timed
 from references import weight_gradient_scores
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, proxy_facts
 from goldenedit.layer_selection import golden_layer, lga_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode, pad, padding_id
 
 

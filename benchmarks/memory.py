@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
 from goldenedit.architecture import read_architecture
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.editing.values import fact_rows
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.layer_selection import lga_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import sampled_texts
 from goldenedit.lm.statistics import second_moments
 from goldenedit.lm.tokens import encode, pad, padding_id

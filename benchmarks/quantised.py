@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model, proxy_facts
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import golden_layer, lga_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
@@ -349,7 +349,9 @@ def measure(
     prompt = [(SECOND.text, SECOND.target_new)]
     likely = likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll
     edited.edit(SECOND)
-    found.second = tuple(torch.tensor([-likely, -likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll]).exp().tolist())
+    found.second = tuple(
+        torch.tensor([-likely, -likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll]).exp().tolist()
+    )
     stacked = _logits(edited, ids)
     try:
         merged = edited.merge_and_unload()

@@ -11,10 +11,10 @@ import random
 
 from common import constants, load, parser, record, timed
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.perplexity import perplexity
 
 

@@ -22,11 +22,11 @@ from common import RESULTS, load, parser, record
 from references import r_rome, weight_gradient_scores
 from transformers import AutoModelForCausalLM
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.cost import measuring, profiling
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.layer_selection import golden_layer, lga_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import sampled_texts
 from goldenedit.lm.flops import forward_flops
 from goldenedit.lm.statistics import second_moments

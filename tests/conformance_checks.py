@@ -11,13 +11,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.experts import expert_matrices, fused_parameter, is_fused
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.layer_selection import lga_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from zoo import TARGET_MODULES, zoo_model
 
@@ -87,7 +87,8 @@ def conform(
     found.layers, found.editable = architecture.num_layers, len(architecture.down_projections)
     found.modules = module_pattern(architecture)
     found.lga = _difference(
-        lga_scores(LanguageModel(model, tokenizer, architecture), FACTS), gradient_scores(model, architecture, tokenizer, FACTS)
+        lga_scores(LanguageModel(model, tokenizer, architecture), FACTS),
+        gradient_scores(model, architecture, tokenizer, FACTS),
     )
     ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
     before = _logits(model, ids)

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import merged
 from goldenedit.architecture import read_architecture
@@ -20,6 +19,7 @@ from goldenedit.architecture.hooks import evaluating
 from goldenedit.audit import audit
 from goldenedit.devices import execution_device, input_device, onloaded_parameter
 from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.lm import LanguageModel
 from goldenedit.storage.fingerprint import fingerprint
 from models import NUM_LAYERS, tiny_model
 
@@ -257,7 +257,9 @@ def test_steps_of_the_optimisation_wait_for_the_device_a_fixed_number_of_times(t
     def transfers(steps: int) -> int:
         options = ValueOptions(steps, 0.1, 0.0625, 0.5, 4.0, 0.0)
         with Transfers() as mode:
-            optimise_values(LanguageModel(model, tokenizer, architecture), [TOWER, MERKEL], [1], ["", "Well. "], options)
+            optimise_values(
+                LanguageModel(model, tokenizer, architecture), [TOWER, MERKEL], [1], ["", "Well. "], options
+            )
         return mode.found
 
     counts = [transfers(steps) for steps in (1, 2, 3, 4)]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.config import METHODS
 from goldenedit.editing.edit import prepare_facts
@@ -17,6 +16,7 @@ from goldenedit.editing.training import answer_gradients
 from goldenedit.editors.finetune import LowRankChange
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.editors.ultraedit import RunningMoments, ultraedit
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from models import tiny_model
 

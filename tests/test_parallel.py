@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import distributed, nn
 from typer.testing import CliRunner
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture import read_architecture
 from goldenedit.cli import app
 from goldenedit.layer_selection import CellStore, lga_scores, sweep
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.statistics import second_moments
 from goldenedit.parallel import Processes, processes_of
 from models import NUM_LAYERS, tiny_model

@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import merged
 from goldenedit.architecture.layers import is_quantised, plain_weight
 from goldenedit.architecture.quantised import giving_backward
 from goldenedit.layer_selection import lga_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.storage.fingerprint import fingerprint
 from models import NUM_LAYERS, VOCAB_SIZE
 

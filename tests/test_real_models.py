@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
 from goldenedit.architecture import find_down_projections, read_architecture
 from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.values import ValueOptions, optimise_values
 from goldenedit.layer_selection.key_response import other_prompts, respond
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import sample_contexts
 from goldenedit.packaged import is_installed, packaged_model
 from goldenedit.requests import EditRequest

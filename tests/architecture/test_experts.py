@@ -307,9 +307,7 @@ def test_the_sweep_edits_experts_beside_their_weights(tokenizer, tmp_path):
     base = logits(model)
     facts = [replace(FACTS[0], locality=(("Paris is a", "city"),))]
     store = CellStore(tmp_path / "cells.jsonl")
-    cells = sweep(
-        model.lm, facts, CONFIG, store, methods=["r-rome"]
-    )
+    cells = sweep(model.lm, facts, CONFIG, store, methods=["r-rome"])
     assert torch.equal(logits(model), base)
     model.edit(facts[0])
     scores = model.evaluate(facts).edited["token_match"].scores

@@ -7,10 +7,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.keys import contrast_keys
+from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, VOCAB_SIZE, tiny_model
 

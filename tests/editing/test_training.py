@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.editing.training import answer_gradients, answer_nll, train
 from goldenedit.editors.finetune import DenseChange, LowRankChange
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, WIDTH, tiny_model
@@ -76,7 +76,9 @@ def test_weights_gradients_and_hooks_are_as_before(tokenizer):
     model = tiny_model("gpt2").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     architecture = read_architecture(model)
-    train(LanguageModel(model, tokenizer, architecture), REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, "masked", **STEPS)
+    train(
+        LanguageModel(model, tokenizer, architecture), REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, "masked", **STEPS
+    )
     answer_gradients(LanguageModel(model, tokenizer, architecture), REQUESTS, [0, 1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

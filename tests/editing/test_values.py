@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing import values
 from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, WIDTH, tiny_model
@@ -32,9 +32,7 @@ layer_sets = pytest.mark.parametrize("layers", [[1], [0, 2]], ids=["one layer", 
 
 
 def optimise(model, tokenizer, requests, layers=(1,), options=OPTIONS, contexts=CONTEXTS, **kwargs):
-    return optimise_values(
-        LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs
-    )
+    return optimise_values(LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs)
 
 
 def at_subject(model: nn.Module, modules: dict[str, nn.Module], ids: torch.Tensor, subject: int, deltas=None):
@@ -267,7 +265,9 @@ def test_a_request_that_cannot_be_tokenised_raises_before_any_forward(bad, messa
     ran = []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=message):
-        optimise_values(LanguageModel(model, tokenizer, architecture), [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
+        optimise_values(
+            LanguageModel(model, tokenizer, architecture), [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1
+        )
     assert ran == []
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from goldenedit.editors.pmet import pmet
 from matrices import second_moment
 
-from goldenedit.editors.pmet import pmet
 from goldenedit.editors.statistics import KeyStatistics
 
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditRequest, get_edit_model
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.evaluate import measure, observe, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.evaluation.scores import probability_scores
+from goldenedit.lm import LanguageModel
 from models import tiny_model
 
 FACTS = [
@@ -42,7 +42,9 @@ def edited(tokenizer):
 def test_every_score_is_that_of_its_prompts_one_by_one(edited, tokenizer):
     found = edited.evaluate(FACTS)
     base = edited.get_base_model()
-    probability = replace(probability_scores([fact_likelihoods(LanguageModel(base, tokenizer), FACTS[0])]), paraphrase_accuracy=None)
+    probability = replace(
+        probability_scores([fact_likelihoods(LanguageModel(base, tokenizer), FACTS[0])]), paraphrase_accuracy=None
+    )
     assert found.edited["probability"].scores == probability
 
     def accuracy(prompt, answer):
@@ -57,7 +59,9 @@ def test_every_score_is_that_of_its_prompts_one_by_one(edited, tokenizer):
     choices = {}
     for state in ("edited", "base"):
         with edited.disable_adapter() if state == "base" else torch.no_grad():
-            choices[state] = [likelihoods(LanguageModel(base, tokenizer), [pair])[0].choices for pair in FACTS[0].locality]
+            choices[state] = [
+                likelihoods(LanguageModel(base, tokenizer), [pair])[0].choices for pair in FACTS[0].locality
+            ]
     same = [
         sum(one == other for one, other in zip(*both, strict=True)) / len(both[0])
         for both in zip(choices["edited"], choices["base"], strict=True)
@@ -113,9 +117,7 @@ def test_both_models_are_observed_as_each_is_alone(layer, tokenizer):
     base = model.get_base_model()
     calls: list[int] = []
     handle = model.architecture.down_projection(base, 0).register_forward_hook(lambda *_: calls.append(0))
-    now, before = observe_with_and_without(
-        model.lm, FACTS, layer, model.disable_adapter, generation=True
-    )
+    now, before = observe_with_and_without(model.lm, FACTS, layer, model.disable_adapter, generation=True)
     shared = len(calls)
     calls.clear()
     alone = observe(LanguageModel(base, tokenizer), FACTS, generation=True)

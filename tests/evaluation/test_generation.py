@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from goldenedit.lm import LanguageModel
 from goldenedit.evaluation.generation import fluency, ngram_entropy
+from goldenedit.lm import LanguageModel
 from models import tiny_model
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from goldenedit.lm import LanguageModel
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
 from goldenedit.evaluation.likelihood import _hosts, likelihoods
+from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 from models import TINY_CONFIGS, tiny_model
 

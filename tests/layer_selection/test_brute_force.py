@@ -40,9 +40,7 @@ def model(tokenizer):
 
 
 def run(model, store, facts=FACTS, config=CONFIG, **options):
-    return sweep(
-        model.lm, facts, config, store, **options
-    )
+    return sweep(model.lm, facts, config, store, **options)
 
 
 @pytest.mark.parametrize("method", ["r-rome", "pmet", "ft-m"])

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.config import EditConfig
@@ -27,6 +26,7 @@ from goldenedit.layer_selection.key_response import (
     respond,
     score_of,
 )
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import ChatText, EditRequest, proxy_facts

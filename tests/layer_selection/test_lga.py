@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.layer_selection import golden_layer, lga_scores, tukey_filter
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
@@ -113,7 +113,8 @@ def test_facts_without_an_old_answer_are_scored_against_the_greedy_one(tokenizer
     without = EditRequest(fact.prompt, fact.subject, fact.target_new)
     given = EditRequest(fact.prompt, fact.subject, fact.target_new, answer)
     torch.testing.assert_close(
-        lga_scores(LanguageModel(model, tokenizer, architecture), [without]), lga_scores(LanguageModel(model, tokenizer, architecture), [given])
+        lga_scores(LanguageModel(model, tokenizer, architecture), [without]),
+        lga_scores(LanguageModel(model, tokenizer, architecture), [given]),
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.layer_selection import selectivity_scores
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
 from models import MLP_WIDTH, NUM_LAYERS, tiny_model

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from goldenedit.lm import LanguageModel
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.audit import audit
 from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.sampling import greedy_answer, sample_continuations
 from goldenedit.lm.tokens import encode_request, with_answer

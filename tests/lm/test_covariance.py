@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import dataset_texts, key_statistics, sampled_texts
 from goldenedit.lm.statistics import second_moments
 from models import MLP_WIDTH, tiny_model

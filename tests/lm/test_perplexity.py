@@ -28,7 +28,9 @@ def test_it_is_the_exponent_of_the_mean_over_tokens(name, batch_size, tokenizer)
         with torch.no_grad():
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    assert perplexity(LanguageModel(model, tokenizer), TEXTS, batch_size) == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert perplexity(LanguageModel(model, tokenizer), TEXTS, batch_size) == pytest.approx(
+        math.exp(total / count), rel=1e-4
+    )
 
 
 def test_no_text_is_an_error(tokenizer):

@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 
-from goldenedit.lm import LanguageModel
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editors.statistics import KeyStatistics, relative_contrast
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.statistics import load_second_moment, save_second_moment, second_moments
 from models import MLP_WIDTH, TINY_CONFIGS, tiny_model
 
