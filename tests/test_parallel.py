@@ -84,12 +84,12 @@ def counted(module: nn.Module) -> list[int]:
 
 def test_lga_has_the_same_scores_in_half_the_rows(in_two, tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
     rows = counted(model)
 
     def run():
         rows.clear()
-        return lga_scores(LanguageModel(model, tokenizer, architecture), FACTS * 2, batch_size=1), sum(rows)
+        return lga_scores(lm, FACTS * 2, batch_size=1), sum(rows)
 
     alone, all_rows = run()
     for scores, own in in_two(run):

@@ -59,9 +59,10 @@ def scores(model, tokenizer, facts, config=SELECTIVE, statistics=None, contexts=
 def test_a_response_is_what_the_plain_way_finds(name, tokenizer):
     model = tiny_model(name).double()
     architecture = read_architecture(model)
-    (key,) = subject_keys(LanguageModel(model, tokenizer, architecture), [FACT], [1])
+    lm = LanguageModel(model, tokenizer, architecture)
+    (key,) = subject_keys(lm, [FACT], [1])
     a = detector(FactKeys(key[0], key[0]), SELECTIVE, KeyStatistics(second_moment(), 0.1))
-    found = respond(LanguageModel(model, tokenizer, architecture), FACT, {1: a}, KEPT)
+    found = respond(lm, FACT, {1: a}, KEPT)
 
     prompts = [FACT.text, *FACT.paraphrases, *FACT.neighborhood]
     pairs = [(prompt, answer) for prompt in prompts for answer in (FACT.target_new, FACT.target_true)]
@@ -230,14 +231,14 @@ def test_a_fact_whose_new_answer_the_model_gives_already_is_passed_by(tokenizer)
 def test_first_tokens_answer_to_a_subject_that_is_one(tokenizer):
     """Elsewhere they are left out: attention sinks, whose keys are like no other."""
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer)
     for fact, expected in (
         (EditRequest("Paris is the capital of", "Paris", "Spain", "France"), 1.0),
         (EditRequest("It is Paris, the capital of", "Paris", "Spain", "France"), 0.0),
     ):
-        (key,) = subject_keys(LanguageModel(model, tokenizer, architecture), [fact], [1])
+        (key,) = subject_keys(lm, [fact], [1])
         assert (encode(tokenizer, fact.text, None, fact.subject_end).subject == 0) == bool(expected)
-        found = respond(LanguageModel(model, tokenizer, architecture), fact, {1: key[0]}, [("Paris", "France")])
+        found = respond(lm, fact, {1: key[0]}, [("Paris", "France")])
         assert found.activations[1][1] == pytest.approx(expected)
 
 
