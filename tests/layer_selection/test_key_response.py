@@ -50,9 +50,20 @@ def second_moment() -> torch.Tensor:
     return X.T @ X / 200
 
 
+class InContexts(LanguageModel):
+    """A model whose contexts are given."""
+
+    def __init__(self, model, tokenizer, contexts):
+        super().__init__(model, tokenizer)
+        self.given = contexts
+
+    def contexts(self, config):
+        return self.given
+
+
 def scores(model, tokenizer, facts, config=SELECTIVE, statistics=None, contexts=CONTEXTS) -> torch.Tensor:
     statistics = {1: KeyStatistics(second_moment(), 0.1)} if statistics is None else statistics
-    return key_response_scores(LanguageModel(model, tokenizer), facts, config, statistics, contexts)
+    return key_response_scores(InContexts(model, tokenizer, contexts), facts, config, statistics)
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY_CONFIGS) - {"bloom"}))  # whose MLP has another width
@@ -66,7 +77,7 @@ def test_a_response_is_what_the_plain_way_finds(name, tokenizer):
 
     prompts = [FACT.text, *FACT.paraphrases, *FACT.neighborhood]
     pairs = [(prompt, answer) for prompt in prompts for answer in (FACT.target_new, FACT.target_true)]
-    nll = torch.tensor([one.nll for one in likelihoods(LanguageModel(model, tokenizer), pairs)])
+    nll = torch.tensor([one.nll for one in likelihoods(lm, pairs)])
     torch.testing.assert_close(found.margins, nll[1::2] - nll[::2], rtol=1e-4, atol=1e-5)
 
     module = architecture.down_projection(model, 1)
