@@ -12,7 +12,6 @@ from common import NEIGHBORS, applied, as_row, constants, load, parser, preferri
 from goldenedit import EditConfig
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
-from goldenedit.lm import LanguageModel
 
 
 def main() -> None:
@@ -27,7 +26,6 @@ def main() -> None:
 
     model = load(arguments.model, EditConfig(**{"layer": "lga", **constants(arguments.set)}))
     layer = model.select_layer()
-    base, tokenizer = model.get_base_model(), model.tokenizer
     most = max(arguments.facts)
     requests, before = preferring(model, arguments.data, most, arguments.skip)
     statistics = model.lm.statistics(model.edit_config, model.edit_config.target_layers)
@@ -42,9 +40,7 @@ def main() -> None:
             with applied(
                 model, lambda config=config, count=count: facts.changes(config, statistics, chosen=range(count)).deltas
             ):
-                found = [
-                    fact_likelihoods(LanguageModel(base, tokenizer), request, NEIGHBORS) for request in requests[:count]
-                ]
+                found = [fact_likelihoods(model.lm, request, NEIGHBORS) for request in requests[:count]]
             row = {"method": method, "layer": layer, **as_row(probability_scores(found))}
             rows.append({**row, "seconds a value": round(seconds() / most, 2)})
             print(rows[-1], flush=True)

@@ -17,7 +17,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.benchmark.golden_layers import usable_facts
 from goldenedit.cache import cache_dir
 from goldenedit.evaluation.scores import quantile_interval, token_match_scores
-from goldenedit.layer_selection import CellStore, Outcome, edit_score, sweep
+from goldenedit.layer_selection import CellStore, Outcome, SweepOptions, edit_score, sweep
 
 CHUNK = 8  # facts whose values are optimised side by side
 RESAMPLES = 500
@@ -68,17 +68,9 @@ def _measure(
 ) -> dict[int, list[Outcome]]:
     """Return what became of each fact at each layer."""
     found: dict[int, list[Outcome]] = {layer: [] for layer in layers}
-    base, config = model.get_base_model(), EditConfig()
+    options = SweepOptions(layers=layers, neighbors=NEIGHBORS)
     for start in range(0, len(facts), CHUNK):
-        chunk = facts[start : start + CHUNK]
-        cells = sweep(
-            model.lm,
-            chunk,
-            config,
-            store,
-            layers=layers,
-            neighbors=NEIGHBORS,
-        )
+        cells = sweep(model.lm, facts[start : start + CHUNK], EditConfig(), store, options)
         for (_, layer), cell in cells.items():
             found[layer] += cell.outcomes
     return found

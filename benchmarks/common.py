@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
-from goldenedit import adapters as peft_adapters
 from goldenedit.benchmark.command import read_option
 from goldenedit.editing.edit import PreparedFacts, prepare_facts
 from goldenedit.editors.statistics import KeyStatistics
@@ -97,8 +96,7 @@ def preferring(
 
 def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
     """Optimise the values of facts that are edited one by one later, side by side."""
-    base, config = model.get_base_model(), model.edit_config
-    return prepare_facts(model.lm, requests, config, model.lm.contexts(config))
+    return prepare_facts(model.lm, requests, model.edit_config, model.lm.contexts(model.edit_config))
 
 
 def score_single_edits(
@@ -119,12 +117,12 @@ def score_single_edits(
 
 @contextmanager
 def applied(model: EditModel, deltas: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Put deltas on the model as an adapter for as long as the context lasts."""
-    model.model = peft_adapters.add(model.model, "measured", deltas(), model.base_info.name_or_path)
-    try:
+    """Change what the maps of some layers return by deltas, for as long as the context lasts."""
+    where = model.architecture
+    with ExitStack() as stack:
+        for path, delta in deltas().items():
+            stack.enter_context(where.adding_delta(model.lm.model, where.layer_of(path), delta.A, delta.B))
         yield
-    finally:
-        model.model = peft_adapters.remove(model.model, "measured")
 
 
 @contextmanager

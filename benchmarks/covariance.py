@@ -11,17 +11,8 @@ from dataclasses import replace
 from common import as_row, known_counterfacts, load, parser, preferring, prepare, record, score_single_edits
 
 from goldenedit import EditConfig
-from goldenedit.editing.edit import PreparedFacts
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.scores import probability_scores
-
-
-def as_published(facts: PreparedFacts) -> PreparedFacts:
-    """Return the facts without anchor and contrast."""
-    keys = {
-        layer: [replace(key, contrast=None, anchor_bare=False) for key in found] for layer, found in facts.keys.items()
-    }
-    return replace(facts, keys=keys)
 
 
 def main() -> None:
@@ -35,8 +26,8 @@ def main() -> None:
     options.add_argument("--name", default="covariance", help="of the file of results")
     arguments = options.parse_args()
 
-    config = EditConfig(layer=arguments.layer)
-    model = load(arguments.model, config)
+    model = load(arguments.model, EditConfig(layer=arguments.layer))
+    config = model.edit_config
     tests = set(known_counterfacts(model, arguments.data)[:40])
     requests, before = preferring(model, arguments.data, arguments.facts, without=tests)
     facts = prepare(model, requests)
@@ -45,8 +36,8 @@ def main() -> None:
 
     def measure(source: str, tokens: int, ridge: float, statistics: KeyStatistics) -> None:
         for published in (False, True):
-            chosen = as_published(facts) if published else facts
-            (scores,) = score_single_edits(model, chosen, {arguments.layer: statistics}).values()
+            model.edit_config = replace(config, contrast=0, anchor_bare_prompt=False) if published else config
+            (scores,) = score_single_edits(model, facts, {arguments.layer: statistics}).values()
             row = {"covariance": source, "tokens": tokens, "ridge": ridge, "as published": published}
             rows.append({**row, **as_row(scores)})
             print(rows[-1], flush=True)

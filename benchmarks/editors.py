@@ -27,9 +27,9 @@ from common import (
 )
 
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
-from goldenedit.config import METHODS, TRAINED
-from goldenedit.editing.edit import Changes, PreparedFacts, train_facts
-from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editing.edit import Changes, PreparedFacts
+from goldenedit.editing.learn import learn_facts
+from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.generation import fluency
 from goldenedit.evaluation.scores import FactLikelihoods, probability_scores
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--facts", type=int, default=40)
     options.add_argument("--fluent", type=int, default=16, help="facts whose fluency is measured too")
-    options.add_argument("--methods", nargs="+", default=METHODS)
+    options.add_argument("--methods", nargs="+", default=EDITORS.names())
     options.add_argument("--development", action="store_true", help="use proxy facts: to choose constants on")
     options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
     options.add_argument("--name", default="editors", help="name of the results")
@@ -71,25 +71,24 @@ def _edits(model: EditModel, requests: list[EditRequest], methods: list[str]) ->
     """Yield each editor, a function of a fact's index to the deltas of its edit, and seconds spent before that."""
     config = model.edit_config
     statistics = model.lm.statistics(config, config.target_layers)
-    shared: dict[bool, tuple[PreparedFacts, float]] = {}
+    shared: dict[tuple[str, ...], tuple[PreparedFacts, float]] = {}
     for method in methods:
         model.edit_config = own = replace(config, method=method)
-        if method in TRAINED:
-            memory = _trained(model, proxy_facts()[:100], {}).state if method == "ultraedit" else {}
-            yield method, lambda index, memory=memory: _trained(model, [requests[index]], memory).deltas, 0.0
+        if own.editor.learns != "values":
+            memory = _learned(model, proxy_facts()[:100], {}).state if own.editor.learns == "gradients" else {}
+            yield method, lambda index, memory=memory: _learned(model, [requests[index]], memory).deltas, 0.0
             continue
-        attention = method == "pmet"
-        if attention not in shared:
+        vectors = own.editor.vectors
+        if vectors not in shared:
             with timed() as seconds:
                 facts = prepare(model, requests)
-            shared[attention] = facts, seconds()
-        facts, spent = shared[attention]
+            shared[vectors] = facts, seconds()
+        facts, spent = shared[vectors]
         yield method, lambda index, facts=facts, own=own: facts.changes(own, statistics, chosen=[index]).deltas, spent
 
 
-def _trained(model: EditModel, requests: list[EditRequest], memory: dict[str, Any]) -> Changes:
-    base = model.get_base_model()
-    return train_facts(model.lm, requests, model.edit_config, memory)
+def _learned(model: EditModel, requests: list[EditRequest], memory: dict[str, Any]) -> Changes:
+    return learn_facts(model.lm, requests, model.edit_config, memory)
 
 
 def _measure(model: EditModel, requests: list[EditRequest], fluent: int, deltas: Deltas) -> dict[str, Any]:
@@ -97,7 +96,6 @@ def _measure(model: EditModel, requests: list[EditRequest], fluent: int, deltas:
     entropies: list[float] = []
 
     def measure(index: int, request: EditRequest) -> None:
-        base = model.get_base_model()
         measured.append(fact_likelihoods(model.lm, request, NEIGHBORS))
         if index < fluent:
             prompts = [*request.generation, request.text][:1]

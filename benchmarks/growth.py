@@ -123,7 +123,7 @@ def of_contexts(model: EditModel, layer: int) -> list[Point]:
 
 def of_proxies(model: EditModel) -> list[Point]:
     """More facts for LGA."""
-    base, facts = model.get_base_model(), proxy_facts()
+    facts = proxy_facts()
     return [(size, lambda size=size: lga_scores(model.lm, facts[:size])) for size in (8, 16, 32, 64, 128, 250)]
 
 

@@ -10,7 +10,6 @@ from references import weight_gradient_scores
 
 from goldenedit import EditConfig, proxy_facts
 from goldenedit.layer_selection import golden_layer, lga_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode, pad, padding_id
 
 
@@ -23,7 +22,8 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
     model = load(arguments.model, EditConfig(layer=0))
-    base, tokenizer, where = model.get_base_model().requires_grad_(False), model.tokenizer, model.architecture
+    lm, tokenizer, where = model.lm, model.tokenizer, model.architecture
+    base = model.get_base_model().requires_grad_(False)
     facts = proxy_facts()[: arguments.facts]
 
     pairs = [[encode(tokenizer, fact.text, answer) for answer in (fact.target_true, fact.target_new)] for fact in facts]
@@ -44,7 +44,7 @@ def main() -> None:
                 forwards()
             plain.append(seconds())
             with timed() as seconds:
-                scores = lga_scores(LanguageModel(base, tokenizer, where), facts, loss, arguments.batch_size)
+                scores = lga_scores(lm, facts, loss, arguments.batch_size)
             analysis.append(seconds())
         few = facts[: arguments.reference_facts]
         with timed() as seconds:
@@ -52,7 +52,7 @@ def main() -> None:
         reference_seconds = seconds() / len(few)
         double = copy.deepcopy(base).double()
         exact = weight_gradient_scores(double, tokenizer, where.mlp_linears, where.num_layers, few, loss)
-        found = lga_scores(LanguageModel(base, tokenizer, where), few, loss, arguments.batch_size)
+        found = lga_scores(lm, few, loss, arguments.batch_size)
         ratios = sorted(one / other for one, other in zip(analysis, plain, strict=True))
         rows.append(
             {

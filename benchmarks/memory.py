@@ -34,7 +34,6 @@ from goldenedit.editing.edit import prepare_facts
 from goldenedit.editing.values import fact_rows
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.layer_selection import lga_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import sampled_texts
 from goldenedit.lm.statistics import second_moments
 from goldenedit.lm.tokens import encode, pad, padding_id
@@ -97,7 +96,7 @@ def measure(model: nn.Module, run: Callable[[], Any], by: str) -> int:
 
 def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[str, tuple[Callable, Callable]]:
     """Return, by phase, what is run and what prepares it; the plain forward of its batch is `plain <phase>`."""
-    base, tokenizer, config, where = model.get_base_model(), model.tokenizer, model.edit_config, model.architecture
+    base, tokenizer, config, lm = model.get_base_model(), model.tokenizer, model.edit_config, model.lm
     device, ready = torch.device("cpu"), {}
 
     def plain(batch: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable, Callable]:
@@ -108,7 +107,7 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         return forward, lambda: ready.update(batch=batch())
 
     def values_batch() -> tuple[Tensor, Tensor]:
-        rows = fact_rows(tokenizer, facts, model.lm.contexts(config), None)
+        rows = fact_rows(tokenizer, facts, lm.contexts(config), None)
         batch = pad([row for own in rows for row in own], padding_id(tokenizer), device)
         return batch.input_ids, batch.attention_mask
 
@@ -124,7 +123,7 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         return torch.randint(100, 1000, (TOKENS // 32, 32)), torch.ones(TOKENS // 32, 32, dtype=torch.long)
 
     def prepare() -> Any:
-        return prepare_facts(LanguageModel(base, tokenizer, where), facts, config, model.lm.contexts(config))
+        return prepare_facts(lm, facts, config, lm.contexts(config))
 
     def saved() -> None:
         model.edit(facts)
@@ -134,19 +133,19 @@ def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[
         "plain read": plain(probe_batch),
         "read": (lambda: read_architecture(base), lambda: None),
         "plain lga": plain(lga_batch),
-        "lga": (lambda: lga_scores(LanguageModel(base, tokenizer, where), proxy_facts()[:16]), lambda: None),
+        "lga": (lambda: lga_scores(lm, proxy_facts()[:16]), lambda: None),
         "plain statistics": plain(text_batch),
         "statistics": (
-            lambda: second_moments(LanguageModel(base, tokenizer, where), ready["texts"], config.target_layers, TOKENS),
-            lambda: ready.update(texts=sampled_texts(LanguageModel(base, tokenizer), TOKENS, 0)),
+            lambda: second_moments(lm, ready["texts"], config.target_layers, TOKENS),
+            lambda: ready.update(texts=sampled_texts(lm, TOKENS, 0)),
         ),
         "plain values": plain(values_batch),
-        "values": (prepare, lambda: model.lm.contexts(config)),
+        "values": (prepare, lambda: lm.contexts(config)),
         "solve": (
             lambda: ready["facts"].changes(config, {layer: KeyStatistics(None) for layer in config.target_layers}),
             lambda: ready.update(facts=prepare()),
         ),
-        "edit": (lambda: model.edit(facts), lambda: model.lm.contexts(config)),
+        "edit": (lambda: model.edit(facts), lambda: lm.contexts(config)),
         "save": (lambda: model.save_pretrained(scratch), lambda: model.edit(facts)),
         "load": (
             lambda: EditModel.from_pretrained(ready["base"], scratch, tokenizer=tokenizer),

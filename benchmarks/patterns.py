@@ -24,7 +24,7 @@ def main() -> None:
 
     model = load(arguments.model, EditConfig(**{"layer": "lga", **constants(arguments.set)}))
     model.select_layer()
-    base, config = model.get_base_model(), model.edit_config
+    config = model.edit_config
     requests = preferring_proxy(model)[-arguments.facts :]  # LGA reads the first ones
     rows = []
     for pattern in LAYER_PATTERNS:

@@ -24,16 +24,16 @@ def main() -> None:
     options.add_argument("--as-published", action="store_true", help="without anchor and contrast")
     arguments = options.parse_args()
 
-    config = EditConfig(layer="lga", **({"anchor_bare_prompt": False, "contrast": 0} if arguments.as_published else {}))
-    model = load(arguments.model, config)
+    as_published = {"anchor_bare_prompt": False, "contrast": 0} if arguments.as_published else {}
+    model = load(arguments.model, EditConfig(layer="lga", **as_published))
+    config = model.edit_config
     golden = model.select_layer()
     requests = known_counterfacts(model, arguments.data)[arguments.skip : arguments.skip + arguments.facts]
     before = [fact_likelihoods(model.lm, fact, NEIGHBORS) for fact in requests]
     counts = sorted({count for count in (arguments.also_first, len(requests)) if count <= len(requests)})
     rows = [{"method": "base model", **as_row(probability_scores(before[:count]))} for count in counts]
     layers = arguments.layers or [golden]
-    config.target_layer = layers
-    statistics = model.lm.statistics(config, config.target_layers)  # of all layers, in one pass
+    statistics = model.lm.statistics(config, layers)  # of all layers, in one pass
     for layer in layers:
         config.target_layer = layer
         with timed() as seconds:

@@ -31,7 +31,6 @@ from goldenedit.architecture.hooks import recording
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import golden_layer, lga_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
@@ -347,11 +346,10 @@ def measure(
         found.loaded = _largest(_logits(loaded, ids), after)
         found.peft = _largest(_logits(PeftModel.from_pretrained(again(), folder), ids), after)
     prompt = [(SECOND.text, SECOND.target_new)]
-    likely = likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll
+    nll = [likelihoods(edited.lm, prompt)[0].nll]
     edited.edit(SECOND)
-    found.second = tuple(
-        torch.tensor([-likely, -likelihoods(LanguageModel(edited, tokenizer), prompt)[0].nll]).exp().tolist()
-    )
+    nll.append(likelihoods(edited.lm, prompt)[0].nll)
+    found.second = (math.exp(-nll[0]), math.exp(-nll[1]))
     stacked = _logits(edited, ids)
     try:
         merged = edited.merge_and_unload()

@@ -14,7 +14,6 @@ from common import constants, load, parser, record, timed
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.scores import probability_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.lm.perplexity import perplexity
 
 
@@ -32,11 +31,10 @@ def main() -> None:
     chosen = {"method": arguments.method, "layer": "lga", **constants(arguments.set)}
     model = load(arguments.model, EditConfig(**chosen))
     model.select_layer()
-    base, tokenizer = model.get_base_model(), model.tokenizer
     texts = [entry["Text"] for entry in json.loads((arguments.data / "me_ppl_50.json").read_text())]
     facts = [*load_requests(arguments.data / "counterfact.json"), *proxy_facts()]
     requests = list({(fact.text, fact.subject): fact for fact in facts}.values())[: arguments.facts]
-    before = perplexity(LanguageModel(base, tokenizer), texts)
+    before = perplexity(model.lm, texts)
     rows = [
         {"method": "base model", "edits": 0, **_scores(model, requests, arguments.measured), "perplexity ratio": 1.0}
     ]
@@ -50,7 +48,7 @@ def main() -> None:
                 "method": arguments.method,
                 "edits": len(done),
                 **_scores(model, done, arguments.measured),
-                "perplexity ratio": round(perplexity(LanguageModel(base, tokenizer), texts) / before, 3),
+                "perplexity ratio": round(perplexity(model.lm, texts) / before, 3),
                 "seconds an edit": round(seconds() / len(requests[start : start + arguments.batch]), 2),
             }
         )
@@ -60,7 +58,6 @@ def main() -> None:
 
 def _scores(model: EditModel, requests: list[EditRequest], measured: int) -> dict[str, float]:
     chosen = random.Random(0).sample(requests, min(measured, len(requests)))
-    base = model.get_base_model()
     scores = probability_scores([fact_likelihoods(model.lm, request, 2) for request in chosen])
     return {
         "efficacy": round(scores.efficacy, 3),

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.cost import measuring, profiling
-from goldenedit.editors.delta import LowRankDelta
 from goldenedit.layer_selection import golden_layer, lga_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import sampled_texts
 from goldenedit.lm.flops import forward_flops
 from goldenedit.lm.statistics import second_moments
@@ -58,8 +57,8 @@ def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 def edits(model: EditModel, facts: Sequence[EditRequest], layer: int) -> list[Row]:
     """One edit and a batch of them against one after the other in the plain way."""
-    base, config = model.get_base_model(), model.edit_config
-    contexts, own = model.lm.contexts(config), model.lm.statistics(config, config.target_layers)[layer]
+    config = model.edit_config
+    contexts, own = model.lm.contexts(config), model.lm.statistics(config, [layer])[layer]
     assert own.second_moment is not None
     second_moment, path = own.second_moment.double(), model.architecture.down_projections[layer]
     ridge = own.ridge * second_moment.diagonal().mean() * torch.eye(len(second_moment), dtype=torch.float64)
@@ -125,22 +124,22 @@ def edits(model: EditModel, facts: Sequence[EditRequest], layer: int) -> list[Ro
 
 def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: float | None) -> list[Row]:
     """LGA against two weight gradients a fact."""
-    base, tokenizer, where = model.get_base_model(), model.tokenizer, model.architecture
+    base, tokenizer, lm, where = model.get_base_model(), model.tokenizer, model.lm, model.architecture
     few = facts[:20]
-    scores = lga_scores(LanguageModel(base, tokenizer, where), few)
+    scores = lga_scores(lm, few)
     reference = weight_gradient_scores(base, tokenizer, where.mlp_linears, where.num_layers, few)
     difference = ((scores - reference) / reference).abs().max().item()
     assert difference < SAME, difference
     own, plain = [], []
     for _ in range(3):
-        own.append(seconds(lambda: lga_scores(LanguageModel(base, tokenizer, where), facts)))
+        own.append(seconds(lambda: lga_scores(lm, facts)))
         plain.append(
             seconds(lambda: weight_gradient_scores(base, tokenizer, where.mlp_linears, where.num_layers, few))
             * len(facts)
             / len(few)
         )
     with measuring() as cost:
-        whole = lga_scores(LanguageModel(base, tokenizer, where), facts)
+        whole = lga_scores(lm, facts)
     row: Row = {
         "what": "LGA",
         "facts": len(facts),
@@ -148,7 +147,7 @@ def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: f
         "weight gradients s": round(statistics.median(plain), 2),
         "s": round(statistics.median(own), 2),
         "times faster": round(statistics.median(plain) / statistics.median(own), 2),
-        "forward-equivalents a fact": round(cost().flops / forward_flops(LanguageModel(base, tokenizer), facts), 2),
+        "forward-equivalents a fact": round(cost().flops / forward_flops(lm, facts), 2),
         "largest relative difference": float(f"{difference:.1e}"),
     }
     if plain_edit_flops is not None:
@@ -159,7 +158,6 @@ def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: f
 
 def key_statistics(model: EditModel, tokens: int) -> list[Row]:
     """Key statistics of all layers in one pass, with the text that the model samples for them."""
-    base = model.get_base_model()
     layers = sorted(model.architecture.down_projections)
     texts: list[str] = []
     sampling = seconds(lambda: texts.extend(sampled_texts(model.lm, tokens, 0)))
@@ -182,10 +180,9 @@ def generation(name: str, layer: int, repeats: int, tokens: int = 64) -> list[Ro
     source = str(packaged_model(name)) if name in PACKAGED_MODELS else name
     plain = AutoModelForCausalLM.from_pretrained(source)
     for count in (1, 10):
-        model = load(name, EditConfig(layer=layer, covariance="identity", contexts=1, steps=1))
-        path = model.architecture.down_projections[layer]
-        for number in range(count):
-            model.model = model._with_adapter(f"edit_{number}", {path: small_delta(model, layer, number)})
+        with saved_edit(name, layer) as (model, folder):
+            for number in range(count):
+                model.load_adapter(folder, f"edit_{number}")
         model.set_adapter([f"edit_{number}" for number in range(count)])
         inputs = model.tokenizer("The history of the city begins in the", return_tensors="pt")
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
@@ -209,26 +206,22 @@ def generation(name: str, layer: int, repeats: int, tokens: int = 64) -> list[Ro
     return rows
 
 
-def small_delta(model: EditModel, layer: int, seed: int) -> LowRankDelta:
-    """Return a change of rank one."""
-    d_out, d_in = model.architecture.shape(model.get_base_model(), layer)
-    generator = torch.Generator().manual_seed(seed)
-    A, B = torch.randn(1, d_in, generator=generator), torch.randn(d_out, 1, generator=generator)
-    return LowRankDelta(1e-3 * A, 1e-3 * B)
+@contextmanager
+def saved_edit(name: str, layer: int) -> Iterator[tuple[EditModel, str]]:
+    """Yield a model without edits, and the folder of an edit of rank one that was made of it."""
+    model = load(name, EditConfig(layer=layer, covariance="identity", contexts=1, steps=1))
+    model.edit("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome", name="saved")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.delete_adapter("saved")
+        yield model, folder
 
 
 def stacking(name: str, layer: int, count: int) -> list[Row]:
     """Load one more edit from a folder beside `count` others, and switch between them."""
-    model = load(name, EditConfig(layer=layer, covariance="identity", contexts=1, steps=1))
-    fact = EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
-    path = model.architecture.down_projections[layer]
-    first = model.edit(fact, name="saved")
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model.delete_adapter("saved")
+    with saved_edit(name, layer) as (model, folder):
         for number in range(count):
-            model.model = model._with_adapter(f"edit_{number}", {path: small_delta(model, layer, number)})
-            model.edits[f"edit_{number}"] = first
+            model.load_adapter(folder, f"edit_{number}")
         loading, switching, all_on = [], [], []
         for turn in range(9):
             loading.append(seconds(lambda: model.load_adapter(folder)))

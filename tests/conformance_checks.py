@@ -17,7 +17,6 @@ from goldenedit.architecture.experts import expert_matrices, fused_parameter, is
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.layer_selection import lga_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from zoo import TARGET_MODULES, zoo_model
 
@@ -86,15 +85,12 @@ def conform(
     architecture = edited.architecture
     found.layers, found.editable = architecture.num_layers, len(architecture.down_projections)
     found.modules = module_pattern(architecture)
-    found.lga = _difference(
-        lga_scores(LanguageModel(model, tokenizer, architecture), FACTS),
-        gradient_scores(model, architecture, tokenizer, FACTS),
-    )
+    found.lga = _difference(lga_scores(edited.lm, FACTS), gradient_scores(model, architecture, tokenizer, FACTS))
     ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
     before = _logits(model, ids)
     original = copy.deepcopy(model)
     contexts = edited.lm.contexts(config)
-    values = prepare_facts(LanguageModel(model, tokenizer, architecture), FACTS[:1], config, contexts).values
+    values = prepare_facts(edited.lm, FACTS[:1], config, contexts).values
     found.replay = values.replay
     edit = edited.edit(FACTS[0])
 

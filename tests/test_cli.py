@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from goldenedit.benchmark.command import read_option
 from goldenedit.cli import app, main, parse_layer
-from goldenedit.config import LAYER_SELECTORS
+from goldenedit.layer_selection import SELECTORS
 from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder
 from goldenedit.storage.hub import find_golden_layers
@@ -134,7 +134,7 @@ def test_locate_compares_all_selectors_and_says_which_cannot_decide(capsys, fold
     options = ["--method", "all", "--sweep", "1", "--proxy", str(tmp_path / "named.json"), "--plot", str(plot)]
     code, output, _ = run(capsys, "locate", folder, *options)
     assert code == 0
-    for name in LAYER_SELECTORS:
+    for name in SELECTORS.names():
         assert f" {name} " in output or f"{name}:" in output
     assert "published: No layer is published" in output
     assert plot.read_bytes().startswith(b"\x89PNG")

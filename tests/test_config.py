@@ -154,7 +154,7 @@ def test_no_layer_is_a_target_before_the_selector_has_run(layer):
 def test_constants_without_a_value_have_the_default_of_their_units():
     relative, published = EditConfig("alphaedit"), EditConfig("alphaedit", relative_constants=False)
     assert (relative.constant("null_space_ridge"), published.constant("null_space_ridge")) == (0.2, 10.0)
-    assert published.constant("covariance_weight") == 15_000
-    assert EditConfig(ultraedit_lr=0.5, relative_constants=False).constant("ultraedit_lr") == 0.5
+    assert EditConfig("memit", relative_constants=False).constant("covariance_weight") == 15_000
+    assert EditConfig("ultraedit", ultraedit_lr=0.5, relative_constants=False).constant("ultraedit_lr") == 0.5
     with pytest.raises(ValueError, match="null_space_threshold must be a number above"):
         EditConfig(null_space_threshold=0.0)

@@ -252,14 +252,12 @@ class Transfers(TorchDispatchMode):
 
 def test_steps_of_the_optimisation_wait_for_the_device_a_fixed_number_of_times(tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
 
     def transfers(steps: int) -> int:
         options = ValueOptions(steps, 0.1, 0.0625, 0.5, 4.0, 0.0)
         with Transfers() as mode:
-            optimise_values(
-                LanguageModel(model, tokenizer, architecture), [TOWER, MERKEL], [1], ["", "Well. "], options
-            )
+            optimise_values(lm, [TOWER, MERKEL], [1], ["", "Well. "], options)
         return mode.found
 
     counts = [transfers(steps) for steps in (1, 2, 3, 4)]

@@ -10,13 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.config import METHODS
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.editing.training import answer_gradients
+from goldenedit.editors import EDITORS, GradientProblem, KeyStatistics
 from goldenedit.editors.finetune import LowRankChange
-from goldenedit.editors.statistics import KeyStatistics
-from goldenedit.editors.ultraedit import RunningMoments, ultraedit
-from goldenedit.lm import LanguageModel
+from goldenedit.editors.moments import RunningMoments
+from goldenedit.editors.ultraedit import UltraEditOptions, ultraedit
 from goldenedit.lm.tokens import encode
 from models import tiny_model
 
@@ -35,7 +34,7 @@ SPECIAL = {
     "ultraedit": {"ultraedit_lr": 3.0},
     "alphaedit": {"covariance": "sampled", "covariance_tokens": 500, "null_space_threshold": 5.0},
 }
-methods = pytest.mark.parametrize("method", METHODS)
+methods = pytest.mark.parametrize("method", EDITORS.names())
 
 
 def config(method: str, **options) -> EditConfig:
@@ -194,8 +193,7 @@ def test_lora_is_the_lora_of_peft(tokenizer):
 def test_ultraedit_takes_its_constants_in_the_units_that_are_asked_for(relative, tokenizer):
     options = {"layer": [0, 1], "relative_constants": relative, "ultraedit_lr": None}
     model = get_edit_model(tiny_model("llama"), config("ultraedit", **options), tokenizer)
-    base, architecture = model.get_base_model(), model.architecture
-    found = answer_gradients(LanguageModel(base, tokenizer, architecture), FACTS, [0, 1])
+    found = answer_gradients(model.lm, FACTS, [0, 1])
     moments = RunningMoments.of(torch.cat([torch.cat([found[layer][0], found[layer][2]], 1) for layer in (0, 1)]))
     made = model.edit(FACTS)
     for layer, (inputs, outputs, gradients) in found.items():
@@ -204,8 +202,9 @@ def test_ultraedit_takes_its_constants_in_the_units_that_are_asked_for(relative,
             step = outputs.norm(dim=1).mean()  # the length of a step whose features are all of size one
             lr = step / (inputs.shape[1] * gradients.shape[1] ** 0.5)
             ridge = 0.1 * inputs.square().sum(1).mean()
-        expected = ultraedit(inputs, gradients, moments, float(lr), float(ridge)).dense()
-        actual = made.deltas[architecture.down_projections[layer]].dense()
+        resolved = UltraEditOptions(ultraedit_lr=float(lr), ultraedit_ridge=float(ridge))
+        expected = ultraedit(GradientProblem(inputs, outputs, gradients, moments, resolved)).dense()
+        actual = made.deltas[model.architecture.down_projections[layer]].dense()
         assert (actual - expected).norm() <= 1e-3 * expected.norm()
 
 
@@ -224,7 +223,7 @@ def test_pmet_without_an_attention_is_refused_before_anything_runs(tokenizer):
 def test_values_of_another_editor_are_refused(tokenizer):
     model = get_edit_model(tiny_model("llama"), config("memit"), tokenizer)
     prepared = prepare_facts(model.lm, FACTS, model.edit_config, [""])
-    with pytest.raises(ValueError, match="not optimised for the editor 'pmet'"):
+    with pytest.raises(ValueError, match="not optimized for the editor 'pmet'"):
         prepared.changes(config("pmet"), {1: KeyStatistics(None)})
 
 

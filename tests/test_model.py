@@ -23,8 +23,8 @@ from torch import nn
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.cache import cache_dir
-from goldenedit.lm.tokens import encode
 from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm.tokens import encode
 from goldenedit.storage.folder import EditedFact, is_edit_name, write_edit_folder
 from goldenedit.storage.reading import read_edit_folder
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture import read_architecture
 from goldenedit.cli import app
-from goldenedit.layer_selection import CellStore, lga_scores, select, sweep
+from goldenedit.layer_selection import CellStore, SweepOptions, lga_scores, select, sweep
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.statistics import second_moments
 from goldenedit.parallel import Processes, processes_of
@@ -87,12 +87,12 @@ def counted(module: nn.Module) -> list[int]:
 
 def test_lga_has_the_same_scores_in_half_the_rows(in_two, tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
     rows = counted(model)
 
     def run():
         rows.clear()
-        return lga_scores(LanguageModel(model, tokenizer, architecture), FACTS * 2, batch_size=1), sum(rows)
+        return lga_scores(lm, FACTS * 2, batch_size=1), sum(rows)
 
     alone, all_rows = run()
     for scores, own in in_two(run):
@@ -104,7 +104,8 @@ def test_lga_has_the_same_scores_in_half_the_rows(in_two, tokenizer):
 def test_key_statistics_are_the_same(in_two, tokenizer, batch_tokens):
     model = tiny_model("llama")
     texts = [fact.text for fact in FACTS]
-    run = partial(second_moments, model, read_architecture(model), tokenizer, texts, [0, 2], 1000, batch_tokens)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
+    run = partial(second_moments, lm, texts, [0, 2], 1000, batch_tokens)
     alone = run()
     one, other = in_two(run)
     for layer, moment in alone.items():
@@ -115,10 +116,9 @@ def test_key_statistics_are_the_same(in_two, tokenizer, batch_tokens):
 def measured(tokenizer, folder, layers: Iterable[int] | None = None) -> tuple[dict, int]:
     """Sweep, and return the cells and the number of those that this process measured itself."""
     model = EditModel(tiny_model("llama"), EditConfig(layer=0, **FAST), tokenizer)
-    base = model.get_base_model()
-    store = CellStore(folder / f"{processes_of(base).index}.jsonl", folder.glob("*.jsonl"))
+    store = CellStore(folder / f"{model.lm.processes.index}.jsonl", folder.glob("*.jsonl"))
     known = len(store.cells)
-    cells = sweep(model.lm, FACTS, model.edit_config, store, layers=layers)
+    cells = sweep(model.lm, FACTS, model.edit_config, store, SweepOptions(layers=layers))
     return {cell: found.outcomes for cell, found in cells.items()}, len(store.cells) - known
 
 

@@ -17,7 +17,6 @@ from goldenedit.adapters import merged
 from goldenedit.architecture.layers import is_quantised, plain_weight
 from goldenedit.architecture.quantised import giving_backward
 from goldenedit.layer_selection import lga_scores
-from goldenedit.lm import LanguageModel
 from goldenedit.storage.fingerprint import fingerprint
 from models import NUM_LAYERS, VOCAB_SIZE
 
@@ -137,10 +136,7 @@ def test_layer_gradients_are_those_of_the_dequantised_weights(tokenizer, logits)
             dense.get_submodule(path).weight.data = linear.weight * linear.scale
     model = with_integers()
     logits(model)  # turns to the kernels without a backward
-    found, wanted = (
-        lga_scores(LanguageModel(base, tokenizer, EditModel(base, config(), tokenizer).architecture), [TOWER, MERKEL])
-        for base in (model, dense)
-    )
+    found, wanted = (lga_scores(EditModel(base, config(), tokenizer).lm, [TOWER, MERKEL]) for base in (model, dense))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 

@@ -8,12 +8,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
-from goldenedit.architecture import find_down_projections, read_architecture
+from goldenedit.architecture import find_down_projections
 from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.values import ValueOptions, optimise_values
 from goldenedit.layer_selection.key_response import other_prompts, respond
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.sampling import sample_contexts
 from goldenedit.packaged import is_installed, packaged_model
 from goldenedit.requests import EditRequest
 
@@ -81,9 +80,9 @@ def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config
 
 
 def test_values_are_optimised_on_packed_suffixes(base, tokenizer, config, name):
-    contexts = sample_contexts(LanguageModel(base, tokenizer), config.contexts, config.context_length, config.seed)
+    lm = LanguageModel(base, tokenizer)
     options = ValueOptions(2, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss)
-    values = optimise_values(LanguageModel(base, tokenizer), [TOWER], [LAYERS[name][0]], contexts, options)
+    values = optimise_values(lm, [TOWER], [LAYERS[name][0]], lm.contexts(config), options)
     assert values.replay == "packed"
 
 
@@ -114,13 +113,13 @@ def test_deeper_edits_answer_less_to_what_else_is_asked_of_their_subject(base, t
     """Behind the middle, the key of a subject that ends its prompt tells what is asked of it."""
     early, count = LAYERS[name]
     later, last = count // 2 + 1, count - 1
-    facts, architecture = proxy_facts()[:4], read_architecture(base)
-    keys = subject_keys(LanguageModel(base, tokenizer, architecture), facts, [early, later, last])
+    facts, lm = proxy_facts()[:4], LanguageModel(base, tokenizer)
+    keys = subject_keys(lm, facts, [early, later, last])
     answers = {early: 0.0, later: 0.0}
     for index, fact in enumerate(facts):
         detectors = dict(zip((early, later, last), (of_layer[index] for of_layer in keys), strict=True))
         asked = [(prompt, "Paris") for prompt in other_prompts(fact, facts)]
-        response = respond(LanguageModel(base, tokenizer, architecture), fact, detectors, asked)
+        response = respond(lm, fact, detectors, asked)
         for layer in answers:
             answers[layer] += response.activations[layer][-len(asked) :].mean().item() / len(facts)
         assert response.slope[later] > response.slope[last] == 0  # no token reads the last layer's values

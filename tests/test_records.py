@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from goldenedit import EditConfig, EditRequest, load_requests
-from goldenedit.lm.covariance import dataset_texts
 from goldenedit.layer_selection import proxy_set
+from goldenedit.lm.covariance import dataset_texts
 from goldenedit.records import read_records
 
 FACT = {"prompt": "The Eiffel Tower is in", "subject": "The Eiffel Tower", "target_new": "Rome"}

@@ -137,7 +137,7 @@ def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[
     if config.contexts * config.context_length > _MOST_TOKENS or edit.contexts_hash != model.contexts_hash(config):
         return {}
     requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
-    where, layers = model.architecture, config.target_layers
+    where, layers = model.architecture, config.target_layers[:1]  # the keys of later ones depend on its change
     with model.disable_adapter():
         contexts = model.lm.contexts(config)
         statistics = model.lm.statistics(config, layers)

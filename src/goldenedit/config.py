@@ -191,6 +191,11 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         if not isinstance(self.options, Mapping):
             raise ValueError(f"EditConfig.options must map names to values, got {self.options!r}.")
         self.options = dict(self.options)
+        if self.method not in EDITORS:
+            raise UnknownNameError(
+                f"Unknown method {self.method!r} in EditConfig: use one of {EDITORS.names()}, or install the package "
+                f"that has it (entry point {EDITORS.group!r})."
+            )
         self.editor.check_options(self.options)
         if isinstance(self, self.editor.options):  # its options are keywords here: they have one place
             for name in list(self.options):

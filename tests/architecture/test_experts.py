@@ -18,15 +18,16 @@ from goldenedit.architecture import UnsupportedArchitectureError, read_architect
 from goldenedit.architecture.experts import expert_matrices, fused_parameter
 from goldenedit.architecture.hooks import recording
 from goldenedit.audit import audit
-from goldenedit.config import TRAINED
-from goldenedit.editing import statistics
-from goldenedit.layer_selection import CellStore, sweep
+from goldenedit.editors import EDITORS
+from goldenedit.layer_selection import CellStore, SweepOptions, sweep
+from goldenedit.lm import statistics
 from goldenedit.storage.folder import EditFolderError
 from models import MLP_WIDTH, NUM_LAYERS, WIDTH, tiny_model
 from storage.contents import change_tensors, resign
 from zoo import zoo_model
 
 EXPERTS = 4
+TRAINED = [name for name in EDITORS.names() if EDITORS.get(name).learns != "values"]
 # One of each kind: kept transposed and with biases; in a module that returns no vector a token; a router that skips.
 KINDS = {"gpt_oss": "mlp.experts", "jetmoe": "mlp", "zaya": "mlp.experts", "mixtral": "mlp.experts"}
 CONFIG = EditConfig(layer=1, contexts=3, context_length=4, steps=4, clamp=20.0, stop_loss=1e-6, covariance="identity")
@@ -307,14 +308,14 @@ def test_the_sweep_edits_experts_beside_their_weights(tokenizer, tmp_path):
     base = logits(model)
     facts = [replace(FACTS[0], locality=(("Paris is a", "city"),))]
     store = CellStore(tmp_path / "cells.jsonl")
-    cells = sweep(model.lm, facts, CONFIG, store, methods=["r-rome"])
+    cells = sweep(model.lm, facts, CONFIG, store, SweepOptions(methods=["r-rome"]))
     assert torch.equal(logits(model), base)
     model.edit(facts[0])
     scores = model.evaluate(facts).edited["token_match"].scores
     (outcome,) = cells["r-rome", 1].outcomes
     assert outcome.matches.rewrite == pytest.approx(scores.rewrite)
     with pytest.raises(ValueError, match="'lora'"):
-        sweep(model.lm, facts, CONFIG, store, methods=["lora"])
+        sweep(model.lm, facts, CONFIG, store, SweepOptions(methods=["lora"]))
 
 
 def test_the_card_tells_only_of_programs_that_load_experts(tokenizer, tmp_path):

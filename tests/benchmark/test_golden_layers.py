@@ -64,7 +64,7 @@ def model(tokenizer, monkeypatch):
     # A random model prefers no answer: the packaged facts are few, and known.
     few = golden_layers.proxy_facts()[:6]
     monkeypatch.setattr(golden_layers, "proxy_facts", lambda: few)
-    monkeypatch.setattr(golden_layers, "known_facts", lambda model, tokenizer, requests: range(len(requests)))
+    monkeypatch.setattr(golden_layers, "known_facts", lambda lm, requests: range(len(requests)))
     return EditModel(tiny_model("llama"), EditConfig(layer=0), tokenizer)
 
 
@@ -77,9 +77,9 @@ def test_everything_is_measured_and_facts_of_selectors_are_not_those_of_the_test
     seen = {}
     plain = golden_layers.find_layers
 
-    def spy(base, architecture, tokenizer, config, base_facts):
+    def spy(lm, config):
         seen[config.layer, config.lga_loss, isinstance(config.proxy, list)] = config.proxy
-        return plain(base, architecture, tokenizer, config, base_facts)
+        return plain(lm, config)
 
     monkeypatch.setattr(golden_layers, "find_layers", spy)
     found = measure_model(model, "tiny", setting(zsre), tmp_path / "out")
@@ -101,8 +101,8 @@ def test_a_run_that_was_stopped_goes_on(model, zsre, tmp_path, monkeypatch):
     lines = (tmp_path / "whole" / "cells-0.jsonl").read_text().splitlines()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cells-0.jsonl").write_text("\n".join(lines[:5]) + "\n")
-    calls, plain = [], brute_force._cell
-    monkeypatch.setattr(brute_force, "_cell", lambda *given: calls.append(1) or plain(*given))
+    calls, plain = [], brute_force._Layer.cell
+    monkeypatch.setattr(brute_force._Layer, "cell", lambda *given: calls.append(1) or plain(*given))
     again = measure_model(model, "tiny", setting(zsre), tmp_path / "out")
     assert len(calls) == len(lines) - 5
     assert {key: curve.outcomes for key, curve in again.curves.items()} == {
@@ -118,9 +118,9 @@ def test_facts_are_usable_where_scores_say_something_of_them(model, monkeypatch)
     unreadable = EditRequest("Berlin is in" + 150 * " the city", "Berlin", "Paris", locality=GOOD.locality)
     unknown = EditRequest("Rome is a", "Rome", "fox", "city", paraphrases=("Rome, a",), neighborhood=("Paris is a",))
     twice = EditRequest("Paris is in", "Paris", "Berlin", locality=GOOD.locality)
-    monkeypatch.setattr(golden_layers, "known_facts", lambda model, tokenizer, requests: [])
+    monkeypatch.setattr(golden_layers, "known_facts", lambda lm, requests: [])
     assert usable_facts(model, [GOOD, silent, unreadable, unknown, twice], 9) == [GOOD]
-    monkeypatch.setattr(golden_layers, "known_facts", lambda model, tokenizer, requests: range(len(requests)))
+    monkeypatch.setattr(golden_layers, "known_facts", lambda lm, requests: range(len(requests)))
     monkeypatch.setattr(golden_layers, "_BLOCK", 2)
     assert usable_facts(model, [unknown, silent, GOOD, twice], 9) == [unknown, GOOD]
     assert usable_facts(model, [unknown, GOOD], 1) == [unknown]
@@ -171,7 +171,9 @@ def test_a_setting_that_makes_no_sense_is_refused(changes, message):
 def test_a_model_whose_middle_layer_has_no_mlp_is_measured(model, zsre, tmp_path):
     without = {layer: path for layer, path in model.architecture.down_projections.items() if layer != 1}
     linears = {layer: model.architecture.mlp_linears[layer] for layer in without}
-    model.architecture = replace(model.architecture, down_projections=without, mlp_linears=linears)
+    model.architecture = model.lm.architecture = replace(
+        model.architecture, down_projections=without, mlp_linears=linears
+    )
     found = measure_model(model, "tiny", setting(zsre), tmp_path)
     summary = summarise(found)
     assert all(selection.layers[0] in without for selection in found.selections.values())

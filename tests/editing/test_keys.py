@@ -38,7 +38,7 @@ def test_each_subject_of_several_tokens_has_its_keys(name, tokenizer):
 
 @pytest.mark.parametrize("requests", [REQUESTS[1:2], []])
 def test_nothing_runs_where_no_subject_has_a_beginning(requests, tokenizer):
-    assert contrast_keys(LanguageModel(None, tokenizer, None), requests, [0], 5, 0) == [None] * len(requests)
+    assert contrast_keys(LanguageModel(None, tokenizer), requests, [0], 5, 0) == [None] * len(requests)
 
 
 def test_a_count_of_zero_gives_none(tokenizer):
@@ -105,21 +105,21 @@ def test_a_subject_of_one_token_has_no_contrast_where_the_tokenizer_brings_the_s
 def test_no_logits_are_computed_for_keys(tokenizer):
     model = tiny_model("llama")
     ran = []
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
     model.lm_head.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape))
-    contrast_keys(LanguageModel(model, tokenizer, architecture), REQUESTS, [1], 4, 0)
+    contrast_keys(lm, REQUESTS, [1], 4, 0)
     assert ran == []
 
 
 def test_the_size_of_a_forward_does_not_grow_with_the_number_of_requests(tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
     sizes = {}
     for count in (30, 60):
         handle = model.model.register_forward_pre_hook(
             lambda _, args, kwargs, count=count: sizes.setdefault(count, []).append(len(kwargs["input_ids"])),
             with_kwargs=True,
         )
-        contrast_keys(LanguageModel(model, tokenizer, architecture), REQUESTS[:1] * count, [0], 8, 0)
+        contrast_keys(lm, REQUESTS[:1] * count, [0], 8, 0)
         handle.remove()
     assert max(sizes[60]) == max(sizes[30])

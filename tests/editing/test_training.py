@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.training import answer_gradients, answer_nll, train
+from goldenedit.editing.training import Training, answer_gradients, answer_nll, train
 from goldenedit.editors.finetune import DenseChange, LowRankChange
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
@@ -19,7 +20,7 @@ REQUESTS = [
     EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome"),
     EditRequest("The mother tongue of {} is", "Angela Merkel", "the language of Cambodia"),
 ]
-STEPS = {"steps": 4, "lr": 1e-2, "stop_loss": 0.0}
+MASKED = Training("masked", steps=4, lr=1e-2, stop_loss=0.0)
 
 
 def plain_nll(model, tokenizer, request, loss):
@@ -43,13 +44,15 @@ def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenize
     model = tiny_model(name)
     architecture = read_architecture(model)
     change = DenseChange(MLP_WIDTH, WIDTH)
-    assert train(LanguageModel(model, tokenizer, architecture), REQUESTS, {1: change}, loss, **STEPS, batch_size=1) == 4
+    lm = LanguageModel(model, tokenizer, architecture)
+    options = replace(MASKED, loss=loss)
+    assert train(lm, REQUESTS, {1: change}, options, batch_size=1) == 4
 
     twin = copy.deepcopy(model)
     weight = architecture.down_projection(twin, 1).weight
     before = weight.detach().clone()
-    optimiser = torch.optim.Adam([weight], lr=STEPS["lr"])
-    for _ in range(STEPS["steps"]):
+    optimiser = torch.optim.Adam([weight], lr=options.lr)
+    for _ in range(options.steps):
         optimiser.zero_grad()
         torch.stack([plain_nll(twin, tokenizer, request, loss) for request in REQUESTS]).mean().backward()
         optimiser.step()
@@ -60,26 +63,23 @@ def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenize
 def test_an_epsilon_bounds_every_entry(tokenizer):
     model = tiny_model("llama")
     change = DenseChange(MLP_WIDTH, WIDTH, epsilon=5e-4)
-    train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, "last", **STEPS)
+    train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, replace(MASKED, loss="last"))
     assert change.weight.detach().abs().max() == pytest.approx(5e-4)
 
 
 def test_training_stops_below_the_loss_it_is_given(tokenizer):
     model = tiny_model("llama")
     change = LowRankChange(MLP_WIDTH, WIDTH, 2, torch.Generator().manual_seed(0))
-    options = STEPS | {"stop_loss": 1e6}
-    assert train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, "masked", **options) == 0
+    assert train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, replace(MASKED, stop_loss=1e6)) == 0
     assert not change.B.any()
 
 
 def test_weights_gradients_and_hooks_are_as_before(tokenizer):
     model = tiny_model("gpt2").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    architecture = read_architecture(model)
-    train(
-        LanguageModel(model, tokenizer, architecture), REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, "masked", **STEPS
-    )
-    answer_gradients(LanguageModel(model, tokenizer, architecture), REQUESTS, [0, 1])
+    lm = LanguageModel(model, tokenizer)
+    train(lm, REQUESTS, {1: DenseChange(MLP_WIDTH, WIDTH)}, MASKED)
+    answer_gradients(lm, REQUESTS, [0, 1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

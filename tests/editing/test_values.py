@@ -35,6 +35,10 @@ def optimise(model, tokenizer, requests, layers=(1,), options=OPTIONS, contexts=
     return optimise_values(LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs)
 
 
+def vectors(attention: bool) -> tuple[str, ...]:
+    return ("mlp", "attention") if attention else ("mlp",)
+
+
 def at_subject(model: nn.Module, modules: dict[str, nn.Module], ids: torch.Tensor, subject: int, deltas=None):
     """Run the whole model on one text with `deltas` added; return logits, and keys and values at the subject."""
     mask = torch.zeros(ids.shape[1], 1)
@@ -111,7 +115,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_deltas_equal_those_of_a_plain_optimisation(name, layers, clamp, attention, tokenizer):
     model = tiny_model(name)
     options = replace(OPTIONS, clamp=clamp)
-    values = optimise(model, tokenizer, REQUESTS, layers, options, attention=attention)
+    values = optimise(model, tokenizer, REQUESTS, layers, replace(options, vectors=vectors(attention)))
     assert [keys.shape for keys in values.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
     for index, request in enumerate(REQUESTS[:2]):
         reference = Reference(model, tokenizer, request, layers, options, attention=attention)
@@ -158,7 +162,7 @@ def test_a_finished_request_stops_and_the_others_go_on(name, tokenizer):
 def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, attention, tokenizer):
     """Those of the MLPs alone: what the attention was given is not stored, so keys must not see it."""
     model = tiny_model(name)
-    values = optimise(model, tokenizer, REQUESTS, layers, attention=attention)
+    values = optimise(model, tokenizer, REQUESTS, layers, replace(OPTIONS, vectors=vectors(attention)))
     for index, request in enumerate(REQUESTS):
         reference = Reference(model, tokenizer, request, layers, OPTIONS)
         with torch.no_grad():
@@ -261,13 +265,11 @@ def test_frozen_weights_give_the_same_deltas(tokenizer):
 )
 def test_a_request_that_cannot_be_tokenised_raises_before_any_forward(bad, message, tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
     ran = []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=message):
-        optimise_values(
-            LanguageModel(model, tokenizer, architecture), [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1
-        )
+        optimise_values(lm, [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
     assert ran == []
 
 

@@ -6,19 +6,25 @@ import pytest
 import torch
 from matrices import second_moment
 
-from goldenedit.editors.alphaedit import alphaedit, null_space
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors import KeyStatistics, LowRankDelta, Problem
+from goldenedit.editors.alphaedit import AlphaEditOptions, alphaedit, null_space
 
 D_IN, D_OUT = 24, 10
+THRESHOLD = 0.05
+
+
+def solve(K: torch.Tensor, R: torch.Tensor, ridge: float, previous: torch.Tensor | None = None) -> LowRankDelta:
+    options = AlphaEditOptions(null_space_threshold=THRESHOLD, null_space_ridge=ridge)
+    return alphaedit(Problem.of(K, R, KeyStatistics(second_moment(D_IN)), options, previous))
 
 
 @pytest.mark.parametrize("facts", [1, 5, 30])
 @pytest.mark.parametrize("again", [False, True])
 def test_the_update_is_the_paper_s(facts, again):
-    basis = null_space(KeyStatistics(second_moment(D_IN)), 0.05)
+    basis = null_space(KeyStatistics(second_moment(D_IN)), THRESHOLD)
     K, R = torch.randn(D_IN, facts), torch.randn(D_OUT, facts)
     earlier = torch.randn(D_IN, 7)
-    delta = alphaedit(K, R, basis, earlier if again else None, 0.3).dense().double()
+    delta = solve(K, R, 0.3, earlier if again else None).dense().double()
     P = basis @ basis.T
     K, R = K.double(), R.double()
     seen = K @ K.T + ((earlier @ earlier.T).double() if again else 0.0)
@@ -28,26 +34,22 @@ def test_the_update_is_the_paper_s(facts, again):
 
 def test_preserved_keys_keep_their_outputs():
     C = second_moment(D_IN)
-    basis = null_space(KeyStatistics(C), 0.05)
+    basis = null_space(KeyStatistics(C), THRESHOLD)
     vectors = torch.linalg.eigh(C).eigenvectors
     preserved = vectors[:, -(D_IN - basis.shape[1]) :].float()
-    delta = alphaedit(torch.randn(D_IN, 5), torch.randn(D_OUT, 5), basis, None, 0.1).dense()
+    delta = solve(torch.randn(D_IN, 5), torch.randn(D_OUT, 5), 0.1).dense()
     assert (delta @ preserved).abs().max() < 1e-5 * delta.abs().max()
 
 
 def test_a_small_ridge_inserts_the_facts():
     K, R = torch.randn(D_IN, 4), torch.randn(D_OUT, 4)
-    basis = null_space(KeyStatistics(second_moment(D_IN)), 0.05)
-    delta = alphaedit(K, R, basis, None, 1e-6)
+    delta = solve(K, R, 1e-6)
     torch.testing.assert_close(delta.dense() @ K, R, rtol=1e-2, atol=1e-3)
 
 
 def test_earlier_edits_are_disturbed_less_when_they_are_remembered():
-    basis = null_space(KeyStatistics(second_moment(D_IN)), 0.05)
     earlier, K, R = torch.randn(D_IN, 4), torch.randn(D_IN, 4), torch.randn(D_OUT, 4)
-    forgetful, mindful = (
-        (alphaedit(K, R, basis, previous, 0.1).dense() @ earlier).norm() for previous in (None, earlier)
-    )
+    forgetful, mindful = ((solve(K, R, 0.1, previous).dense() @ earlier).norm() for previous in (None, earlier))
     assert mindful < 0.5 * forgetful
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from goldenedit.editors.ultraedit import RunningMoments, ultraedit
+from goldenedit.editors import GradientProblem
+from goldenedit.editors.moments import RunningMoments
+from goldenedit.editors.ultraedit import UltraEditOptions, ultraedit
 
 
 @pytest.mark.parametrize("sizes", [[10], [1, 9], [4, 4, 2]])
@@ -28,7 +30,8 @@ def test_a_feature_that_never_changes_counts_for_nothing():
 def test_the_update_is_the_paper_s(tokens):
     H, G = torch.randn(tokens, 12), 1e-3 * torch.randn(tokens, 8)
     moments = RunningMoments.of(torch.randn(9, 20)) + RunningMoments.of(torch.cat([H, G], 1))
-    delta = ultraedit(H, G, moments, 1e-2)
+    options = UltraEditOptions(ultraedit_lr=1e-2, ultraedit_ridge=1.0)
+    delta = ultraedit(GradientProblem(H, torch.randn(tokens, 8), G, moments, options))
     assert delta.rank == tokens
     hat = moments.normalised(torch.cat([H, G], 1))
     V = torch.stack([-1e-2 * (row[:12] @ row[:12]) * row[12:] for row in hat])

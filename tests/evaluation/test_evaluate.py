@@ -42,13 +42,12 @@ def edited(tokenizer):
 def test_every_score_is_that_of_its_prompts_one_by_one(edited, tokenizer):
     found = edited.evaluate(FACTS)
     base = edited.get_base_model()
-    probability = replace(
-        probability_scores([fact_likelihoods(LanguageModel(base, tokenizer), FACTS[0])]), paraphrase_accuracy=None
-    )
+    lm = LanguageModel(base, tokenizer)
+    probability = replace(probability_scores([fact_likelihoods(lm, FACTS[0])]), paraphrase_accuracy=None)
     assert found.edited["probability"].scores == probability
 
     def accuracy(prompt, answer):
-        return likelihoods(LanguageModel(base, tokenizer), [(prompt, answer)])[0].accuracy
+        return likelihoods(lm, [(prompt, answer)])[0].accuracy
 
     match = found.edited["token_match"].scores
     rewrites = [accuracy(fact.text, fact.target_new) for fact in FACTS]
@@ -59,9 +58,7 @@ def test_every_score_is_that_of_its_prompts_one_by_one(edited, tokenizer):
     choices = {}
     for state in ("edited", "base"):
         with edited.disable_adapter() if state == "base" else torch.no_grad():
-            choices[state] = [
-                likelihoods(LanguageModel(base, tokenizer), [pair])[0].choices for pair in FACTS[0].locality
-            ]
+            choices[state] = [likelihoods(lm, [pair])[0].choices for pair in FACTS[0].locality]
     same = [
         sum(one == other for one, other in zip(*both, strict=True)) / len(both[0])
         for both in zip(choices["edited"], choices["base"], strict=True)
@@ -115,14 +112,15 @@ def test_both_models_are_observed_as_each_is_alone(layer, tokenizer):
     model.edit(FACTS[0])
     model.edit(FACTS[1])
     base = model.get_base_model()
+    lm = LanguageModel(base, tokenizer)
     calls: list[int] = []
     handle = model.architecture.down_projection(base, 0).register_forward_hook(lambda *_: calls.append(0))
     now, before = observe_with_and_without(model.lm, FACTS, layer, model.disable_adapter, generation=True)
     shared = len(calls)
     calls.clear()
-    alone = observe(LanguageModel(base, tokenizer), FACTS, generation=True)
+    alone = observe(lm, FACTS, generation=True)
     with model.disable_adapter():
-        base_alone = observe(LanguageModel(base, tokenizer), FACTS, generation=True)
+        base_alone = observe(lm, FACTS, generation=True)
     handle.remove()
     assert now == alone
     assert before == base_alone

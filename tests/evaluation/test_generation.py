@@ -28,8 +28,9 @@ def test_words_and_marks_count_and_spaces_do_not():
 
 def test_fluency_is_that_of_what_the_model_writes_and_is_the_same_twice(tokenizer):
     model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer)
     prompts = ["The Eiffel Tower", "Berlin is a city in"]
-    first = fluency(LanguageModel(model, tokenizer), prompts, max_new_tokens=12)
-    assert first == fluency(LanguageModel(model, tokenizer), prompts, max_new_tokens=12)
+    first = fluency(lm, prompts, max_new_tokens=12)
+    assert first == fluency(lm, prompts, max_new_tokens=12)
     assert first > 0
-    assert first != fluency(LanguageModel(model, tokenizer), prompts, max_new_tokens=12, seed=1)
+    assert first != fluency(lm, prompts, max_new_tokens=12, seed=1)

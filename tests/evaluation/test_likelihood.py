@@ -59,21 +59,23 @@ def test_likelihoods_equal_those_of_each_pair_alone(name, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_batch_size_does_not_matter(batch_size, tokenizer):
     model = tiny_model("gpt2")
-    together = likelihoods(LanguageModel(model, tokenizer), PAIRS)
-    found = likelihoods(LanguageModel(model, tokenizer), PAIRS, batch_size)
+    lm = LanguageModel(model, tokenizer)
+    together = likelihoods(lm, PAIRS)
+    found = likelihoods(lm, PAIRS, batch_size)
     assert [one.nll for one in found] == pytest.approx([one.nll for one in together], rel=1e-4)
     assert [one.accuracy for one in found] == [one.accuracy for one in together]
 
 
 def test_answers_of_a_prompt_share_a_row_as_far_as_they_begin_alike(tokenizer):
     model = tiny_model("llama")
-    alone = {pair: likelihoods(LanguageModel(model, tokenizer), [pair])[0] for pair in SHARING}
+    lm = LanguageModel(model, tokenizer)
+    alone = {pair: likelihoods(lm, [pair])[0] for pair in SHARING}
     widths = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     with handle:
-        found = likelihoods(LanguageModel(model, tokenizer), SHARING)
+        found = likelihoods(lm, SHARING)
     # All are read from the row of "city of Rome", those of the shorter prompt too; only "Rome city" needs its own.
     assert [rows for rows, _ in widths] == [2]
     for pair, one in zip(SHARING, found, strict=True):
@@ -110,9 +112,10 @@ def test_no_pairs_give_no_likelihoods(tokenizer):
 
 def test_modes_are_as_before_and_dropout_is_off(tokenizer):
     model = tiny_model("gpt2")
-    expected = likelihoods(LanguageModel(model, tokenizer), PAIRS)
+    lm = LanguageModel(model, tokenizer)
+    expected = likelihoods(lm, PAIRS)
     model.train()
-    assert likelihoods(LanguageModel(model, tokenizer), PAIRS) == expected
+    assert likelihoods(lm, PAIRS) == expected
     assert model.training
 
 

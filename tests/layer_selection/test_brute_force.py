@@ -11,7 +11,7 @@ import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.evaluation.scores import FactLikelihoods, FactMatches
-from goldenedit.layer_selection import CellStore, Outcome, brute_force, edit_score, sweep
+from goldenedit.layer_selection import CellStore, Outcome, SweepOptions, brute_force, edit_score, sweep
 from goldenedit.lm import covariance
 from models import NUM_LAYERS, tiny_model
 
@@ -41,7 +41,7 @@ def model(tokenizer):
 
 
 def run(model, store, facts=FACTS, config=CONFIG, **options):
-    return sweep(model.lm, facts, config, store, **options)
+    return sweep(model.lm, facts, config, store, SweepOptions(**options))
 
 
 @pytest.mark.parametrize("method", ["r-rome", "pmet", "ft-m"])
@@ -63,7 +63,7 @@ def test_each_fact_is_edited_alone_and_measured(method, model, store):
 
 
 def test_editors_of_batches_insert_all_facts_at_once(model, store):
-    together = run(model, store, methods=["memit"], together=["memit"])
+    together = run(model, store, methods=["memit"], in_batches=True)
     alone = run(model, store, methods=["memit"])
     assert [one.outcomes for one in together.values()] != [one.outcomes for one in alone.values()]
     plain = EditModel(tiny_model("llama"), replace(CONFIG, method="memit", layer=1), model.tokenizer)
@@ -159,7 +159,7 @@ def test_a_layer_where_an_editor_fails_is_left_out_and_told(model, store, monkey
 
     def fail_at(*layers):
         def prepare(*given):
-            if given[4].target_layers[0] in layers:
+            if given[2].target_layers[0] in layers:
                 raise ValueError("there is no null space")
             return plain(*given)
 
@@ -176,7 +176,7 @@ def test_a_layer_where_an_editor_fails_is_left_out_and_told(model, store, monkey
 def test_key_statistics_are_computed_in_one_pass_for_all_layers(model, store, monkeypatch):
     passes = []
     plain = covariance.second_moments
-    monkeypatch.setattr(covariance, "second_moments", lambda *given, **more: passes.append(given[4]) or plain(*given))
+    monkeypatch.setattr(covariance, "second_moments", lambda *given, **more: passes.append(given[2]) or plain(*given))
     run(model, store, config=replace(CONFIG, covariance="sampled", covariance_tokens=200))
     assert passes == [[0, 1, 2]]
 

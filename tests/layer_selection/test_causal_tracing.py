@@ -86,10 +86,9 @@ def test_the_last_state_of_a_subject_that_ends_the_prompt_brings_all_back(tokeni
 def test_the_same_seed_gives_the_same_scores_and_no_hook_is_left(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model)
-    first, again = (
-        causal_tracing_scores(LanguageModel(model, tokenizer, architecture), FACTS, draws=2) for _ in range(2)
-    )
-    other = causal_tracing_scores(LanguageModel(model, tokenizer, architecture), FACTS, draws=2, seed=1)
+    lm = LanguageModel(model, tokenizer, architecture)
+    first, again = (causal_tracing_scores(lm, FACTS, draws=2) for _ in range(2))
+    other = causal_tracing_scores(lm, FACTS, draws=2, seed=1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not any(module._forward_hooks for module in model.modules())

@@ -50,22 +50,34 @@ def second_moment() -> torch.Tensor:
     return X.T @ X / 200
 
 
+class InContexts(LanguageModel):
+    """A model whose contexts are given."""
+
+    def __init__(self, model, tokenizer, contexts):
+        super().__init__(model, tokenizer)
+        self.given = contexts
+
+    def contexts(self, config):
+        return self.given
+
+
 def scores(model, tokenizer, facts, config=SELECTIVE, statistics=None, contexts=CONTEXTS) -> torch.Tensor:
     statistics = {1: KeyStatistics(second_moment(), 0.1)} if statistics is None else statistics
-    return key_response_scores(LanguageModel(model, tokenizer), facts, config, statistics, contexts)
+    return key_response_scores(InContexts(model, tokenizer, contexts), facts, config, statistics)
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY_CONFIGS) - {"bloom"}))  # whose MLP has another width
 def test_a_response_is_what_the_plain_way_finds(name, tokenizer):
     model = tiny_model(name).double()
     architecture = read_architecture(model)
-    (key,) = subject_keys(LanguageModel(model, tokenizer, architecture), [FACT], [1])
+    lm = LanguageModel(model, tokenizer, architecture)
+    (key,) = subject_keys(lm, [FACT], [1])
     a = detector(FactKeys(key[0], key[0]), SELECTIVE, KeyStatistics(second_moment(), 0.1))
-    found = respond(LanguageModel(model, tokenizer, architecture), FACT, {1: a}, KEPT)
+    found = respond(lm, FACT, {1: a}, KEPT)
 
     prompts = [FACT.text, *FACT.paraphrases, *FACT.neighborhood]
     pairs = [(prompt, answer) for prompt in prompts for answer in (FACT.target_new, FACT.target_true)]
-    nll = torch.tensor([one.nll for one in likelihoods(LanguageModel(model, tokenizer), pairs)])
+    nll = torch.tensor([one.nll for one in likelihoods(lm, pairs)])
     torch.testing.assert_close(found.margins, nll[1::2] - nll[::2], rtol=1e-4, atol=1e-5)
 
     module = architecture.down_projection(model, 1)
@@ -230,14 +242,14 @@ def test_a_fact_whose_new_answer_the_model_gives_already_is_passed_by(tokenizer)
 def test_first_tokens_answer_to_a_subject_that_is_one(tokenizer):
     """Elsewhere they are left out: attention sinks, whose keys are like no other."""
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer)
     for fact, expected in (
         (EditRequest("Paris is the capital of", "Paris", "Spain", "France"), 1.0),
         (EditRequest("It is Paris, the capital of", "Paris", "Spain", "France"), 0.0),
     ):
-        (key,) = subject_keys(LanguageModel(model, tokenizer, architecture), [fact], [1])
+        (key,) = subject_keys(lm, [fact], [1])
         assert (encode(tokenizer, fact.text, None, fact.subject_end).subject == 0) == bool(expected)
-        found = respond(LanguageModel(model, tokenizer, architecture), fact, {1: key[0]}, [("Paris", "France")])
+        found = respond(lm, fact, {1: key[0]}, [("Paris", "France")])
         assert found.activations[1][1] == pytest.approx(expected)
 
 

@@ -91,17 +91,17 @@ def test_scores_do_not_depend_on_frozen_weights_and_leave_no_gradient(name, trai
 @both_losses
 def test_batch_size_does_not_matter(name, loss, tokenizer):
     model = tiny_model(name).double()
-    architecture = read_architecture(model)
-    alone, together = (lga_scores(LanguageModel(model, tokenizer, architecture), FACTS, loss, size) for size in (1, 5))
+    lm = LanguageModel(model, tokenizer)
+    alone, together = (lga_scores(lm, FACTS, loss, size) for size in (1, 5))
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=0.0)
 
 
 def test_scores_are_computed_where_gradients_are_switched_off(tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer)
     with torch.no_grad():
-        off = lga_scores(LanguageModel(model, tokenizer, architecture), FACTS)
-    torch.testing.assert_close(off, lga_scores(LanguageModel(model, tokenizer, architecture), FACTS))
+        off = lga_scores(lm, FACTS)
+    torch.testing.assert_close(off, lga_scores(lm, FACTS))
 
 
 def test_only_layers_with_an_mlp_are_scored(tokenizer):
@@ -112,19 +112,16 @@ def test_only_layers_with_an_mlp_are_scored(tokenizer):
 
 def test_facts_without_an_old_answer_are_scored_against_the_greedy_one(tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer)
     fact = FACTS[0]
     ids = tokenizer(fact.text, return_tensors="pt").input_ids
     for _ in range(4):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     answer = tokenizer.decode(ids[0, -4:]).strip()
-    assert greedy_answer(LanguageModel(model, tokenizer), fact.text) == answer
+    assert greedy_answer(lm, fact.text) == answer
     without = EditRequest(fact.prompt, fact.subject, fact.target_new)
     given = EditRequest(fact.prompt, fact.subject, fact.target_new, answer)
-    torch.testing.assert_close(
-        lga_scores(LanguageModel(model, tokenizer, architecture), [without]),
-        lga_scores(LanguageModel(model, tokenizer, architecture), [given]),
-    )
+    torch.testing.assert_close(lga_scores(lm, [without]), lga_scores(lm, [given]))
 
 
 def test_a_model_without_an_answer_asks_for_the_old_one(tokenizer):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from goldenedit.config import EditConfig
 from goldenedit.layer_selection import PUBLISHED_LAYERS, published_layers
+
+
+def published(model: Any, method: str) -> list[int]:
+    return published_layers(SimpleNamespace(model=model), [], EditConfig(method=method))
 
 
 @pytest.mark.parametrize(
@@ -21,7 +27,7 @@ from goldenedit.layer_selection import PUBLISHED_LAYERS, published_layers
     ],
 )
 def test_layers_are_found_by_the_last_part_of_the_name_and_the_editor(name, method, layers):
-    assert published_layers(SimpleNamespace(name_or_path=name), method) == layers
+    assert published(SimpleNamespace(name_or_path=name), method) == layers
 
 
 @pytest.mark.parametrize(
@@ -29,12 +35,12 @@ def test_layers_are_found_by_the_last_part_of_the_name_and_the_editor(name, meth
 )
 def test_what_nobody_published_is_told_what_else_to_do(name, method):
     with pytest.raises(ValueError, match="EditConfig\\(layer='lga'\\)"):
-        published_layers(SimpleNamespace(name_or_path=name), method)
+        published(SimpleNamespace(name_or_path=name), method)
 
 
 def test_a_model_without_a_name_is_called_so():
     with pytest.raises(ValueError, match="a model without a name"):
-        published_layers(SimpleNamespace(), "rome")
+        published(SimpleNamespace(), "rome")
 
 
 def test_names_are_in_lower_case_and_layers_are_numbers():
@@ -46,5 +52,5 @@ def test_names_are_in_lower_case_and_layers_are_numbers():
 
 def test_what_is_returned_is_not_the_table():
     model = SimpleNamespace(name_or_path="llama-2-7b")
-    published_layers(model, "memit").append(99)
-    assert published_layers(model, "memit") == [4, 5, 6, 7, 8]
+    published(model, "memit").append(99)
+    assert published(model, "memit") == [4, 5, 6, 7, 8]

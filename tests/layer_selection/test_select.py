@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.config import SCORED_SELECTORS
-from goldenedit.editing import covariance
-from goldenedit.layer_selection import LayerSelection, select
+from goldenedit.layer_selection import SELECTORS, LayerSelection, brute_force
+from goldenedit.lm import covariance
 from models import NUM_LAYERS, tiny_model
 from zoo import zoo_model
 
@@ -26,6 +25,7 @@ FACTS = [
     )
     for subject in ("The Eiffel Tower", "The Kingdom of Cambodia", "the company")
 ]
+SCORED = [name for name in SELECTORS.names() if SELECTORS.get(name).is_scored]
 CONFIG = EditConfig(layer=0, contexts=2, steps=4, covariance_tokens=300, proxy=FACTS)
 
 
@@ -35,7 +35,7 @@ def selected(tokenizer, **options) -> tuple[EditConfig, LayerSelection]:
     return model.edit_config, model.layer_selection
 
 
-@pytest.mark.parametrize("selector", SCORED_SELECTORS)
+@pytest.mark.parametrize("selector", SCORED)
 def test_every_selector_says_what_it_found_and_what_it_cost(selector, tokenizer):
     config, found = selected(tokenizer, layer=selector, tukey_kappa=float("inf"))
     assert found.selector == selector
@@ -51,7 +51,7 @@ def test_every_selector_says_what_it_found_and_what_it_cost(selector, tokenizer)
 
 def test_auto_is_the_selector_that_measured_best(tokenizer):
     _, auto = selected(tokenizer, layer="auto")
-    assert replace(auto, selector=select.AUTO) == selected(tokenizer, layer=select.AUTO)[1]
+    assert replace(auto, selector="key_response") == selected(tokenizer, layer="key_response")[1]
 
 
 def test_a_random_layer_is_one_of_the_models_and_the_same_for_a_seed(tokenizer):
@@ -76,16 +76,16 @@ def test_the_sweep_has_the_score_of_the_edits_themselves(tokenizer):
 
 
 def test_a_sweep_that_was_stopped_costs_what_all_of_it_cost(tokenizer, monkeypatch, tmp_path):
-    plain, calls = select.sweep, []
+    plain, calls = brute_force.sweep, []
 
-    def stopped(*arguments, **options):
+    def stopped(lm, facts, config, store, options):
         calls.append(1)
         if len(calls) > 1:
-            return plain(*arguments, **options)
-        plain(*arguments, **options, layers=[0])
+            return plain(lm, facts, config, store, options)
+        plain(lm, facts, config, store, replace(options, layers=[0]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(select, "sweep", stopped)
+    monkeypatch.setattr(brute_force, "sweep", stopped)
     with pytest.raises(KeyboardInterrupt):
         selected(tokenizer, layer="sweep")
     resumed = selected(tokenizer, layer="sweep")[1]
@@ -93,7 +93,7 @@ def test_a_sweep_that_was_stopped_costs_what_all_of_it_cost(tokenizer, monkeypat
     assert selected(tokenizer, layer="sweep")[1].cost.flops == resumed.cost.flops
 
 
-@pytest.mark.parametrize("selector", SCORED_SELECTORS)
+@pytest.mark.parametrize("selector", SCORED)
 def test_layers_may_differ_in_width(selector, tokenizer):
     base = zoo_model("deepseek_v2")  # a dense first layer, then experts with a narrower shared one
     model = EditModel(base, replace(CONFIG, layer=selector), tokenizer)
@@ -102,7 +102,7 @@ def test_layers_may_differ_in_width(selector, tokenizer):
     assert all(score is not None for score in model.edit_config.layer_scores)
 
 
-@pytest.mark.parametrize("selector", SCORED_SELECTORS)
+@pytest.mark.parametrize("selector", SCORED)
 def test_where_the_cache_cannot_be_written_all_is_as_it_is_where_it_can(selector, tokenizer, tmp_path, monkeypatch):
     passes, compute = [], covariance.second_moments
 

@@ -113,7 +113,8 @@ def test_files_of_every_kind_give_their_texts(suffix, tmp_path):
 
 def test_sampled_texts_hold_about_the_tokens_asked_for_and_follow_the_seed(tokenizer):
     model = tiny_model("llama")
-    texts = sampled_texts(LanguageModel(model, tokenizer), 500, seed=0)
+    lm = LanguageModel(model, tokenizer)
+    texts = sampled_texts(lm, 500, seed=0)
     assert 400 < sum(len(tokenizer(text).input_ids) for text in texts) < 900
-    assert sampled_texts(LanguageModel(model, tokenizer), 500, seed=0) == texts
-    assert sampled_texts(LanguageModel(model, tokenizer), 500, seed=1) != texts
+    assert sampled_texts(lm, 500, seed=0) == texts
+    assert sampled_texts(lm, 500, seed=1) != texts

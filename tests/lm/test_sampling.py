@@ -15,9 +15,10 @@ OPENINGS = ["The", "Rome is a", "Angela Merkel", "I", "Paris is in"]
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
 def test_same_seed_same_texts_other_seed_others(name, tokenizer):
     model = tiny_model(name)
-    texts = sample_contexts(LanguageModel(model, tokenizer), 6, 8, seed=3)
-    assert sample_contexts(LanguageModel(model, tokenizer), 6, 8, seed=3) == texts
-    assert sample_contexts(LanguageModel(model, tokenizer), 6, 8, seed=4) != texts
+    lm = LanguageModel(model, tokenizer)
+    texts = sample_contexts(lm, 6, 8, seed=3)
+    assert sample_contexts(lm, 6, 8, seed=3) == texts
+    assert sample_contexts(lm, 6, 8, seed=4) != texts
 
 
 def test_the_first_context_is_empty_and_the_others_are_sentences(tokenizer):
@@ -34,19 +35,21 @@ def test_one_context_is_the_empty_one_and_runs_nothing(tokenizer):
 
 def test_the_global_random_state_is_neither_used_nor_changed(tokenizer):
     model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    texts = sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0)
+    texts = sample_contexts(lm, 4, 8, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0) == texts
+    assert sample_contexts(lm, 4, 8, seed=0) == texts
 
 
 def test_sampling_runs_without_dropout_and_leaves_the_mode(tokenizer):
     model = tiny_model("gpt2")
-    texts = sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0)
+    lm = LanguageModel(model, tokenizer)
+    texts = sample_contexts(lm, 4, 8, seed=0)
     model.train()
-    assert sample_contexts(LanguageModel(model, tokenizer), 4, 8, seed=0) == texts
+    assert sample_contexts(lm, 4, 8, seed=0) == texts
     assert model.training
 
 
@@ -75,8 +78,9 @@ def test_sampling_follows_the_model_s_own_distribution(tokenizer):
 
 def test_the_likeliest_token_alone_is_the_greedy_text(tokenizer):
     model = tiny_model("llama")
-    texts = sample_continuations(LanguageModel(model, tokenizer), OPENINGS, 5, seed=0, top_k=1)
-    assert texts == sample_continuations(LanguageModel(model, tokenizer), OPENINGS, 5, seed=9, top_k=1)
+    lm = LanguageModel(model, tokenizer)
+    texts = sample_continuations(lm, OPENINGS, 5, seed=0, top_k=1)
+    assert texts == sample_continuations(lm, OPENINGS, 5, seed=9, top_k=1)
     for opening, text in zip(OPENINGS, texts, strict=True):
         ids = torch.tensor([tokenizer(opening)["input_ids"]])
         for _ in range(5):

@@ -41,10 +41,10 @@ def naive_second_moment(model, tokenizer, layer: int, texts: list[str]) -> torch
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_second_moment_is_the_mean_over_all_tokens_however_they_are_batched(name, tokenizer):
     model = tiny_model(name)
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer)
     expected = naive_second_moment(model, tokenizer, 1, TEXTS)
     for batch_tokens in (1, 40, 2048):
-        found = second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [1], MANY, batch_tokens)
+        found = second_moments(lm, TEXTS, [1], MANY, batch_tokens)
         assert (found[1] - expected).norm() <= 1e-5 * expected.norm()
         assert found[1].dtype == torch.float32
 
@@ -53,10 +53,11 @@ def test_second_moment_is_the_mean_over_all_tokens_however_they_are_batched(name
 def test_layers_in_one_pass_equal_each_alone(name, tokenizer):
     model = tiny_model(name).train()
     architecture = read_architecture(model)
-    together = second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [2, 0], MANY)
+    lm = LanguageModel(model, tokenizer, architecture)
+    together = second_moments(lm, TEXTS, [2, 0], MANY)
     assert set(together) == {0, 2}
     for layer in (0, 2):
-        alone = second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [layer], MANY)
+        alone = second_moments(lm, TEXTS, [layer], MANY)
         torch.testing.assert_close(together[layer], alone[layer])
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -85,10 +86,10 @@ def test_no_text_raises(tokenizer):
 
 def test_keys_that_are_not_finite_raise(tokenizer):
     model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="layer 1 are not finite"):
-        second_moments(LanguageModel(model, tokenizer, architecture), TEXTS, [0, 1], MANY)
+        second_moments(lm, TEXTS, [0, 1], MANY)
 
 
 @pytest.fixture

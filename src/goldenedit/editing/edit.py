@@ -11,7 +11,7 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
-from goldenedit.editing.keys import fact_keys
+from goldenedit.editing.keys import contrast_count, weighed_contrasts, with_contrasts
 from goldenedit.editing.values import ValueOptions, Values, optimise_values
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect
@@ -57,20 +57,19 @@ class PreparedFacts:
     layers: Sequence[int]
     values: Values
     vectors: tuple[str, ...]
+    _contrasts: dict[tuple[object, ...], list[list[Tensor] | None]] = field(default_factory=dict, repr=False)
     _keys: dict[tuple[object, ...], dict[int, list[FactKeys]]] = field(default_factory=dict, repr=False)
 
     def keys(self, config: EditConfig) -> dict[int, list[FactKeys]]:
         """Return what the configured editor reads of each fact's keys, by layer; computed once for these constants."""
-        constants = (
-            config.editor.reads,
-            config.anchor_bare_prompt,
-            config.contrast,
-            config.contrast_weight,
-            config.seed,
-        )
-        if constants not in self._keys:
+        of_contrast = (contrast_count(config), config.contrast_weight, config.seed)
+        constants = (*of_contrast, "anchor" in config.editor.reads, config.anchor_bare_prompt)
+        if of_contrast not in self._contrasts:
             with phase("contrast keys"):
-                self._keys[constants] = fact_keys(self.lm, self.requests, self.layers, self.values.keys, config)
+                self._contrasts[of_contrast] = weighed_contrasts(self.lm, self.requests, self.layers, config)
+        if constants not in self._keys:
+            contrasts = self._contrasts[of_contrast]
+            self._keys[constants] = with_contrasts(self.layers, self.values.keys, contrasts, config)
         return self._keys[constants]
 
     def changes(
@@ -203,7 +202,9 @@ def prepare_facts(
         batch_size = _facts_at_once(lm, requests, layers, contexts)
     with phase("values"):
         values = optimise_values(lm, requests, layers, contexts, options, batch_size)
-    return PreparedFacts(lm, requests, layers, values, config.editor.vectors)
+    facts = PreparedFacts(lm, requests, layers, values, config.editor.vectors)
+    facts.keys(config)  # runs the model, which solving does not
+    return facts
 
 
 def _facts_at_once(

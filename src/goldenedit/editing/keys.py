@@ -32,19 +32,42 @@ def fact_keys(
         keys: By layer `(N, contexts, d_in)`, keys of each fact in each context, that of the bare prompt first.
         config: What is read beside the keys: anchors and contrast keys.
     """
-    reads = config.editor.reads
-    count = config.contrast if "contrast" in reads and config.contrast_weight > 0 else 0
-    contrasts = contrast_keys(lm, requests, layers, count, config.seed)
+    return with_contrasts(layers, keys, weighed_contrasts(lm, requests, layers, config), config)
+
+
+def contrast_count(config: EditConfig) -> int:
+    """Return how many contrast keys of each fact the configured editor reads."""
+    return config.contrast if "contrast" in config.editor.reads and config.contrast_weight > 0 else 0
+
+
+def weighed_contrasts(
+    lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], config: EditConfig
+) -> list[list[Tensor] | None]:
+    """Return the contrast keys that the configured editor reads, by fact and layer, with their weight beside text."""
+    return [
+        None if keys is None else [relative_contrast(of_layer, config.contrast_weight) for of_layer in keys]
+        for keys in contrast_keys(lm, requests, layers, contrast_count(config), config.seed)
+    ]
+
+
+def with_contrasts(
+    layers: Sequence[int], keys: Sequence[Tensor], contrasts: Sequence[list[Tensor] | None], config: EditConfig
+) -> dict[int, list[FactKeys]]:
+    """Return what the configured editor reads of each fact's keys, by layer; arguments as in `fact_keys`.
+
+    Args:
+        contrasts: By fact and layer, from `weighed_contrasts`.
+    """
     # In one context alone the bare key is the mean.
-    anchor = "anchor" in reads and config.anchor_bare_prompt and keys[0].shape[1] > 1
-    by_layer: dict[int, list[FactKeys]] = {}
-    for index, (layer, of_layer) in enumerate(zip(layers, keys, strict=True)):
-        by_layer[layer] = []
-        for of_fact, contrast in zip(of_layer, contrasts, strict=True):
-            weighed = None if contrast is None else relative_contrast(contrast[index], config.contrast_weight)
+    anchor = "anchor" in config.editor.reads and config.anchor_bare_prompt and keys[0].shape[1] > 1
+    return {
+        layer: [
             # A copy, so that keeping the facts does not keep the keys of all contexts.
-            by_layer[layer].append(FactKeys(of_fact[0].clone(), of_fact.mean(0), weighed, anchor))
-    return by_layer
+            FactKeys(of_fact[0].clone(), of_fact.mean(0), None if contrast is None else contrast[index], anchor)
+            for of_fact, contrast in zip(of_layer, contrasts, strict=True)
+        ]
+        for index, (layer, of_layer) in enumerate(zip(layers, keys, strict=True))
+    }
 
 
 @torch.no_grad()
