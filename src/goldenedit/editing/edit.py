@@ -103,7 +103,7 @@ class PreparedFacts:
             residuals = self.values.delta[list(chosen), index].T
             problem = Problem([keys[fact] for fact in chosen], residuals, statistics[layer], None, previous)
             problem = replace(problem, options=config.resolve(problem))
-            change = problem.folded(editor.function(problem))
+            change = problem.folded(editor.solve(problem))
             self._check(change, config, layer, [self.requests[fact] for fact in chosen])
             delta, error = stored(self.lm, change, layer, config)
             deltas[path] = delta

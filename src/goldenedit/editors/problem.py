@@ -13,6 +13,7 @@ from torch import Tensor
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.keys import FactKeys
 from goldenedit.editors.moments import RunningMoments
+from goldenedit.editors.options import resolved
 from goldenedit.editors.statistics import KeyStatistics
 
 
@@ -52,9 +53,11 @@ class Problem:
             keys: `(d_in, N)`, a key for each fact.
             residuals: `(d_out, N)`.
             statistics: Second moment of other text; the identity by default.
+            options: The editor's options as its maths reads them, without units; what is None is as published.
         """
         facts = [FactKeys(key, key) for key in keys.T]
-        return cls(facts, residuals, KeyStatistics(None) if statistics is None else statistics, options, previous)
+        problem = cls(facts, residuals, KeyStatistics(None) if statistics is None else statistics, options, previous)
+        return problem if options is None else replace(problem, options=resolved(options, False, problem.unit))
 
     @cached_property
     def owners(self) -> Tensor:
@@ -102,13 +105,13 @@ class Problem:
             return energy / self.text_statistics.trace(len(self.keys))
         raise ValueError(f"Unknown unit {name!r}: use 'key energy', 'key energy per trace' or 'mean eigenvalue'.")
 
-    def folded(self, delta: LowRankDelta) -> LowRankDelta:
+    def folded(self, delta: LowRankDelta | Tensor) -> LowRankDelta | Tensor:
         """Return the same delta of rank N, where it has rank M with a column of `B` for each key.
 
         The columns of one fact's keys are equal, so its rows of `A` add up. Other deltas are returned as they are.
         """
         count = len(self.facts)
-        if len(self.owners) == count or not torch.equal(delta.B, self.residuals.float()):
+        if isinstance(delta, Tensor) or len(self.owners) == count or not torch.equal(delta.B, self.residuals.float()):
             return delta
         A = delta.A.new_zeros(count, delta.A.shape[1]).index_add(0, self.owners, delta.A)
         return replace(delta, A=A, B=self.fact_residuals.float())

@@ -286,5 +286,5 @@ def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> T
     """Return `a`, `(d_in,)`: how much of its value the configured editor adds for each key."""
     problem = Problem([fact], torch.ones(1, 1), statistics)
     problem = replace(problem, options=config.resolve(problem))
-    delta = problem.folded(config.editor.function(problem))
-    return (delta.B @ delta.A)[0]
+    change = problem.folded(config.editor.solve(problem))
+    return (change if isinstance(change, Tensor) else change.dense())[0]
