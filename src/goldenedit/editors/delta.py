@@ -14,6 +14,8 @@ VLLM_RANK = 512  # the largest rank of an adapter that vLLM takes
 class LowRankDelta:
     """`Delta = B @ A`, in the orientation of nn.Linear: `(d_out, d_in)`.
 
+    Editors solve in float64 and factors are kept in float32: those of float64 are converted.
+
     Attributes:
         A: `(r, d_in)`, LoRA's `lora_A.weight`.
         B: `(d_out, r)`, LoRA's `lora_B.weight`.
@@ -30,6 +32,10 @@ class LowRankDelta:
             raise ValueError(f"Factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply.")
         if self.A.shape[1] % self.experts:
             raise ValueError(f"Factor A {tuple(self.A.shape)} cannot be split among {self.experts} experts.")
+        for name in ("A", "B"):
+            factor: Tensor = getattr(self, name)
+            if factor.dtype == torch.float64:
+                object.__setattr__(self, name, factor.float())  # the dataclass is frozen
 
     @property
     def rank(self) -> int:
