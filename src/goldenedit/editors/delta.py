@@ -14,7 +14,7 @@ VLLM_RANK = 512  # the largest rank of an adapter that vLLM takes
 class LowRankDelta:
     """`Delta = B @ A`, in the orientation of nn.Linear: `(d_out, d_in)`.
 
-    Editors solve in float64 and factors are kept in float32: those of float64 are converted.
+    Factors of different precision, such as one that was solved for in float64, become float32.
 
     Attributes:
         A: `(r, d_in)`, LoRA's `lora_A.weight`.
@@ -32,10 +32,9 @@ class LowRankDelta:
             raise ValueError(f"Factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply.")
         if self.A.shape[1] % self.experts:
             raise ValueError(f"Factor A {tuple(self.A.shape)} cannot be split among {self.experts} experts.")
-        for name in ("A", "B"):
-            factor: Tensor = getattr(self, name)
-            if factor.dtype == torch.float64:
-                object.__setattr__(self, name, factor.float())  # the dataclass is frozen
+        if self.A.dtype != self.B.dtype:
+            object.__setattr__(self, "A", self.A.float())  # the dataclass is frozen
+            object.__setattr__(self, "B", self.B.float())
 
     @property
     def rank(self) -> int:

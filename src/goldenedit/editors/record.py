@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
@@ -112,8 +112,10 @@ class Editor:
             TypeError: The maths returned neither factors nor a matrix.
         """
         change = self.function(problem)
-        if isinstance(change, LowRankDelta | Tensor):
-            return change if isinstance(change, LowRankDelta) else change.float()
+        if isinstance(change, LowRankDelta):
+            return replace(change, A=change.A.float(), B=change.B.float())
+        if isinstance(change, Tensor):
+            return change.float()
         raise TypeError(
             f"The editor {self.name!r} returned {type(change).__name__}: return a LowRankDelta, or the change as a "
             "tensor (d_out, d_in)."
