@@ -24,7 +24,7 @@ from torch import Tensor
 from goldenedit.architecture.layers import weight_of
 from goldenedit.config import EditConfig
 from goldenedit.editing.keys import context_keys, fact_keys
-from goldenedit.editors import EDITORS, Problem
+from goldenedit.editors import Problem
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.chat import rendered
 from goldenedit.storage.folder import joined_state
@@ -96,7 +96,7 @@ def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> Ed
                 f"the {fact.probability_after:.3f} that the edit lists"
             )
     config = edit.config or model.edit_config
-    by_keys = config.method in EDITORS and config.editor.learns == "values" and config.regularizer is None
+    by_keys = config.has_editor and config.editor.learns == "values" and config.regularizer is None
     rows = _rows(model, edit, config, remembered) if by_keys else {}
     modules = []
     for path, delta in edit.deltas.items():
@@ -149,8 +149,7 @@ def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[
         previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
         # Rows do not depend on the residuals; these are one direction for each fact.
         change = config.solve(Problem(of_layer, torch.eye(len(of_layer)), statistics[layer], None, previous))
-        if not isinstance(change, Tensor):
-            rows[path] = change.A
+        rows[path] = change if isinstance(change, Tensor) else change.A
     return rows
 
 

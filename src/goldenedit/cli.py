@@ -77,7 +77,7 @@ def locate(
     base, tokenizer, is_first = load_together(model)
     found: list[LayerSelection] = []
     records: list[GoldenLayers] = []
-    names = SELECTORS.names() if selector == "all" else [selector]
+    names = [record.name for record in SELECTORS.available()] if selector == "all" else [selector]
     for name in names:
         if selector == "all" and name == "sweep" and not sweep:
             continue
@@ -200,8 +200,8 @@ def editors() -> None:
     from goldenedit.editors import EDITORS
     from goldenedit.layer_selection import SELECTORS
 
-    console.print(tables.editors_table([EDITORS.get(name) for name in EDITORS.names()]))
-    console.print(tables.selectors_table([SELECTORS.get(name) for name in SELECTORS.names()]))
+    console.print(tables.editors_table(EDITORS.available()))
+    console.print(tables.selectors_table(SELECTORS.available()))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from goldenedit.editors.memit import MemitOptions
 from goldenedit.editors.options import check_fields, check_number, default_of, is_relative, option
 from goldenedit.editors.ultraedit import UltraEditOptions
 from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
-from goldenedit.registry import UnknownNameError, is_plain
+from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
 REGULARIZERS = ("rect", "prune")
@@ -154,7 +154,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         if self.regularizer is not None:
             _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")
         if self.layer_pattern != "golden" and not self.is_scored:
-            scored = [name for name in SELECTORS.names() if SELECTORS.get(name).is_scored]
+            scored = [record.name for record in SELECTORS.available() if record.is_scored]
             raise ValueError(
                 f"EditConfig.layer_pattern {self.layer_pattern!r} needs layers with scores, by one of {scored}, got "
                 f"layer={self.layer!r}."
@@ -251,8 +251,8 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
 
     @property
     def has_editor(self) -> bool:
-        """Whether the package that has the editor is installed."""
-        return self.method in EDITORS
+        """Whether the package that has the editor is installed, and can be loaded."""
+        return EDITORS.find(self.method) is not None
 
     @property
     def selector(self) -> Selector | None:
@@ -269,7 +269,8 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     @property
     def fence(self) -> float:
         """Width of the fence that layer scores must lie within: LGA's Tukey filter, none for other selectors."""
-        return self.tukey_kappa if self.selector is not None and self.selector.fence else math.inf
+        selector = SELECTORS.find(self.layer) if isinstance(self.layer, str) else None
+        return self.tukey_kappa if selector is not None and selector.fence else math.inf
 
     @property
     def editor_options(self) -> dict[str, Any]:
@@ -290,7 +291,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     def solve(self, problem: Problem) -> LowRankDelta | Tensor:
         """Return what the editor makes of a problem with the options of this config: factors, or a dense change."""
         problem = replace(problem, options=self.resolve(problem))
-        return problem.folded(self.editor.function(problem))
+        return problem.folded(self.editor.solve(problem))
 
     @property
     def has_units(self) -> bool:
@@ -347,18 +348,18 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> EditConfig:
-        """Read a saved config, whose editor or layer selector may be of a package that is not installed here.
+        """Read a saved config, whose editor or layer selector may be of a package that is not there.
 
         What was saved can be looked at and used. What needs the missing part (`editor`, `selector`) raises.
 
         Raises:
             ValueError: An option is unknown, or a value means nothing.
         """
-        known = {"method": EDITORS.names(), "layer": SELECTORS.names()}
+        registries: dict[str, Registry[Any]] = {"method": EDITORS, "layer": SELECTORS}
         missing: dict[str, Any] = {
             name: value
-            for name, names in known.items()
-            if isinstance(value := record.get(name), str) and is_plain(value) and value not in names
+            for name, registry in registries.items()
+            if isinstance(value := record.get(name), str) and is_plain(value) and registry.find(value) is None
         }
         if not missing:
             return cls.from_dict(record)

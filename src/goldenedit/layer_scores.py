@@ -45,6 +45,10 @@ class Selector:
     is_shared: bool = False
     version: int = 1
 
+    def __post_init__(self) -> None:
+        if isinstance(self.depends_on, str):
+            raise TypeError(f"The layer selector {self.name!r} depends on a tuple of words, not {self.depends_on!r}.")
+
 
 SELECTORS: Registry[Selector] = Registry("layer selector", "goldenedit.layer_selection", "goldenedit.layer_selectors")
 
@@ -100,7 +104,7 @@ class LayerSelection:
 
     def within_fence(self, kappa: float) -> Tensor:
         """Return which layers may be chosen: with LGA those within the Tukey filter, else those with a score."""
-        known = SELECTORS.get(self.selector) if self.selector in SELECTORS else None
+        known = SELECTORS.find(self.selector)
         return tukey_filter(self.score_tensor(), kappa if known is not None and known.fence else math.inf)
 
     def to_dict(self) -> dict[str, Any]:

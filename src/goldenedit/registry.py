@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import pkgutil
 import re
 from typing import Generic, Protocol, TypeVar
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -71,7 +74,11 @@ class Registry(Generic[Record]):
         """
         self._load_builtin()
         if name not in self._records and name in (declared := self._declared()):
-            entry = declared[name]
+            entry, *others = declared[name]
+            if others:
+                raise ValueError(
+                    f"Two packages declare {self._a_kind} {name!r}: {entry.value} and {others[0].value}. Uninstall one."
+                )
             try:
                 entry.load()
             except Exception as error:  # whatever a stranger's module raises, the name of the package says whom to ask
@@ -90,13 +97,31 @@ class Registry(Generic[Record]):
             )
         return self._records[name]
 
+    def find(self, name: str) -> Record | None:
+        """Return the record of a name, None where no package has it or the one that has it cannot be loaded."""
+        try:
+            return self.get(name)
+        except ValueError:
+            return None
+
+    def available(self) -> list[Record]:
+        """Return all records, in the order of their names; a warning tells of those that cannot be loaded."""
+        records = []
+        for name in self.names():
+            try:
+                records.append(self.get(name))
+            except ValueError as error:  # one broken package must not hide the others
+                logger.warning("%s", error)
+        return records
+
     def names(self) -> list[str]:
         """Return all names, those of the built-in records first, in the order of their modules."""
         self._load_builtin()
         return list(dict.fromkeys([*self._records, *sorted(self._declared())]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        self._load_builtin()
+        return name in self._records or name in self._declared()
 
     @property
     def _a_kind(self) -> str:
@@ -109,8 +134,12 @@ class Registry(Generic[Record]):
                 importlib.import_module(module.name)
             self._is_loaded = True
 
-    def _declared(self) -> dict[str, importlib.metadata.EntryPoint]:
-        return {entry.name: entry for entry in importlib.metadata.entry_points(group=self.group)}
+    def _declared(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
+        """Return the entry points by name; a package that is found twice declares the same."""
+        declared: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
+        for entry in importlib.metadata.entry_points(group=self.group):
+            declared.setdefault(entry.name, {}).setdefault(entry.value, entry)
+        return {name: list(entries.values()) for name, entries in declared.items()}
 
 
 def is_plain(name: str) -> bool:

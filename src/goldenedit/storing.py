@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit.adapters import Adapters, check_fits
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
-from goldenedit.editors import LowRankDelta
+from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.storage.card import render_card
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
@@ -204,10 +204,12 @@ class StoringMixin:
         missing = {config.method for edit in edits for config in edit.configs if not config.has_editor}
         if missing:
             logger.warning(
-                "The edits of %s were made by %s, which is not installed: they work, but no edit can be made or "
-                "audited in the same way. Install the package that has it, or set model.edit_config.method.",
+                "The edits of %s were made by %s, which is not installed or cannot be loaded: they work, but no edit "
+                "can be made or audited in the same way. Install the package that has it (entry point %r), or set "
+                "model.edit_config.method.",
                 folder,
                 sorted(missing),
+                EDITORS.group,
             )
         here = {entry.hash for entry in self.adapters.beside()}
         beside = {entry.name for edit in edits for entry in edit.beside if entry.hash not in here}

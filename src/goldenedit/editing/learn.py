@@ -65,7 +65,7 @@ def _from_gradients(
     changes: dict[int, LowRankDelta | Tensor] = {}
     for layer, (inputs, outputs, slopes) in answers.items():
         problem = GradientProblem(inputs, outputs, slopes, moments[names[layer]])
-        changes[layer] = config.editor.function(replace(problem, options=config.resolve(problem)))
+        changes[layer] = config.editor.solve(replace(problem, options=config.resolve(problem)))
     return changes, 1, {name: of_batch.columns() for name, of_batch in own.items()}
 
 

@@ -14,6 +14,8 @@ VLLM_RANK = 512  # the largest rank of an adapter that vLLM takes
 class LowRankDelta:
     """`Delta = B @ A`, in the orientation of nn.Linear: `(d_out, d_in)`.
 
+    Factors of different precision, such as one that was solved for in float64, become float32.
+
     Attributes:
         A: `(r, d_in)`, LoRA's `lora_A.weight`.
         B: `(d_out, r)`, LoRA's `lora_B.weight`.
@@ -30,6 +32,9 @@ class LowRankDelta:
             raise ValueError(f"Factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply.")
         if self.A.shape[1] % self.experts:
             raise ValueError(f"Factor A {tuple(self.A.shape)} cannot be split among {self.experts} experts.")
+        if self.A.dtype != self.B.dtype:
+            object.__setattr__(self, "A", self.A.float())  # the dataclass is frozen
+            object.__setattr__(self, "B", self.B.float())
 
     @property
     def rank(self) -> int:

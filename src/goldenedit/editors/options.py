@@ -39,7 +39,7 @@ def option(
 def relative(
     default: float,
     *,
-    published: float,
+    published: float | None = None,
     help: str,
     unit: str | None = None,
     above: float = 0.0,
@@ -52,12 +52,13 @@ def relative(
 
     Args:
         default: The default, in units.
-        published: The default of the paper's code, without units.
+        published: The default of the paper's code, without units; by default the same number.
         help: What it does, in one sentence.
         unit: A unit that the problem knows (see `Problem.unit`); None for a plain number.
         least: The smallest number that it may be; None for any above 0.
     """
     bounds = {"least": least, "above": None if least is not None else above, "whole": False}
+    published = default if published is None else published
     return field(
         default=None, metadata={"help": help, "default": default, "published": published, "unit": unit, **bounds}
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.keys import FactKeys
 from goldenedit.editors.moments import RunningMoments
+from goldenedit.editors.options import resolved
 from goldenedit.editors.statistics import KeyStatistics
 
 
@@ -52,9 +53,11 @@ class Problem:
             keys: `(d_in, N)`, a key for each fact.
             residuals: `(d_out, N)`.
             statistics: Second moment of other text; the identity by default.
+            options: The editor's options as its maths reads them, without units; what is None is as published.
         """
         facts = [FactKeys(key, key) for key in keys.T]
-        return cls(facts, residuals, KeyStatistics(None) if statistics is None else statistics, options, previous)
+        problem = cls(facts, residuals, KeyStatistics(None) if statistics is None else statistics, options, previous)
+        return problem if options is None else replace(problem, options=resolved(options, False, problem.unit))
 
     @cached_property
     def owners(self) -> Tensor:

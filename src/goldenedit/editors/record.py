@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args
 
+from torch import Tensor
+
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.options import TrainingOptions, check_fields, resolved
 from goldenedit.registry import Registry
 
 Learns = Literal["values", "gradients", "training"]
 AnswerLoss = Literal["masked", "last"]
 Function = TypeVar("Function", bound=Callable[..., Any])
+VECTORS = ("mlp", "attention")
 
 # Constants of EditConfig that an editor may read, by the words of `Editor.reads`.
 READABLE: dict[str, tuple[str, ...]] = {
@@ -28,14 +32,19 @@ class NoOptions:
     """The options of an editor that has none."""
 
 
+def _has_no_default(entry: Field[Any]) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
 @dataclass(frozen=True)
 class Editor:
     """An editor: its maths, and what the rest of the library must know to ask it.
 
     Attributes:
         name: Its name in `EditConfig.method`.
-        function: The maths: from a `Problem` to a `LowRankDelta`; with `learns="gradients"` from a `GradientProblem`;
-            with `learns="training"` from a `TrainingProblem` to the change that is trained (see `goldenedit.editors`).
+        function: The maths: from a `Problem` to a `LowRankDelta`, or to a dense change `(d_out, d_in)`; with
+            `learns="gradients"` from a `GradientProblem`; with `learns="training"` from a `TrainingProblem` to the
+            change that is trained (see docs/extending.md).
         paper: Where the formula stands.
         options: Dataclass of its options; with `learns="training"` one that extends `TrainingOptions`.
         learns: What it needs: optimized values under keys, gradients at the answers, or training of its own.
@@ -63,8 +72,14 @@ class Editor:
     published: str | None = None
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.reads) - set(READABLE)):
-            raise ValueError(f"The editor {self.name!r} reads {unknown}, which is none of {sorted(READABLE)}.")
+        for attribute, choices in (("reads", tuple(READABLE)), ("vectors", VECTORS)):
+            words = getattr(self, attribute)
+            if isinstance(words, str) or not set(words) <= set(choices):
+                raise ValueError(f"{attribute} of the editor {self.name!r} is a tuple of {choices}, not {words!r}.")
+        if self.learns not in get_args(Learns):
+            raise ValueError(f"The editor {self.name!r} learns from one of {get_args(Learns)}, not {self.learns!r}.")
+        if not is_dataclass(self.options) or any(_has_no_default(entry) for entry in fields(self.options)):
+            raise ValueError(f"The options of the editor {self.name!r} are a dataclass whose fields all have defaults.")
         if self.learns == "training" and not issubclass(self.options, TrainingOptions):
             raise ValueError(f"The editor {self.name!r} trains: its options must extend TrainingOptions.")
 
@@ -89,6 +104,22 @@ class Editor:
             self.options(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The options {dict(values)} of the editor {self.name!r} are refused: {error}") from error
+
+    def solve(self, problem: Any) -> LowRankDelta | Tensor:
+        """Return the change of weights that the maths makes of a problem, in float32.
+
+        Raises:
+            TypeError: The maths returned neither factors nor a matrix.
+        """
+        change = self.function(problem)
+        if isinstance(change, LowRankDelta):
+            return replace(change, A=change.A.float(), B=change.B.float())
+        if isinstance(change, Tensor):
+            return change.float()
+        raise TypeError(
+            f"The editor {self.name!r} returned {type(change).__name__}: return a LowRankDelta, or the change as a "
+            "tensor (d_out, d_in)."
+        )
 
     def resolve(self, values: Mapping[str, Any], relative_constants: bool, problem: Any) -> Any:
         """Return the options as the maths reads them, from what a user set and the units of a problem."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -99,6 +100,27 @@ class KeyStatistics:
         if self.second_moment is None:
             return keys.double()
         return torch.cholesky_solve(keys.to(self._factor.device).double(), self._factor)
+
+
+class UnreadStatistics(KeyStatistics):
+    """What an editor is given that does not say that it reads key statistics: none are computed for it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError("This editor does not read key statistics: add 'covariance' to reads= of its @editor(...).")
+
+    spectrum = property(_refuse)
+    _mean_eigenvalue = property(_refuse)
+
+    def solve(self, keys: Tensor, contrast: Tensor | None = None) -> Tensor:
+        """Raise ValueError."""
+        self._refuse()
+
+    def with_contrast(self, contrast: Tensor) -> KeyStatistics:
+        """Raise ValueError."""
+        self._refuse()
 
 
 def relative_contrast(contrast: Tensor, weight: float) -> Tensor:

@@ -5,6 +5,7 @@ this folder, and those of installed packages with an entry point in the group `g
 `docs/extending.md` adds one, step by step.
 """
 
+from goldenedit.editing.keys import subject_keys
 from goldenedit.layer_scores import SELECTORS, LayerSelection, Selector, golden_layer, selector, tukey_filter
 from goldenedit.layer_selection.brute_force import CellStore, Outcome, SweepOptions, edit_score, sweep
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
@@ -35,6 +36,7 @@ __all__ = [
     "select_layer",
     "selectivity_scores",
     "selector",
+    "subject_keys",
     "sweep",
     "tukey_filter",
 ]

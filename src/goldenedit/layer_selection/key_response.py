@@ -289,4 +289,4 @@ def _detectors(
 def detector(fact: FactKeys, config: EditConfig, statistics: KeyStatistics) -> Tensor:
     """Return `a`, `(d_in,)`: how much of its value the configured editor adds for each key."""
     change = config.solve(Problem([fact], torch.ones(1, 1), statistics))
-    return (change if isinstance(change, Tensor) else change.B @ change.A)[0]
+    return (change if isinstance(change, Tensor) else change.dense())[0]

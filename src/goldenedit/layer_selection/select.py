@@ -109,6 +109,12 @@ def _scored(lm: LanguageModel, config: EditConfig, used: Selector) -> LayerSelec
         scores, cost = scores
     elif used.is_shared:
         cost = replace(cost, flops=sum(lm.processes.gather(cost.flops)))
+    if not isinstance(scores, Tensor) or scores.shape != (lm.architecture.num_layers,):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"The layer selector {used.name!r} returned {got}: return a tensor of shape "
+            f"({lm.architecture.num_layers},), a score for each layer."
+        )
     forwards = cost.flops / forward_flops(lm, facts) if facts else 0.0
     selection = LayerSelection(used.name, _as_list(scores, lm.architecture), [], len(facts), cost, forwards)
     keep(path, json.dumps(selection.to_dict()).encode())
@@ -122,7 +128,13 @@ def _option(word: str, config: EditConfig) -> dict[str, Any]:
     if word == "covariance":
         text = [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]
         return {"covariance": text}
-    return {word: config.to_dict()[word]}
+    options = config.to_dict()
+    if word not in options:
+        raise ValueError(
+            f"The layer selector {config.layer!r} depends on {word!r}, which is neither a field of EditConfig nor "
+            "'covariance' or 'edit'."
+        )
+    return {word: options[word]}
 
 
 def _as_list(scores: Tensor, architecture: Architecture) -> list[float | None]:

@@ -11,6 +11,7 @@ from goldenedit.architecture import Architecture
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editors import KeyStatistics
+from goldenedit.editors.statistics import UnreadStatistics
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.covariance import StreamedStatistics, key_statistics
 from goldenedit.lm.perplexity import perplexity, sample_texts
@@ -62,7 +63,12 @@ class LanguageModel(TokenizedModel):
         return self._contexts[key]
 
     def statistics(self, config: EditConfig, layers: Sequence[int]) -> dict[int, KeyStatistics]:
-        """Return the key statistics of some layers; those that are missing are computed in one pass."""
+        """Return the key statistics of some layers; those that are missing are computed in one pass.
+
+        An editor that does not read them has them not computed.
+        """
+        if config.editor.learns == "values" and "covariance" not in config.editor.reads:
+            return dict.fromkeys(layers, UnreadStatistics())
         options = (config.covariance, config.covariance_tokens, config.ridge, config.seed)
         missing = [layer for layer in layers if (layer, *options) not in self._statistics]
         if missing:

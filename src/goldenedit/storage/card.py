@@ -108,8 +108,8 @@ def _way(config: EditConfig) -> dict[str, str | None]:
 
 
 def _editor(config: EditConfig) -> Editor | None:
-    """Return the configured editor, None where the package that has it is not installed."""
-    return config.editor if config.method in EDITORS else None
+    """Return the configured editor, None where the package that has it is not there."""
+    return EDITORS.find(config.method)
 
 
 def _scores(config: EditConfig) -> list[tuple[int, float | None, bool]]:

@@ -1,0 +1,30 @@
+"""Leverage: the layers at which subjects stand out from other text.
+
+An edit of least harm adds its value along `C^-1 k` (ROME), so other text sees `||r||^2 / (k^T C^-1 k)` of it on
+average: the larger the leverage `k^T C^-1 k` of a subject's key, the quieter its edit. That is half of what makes a
+layer good. It does not tell whether the layer still reaches the answer, so the last layers may score high for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from goldenedit import EditConfig, EditRequest
+from goldenedit.layer_selection import selector, subject_keys
+from goldenedit.lm import LanguageModel
+
+
+@selector("leverage", depends_on=("covariance",))
+def leverage(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
+    """Return the mean log leverage of the subjects' keys at each layer, against that of other text, `d_in`."""
+    scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
+    statistics = lm.streamed_statistics(config)
+    layers = list(statistics)
+    for layer, keys in zip(layers, subject_keys(lm, facts, layers), strict=True):  # (N, d_in) each
+        K = keys.double().T
+        lengths = (K * statistics[layer].solve(K)).sum(0)  # k^T C^-1 k, of each fact
+        scores[layer] = (lengths / len(K)).log().mean()
+    return scores
