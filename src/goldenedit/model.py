@@ -349,15 +349,16 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self.adapters.activate([adapter_name] if isinstance(adapter_name, str) else adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an edit; the others stay as they are, switched on or off.
+        """Delete an edit, or a plain adapter that was loaded; the others stay as they are, switched on or off.
 
         Raises:
             ValueError: There is no edit of that name.
         """
-        self.adapters.check([adapter_name])
+        if adapter_name not in self.adapters.loaded:
+            self.adapters.check([adapter_name])
         self.adapters.remove(adapter_name)
         self.model = self.adapters.model
-        del self.edits[adapter_name]
+        self.edits.pop(adapter_name, None)
         self._evaluations = {
             names: evaluation for names, evaluation in self._evaluations.items() if adapter_name not in names
         }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from goldenedit.adapters import layers as peft_layers
-from goldenedit.adapters.layers import base_of, tuner_layers, unwrap_empty
+from goldenedit.adapters.layers import base_of, forget_configs, retrained_modules, switch, tuner_layers, unwrap_empty
 from goldenedit.adapters.merging import Merge, merge_for_good, merged
 from goldenedit.architecture.quantised import reading_state
 from goldenedit.devices import execution_device
 from goldenedit.editors import LowRankDelta
-from goldenedit.storage.folder import Beside, adapter_key, adapter_tensors, target_parameters
+from goldenedit.storage.folder import Beside, adapter_key, adapter_tensors, edit_name, target_parameters
+
+logger = logging.getLogger(__name__)
 
 _MARK = "_goldenedit"  # attribute of a LoraConfig that says whose edit its adapter is
+
+
+def _nobody() -> None:
+    """Own an edit whose EditModel is gone, as a dead weak reference does."""
 
 
 @dataclass(frozen=True)
 class _Mark:
     """Whose edit an adapter is, and what is trainable again when no edit is left."""
 
-    owner: weakref.ref[Adapters]
+    owner: Callable[[], Adapters | None]
     trainable: Sequence[nn.Parameter]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle a mark: a copy of the model alone has edits, but no EditModel."""
+        return _Mark, (_nobody, self.trainable)
 
 
 class Adapters:
@@ -64,6 +76,16 @@ class Adapters:
         _check_lora(model)
         _drop_lost(self.base)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
+        """Return a copy that owns the edits of its own model."""
+        twin: Adapters = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        for key in twin._keys.values():
+            config = _configs(twin.base)[key]
+            setattr(config, _MARK, replace(getattr(config, _MARK), owner=weakref.ref(twin)))
+        return twin
+
     # ------------------------------------------------------------------ what there is
 
     @property
@@ -95,6 +117,11 @@ class Adapters:
         if unknown := [name for name in names if name not in self._keys]:
             raise ValueError(f"There is no edit {unknown[0]!r}; there are {self.names}.")
 
+    @property
+    def loaded(self) -> list[str]:
+        """Keys of plain adapters that came in by `load`."""
+        return list(self._loaded)
+
     def read(self, name: str) -> dict[str, LowRankDelta]:
         """Return the deltas of an edit, by the path of the module they change."""
         return peft_layers.read(self.base, self._keys[name])
@@ -124,13 +151,19 @@ class Adapters:
             self._apply(others or before)
 
     def ensure(self) -> None:
-        """Switch on the active edits where something else has switched adapters since."""
-        if self._current() != self._wanted(self.others):
+        """Switch on the active edits where something else has switched adapters since.
+
+        Raises:
+            ValueError: Someone else has disabled or merged the adapters of this model, and edits with them.
+        """
+        _check_in_effect(self.base)
+        if self._current() != self._wanted(self.others) or any(one.requires_grad for one in self._factors()):
             self.activate(self.active)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch all edits off inside this context, those too that are made in it: the model is what was given."""
+        _check_in_effect(self.base)
         self._off += 1
         self.activate(self.active)
         try:
@@ -147,25 +180,31 @@ class Adapters:
 
     def _apply(self, others: Sequence[str]) -> None:
         keys = self._wanted(others)
+        switch(self.base, keys)
         if isinstance(self.model, PeftModel):
-            # The tuner stacks; PeftModel.set_adapter takes one name, and would switch gradients on.
-            self.model.base_model.set_adapter(keys, inference_mode=True)
+            self.model.base_model.active_adapter = keys  # the tuner stacks, PeftModel has one name
             if keys or self.model.active_adapter not in self.model.peft_config:
                 self.model.active_adapter = keys[0] if keys else next(iter(self.model.peft_config), "default")
-        else:
-            for layer in tuner_layers(self.base).values():
-                layer.set_adapter(keys, inference_mode=True)
 
     @contextmanager
     def _keeping(self) -> Iterator[list[str]]:
         """Yield the user's active adapters; what of the user's is trainable is so again behind this context."""
         others = self.others
+        of_edits = {id(factor) for factor in self._factors()}
         trainable = self._trainable() if self._has_others() else []
+        trainable = [parameter for parameter in trainable if id(parameter) not in of_edits]
         try:
             yield others
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
+
+    def _factors(self) -> Iterator[nn.Parameter]:
+        """Yield the factors of the edits, those of other EditModels too."""
+        keys = [key for key, config in _configs(self.base).items() if _mark(config) is not None]
+        for layer in tuner_layers(self.base).values():
+            for factors in (layer.lora_A, layer.lora_B):
+                yield from (factors[key].weight for key in keys if key in factors)
 
     def _has_others(self) -> bool:
         return any(_mark(config) is None for config in _configs(self.base).values())
@@ -278,9 +317,13 @@ class Adapters:
         self._loaded.append(key)
 
     def _restore_given(self) -> None:
-        """Have what was given run again, where nothing of this object's is left in the model."""
+        """Have what was given run again, where nothing of this object's is left in the model.
+
+        A PeftModel whose adapters are all gone does not run: its base does.
+        """
         if not self._keys and not self._loaded:
-            self.model = self._given
+            is_empty = isinstance(self._given, PeftModel) and not getattr(self._given, "peft_config", None)
+            self.model = self.base if is_empty else self._given
 
     def combine(self, names: Sequence[str], weights: Sequence[float], name: str, how: str, **kwargs: Any) -> None:
         """Combine edits into a new one as PEFT does, by the combination type `how`; it is not switched on.
@@ -300,26 +343,26 @@ class Adapters:
                 self._apply(others)
 
     def remove(self, name: str) -> None:
-        """Take an edit away, all or half added; the others stay switched on or off as they are."""
-        if name not in self._keys:
+        """Take an edit away, all or half added, or a plain adapter that was loaded; the others stay as they are."""
+        if name not in self._keys and name not in self._loaded:
             return
         with self._keeping() as others:
-            self._take_out(name)
-            del self._keys[name]
-            self.active = [other for other in self.active if other != name]
+            if name in self._keys:
+                self._take_out(name)
+                del self._keys[name]
+                self.active = [other for other in self.active if other != name]
+            else:
+                _delete(self.base, name)
+                self._loaded.remove(name)
             self._restore_given()
-            self._apply(others)
+            self._apply([key for key in others if key != name])
 
     def clear(self) -> None:
         """Take all edits away: the model is what was given, and what was trainable is trainable again."""
         for name in self.names:
             self.remove(name)
-        with self._keeping() as others:
-            for key in self._loaded:
-                _delete(self.base, key)
-            self._loaded.clear()
-            self._restore_given()
-            self._apply([key for key in others if key in self.configs])
+        for key in list(self._loaded):
+            self.remove(key)
 
     def _take_out(self, name: str) -> None:
         key, configs = self._keys[name], _configs(self.base)
@@ -354,12 +397,11 @@ class Adapters:
         if tuner_layers(self.base):
             merge_for_good(self.base, self._merge())
             _configs(self.base).clear()
+        forget_configs(self.base)
         for parameter in marks[0].trainable if marks else ():
             parameter.requires_grad_(True)
-        if hasattr(self.base, "peft_config"):
-            del self.base.peft_config
         self.model = self._given = self.base
-        self.active, self._keys = [], {}
+        self.active, self._keys, self._loaded = [], {}, []
         return self.base
 
     def _merge(self) -> Merge:
@@ -386,11 +428,29 @@ def _check_lora(model: PreTrainedModel | PeftModel) -> None:
             f"The model carries adapters of the kind {wrong[0]}, and PEFT adds edits, which are LoRA adapters, to LoRA "
             "adapters alone. Merge them first (merge_and_unload()), and edit the merged model."
         )
-    if merged_layers := [path for path, layer in tuner_layers(base_of(model)).items() if layer.merged]:
+    if any(getattr(config, "trainable_token_indices", None) for config in _configs(base_of(model)).values()):
         raise ValueError(
-            f"An adapter is merged into {merged_layers[0]}: call unmerge_adapter() on the PeftModel, or "
-            "merge_and_unload() for good, and edit then."
+            "The model carries an adapter with trainable_token_indices, which edits cannot be put beside. Merge it "
+            "first (merge_and_unload()), and edit the merged model."
         )
+    _check_in_effect(base_of(model))
+
+
+def _check_in_effect(base: nn.Module) -> None:
+    """Raise ValueError where adapters are merged or disabled by PEFT's own verbs: edits are not switched alone then."""
+    for path, layer in tuner_layers(base).items():
+        if layer.merged:
+            raise ValueError(
+                f"An adapter is merged into {path}: call unmerge_adapter() on the PeftModel, or merge_and_unload() for "
+                "good, and edit then."
+            )
+        if layer.disable_adapters:
+            raise ValueError(
+                f"The adapters of {path} are disabled (PEFT's disable_adapter() or disable_adapter_layers(), or "
+                "disable_adapters() of transformers), and edits would be with them: leave that context, or call "
+                "enable_adapter_layers() or enable_adapters(). To have edits without your own adapter, switch it off "
+                "by `peft_model.base_model.set_adapter([])`."
+            )
 
 
 def _drop_lost(base: nn.Module) -> None:
@@ -398,6 +458,7 @@ def _drop_lost(base: nn.Module) -> None:
     for key, config in list(_configs(base).items()):
         mark = _mark(config)
         if mark is not None and mark.owner() is None:
+            logger.info("The edit %r is taken out of the model: its EditModel is gone.", edit_name(key))
             _delete(base, key)
             if not any(_mark(other) is not None for other in _configs(base).values()):
                 for parameter in mark.trainable:
@@ -412,6 +473,8 @@ def _delete(base: nn.Module, key: str) -> None:
         # Not by PEFT's way: it switches another one on where this one was active.
         layer.set_adapter([other for other in layer.active_adapters if other != key], inference_mode=True)
         layer.delete_adapter(key)
+    for wrapper in retrained_modules(base).values():
+        wrapper.delete_adapter(key, new_active_adapters=[])
     unwrap_empty(base)
 
 
@@ -495,13 +558,13 @@ def _naming_targets_of(base: nn.Module, lora: LoraConfig) -> Iterator[None]:
 def _hash_of(base: nn.Module, key: str) -> str:
     """Return a short hash of the weights of an adapter."""
     digest = hashlib.sha256()
-    for path, layer in tuner_layers(base).items():
+    for path, layer in (tuner_layers(base) | retrained_modules(base)).items():
         for attribute in layer.adapter_layer_names:
             held = getattr(layer, attribute, {})
             if key in held:
                 entry = held[key]
                 tensors = [entry] if isinstance(entry, torch.Tensor) else list(entry.parameters())
-                digest.update(f"{path}.{attribute}".encode())
+                digest.update(f"{path}.{attribute} {getattr(layer, 'scaling', {}).get(key)}".encode())
                 for tensor in tensors:
                     digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

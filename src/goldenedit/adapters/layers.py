@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from goldenedit.architecture.experts import expert_matrices, is_fused
 from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape
 from goldenedit.editors import LowRankDelta
+
+# What transformers' `load_adapter` leaves on a model: `save_pretrained` writes adapters alone, under PEFT's names.
+_NOTES_OF_ADAPTERS = {"_hf_peft_config_loaded": False, "_weight_conversions": None}
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -23,7 +27,23 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def tuner_layers(base: nn.Module) -> dict[str, Any]:
     """Return PEFT's layers by path."""
-    return {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def retrained_modules(base: nn.Module) -> dict[str, Any]:
+    """Return PEFT's wrappers of modules that the user's adapters replace (`modules_to_save`), by path."""
+    return {path: module for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
+def switch(base: nn.Module, keys: Sequence[str]) -> None:
+    """Switch on exactly these adapters, without gradients.
+
+    Not by PEFT's way, which knows no empty list where a module is replaced.
+    """
+    for layer in tuner_layers(base).values():
+        layer.set_adapter(list(keys), inference_mode=True)
+    for wrapper in retrained_modules(base).values():
+        wrapper.set_adapter([key for key in keys if key in wrapper.modules_to_save], inference_mode=True)
 
 
 def put(base: nn.Module, path: str, module: nn.Module) -> None:
@@ -35,20 +55,23 @@ def put(base: nn.Module, path: str, module: nn.Module) -> None:
 @contextmanager
 def plain(base: nn.Module) -> Iterator[None]:
     """Put the plain modules in the place of PEFT's inside this context: the model as it was before any adapter."""
-    wrapped = [(path, layer) for path, layer in tuner_layers(base).items() if not _is_inside(base, path)]
+    wrapped = {path: layer for path, layer in tuner_layers(base).items() if not _is_inside(base, path)}
+    modules = {path: layer.get_base_layer() for path, layer in wrapped.items()}
+    retrained = retrained_modules(base)
+    modules |= {path: wrapper.original_module for path, wrapper in retrained.items()}
     try:
-        for path, layer in wrapped:
-            put(base, path, layer.get_base_layer())
+        for path, module in modules.items():
+            put(base, path, module)
         yield
     finally:
-        for path, layer in wrapped:
-            put(base, path, layer)
+        for path, module in (wrapped | retrained).items():
+            put(base, path, module)
 
 
 def _is_inside(base: nn.Module, path: str) -> bool:
     """Tell whether a layer of PEFT is wrapped by another one."""
     parent = path.rpartition(".")[0]
-    return bool(parent) and isinstance(base.get_submodule(parent), BaseTunerLayer)
+    return bool(parent) and isinstance(base.get_submodule(parent), LoraLayer)
 
 
 def unwrap_empty(base: nn.Module) -> None:
@@ -56,8 +79,37 @@ def unwrap_empty(base: nn.Module) -> None:
     for path, layer in tuner_layers(base).items():
         if not any(getattr(layer, name, None) for name in layer.adapter_layer_names):
             put(base, path, layer.base_layer)
+    for path, wrapper in retrained_modules(base).items():
+        if not wrapper.modules_to_save:
+            put(base, path, wrapper.original_module)
     if not tuner_layers(base) and hasattr(base, "peft_config") and not base.peft_config:
+        forget_configs(base)
+
+
+def forget_configs(base: nn.Module) -> None:
+    """Have a model carry no adapter any more, for PEFT and for transformers, which would save adapters alone."""
+    if hasattr(base, "peft_config"):
         del base.peft_config
+    vars(base).update(_plain_notes(base))
+
+
+@contextmanager
+def saving_whole(base: nn.Module) -> Iterator[None]:
+    """Have `save_pretrained` of transformers write the model inside this context, whatever adapters it carries."""
+    plain_notes = _plain_notes(base)
+    before = {name: vars(base)[name] for name in plain_notes}
+    try:
+        vars(base).update(plain_notes)
+        yield
+    finally:
+        vars(base).update(before)
+
+
+def _plain_notes(base: nn.Module) -> dict[str, Any]:
+    """Return what takes the place of transformers' notes of adapters, where it has made them."""
+    if not vars(base).get("_hf_peft_config_loaded", False):
+        return {}
+    return {name: value for name, value in _NOTES_OF_ADAPTERS.items() if name in vars(base)}
 
 
 def read(base: nn.Module, key: str) -> dict[str, LowRankDelta]:
@@ -72,7 +124,7 @@ def read(base: nn.Module, key: str) -> dict[str, LowRankDelta]:
     return deltas
 
 
-def changed_parameter(layer: BaseTunerLayer) -> str:
+def changed_parameter(layer: LoraLayer) -> str:
     """Return the name of the parameter that adapters change: that of PEFT's target_parameters, or a linear map's."""
     return str(getattr(layer, "parameter_name", "weight"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goldenedit.adapters.layers import changed_parameter, put, tuner_layers
+from goldenedit.adapters.layers import changed_parameter, put, retrained_modules, saving_whole, tuner_layers
 from goldenedit.architecture.experts import is_fused
 from goldenedit.architecture.layers import plain_weight
 
@@ -35,15 +35,21 @@ def merged(base: nn.Module, merge: Merge) -> Iterator[None]:
     Raises:
         ValueError: A module's weights are quantized or offloaded: sums cannot be written into them.
     """
-    layers = tuner_layers(base)
+    layers, retrained = tuner_layers(base), retrained_modules(base)
     weights = _weights(base, layers)
+    _check_biases(layers, merge)
     biases: dict[str, Any] = {path: getattr(layer.base_layer, "bias", None) for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
             _write(layer, weights[path], merge)
             put(base, path, layer.base_layer)
-        yield
+        for path, wrapper in retrained.items():
+            put(base, path, _in_effect(wrapper))
+        with saving_whole(base):
+            yield
     finally:
+        for path, wrapper in retrained.items():
+            put(base, path, wrapper)
         for path, layer in layers.items():
             setattr(layer.base_layer, changed_parameter(layer), weights[path])
             if biases[path] is not None:
@@ -71,6 +77,14 @@ def merge_for_good(base: nn.Module, merge: Merge) -> None:
         if biases[path] is not None:
             layer.base_layer.bias.data = biases[path].data
         put(base, path, layer.base_layer)
+    for path, wrapper in retrained_modules(base).items():
+        put(base, path, _in_effect(wrapper))
+
+
+def _in_effect(wrapper: Any) -> nn.Module:
+    """Return the module that runs where an adapter replaces one (PEFT's `modules_to_save`)."""
+    module: nn.Module = next((wrapper.modules_to_save[key] for key in wrapper.active_adapters), wrapper.original_module)
+    return module
 
 
 def _weights(base: nn.Module, layers: dict[str, Any]) -> dict[str, nn.Parameter]:
@@ -88,12 +102,21 @@ def _weights(base: nn.Module, layers: dict[str, Any]) -> dict[str, nn.Parameter]
     return weights
 
 
+def _check_biases(layers: dict[str, Any], merge: Merge) -> None:
+    for path, layer in layers.items():
+        if getattr(layer.base_layer, "bias", None) is None and any(layer.lora_bias.get(key) for key in merge.others):
+            raise ValueError(
+                f"The adapters {list(merge.others)} cannot be written into {path}: they have biases (lora_bias=True), "
+                "and it has none. Switch them off, or share edit and adapter side by side."
+            )
+
+
 def _write(layer: Any, weight: nn.Parameter, merge: Merge) -> None:
     """Give the plain module of a layer a weight of its own, with the adapters in it."""
     name = changed_parameter(layer)
     linear = layer.base_layer
     setattr(linear, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-    others = [key for key in merge.others if key in layer.lora_A]
+    others = [key for key in merge.others if key in layer.lora_A or key in layer.lora_embedding_A]
     if others:
         if getattr(linear, "bias", None) is not None:
             linear.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
