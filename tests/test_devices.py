@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from goldenedit import EditConfig, EditModel, EditRequest, devices, get_edit_model
-from goldenedit.adapters import merged
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.audit import audit
@@ -151,7 +150,7 @@ def test_weights_that_nobody_has_are_no_error(tmp_path):
 def test_offloaded_weights_are_not_merged_for_a_moment(tokenizer, tmp_path):
     edited = get_edit_model(WAYS["disk offload"]("llama", tmp_path), config(), tokenizer)
     edited.edit(TOWER)
-    with pytest.raises(ValueError, match="quantised or offloaded"), merged(edited.model, ["edit_1"]):
+    with pytest.raises(ValueError, match="quantized or offloaded"), edited.adapters.merged():
         pass
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.adapters import merged
 from goldenedit.architecture.layers import is_quantised, plain_weight
 from goldenedit.architecture.quantised import giving_backward
 from goldenedit.layer_selection import lga_scores
@@ -118,7 +117,7 @@ def check_edits(load, tokenizer, logits, folder):
 
 def check_refused(model, logits):
     stacked = logits(model)
-    for merge in (model.merge_and_unload, merged(model.model, model.active_adapters).__enter__):
+    for merge in (model.merge_and_unload, model.adapters.merged().__enter__):
         with pytest.raises(ValueError, match=r"mlp\.down_proj (is|are) quantised"):
             merge()
         assert torch.equal(logits(model), stacked)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -15,7 +16,6 @@ from goldenedit import EditModel, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.storage.fingerprint import fingerprint
 from models import EXPERTS_CONFIGS, tiny_model
-from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 
 pytestmark = [
     # What stock PEFT 0.21 says when an adapter is added to a model of transformers 5 that has no name.

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, silu
 
 from conformance_checks import FACTS, conform
 from goldenedit import EditConfig, EditModel
-from goldenedit.adapters import check_fits, merged, read
+from goldenedit.adapters import check_fits
 from goldenedit.architecture import UnsupportedArchitectureError, read_architecture
 from goldenedit.architecture.experts import expert_matrices, fused_parameter
 from goldenedit.architecture.hooks import recording
@@ -182,7 +182,7 @@ def test_an_edit_changes_the_experts_of_its_layer_alone_and_its_delta_comes_back
     edit = model.edit(FACTS[0])
     path = "model.layers.1.mlp.experts.down_proj"
     assert (list(edit.deltas), edit.deltas[path].experts) == ([path], EXPERTS)
-    (found,) = read(model.model, "edit_1").values()
+    (found,) = model.adapters.read("edit_1").values()
     torch.testing.assert_close(found.dense(), edit.deltas[path].dense())
     assert edit.facts[0].probability_after > edit.facts[0].probability_before
 
@@ -243,7 +243,7 @@ def test_edits_of_several_layers_stack_save_load_join_merge_and_go(kind, tokeniz
             back = loaded.edits[name].deltas[path]
             assert (torch.equal(back.A, delta.A), torch.equal(back.B, delta.B)) == (True, True)
             assert back.experts == delta.experts
-    with merged(model.model, list(model.edits)) as plain:
+    with model.adapters.merged() as plain:
         torch.testing.assert_close(logits(plain), after)
     assert torch.equal(logits(model), after)
     with model.disable_adapter():
