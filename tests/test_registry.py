@@ -62,13 +62,13 @@ def test_a_broken_package_breaks_no_other(parts, install, caplog):
     assert parts.available() == [Part("builtin"), Part("good")]
     assert "The part 'broken' of ge_broken cannot be loaded" in caplog.text
     assert parts.find("broken") is None
-    with pytest.raises(ValueError, match="ge_broken cannot be loaded .*a_package_that_is_not_there"):
+    with pytest.raises(ValueError, match=r"ge_broken cannot be loaded .*a_package_that_is_not_there"):
         parts.get("broken")
 
 
 def test_a_package_that_adds_another_name_than_it_declares_is_told(parts, install):
     install("ge_other", ADDS.format("other"), declared="ge_other")
-    with pytest.raises(ValueError, match="ge_other declares the part 'declared'.*does not add it"):
+    with pytest.raises(ValueError, match=r"ge_other declares the part 'declared'.*does not add it"):
         parts.get("declared")
 
 
