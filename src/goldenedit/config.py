@@ -217,7 +217,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             if not is_shared and self.layer not in SELECTORS:
                 raise UnknownNameError(
                     f"Unknown layer {self.layer!r} in EditConfig: use one of {SELECTORS.names()}, 'hub:repo', a number "
-                    "or a list of numbers."
+                    f"or a list of numbers, or install the package that has it (entry point {SELECTORS.group!r})."
                 )
             if self.target_layer is not None:
                 self.target_layer = _layer_numbers(self.target_layer, "target_layer")
