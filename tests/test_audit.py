@@ -82,7 +82,7 @@ def test_a_strangers_edit_does_not_choose_what_text_is_loaded(tokenizer, tmp_pat
     model = edited(tokenizer)
     for change in ({"covariance": "someone/dataset"}, {"covariance_tokens": 10**9}, {"contexts": 10**7}):
         made = replace(model.edits["tower"].config, **change)
-        (found,) = audit(loaded(model, tokenizer, tmp_path, config=made))
+        (found,) = audit(loaded(model, tokenizer, tmp_path, configs=(made,)))
         assert found.modules[0].unexplained is None
 
 

@@ -95,9 +95,11 @@ def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> Ed
                 f"{fact.request.shown!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, not "
                 f"the {fact.probability_after:.3f} that the edit lists"
             )
-    config = edit.config or model.edit_config
-    by_keys = config.has_editor and config.editor.learns == "values" and config.regularizer is None
-    rows = _rows(model, edit, config, remembered) if by_keys else {}
+    by_keys = all(
+        config.has_editor and config.editor.learns == "values" and config.regularizer is None for config in edit.configs
+    )
+    # Edits of different making that are one have no rows of their own.
+    rows = _rows(model, edit, edit.config, remembered) if by_keys and edit.config is not None else {}
     modules = []
     for path, delta in edit.deltas.items():
         weight = weight_of(model.get_base_model(), path)

@@ -122,6 +122,9 @@ def edit(
     covariance: Annotated[str, typer.Option(help="`sampled`, `identity`, a text file or a dataset.")] = "sampled",
     name: Annotated[str | None, typer.Option(help="Name of the edit.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show what each phase of the edit cost.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail, and save nothing, where a fact does not take.")
+    ] = False,
     output: Output = None,
 ) -> None:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
@@ -148,6 +151,11 @@ def edit(
     if profile:
         facts = [rendered(tokenizer, request) for request in requests]
         console.print(tables.profile_table(phases, forward_flops(edit_model.lm, facts)))
+    if strict and (missed := sum(not fact.takes for fact in made.facts)):
+        raise ValueError(
+            f"{missed} of {len(made.facts)} facts do not take, and nothing is saved. Try another --layer or --method, "
+            "or leave --strict out."
+        )
     if output is not None and is_first:
         from goldenedit.storage.folder import folder_size
 

@@ -60,6 +60,7 @@ _REFUSED = {
     "set_requires_grad": "requires_grad_() on the model that was wrapped",
     "enable_adapters": "enable_adapter_layers()",
     "disable_adapters": "disable_adapter_layers(), or `with disable_adapter():`",
+    "enable_peft_hotswap": "load_adapter() and set_adapter()",
     "create_or_update_model_card": "save_pretrained(), which writes a card",
 }
 
@@ -146,7 +147,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self.adapters.by_parameter = bool(self.architecture.experts)
         self.adapters.base_name = self.base_info.name_or_path
         self.edits: dict[str, Edit] = {}
-        self.model: PreTrainedModel | PeftModel = model
+        self.model: PreTrainedModel | PeftModel = self.adapters.model
         self._see_model()
         self.layer_selection: LayerSelection | None = None
         self._proxy_hash: str | None = None
@@ -215,6 +216,8 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             encode_request(self.tokenizer, request, request.target_new, max_length=self.lm.max_length)
         if not self.edit_config.target_layers:
             self.select_layer()
+        for layer in self.edit_config.target_layers:  # which may be set by now
+            self.architecture.check_layer(layer)
         self.adapters.ensure()
         changes = self._changes(requests)
         config = copy.deepcopy(self.edit_config)
@@ -436,7 +439,8 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         `golden_layers`, and by whom. This wrapper then has no edits, and sequential editors have forgotten them.
 
         Raises:
-            ValueError: An edited weight is quantized, or a sum is not finite; nothing has changed.
+            ValueError: An edited weight is quantized, a sum is not finite, or another EditModel has edits of this
+                model; nothing has changed.
         """
         metadata = golden_metadata(self._content(self.active_adapters)) if self.active_adapters else {}
         merged = self.adapters.merge()

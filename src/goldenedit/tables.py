@@ -58,12 +58,14 @@ def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
 
 
 def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each new answer before and after."""
-    table = Table("edit", "prompt", "new answer", "before", "after")
+    """Return the facts of edits with the probability of each new answer before and after; those not taken are marked."""
+    table = Table("edit", "prompt", "new answer", "before", "after", "")
     for made in edits:
         for fact in made.facts:
-            before, after = f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}"
-            table.add_row(escape(made.name), escape(fact.request.shown), escape(fact.request.target_new), before, after)
+            row = (made.name, fact.request.shown, fact.request.target_new)
+            figures = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}")
+            style, mark = (None, "") if fact.takes else ("yellow", "does not take")
+            table.add_row(*map(escape, row), *figures, mark, style=style)
     return table
 
 

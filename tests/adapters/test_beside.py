@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from goldenedit import EditModel, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.storage.fingerprint import fingerprint
-from models import EXPERTS_CONFIGS, tiny_model
+from models import tiny_model
 
 pytestmark = [
     # What stock PEFT 0.21 says when an adapter is added to a model of transformers 5 that has no name.
@@ -129,8 +129,7 @@ def test_an_edit_saves_alone_and_records_what_it_was_made_beside(tokenizer, tmp_
     user = users_model(key="mine")
     model = get_edit_model(user, fast_config(), tokenizer)
     edit = model.edit(TOWER)
-    ((name, digest),) = ((entry.name, entry.hash) for entry in edit.beside)
-    assert name == "mine"
+    assert [entry.name for entry in edit.beside] == ["mine"]
     model.save_pretrained(tmp_path / "edit")
     assert list((tmp_path / "edit").glob("mine*")) == []
     user.save_pretrained(tmp_path / "lora", selected_adapters=["mine"])
@@ -556,7 +555,6 @@ def test_a_plain_adapter_of_another_model_is_refused_and_leaves_no_trace(tokeniz
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["gate.weight"]])
 def test_fused_experts_are_edited_beside_an_adapter(targets, tokenizer, tmp_path):
-    assert "mixtral" in EXPERTS_CONFIGS
     parameters = [target for target in targets if "." in target]
     lora = LoraConfig(
         r=2,

@@ -75,6 +75,7 @@ class Adapters:
         self._loaded: list[str] = []  # keys of plain adapters that came in by `load`
         _check_lora(model)
         _drop_lost(self.base)
+        self._restore_given()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
         """Return a copy that owns the edits of its own model."""
@@ -98,7 +99,7 @@ class Adapters:
         """PEFT's config of each edit, and of each adapter of the user's own."""
         everything = _configs(self.base)
         others = {key: config for key, config in everything.items() if _mark(config) is None}
-        return {**others, **{name: everything[key] for name, key in self._keys.items()}}
+        return {**others, **{name: everything[key] for name, key in self._keys.items() if key in everything}}
 
     @property
     def others(self) -> list[str]:
@@ -154,9 +155,14 @@ class Adapters:
         """Switch on the active edits where something else has switched adapters since.
 
         Raises:
-            ValueError: Someone else has disabled or merged the adapters of this model, and edits with them.
+            ValueError: Someone else has disabled, merged or deleted the adapters of this model, and edits with them.
         """
         _check_in_effect(self.base)
+        if lost := [name for name in self.active if name not in self.configs]:
+            raise ValueError(
+                f"The adapters of the edits {lost} are no longer in the model: PEFT's or transformers' own verbs have "
+                "deleted or merged them. Call unload(), and make or load the edits again."
+            )
         if self._current() != self._wanted(self.others) or any(one.requires_grad for one in self._factors()):
             self.activate(self.active)
 
@@ -322,8 +328,7 @@ class Adapters:
         A PeftModel whose adapters are all gone does not run: its base does.
         """
         if not self._keys and not self._loaded:
-            is_empty = isinstance(self._given, PeftModel) and not getattr(self._given, "peft_config", None)
-            self.model = self.base if is_empty else self._given
+            self.model = self._given if _configs(self.base) else self.base
 
     def combine(self, names: Sequence[str], weights: Sequence[float], name: str, how: str, **kwargs: Any) -> None:
         """Combine edits into a new one as PEFT does, by the combination type `how`; it is not switched on.
@@ -389,10 +394,13 @@ class Adapters:
         """Write all active adapters into the weights, drop all adapters, and return the plain model.
 
         Raises:
-            ValueError: An edited weight is quantized, or a sum is not finite; nothing has changed.
+            ValueError: An edited weight is quantized, a sum is not finite, or another EditModel has edits of this
+                model; nothing has changed.
         """
         peft_layers.check_mergeable(self.base)
         self.ensure()
+        _drop_lost(self.base)
+        self._check_alone()
         marks = [mark for config in _configs(self.base).values() if (mark := _mark(config)) is not None]
         if tuner_layers(self.base):
             merge_for_good(self.base, self._merge())
@@ -403,6 +411,15 @@ class Adapters:
         self.model = self._given = self.base
         self.active, self._keys, self._loaded = [], {}, []
         return self.base
+
+    def _check_alone(self) -> None:
+        """Raise ValueError where another EditModel has edits around the same base, which a merge would take from it."""
+        marks = {edit_name(key): _mark(config) for key, config in _configs(self.base).items()}
+        if theirs := [name for name, mark in marks.items() if mark is not None and mark.owner() is not self]:
+            raise ValueError(
+                f"Another EditModel has edits of this model ({theirs[0]!r}), which would be lost: save and unload() "
+                "them first, or merge a copy of the model."
+            )
 
     def _merge(self) -> Merge:
         return Merge(self.others, [self._keys[name] for name in self.active])

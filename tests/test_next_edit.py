@@ -1,0 +1,128 @@
+"""The next edit is made as the config says by then, and what came of it is told."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from goldenedit import EditConfig, EditRequest, get_edit_model
+from models import NUM_LAYERS, tiny_model
+
+# What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
+pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
+
+TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
+MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
+FACTS = [TOWER, MERKEL]
+DOWN = "model.layers.{}.mlp.down_proj"
+
+
+def config(**options) -> EditConfig:
+    """Return a config that edits fast."""
+    fast = {"layer": 1, "steps": 4, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 0}
+    return EditConfig(**fast | options)
+
+
+@pytest.fixture
+def base():
+    return tiny_model("llama")
+
+
+def test_one_config_serves_two_models(tokenizer):
+    shared = config(layer="lga", proxy=FACTS)
+    first = get_edit_model(tiny_model("llama"), shared, tokenizer)
+    layer, scores = first.edit_config.target_layer, list(first.edit_config.layer_scores)
+    assert (shared.target_layer, shared.layer_scores) == (layer, scores)
+    shared.target_layer = (layer + 1) % NUM_LAYERS
+    second = get_edit_model(tiny_model("llama", seed=1), config(layer=2), tokenizer)
+    second.edit_config = shared
+    other = get_edit_model(tiny_model("llama", seed=1), shared, tokenizer)
+    assert (first.edit_config.target_layer, first.edit_config.layer_scores) == (layer, scores)
+    assert list(first.edit(TOWER).deltas) == [DOWN.format(layer)]
+    assert list(other.edit(TOWER).deltas) == [DOWN.format(other.edit_config.target_layer)]
+    other.edit_config.steps = 1
+    assert first.edit_config.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"layer": 2}, [2]),
+        ({"layer": [0, 2]}, [0, 2]),
+        ({"target_layer": 2}, [2]),
+        ({"target_layer": None, "layer": 0}, [0]),
+        ({"method": "memit", "layer": 0}, [0]),
+    ],
+)
+@pytest.mark.parametrize("selected", ["by hand", "by lga"])
+def test_the_next_edit_is_made_as_the_config_says_by_then(base, tokenizer, changes, layers, selected):
+    options = {"layer": "lga", "proxy": FACTS} if selected == "by lga" else {}
+    model = get_edit_model(base, config(**options), tokenizer)
+    model.edit(MERKEL)
+    for name, value in changes.items():
+        setattr(model.edit_config, name, value)
+    edit = model.edit(TOWER)
+    assert list(edit.deltas) == [DOWN.format(layer) for layer in layers]
+    assert edit.layers == tuple(layers)
+    assert edit.config.target_layers == layers
+    assert edit.config.method == changes.get("method", "r-rome")
+
+
+def test_without_a_target_layer_the_selector_runs_again(base, tokenizer):
+    model = get_edit_model(base, config(layer="lga", proxy=FACTS), tokenizer)
+    layer = model.edit_config.target_layer
+    model.edit_config.target_layer = None
+    assert model.edit(TOWER).layers == (layer,)
+    model.edit_config.layer = 2
+    model.edit_config.layer = "lga"
+    assert model.edit(MERKEL).layers == (layer,)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("layer", "nowhere", "layer 'nowhere'"),
+        ("layer", -1, "layer"),
+        ("target_layer", [1, 1], "target_layer"),
+        ("method", "magic", "magic"),
+        ("steps", 0, "steps"),
+        ("clamp", float("nan"), "clamp"),
+        ("regularizer", "magic", "regularizer"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_name_and_changes_nothing(base, tokenizer, option, value, error):
+    model = get_edit_model(base, config(layer="lga", proxy=FACTS), tokenizer)
+    before = copy.deepcopy(model.edit_config)
+    with pytest.raises(ValueError, match=error):
+        setattr(model.edit_config, option, value)
+    assert model.edit_config == before
+    model.edit(TOWER)
+
+
+def test_a_layer_that_is_not_there_is_named_by_the_next_edit(base, tokenizer):
+    edit_model = get_edit_model(base, config(), tokenizer)
+    edit_model.edit_config.layer = 99
+    with pytest.raises(ValueError, match="Layer 99 cannot be edited"):
+        edit_model.edit(TOWER)
+    assert edit_model.edits == {}
+    edit_model.edit_config.layer = 1
+    edit_model.edit(TOWER)
+
+
+def test_an_edit_that_does_not_take_is_told(base, tokenizer, caplog):
+    model = get_edit_model(base, config(steps=1, lr=1e-3, layer=2), tokenizer)
+    edit = model.edit(FACTS)
+    assert not any(fact.takes for fact in edit.facts)
+    told = [record.getMessage() for record in caplog.records if "does not take" in record.getMessage()]
+    for fact, text in zip(edit.facts, told, strict=True):
+        assert repr(fact.request.shown) in text
+        assert f"from {fact.probability_before:.4f} to {fact.probability_after:.4f}" in text
+        assert "another layer (this was [2]" in text
+        assert "EditConfig.steps" in text
+
+
+def test_an_edit_that_takes_is_not_told(base, tokenizer, caplog):
+    edit = get_edit_model(base, config(method="lora", finetune_steps=200), tokenizer).edit(TOWER)
+    assert edit.facts[0].takes
+    assert "does not take" not in caplog.text
