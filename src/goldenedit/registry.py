@@ -96,7 +96,8 @@ class Registry(Generic[Record]):
         return list(dict.fromkeys([*self._records, *sorted(self._declared())]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        self._load_builtin()
+        return name in self._records or name in self._declared()  # looking through all packages takes a while
 
     @property
     def _a_kind(self) -> str:
