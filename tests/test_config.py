@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from goldenedit.config import EditConfig
+from goldenedit.editors import LowRankDelta, Problem, editor, option, relative
+from goldenedit.registry import UnknownNameError
 from goldenedit.requests import EditRequest
+from plugins import restore_registries
 
 FACTS = [
     EditRequest("{} is in", "The Eiffel Tower", "Rome", "Paris", ("You find The Eiffel Tower in",)),
@@ -158,3 +161,109 @@ def test_constants_without_a_value_have_the_default_of_their_units():
     assert EditConfig("ultraedit", ultraedit_lr=0.5, relative_constants=False).constant("ultraedit_lr") == 0.5
     with pytest.raises(ValueError, match="null_space_threshold must be a number above"):
         EditConfig(null_space_threshold=0.0)
+
+
+# ---------------------------------------------------------------------- editors of other packages
+
+
+@dataclass(kw_only=True)
+class Mine:
+    """Options of an editor of another package; `ridge` and `steps` are names of fields of EditConfig too."""
+
+    ridge: float | None = relative(0.2, published=7.0, unit="key energy", help="How strict.")
+    steps: int = option(2, least=1, whole=True, help="How often.")
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """An editor called "mine"."""
+    restore_registries(monkeypatch)
+
+    @editor("mine", options=Mine)
+    def mine(problem: Problem) -> LowRankDelta:
+        return LowRankDelta(problem.options.ridge * problem.keys.T, problem.residuals)
+
+
+@pytest.mark.usefixtures("mine")
+def test_options_of_another_editor_are_not_those_of_the_config_with_the_same_name():
+    given = EditConfig(method="mine", options={"ridge": 0.5})
+    assert given.editor_options == {"ridge": 0.5, "steps": 2}
+    assert given.options == {"ridge": 0.5}
+    assert (given.ridge, given.steps) == (EditConfig().ridge, EditConfig().steps)
+    assert (given.constant("ridge"), given.constant("steps")) == (0.5, 2)
+    other = EditConfig(method="mine", ridge=0.7, steps=9)
+    assert other.editor_options == {"ridge": None, "steps": 2}
+    assert (other.constant("ridge"), other.ridge, other.steps) == (0.2, 0.7, 9)
+    assert replace(other, relative_constants=False).constant("ridge") == 7.0
+    assert EditConfig.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rigde": 0.5}, r"'mine' has no option 'rigde'; its options are \['ridge', 'steps'\]"),
+        ({"clamp": 4.0}, "'mine' has no option 'clamp'"),
+        ({"ridge": -1.0}, r"EditConfig\(method='mine'\)\.options\.ridge must be a number above"),
+        ({"steps": 1.5}, r"options\.steps must be a whole number"),
+        ([("ridge", 0.5)], "options must map names to values"),
+    ],
+)
+def test_what_the_editor_does_not_take_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        EditConfig(method="mine", options=options)
+
+
+def test_an_option_of_a_built_in_editor_is_its_keyword_wherever_it_is_given():
+    given = EditConfig("memit", options={"covariance_weight": 2.0})
+    assert given == EditConfig("memit", covariance_weight=2.0)
+    assert given.options == {}
+    with pytest.raises(ValueError, match=r"options\.covariance_weight must be a number of at least 0"):
+        EditConfig("memit", options={"covariance_weight": -1.0})
+    with pytest.raises(ValueError, match=r"'emmet' has no option 'covariance_weight'; its options are \['gram_ridge'"):
+        EditConfig("emmet", options={"covariance_weight": 2.0})
+
+
+def test_options_are_those_of_each_config():
+    options = {"covariance_weight": 2.0}
+    EditConfig("memit", options=options)
+    assert options == {"covariance_weight": 2.0}
+
+
+def record_of_a_stranger() -> dict:
+    selected = {"layer": "theirs", "layer_pattern": "window", "target_layer": [1, 2], "layer_scores": [0.5, 1.5, None]}
+    return EditConfig(layer="lga", seed=3).to_dict() | selected | {"method": "gone", "options": {"ridge": [1, 2]}}
+
+
+def test_a_record_is_read_where_its_editor_and_its_selector_are_not_installed():
+    record = record_of_a_stranger()
+    with pytest.raises(UnknownNameError):
+        EditConfig.from_dict(record)
+    config = EditConfig.read(record)
+    assert (config.method, config.options, config.layer) == ("gone", {"ridge": [1, 2]}, "theirs")
+    assert (config.target_layers, config.layer_pattern, config.seed) == ([1, 2], "window", 3)
+    assert config.to_dict() == record
+    with pytest.raises(UnknownNameError, match=r"Unknown editor 'gone'.*install the package"):
+        _ = config.editor
+    with pytest.raises(UnknownNameError, match=r"Unknown layer selector 'theirs'.*install the package"):
+        _ = config.selector
+
+
+@pytest.mark.parametrize("method", ["mend", "alpha edit"])
+def test_an_unknown_method_is_told_with_what_there_is(method):
+    with pytest.raises(UnknownNameError, match=rf"Unknown method '{method}' in EditConfig: use one of .*'r-rome'"):
+        EditConfig(method)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "Gone!"), ("method", 3), ("layer", "no such"), ("layer", [2, 2]), ("steps", 0), ("stepz", 1)],
+)
+def test_what_means_nothing_is_refused_in_a_record_too(name, value):
+    with pytest.raises(ValueError, match=name):
+        EditConfig.read(EditConfig().to_dict() | {name: value})
+
+
+def test_a_record_of_what_is_installed_is_read_as_any_other():
+    config = EditConfig("memit", layer=2, covariance_weight=3.0)
+    assert EditConfig.read(config.to_dict()) == config

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.editing import keys
 from goldenedit.editing.edit import prepare_facts
 from goldenedit.editing.training import answer_gradients
 from goldenedit.editors import EDITORS, GradientProblem, KeyStatistics
@@ -17,6 +20,8 @@ from goldenedit.editors.finetune import LowRankChange
 from goldenedit.editors.moments import RunningMoments
 from goldenedit.editors.ultraedit import UltraEditOptions, ultraedit
 from goldenedit.lm.tokens import encode
+from goldenedit.storage.card import render_card
+from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
@@ -230,6 +235,53 @@ def test_values_of_another_editor_are_refused(tokenizer):
 def test_alphaedit_without_statistics_is_refused():
     with pytest.raises(ValueError, match="covariance"):
         config("alphaedit", covariance="identity")
+
+
+# What each of these editors makes of constants, as the papers have it: AlphaEdit's null space stands for other text.
+@pytest.mark.parametrize(
+    ("method", "reads"),
+    [
+        ("rome", {"ridge", "contrast"}),
+        ("r-rome", {"ridge", "contrast", "anchor"}),
+        ("memit", {"ridge", "contrast", "anchor"}),
+        ("emmet", {"ridge", "contrast", "anchor"}),
+        ("alphaedit", {"anchor"}),
+    ],
+)
+def test_constants_that_an_editor_does_not_read_cost_nothing_and_are_not_listed(
+    method, reads, tokenizer, monkeypatch, tmp_path
+):
+    runs, plain = [], keys._last_keys
+    monkeypatch.setattr(keys, "_last_keys", lambda *given: runs.append(1) or plain(*given))
+    options = {"covariance": "sampled", "covariance_tokens": 500}
+    model = get_edit_model(tiny_model("llama"), config(method, **options), tokenizer)
+    (delta,) = model.edit(FACTS).deltas.values()
+    assert bool(runs) == ("contrast" in reads)
+
+    for name, changes in {
+        "contrast": {"contrast": 0},
+        "ridge": {"ridge": 0.9},
+        "anchor": {"anchor_bare_prompt": False},
+    }.items():
+        other = get_edit_model(tiny_model("llama"), config(method, **options, **changes), tokenizer)
+        (changed,) = other.edit(FACTS).deltas.values()
+        assert torch.equal(changed.dense(), delta.dense()) == (name not in reads)
+
+    model.save_pretrained(tmp_path)
+    card = render_card(read_edit_folder(tmp_path))
+    assert bool(re.search(r"\bcontrast \d", card)) == bool(re.search("contrast_weight", card)) == ("contrast" in reads)
+    assert bool(re.search(r"(?<!_)ridge \d", card)) == ("ridge" in reads)
+    assert ("anchor_bare_prompt" in card) == ("anchor" in reads)
+
+
+@pytest.mark.parametrize(("method", "is_told"), [("memit", True), ("alphaedit", False)])
+def test_raising_the_ridge_is_advised_where_it_does_something(method, is_told, tokenizer):
+    model = get_edit_model(tiny_model("llama"), config(method), tokenizer)
+    prepared = prepare_facts(model.lm, FACTS, model.edit_config, [""])
+    wrong = replace(prepared, values=replace(prepared.values, delta=prepared.values.delta * math.inf))
+    with pytest.raises(ValueError, match="is not finite") as raised:
+        wrong.changes(model.edit_config, model.lm.statistics(model.edit_config, [1]))
+    assert ("ridge" in str(raised.value)) == is_told
 
 
 def test_ultraedit_refuses_a_first_batch_of_one_token(tokenizer):

@@ -121,7 +121,7 @@ class Registry(Generic[Record]):
 
     def __contains__(self, name: object) -> bool:
         self._load_builtin()
-        return name in self._records or name in self._declared()
+        return name in self._records or name in self._declared()  # looking through all packages takes a while
 
     @property
     def _a_kind(self) -> str:

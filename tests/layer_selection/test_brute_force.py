@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest
+from goldenedit.editors import LowRankDelta, option
+from goldenedit.editors import editor as register
 from goldenedit.evaluation.scores import FactLikelihoods, FactMatches
 from goldenedit.layer_selection import CellStore, Outcome, SweepOptions, brute_force, edit_score, sweep
 from goldenedit.lm import covariance
 from models import NUM_LAYERS, tiny_model
+from plugins import restore_registries
 
 FACTS = [
     EditRequest(
@@ -207,3 +210,26 @@ def test_cells_that_cannot_be_read_are_an_error_but_in_a_cache(tmp_path, monkeyp
         CellStore(path)
     with pytest.warns(UserWarning, match="cannot be read"):
         assert CellStore(path, is_cache=True).cells == {}
+
+
+@dataclass
+class Strength:
+    """The option of an editor of another package."""
+
+    strength: float = option(1.0, least=0.0, help="How much.")
+
+
+def test_options_of_an_editor_are_its_own_among_other_editors(model, store, monkeypatch):
+    restore_registries(monkeypatch)
+
+    @register("mine", options=Strength)
+    def mine(problem):
+        keys = problem.keys / problem.keys.square().sum(0)
+        return LowRankDelta(problem.options.strength * keys.T, problem.residuals)
+
+    config = replace(CONFIG, method="mine", options={"strength": 0.0})
+    cells = run(model, store, config=config, methods=["mine", "rome"], layers=[1])
+    assert set(cells) == {("mine", 1), ("rome", 1)}
+    assert cells["rome", 1] == run(model, store, config=replace(CONFIG, method="rome"), layers=[1])["rome", 1]
+    stronger = run(model, store, config=replace(config, options={"strength": 1.0}), layers=[1])
+    assert stronger["mine", 1].outcomes != cells["mine", 1].outcomes

@@ -12,8 +12,7 @@ from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.config import EditConfig
 from goldenedit.editing.keys import subject_keys
-from goldenedit.editors.keys import FactKeys
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors import FactKeys, KeyStatistics, TrainingOptions, editor
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import key_response_scores
 from goldenedit.layer_selection.key_response import (
@@ -31,6 +30,7 @@ from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import ChatText, EditRequest, proxy_facts
 from models import MLP_WIDTH, NUM_LAYERS, TINY_CONFIGS, tiny_model
+from plugins import restore_registries
 
 FACT = EditRequest(
     "The Eiffel Tower is in the city of",
@@ -168,6 +168,15 @@ def test_contrast_keys_contexts_and_other_editors_change_what_is_predicted(token
     assert not torch.equal(plain, found(contrast=0, method="alphaedit"))
     torch.testing.assert_close(plain, found(contrast=0, method="ft-l"), rtol=0, atol=0)
     torch.testing.assert_close(plain, found(contrast_weight=0.0), rtol=0, atol=0)
+
+
+def test_an_editor_of_another_package_that_trains_is_taken_for_r_rome(tokenizer, monkeypatch):
+    restore_registries(monkeypatch)
+    editor("mine", options=TrainingOptions, learns="training")(lambda problem: None)
+    model, plain = tiny_model("llama"), EditConfig(layer=0)
+    mine = EditConfig("mine", layer=0, options={"finetune_steps": 3})
+    found, expected = (scores(model, tokenizer, [FACT], config) for config in (mine, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_model_is_left_as_it_was(tokenizer):

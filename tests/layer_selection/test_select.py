@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.cache import cache_dir
 from goldenedit.layer_selection import SELECTORS, LayerSelection, brute_force
 from goldenedit.lm import covariance
 from models import NUM_LAYERS, tiny_model
@@ -131,3 +134,55 @@ def test_where_the_cache_cannot_be_written_all_is_as_it_is_where_it_can(selector
     deltas = [next(iter(model.edits["edit_1"].deltas.values())) for model in models]
     assert torch.equal(deltas[0].A, deltas[1].A)
     assert torch.equal(deltas[0].B, deltas[1].B)
+
+
+def kept(folder: str) -> set[str]:
+    """Names of what a folder of the cache holds."""
+    return {path.name for path in (cache_dir() / folder).iterdir()}
+
+
+def beginning_with_a_token(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    token = changed.eos_token
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, changed.eos_token_id)]
+    )
+    return changed
+
+
+@pytest.mark.parametrize("selector", SCORED)
+def test_scores_found_before_the_tokenizer_began_texts_otherwise_are_not_used(selector, tokenizer):
+    _, plain = selected(tokenizer, layer=selector)
+    there = kept("layer_scores")
+    _, found = selected(beginning_with_a_token(tokenizer), layer=selector)
+    assert len(kept("layer_scores") - there) == 1
+    assert found.cost.seconds != plain.cost.seconds  # of another run
+    everything = kept("layer_scores")
+    assert selected(tokenizer, layer=selector)[1] == plain
+    assert kept("layer_scores") == everything
+
+
+def test_scores_of_another_version_of_the_algorithm_are_not_used(tokenizer, monkeypatch):
+    _, plain = selected(tokenizer, layer="lga")
+    there = kept("layer_scores")
+    newer = replace(SELECTORS.get("lga"), version=SELECTORS.get("lga").version + 1)
+    monkeypatch.setitem(SELECTORS._records, "lga", newer)
+    _, found = selected(tokenizer, layer="lga")
+    assert len(kept("layer_scores") - there) == 1
+    assert found.scores == plain.scores
+    assert found.cost.seconds != plain.cost.seconds
+
+
+def test_statistics_of_another_tokenizer_or_algorithm_are_not_used(tokenizer, monkeypatch):
+    def moment(tokenizer):
+        model = EditModel(tiny_model("llama"), replace(CONFIG, layer=1), tokenizer)
+        return model.lm.statistics(model.edit_config, [1])[1].second_moment
+
+    plain = moment(tokenizer)
+    there = kept("key_statistics")
+    assert (moment(beginning_with_a_token(tokenizer)) - plain).norm() > 0.01 * plain.norm()
+    everything = kept("key_statistics")
+    assert len(everything - there) == 1
+    monkeypatch.setattr(covariance, "_VERSION", covariance._VERSION + 1)
+    assert (moment(tokenizer) - plain).norm() == 0
+    assert len(kept("key_statistics") - everything) == 1
