@@ -57,9 +57,14 @@ def test_other_changes_are_returned_as_they_are():
     of_keys = LowRankDelta(torch.randn(5, D_IN), asked.residuals + 1e-3)
     assert asked.folded(of_facts) is of_facts
     assert asked.folded(of_keys) is of_keys
-    plain = problem(anchored=())
-    of_plain = LowRankDelta(torch.randn(FACTS, D_IN), plain.residuals)
-    assert plain.folded(of_plain) is of_plain
+
+
+def test_without_anchors_there_is_nothing_to_fold():
+    asked = problem(anchored=())
+    delta = LowRankDelta(torch.randn(FACTS, D_IN), asked.residuals)
+    folded = asked.folded(delta)
+    assert torch.equal(folded.A, delta.A)
+    assert torch.equal(folded.B, delta.B)
 
 
 def test_contrast_keys_of_all_facts_are_text_beside_the_others():

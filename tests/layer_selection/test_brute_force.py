@@ -53,7 +53,8 @@ def test_each_fact_is_edited_alone_and_measured(method, model, store):
     assert sorted(cells) == [(method, layer) for layer in range(NUM_LAYERS)]
     for layer in range(NUM_LAYERS):
         for fact, outcome in zip(FACTS, cells[method, layer].outcomes, strict=True):
-            plain = EditModel(tiny_model("llama"), replace(CONFIG, method=method, layer=layer), model.tokenizer)
+            config = replace(CONFIG, method=method, layer=layer, target_layer=None)
+            plain = EditModel(tiny_model("llama"), config, model.tokenizer)
             plain.edit(fact)
             scores = plain.evaluate([fact]).edited
             matched = scores["token_match"].scores
@@ -65,11 +66,19 @@ def test_each_fact_is_edited_alone_and_measured(method, model, store):
                 assert edit_score([outcome]) == pytest.approx(scores["probability"].scores.score)
 
 
+def test_the_layer_of_a_cell_is_its_own_whatever_was_selected_before(model, store, tmp_path):
+    cells = run(model, store)
+    chosen = replace(CONFIG, layer="lga", layer_pattern="window", target_layer=[1, 2], layer_scores=[0.0, 1.0, 2.0])
+    again = run(model, CellStore(tmp_path / "again.jsonl"), config=chosen)
+    assert [cell.outcomes for cell in again.values()] == [cell.outcomes for cell in cells.values()]
+    assert len({str(cell.outcomes) for cell in cells.values()}) == NUM_LAYERS
+
+
 def test_editors_of_batches_insert_all_facts_at_once(model, store):
     together = run(model, store, methods=["memit"], in_batches=True)
     alone = run(model, store, methods=["memit"])
     assert [one.outcomes for one in together.values()] != [one.outcomes for one in alone.values()]
-    plain = EditModel(tiny_model("llama"), replace(CONFIG, method="memit", layer=1), model.tokenizer)
+    plain = EditModel(tiny_model("llama"), replace(CONFIG, method="memit", layer=1, target_layer=None), model.tokenizer)
     plain.edit(FACTS)
     found = plain.evaluate(FACTS).edited["token_match"].scores
     assert [one.matches.rewrite for one in together["memit", 1].outcomes] == pytest.approx(

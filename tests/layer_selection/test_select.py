@@ -68,7 +68,7 @@ def test_the_sweep_has_the_score_of_the_edits_themselves(tokenizer):
     for layer in range(NUM_LAYERS):
         parts = []
         for fact in FACTS:
-            model = EditModel(tiny_model("llama"), replace(CONFIG, layer=layer), tokenizer)
+            model = EditModel(tiny_model("llama"), replace(CONFIG, layer=layer, target_layer=None), tokenizer)
             model.edit(fact)
             parts.append(model.evaluate([fact]).edited["probability"].scores)
         means = [

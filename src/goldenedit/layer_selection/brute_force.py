@@ -209,7 +209,7 @@ def sweep(
     wanted: dict[tuple[str, int], tuple[str, EditConfig]] = {}
     for layer, method in product(layers, methods):
         own = config.options if method == config.method else {}
-        of_cell = replace(config, method=method, options=own, layer=layer, layer_pattern="golden")
+        of_cell = replace(config, method=method, options=own, layer=layer, target_layer=None, layer_pattern="golden")
         wanted[method, layer] = _key(lm, facts, of_cell, options), of_cell
     cells = _known(store, {cell: key for cell, (key, _) in wanted.items()}, lm.processes)
     missing = {cell: parts for cell, parts in wanted.items() if cell not in cells}

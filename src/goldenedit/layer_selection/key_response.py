@@ -274,7 +274,7 @@ def _detectors(
     """Return `a` of each fact by layer, `(N, d_in)`; the statistics of one layer are looked at after the other."""
     layers, contexts = sorted(statistics), lm.contexts(config)
     if config.editor.learns != "values":
-        config = replace(config, method="r-rome", options={}, layer=layers, layer_pattern="golden")
+        config = replace(config, method="r-rome", options={})
     keys_of = []
     for fact in facts:  # one by one: the keys of all facts in all contexts would be large
         keys = context_keys(lm, [fact], layers, contexts)
