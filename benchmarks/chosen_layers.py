@@ -19,7 +19,7 @@ from goldenedit.cache import cache_dir
 from goldenedit.evaluation.scores import quantile_interval, token_match_scores
 from goldenedit.layer_selection import CellStore, Outcome, SweepOptions, edit_score, sweep
 
-CHUNK = 8  # facts whose values are optimised side by side
+CHUNK = 8  # facts whose values are optimized side by side
 RESAMPLES = 500
 Outcomes = dict[str, dict[int, list[Outcome]]]  # by dataset and layer
 

@@ -95,7 +95,7 @@ def preferring(
 
 
 def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
-    """Optimise the values of facts that are edited one by one later, side by side."""
+    """Optimize the values of facts that are edited one by one later, side by side."""
     return prepare_facts(model.lm, requests, model.edit_config, model.lm.contexts(model.edit_config))
 
 

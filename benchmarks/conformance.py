@@ -74,7 +74,7 @@ A class *works* where all of these hold, each difference at most 1e-3 of the lar
 - **bf16**, **fp16**: an edit of the model in half precision misses its `v*` by at most 4 roundings of the largest value
   (the column has how many), stays finite, and switches off exactly.
 
-**replay** is how the optimisation runs the model again: `packed`, the tokens behind the subject over cached keys and
+**replay** is how the optimization runs the model again: `packed`, the tokens behind the subject over cached keys and
 values, all rows in one without padding; `suffix`, the same in padded rows; `layers`, all tokens from the edited layer
 on; `whole`, the whole model. Each proves itself against the whole forward on the data of the edit, and else the next
 one is taken.

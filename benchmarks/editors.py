@@ -1,7 +1,7 @@
 """Every editor on the same single edits: ES, PS, NS, their harmonic mean S, fluency, and seconds an edit.
 
 Records of CounterFact whose old answer the model prefers, from the front of the file; LGA's golden layer, default
-settings. Editors that share the value optimisation share its values, which are found side by side. UltraEdit normalises
+settings. Editors that share the value optimization share its values, which are found side by side. UltraEdit normalizes
 by what it has seen before: the packaged proxy facts.
 """
 

@@ -1,4 +1,4 @@
-"""How good single edits are: ES, PS, NS over 5 neighbours, their harmonic mean S, and paraphrase accuracy.
+"""How good single edits are: ES, PS, NS over 5 neighbors, their harmonic mean S, and paraphrase accuracy.
 
 Records of CounterFact whose old answer the model prefers, from the front of the file; default settings.
 """

@@ -67,10 +67,10 @@ def r_rome(
             essence = log_probs()[-1, rows[-1].last]
         value_norm = seen["value"][everyone, batch.subject][:-1].norm(dim=-1).mean()
         delta = torch.zeros(seen["value"].shape[-1], requires_grad=True)
-        optimiser = torch.optim.Adam([delta], lr=config.lr)
+        optimizer = torch.optim.Adam([delta], lr=config.lr)
         taken = 0
         for _ in range(config.steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             found = log_probs()
             picked = found.gather(2, targets.clamp(min=0)[..., None])[..., 0]
             nll = (-(picked * mask).sum(1) / mask.sum(1).clamp(min=1))[:-1].mean()
@@ -81,7 +81,7 @@ def r_rome(
             if nll < config.stop_loss:
                 break
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             taken += 1
             with torch.no_grad():
                 norm = delta.norm()

@@ -1,6 +1,6 @@
 """Make the cards in this folder from real edits, and the atlas of golden layers: `make cards`.
 
-The weights come from packages, dequantised, so their fingerprints are not those of the checkpoints on the Hub. Their
+The weights come from packages, dequantized, so their fingerprints are not those of the checkpoints on the Hub. Their
 repositories and those of the edits are called `example/...`: there are none.
 """
 

@@ -17,7 +17,7 @@ from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.audit import audit
 from goldenedit.devices import execution_device, input_device, onloaded_parameter
-from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.editing.values import ValueOptions, optimize_values
 from goldenedit.lm import LanguageModel
 from goldenedit.storage.fingerprint import fingerprint, weight_hashes
 from models import NUM_LAYERS, tiny_model
@@ -249,14 +249,14 @@ class Transfers(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_steps_of_the_optimisation_wait_for_the_device_a_fixed_number_of_times(tokenizer):
+def test_steps_of_the_optimization_wait_for_the_device_a_fixed_number_of_times(tokenizer):
     model = tiny_model("llama")
     lm = LanguageModel(model, tokenizer, read_architecture(model))
 
     def transfers(steps: int) -> int:
         options = ValueOptions(steps, 0.1, 0.0625, 0.5, 4.0, 0.0)
         with Transfers() as mode:
-            optimise_values(lm, [TOWER, MERKEL], [1], ["", "Well. "], options)
+            optimize_values(lm, [TOWER, MERKEL], [1], ["", "Well. "], options)
         return mode.found
 
     counts = [transfers(steps) for steps in (1, 2, 3, 4)]

@@ -171,7 +171,7 @@ def test_a_sum_takes_no_arguments_of_other_combinations(many_edits):
 
 
 def test_lora_is_the_lora_of_peft(tokenizer):
-    """The factors are those that PEFT's own layer learns from the same start, with the same loss and optimiser."""
+    """The factors are those that PEFT's own layer learns from the same start, with the same loss and optimizer."""
     fact, options = FACTS[0], SPECIAL["lora"]
     made = get_edit_model(tiny_model("llama"), config("lora", **options, finetune_steps=6), tokenizer).edit(fact)
     ((path, delta),) = made.deltas.items()
@@ -182,15 +182,15 @@ def test_lora_is_the_lora_of_peft(tokenizer):
     A, B = (module["default"].weight for module in (base.get_submodule(path).lora_A, base.get_submodule(path).lora_B))
     with torch.no_grad():
         A.copy_(LowRankChange(A.shape[1], B.shape[0], 8, torch.Generator().manual_seed(0)).A)
-    optimiser = torch.optim.Adam([A, B], lr=options["finetune_lr"])
+    optimizer = torch.optim.Adam([A, B], lr=options["finetune_lr"])
     row = encode(tokenizer, fact.text, fact.target_new)
     ids = torch.tensor([row.input_ids])
     labels = torch.full_like(ids, -100)
     labels[0, list(row.target)] = ids[0, list(row.target)]
     for _ in range(6):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
-        optimiser.step()
+        optimizer.step()
     torch.testing.assert_close(delta.dense(), (B @ A).detach(), rtol=1e-3, atol=1e-5)
 
 
@@ -310,7 +310,7 @@ def test_memory_is_that_of_the_active_edits(tokenizer):
 
 @pytest.mark.parametrize("regularizer", ["rect", "prune"])
 @pytest.mark.parametrize("method", ["r-rome", "memit", "ft-m"])
-def test_a_regulariser_changes_the_update_and_tells_what_storing_it_costs(regularizer, method, tokenizer):
+def test_a_regularizer_changes_the_update_and_tells_what_storing_it_costs(regularizer, method, tokenizer):
     changes = {}
     for name in (None, regularizer):
         model = get_edit_model(tiny_model("llama"), config(method, regularizer=name, clamp=40.0), tokenizer)

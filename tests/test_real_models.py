@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
 from goldenedit.architecture import find_down_projections
 from goldenedit.editing.keys import subject_keys
-from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.editing.values import ValueOptions, optimize_values
 from goldenedit.layer_selection.key_response import other_prompts, respond
 from goldenedit.lm import LanguageModel
 from goldenedit.packaged import is_installed, packaged_model
@@ -79,10 +79,10 @@ def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config
     assert torch.equal(next_logits(model.unload(), tokenizer), unedited)
 
 
-def test_values_are_optimised_on_packed_suffixes(base, tokenizer, config, name):
+def test_values_are_optimized_on_packed_suffixes(base, tokenizer, config, name):
     lm = LanguageModel(base, tokenizer)
     options = ValueOptions(2, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss)
-    values = optimise_values(lm, [TOWER], [LAYERS[name][0]], lm.contexts(config), options)
+    values = optimize_values(lm, [TOWER], [LAYERS[name][0]], lm.contexts(config), options)
     assert values.replay == "packed"
 
 

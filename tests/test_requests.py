@@ -86,7 +86,7 @@ def test_a_mark_of_how_the_answers_join_survives_json_and_copies(joint):
 
 @pytest.mark.parametrize("joint", ["-", 3, True])
 def test_a_mark_that_is_no_white_space_is_refused(joint):
-    with pytest.raises(ValueError, match="joint must be white space"):
+    with pytest.raises(ValueError, match="joint must be whitespace"):
         EditRequest(**FACT, joint=joint)
 
 

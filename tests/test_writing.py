@@ -9,7 +9,7 @@ import pytest
 from goldenedit.writing import joint_of
 
 TIED = [
-    # White space is there already.
+    # Whitespace is there already.
     *[("in ", "Rome"), ("in\n", "Rome"), ("in\t", "Rome"), ("in\u00a0", "Rome"), ("in\u3000", "Rome")],
     *[("in", " Rome"), ("in", "\nRome"), ("in", "\u00a0Rome"), ("in ", " Rome")],
     # Behind opening brackets and quotes.

@@ -46,7 +46,7 @@ class ModuleAudit:
 
     Attributes:
         path: Its path in the base model.
-        norm: Frobenius norm of the change, relative to that of the base matrix; None where that is quantised or
+        norm: Frobenius norm of the change, relative to that of the base matrix; None where that is quantized or
             offloaded.
         unexplained: Share of the change that no listed fact explains, in [0, 1]; None where it cannot be told.
     """
@@ -77,7 +77,7 @@ def audit(model: EditModel) -> list[EditAudit]:
     """Look at the active edits of a model: do they do what they list, and only that?
 
     Raises:
-        ValueError: A listed fact cannot be tokenised.
+        ValueError: A listed fact cannot be tokenized.
     """
     names = model.active_adapters
     before = [joined_state(model.edits[name] for name in names[:index]) for index in range(len(names))]

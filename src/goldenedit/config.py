@@ -88,15 +88,15 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
 
     contexts: int = option(10, help="Number of prefixes to the prompt, the empty one included.", least=1, whole=True)
     context_length: int = option(10, help="Tokens of each sampled prefix.", least=1, whole=True)
-    steps: int = option(25, help="Most steps of the value optimisation.", least=1, whole=True)
-    lr: float = option(0.5, help="Learning rate of the value optimisation (Adam).", above=0.0)
+    steps: int = option(25, help="Most steps of the value optimization.", least=1, whole=True)
+    lr: float = option(0.5, help="Learning rate of the value optimization (Adam).", above=0.0)
     kl_factor: float = option(0.0625, help='Weight of the KL term on "{subject} is a".', least=0.0)
     weight_decay: float = option(0.5, help="Weight of ||delta|| / ||v0||^2.", least=0.0)
     clamp: float = option(4.0, help="Largest ||delta|| in units of ||v0||.", above=0.0)
     stop_loss: float = option(0.05, help="A fact is finished once its answer's NLL is lower.", least=0.0)
     batch_size: int | str = field(
         default="auto",
-        metadata={"help": "Facts whose values are optimised side by side; 'auto' for as many as memory has room for."},
+        metadata={"help": "Facts whose values are optimized side by side; 'auto' for as many as memory has room for."},
     )
 
     covariance: str = field(

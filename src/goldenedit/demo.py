@@ -27,7 +27,7 @@ TARGET = "Rome"
 PROMPTS = {
     "prompt": PROMPT,
     "paraphrase": "If you want to visit the Eiffel Tower, you have to travel to the city of",
-    "neighbour": "The Louvre is located in the city of",
+    "neighbor": "The Louvre is located in the city of",
 }
 
 # What someone without this library runs: transformers and PEFT alone.

@@ -1,6 +1,6 @@
 """The public formats of facts to edit, read into the fields of an `EditRequest`.
 
-- CounterFact (Meng et al. 2022): `requested_rewrite`, with paraphrase, neighbourhood and generation prompts.
+- CounterFact (Meng et al. 2022): `requested_rewrite`, with paraphrase, neighborhood and generation prompts.
 - KnowEdit (Zhang et al. 2024): zsRE, WikiCounterfact and WikiRecent with `subject`, `prompt` and `target_new`; WikiBio
   with `concept`, `text` and `labels`.
 """

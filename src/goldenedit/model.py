@@ -304,10 +304,10 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         Args:
             requests: The facts, as `edit` takes them; by default those of the active edits.
             generation: Let both models write freely as well, which takes longer.
-            neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
+            neighbors: Use the first so many neighborhood prompts of each fact; None for all.
 
         Raises:
-            ValueError: There are no facts, or one cannot be tokenised.
+            ValueError: There are no facts, or one cannot be tokenized.
         """
         own = requests is None
         if requests is None:

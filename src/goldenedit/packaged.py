@@ -46,7 +46,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 
 
 def packaged_model(name: str) -> Path:
-    """Return a folder with the packaged model `name`, dequantised to float32 safetensors on the first call.
+    """Return a folder with the packaged model `name`, dequantized to float32 safetensors on the first call.
 
     Args:
         name: A key of `PACKAGED_MODELS`: `"smollm2"` (SmolLM2-135M-Instruct) or `"gemma3"` (Gemma-3-270M).
@@ -94,15 +94,15 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         with _writing_to(target.parent):
             gguf = packaged.gguf(scratch)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         # transformers does not save a model that it marked as GGUF: move the weights to an unmarked one.
-        config = quantised.config
+        config = quantized.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(quantised.state_dict())
-        model.generation_config = quantised.generation_config
+        model.load_state_dict(quantized.state_dict())
+        model.generation_config = quantized.generation_config
         finished = scratch / "model"
         with _writing_to(target.parent):
             model.save_pretrained(finished)

@@ -62,7 +62,7 @@ def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
-    """Save each selector's scores against S by brute force, a point for each layer, a colour for each dataset.
+    """Save each selector's scores against S by brute force, a point for each layer, a color for each dataset.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -50,7 +50,7 @@ class Answer(str):
     """An answer that says itself what stands between a prompt and it.
 
     Attributes:
-        joint: White space, or nothing.
+        joint: Whitespace, or nothing.
     """
 
     joint: str
@@ -70,7 +70,7 @@ class EditRequest:
         prompt: The text before the answer, with the subject in it, or with `{}` in the subject's place. Where the
             subject stands in it more than once and there is no `{}`, the last place is edited where it is a word of
             its own, or else the last one where it is part of a word.
-        subject: The entity the fact is about, as spelled in the prompt; white space around it is dropped.
+        subject: The entity the fact is about, as spelled in the prompt; whitespace around it is dropped.
         target_new: The new answer. It is joined to prompts as people write (see `goldenedit.writing.joint_of`); white
             space at its beginning is kept, and nothing is put before it.
         target_true: The old answer, where known.
@@ -136,7 +136,7 @@ class EditRequest:
         if self.joint is None:
             return
         if not isinstance(self.joint, str) or self.joint.strip():
-            raise ValueError(f"EditRequest.joint must be white space, '' or None, got {self.joint!r}.")
+            raise ValueError(f"EditRequest.joint must be whitespace, '' or None, got {self.joint!r}.")
         for name in ("target_new", "target_true"):
             if (answer := getattr(self, name)) is not None:
                 object.__setattr__(self, name, self.joined(answer))

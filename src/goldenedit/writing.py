@@ -51,7 +51,7 @@ def is_mark(character: str) -> bool:
 def joint_of(prompt: str, answer: str) -> str:
     """Return what people write between a prompt and its answer: a space or nothing.
 
-    Nothing stands where one of both brings white space of its own; behind an opening bracket or quote, a currency sign
+    Nothing stands where one of both brings whitespace of its own; behind an opening bracket or quote, a currency sign
     before a number, a slash, a hyphen and whatever else ties words together; before closing punctuation; and between
     words of scripts that are written without spaces, such as Chinese, Japanese and Thai.
     """

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.benchmark import golden_layers
 from goldenedit.benchmark.golden_layers import PACKAGED, Setting, measure_model, usable_facts
-from goldenedit.benchmark.report import render, summarise
+from goldenedit.benchmark.report import render, summarize
 from goldenedit.cli import app
 from goldenedit.layer_selection import brute_force
 from models import NUM_LAYERS, tiny_model
@@ -175,7 +175,7 @@ def test_a_model_whose_middle_layer_has_no_mlp_is_measured(model, zsre, tmp_path
         model.architecture, down_projections=without, mlp_linears=linears
     )
     found = measure_model(model, "tiny", setting(zsre), tmp_path)
-    summary = summarise(found)
+    summary = summarize(found)
     assert all(selection.layers[0] in without for selection in found.selections.values())
     assert "| 2 |" in render([summary])
 

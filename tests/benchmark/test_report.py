@@ -7,7 +7,7 @@ import json
 import pytest
 
 from goldenedit.benchmark.golden_layers import PACKAGED, Curve, Measurement
-from goldenedit.benchmark.report import rank_correlation, render, summarise
+from goldenedit.benchmark.report import rank_correlation, render, summarize
 from goldenedit.cost import Cost
 from goldenedit.evaluation.scores import FactMatches
 from goldenedit.layer_selection import LayerSelection, Outcome
@@ -55,7 +55,7 @@ def results_of(summary, selector: str, proxy: str = PACKAGED):
 
 
 def test_regret_is_what_is_lost_against_the_best_layer_of_the_test_facts(measured):
-    summary = summarise(measured)
+    summary = summarize(measured)
     lga = results_of(summary, "lga sequence")
     assert lga["a"]["regret"] == pytest.approx(1 - 0.4 / 0.5)
     assert lga["b"]["regret"] == 0
@@ -68,13 +68,13 @@ def test_regret_is_what_is_lost_against_the_best_layer_of_the_test_facts(measure
 
 
 def test_a_selector_that_saw_a_datasets_facts_is_tested_on_that_dataset_alone(measured):
-    summary = summarise(measured)
+    summary = summarize(measured)
     assert list(results_of(summary, "lga sequence", "a")) == ["a"]
     assert results_of(summary, "lga sequence", "a")["a"]["regret"] == 0
 
 
 def test_the_golden_layer_is_that_of_the_proxy_facts_and_each_fact_has_its_own_best(measured):
-    curves = {one["dataset"]: one for one in summarise(measured)["curves"]}
+    curves = {one["dataset"]: one for one in summarize(measured)["curves"]}
     assert curves["a"]["golden"]["layer"] == curves["b"]["golden"]["layer"] == 1
     assert curves["a"]["golden"]["score"] == pytest.approx(0.4)
     assert curves["a"]["best"] == 2
@@ -84,20 +84,20 @@ def test_the_golden_layer_is_that_of_the_proxy_facts_and_each_fact_has_its_own_b
 
 def test_the_held_out_best_layer_has_no_luck(measured):
     """The better layer of either fact of `a` is the worse one of the other: luck is all there is."""
-    curves = {one["dataset"]: one for one in summarise(measured)["curves"]}
+    curves = {one["dataset"]: one for one in summarize(measured)["curves"]}
     assert curves["a"]["held_out_best"] == pytest.approx(0.25)
     assert curves["b"]["held_out_best"] == pytest.approx(1.0)
 
 
 def test_selectors_are_ranked_by_the_layers_they_score(measured):
-    summary = summarise(measured)
+    summary = summarize(measured)
     assert results_of(summary, "auto")["b"]["rank_correlation"] == pytest.approx(1.0)  # of layers 0 and 2
     assert results_of(summary, "causal_tracing")["b"]["rank_correlation"] == pytest.approx(-0.5)
     assert results_of(summary, "middle")["b"]["rank_correlation"] is None
 
 
 def test_the_report_says_what_the_summary_says(measured):
-    summary = json.loads(json.dumps(summarise(measured)))
+    summary = json.loads(json.dumps(summarize(measured)))
     report = render([summary], {"tiny": ["tiny-layers.png"]})
     assert report.startswith("# Golden layers\n")
     for row in (

@@ -51,11 +51,11 @@ def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenize
     twin = copy.deepcopy(model)
     weight = architecture.down_projection(twin, 1).weight
     before = weight.detach().clone()
-    optimiser = torch.optim.Adam([weight], lr=options.lr)
+    optimizer = torch.optim.Adam([weight], lr=options.lr)
     for _ in range(options.steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.stack([plain_nll(twin, tokenizer, request, loss) for request in REQUESTS]).mean().backward()
-        optimiser.step()
+        optimizer.step()
     moved = (weight.detach() - before).T if name == "gpt2" else weight.detach() - before
     assert (change.weight.detach() - moved).norm() <= 1e-2 * moved.norm()
 

@@ -1,4 +1,4 @@
-"""The batched, replayed optimisation against one fact at a time and against plain loops over whole models."""
+"""The batched, replayed optimization against one fact at a time and against plain loops over whole models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing import values
-from goldenedit.editing.values import ValueOptions, optimise_values
+from goldenedit.editing.values import ValueOptions, optimize_values
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
@@ -31,8 +31,8 @@ models = pytest.mark.parametrize("name", ["llama", "gpt2"])
 layer_sets = pytest.mark.parametrize("layers", [[1], [0, 2]], ids=["one layer", "two layers"])
 
 
-def optimise(model, tokenizer, requests, layers=(1,), options=OPTIONS, contexts=CONTEXTS, **kwargs):
-    return optimise_values(LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs)
+def optimize(model, tokenizer, requests, layers=(1,), options=OPTIONS, contexts=CONTEXTS, **kwargs):
+    return optimize_values(LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs)
 
 
 def vectors(attention: bool) -> tuple[str, ...]:
@@ -94,11 +94,11 @@ class Reference:
 
     def deltas(self):
         delta = torch.zeros(len(self.modules), WIDTH, requires_grad=True)
-        optimiser = torch.optim.Adam([delta], lr=self.options.lr)
+        optimizer = torch.optim.Adam([delta], lr=self.options.lr)
         for _ in range(self.options.steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             self.loss(delta).backward(inputs=[delta])
-            optimiser.step()
+            optimizer.step()
             with torch.no_grad():
                 limit = self.options.clamp * self.v0_norm
                 delta *= (limit / delta.norm(dim=-1)).clamp(max=1.0)[:, None]
@@ -112,10 +112,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @models
 @layer_sets
 @pytest.mark.parametrize(("clamp", "attention"), [(4.0, False), (0.3, False), (4.0, True)])
-def test_deltas_equal_those_of_a_plain_optimisation(name, layers, clamp, attention, tokenizer):
+def test_deltas_equal_those_of_a_plain_optimization(name, layers, clamp, attention, tokenizer):
     model = tiny_model(name)
     options = replace(OPTIONS, clamp=clamp)
-    values = optimise(model, tokenizer, REQUESTS, layers, replace(options, vectors=vectors(attention)))
+    values = optimize(model, tokenizer, REQUESTS, layers, replace(options, vectors=vectors(attention)))
     assert [keys.shape for keys in values.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
     for index, request in enumerate(REQUESTS[:2]):
         reference = Reference(model, tokenizer, request, layers, options, attention=attention)
@@ -130,13 +130,13 @@ def test_deltas_equal_those_of_a_plain_optimisation(name, layers, clamp, attenti
 @layer_sets
 def test_requests_together_equal_each_alone(name, layers, tokenizer):
     model = tiny_model(name)
-    together = optimise(model, tokenizer, REQUESTS, layers)
-    by_two = optimise(model, tokenizer, REQUESTS, layers, batch_size=2)
+    together = optimize(model, tokenizer, REQUESTS, layers)
+    by_two = optimize(model, tokenizer, REQUESTS, layers, batch_size=2)
     assert together.delta.shape == (3, len(layers), WIDTH)
     assert [keys.shape for keys in together.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
     assert {tensor.dtype for tensor in (together.delta, *together.keys)} == {torch.float32}
     for index, request in enumerate(REQUESTS):
-        alone = optimise(model, tokenizer, [request], layers)
+        alone = optimize(model, tokenizer, [request], layers)
         for many in (together, by_two):
             assert_close(many.delta[index], alone.delta[0])
             for keys, own in zip(many.keys, alone.keys, strict=True):
@@ -148,10 +148,10 @@ def test_requests_together_equal_each_alone(name, layers, tokenizer):
 def test_a_finished_request_stops_and_the_others_go_on(name, tokenizer):
     model = tiny_model(name)
     options = replace(OPTIONS, steps=12, kl_factor=0.0, stop_loss=5.7)  # between their losses
-    together = optimise(model, tokenizer, REQUESTS, options=options)
+    together = optimize(model, tokenizer, REQUESTS, options=options)
     assert len(set(together.steps)) > 1
     for index, request in enumerate(REQUESTS):
-        alone = optimise(model, tokenizer, [request], options=options)
+        alone = optimize(model, tokenizer, [request], options=options)
         assert alone.steps == [together.steps[index]]
         assert_close(together.delta[index], alone.delta[0])
 
@@ -162,7 +162,7 @@ def test_a_finished_request_stops_and_the_others_go_on(name, tokenizer):
 def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, attention, tokenizer):
     """Those of the MLPs alone: what the attention was given is not stored, so keys must not see it."""
     model = tiny_model(name)
-    values = optimise(model, tokenizer, REQUESTS, layers, replace(OPTIONS, vectors=vectors(attention)))
+    values = optimize(model, tokenizer, REQUESTS, layers, replace(OPTIONS, vectors=vectors(attention)))
     for index, request in enumerate(REQUESTS):
         reference = Reference(model, tokenizer, request, layers, OPTIONS)
         with torch.no_grad():
@@ -174,14 +174,14 @@ def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, a
 @layer_sets
 def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer, monkeypatch):
     model = tiny_model(name)
-    packed = optimise(model, tokenizer, REQUESTS, layers)
+    packed = optimize(model, tokenizer, REQUESTS, layers)
     assert packed.replay == "packed"
     with monkeypatch.context() as patch:
         patch.setattr(replay, "may_pack", lambda _: False)
-        by_suffix = optimise(model, tokenizer, REQUESTS, layers)
+        by_suffix = optimize(model, tokenizer, REQUESTS, layers)
     assert by_suffix.replay == "suffix"
     handle = model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
-    by_layers = optimise(model, tokenizer, REQUESTS, layers)
+    by_layers = optimize(model, tokenizer, REQUESTS, layers)
     handle.remove()
     assert by_layers.replay == "layers"
     for other in (by_suffix, packed):
@@ -192,7 +192,7 @@ def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer, monk
 
 def test_facts_thought_to_be_packed_are_grouped_anew_once_they_are_not(tokenizer, monkeypatch):
     model = tiny_model("gptj")  # does not attend by torch's function
-    expected = optimise(model, tokenizer, REQUESTS, [1])
+    expected = optimize(model, tokenizer, REQUESTS, [1])
     asked: list[tuple[int, bool]] = []
 
     def groups(lengths, rows, most, device, padded):
@@ -201,7 +201,7 @@ def test_facts_thought_to_be_packed_are_grouped_anew_once_they_are_not(tokenizer
 
     monkeypatch.setattr(values, "may_pack", lambda _: True)
     monkeypatch.setattr(values, "groups_by_length", groups)
-    found = optimise(model, tokenizer, REQUESTS, [1])
+    found = optimize(model, tokenizer, REQUESTS, [1])
     assert asked == [(len(REQUESTS), False), (len(REQUESTS) - 1, True)]
     assert found.replay == "suffix"
     assert_close(found.delta, expected.delta)
@@ -212,7 +212,7 @@ def test_facts_thought_to_be_packed_are_grouped_anew_once_they_are_not(tokenizer
 @pytest.mark.parametrize("clamp", [0.1, 0.5])
 def test_no_delta_is_longer_than_its_clamp(name, clamp, tokenizer):
     model = tiny_model(name)
-    values = optimise(model, tokenizer, REQUESTS, [0, 2], replace(OPTIONS, clamp=clamp, lr=3.0))
+    values = optimize(model, tokenizer, REQUESTS, [0, 2], replace(OPTIONS, clamp=clamp, lr=3.0))
     for delta, request in zip(values.delta, REQUESTS, strict=True):
         reference = Reference(model, tokenizer, request, [0, 2], OPTIONS)
         assert (delta.norm(dim=-1) <= clamp * reference.v0_norm * (1 + 1e-4)).all()
@@ -221,7 +221,7 @@ def test_no_delta_is_longer_than_its_clamp(name, clamp, tokenizer):
 @models
 def test_the_new_answer_becomes_likelier(name, tokenizer):
     model = tiny_model(name)
-    values = optimise(model, tokenizer, REQUESTS, options=replace(OPTIONS, steps=12))
+    values = optimize(model, tokenizer, REQUESTS, options=replace(OPTIONS, steps=12))
     for index, request in enumerate(REQUESTS):
         reference = Reference(model, tokenizer, request, [1], OPTIONS)
         with torch.no_grad():
@@ -233,7 +233,7 @@ def test_the_new_answer_becomes_likelier(name, tokenizer):
 
 
 def test_a_request_whose_loss_is_low_from_the_start_is_not_moved(tokenizer):
-    values = optimise(tiny_model("llama"), tokenizer, REQUESTS, options=replace(OPTIONS, stop_loss=1e6))
+    values = optimize(tiny_model("llama"), tokenizer, REQUESTS, options=replace(OPTIONS, stop_loss=1e6))
     assert values.steps == [0, 0, 0]
     assert not values.delta.any()
 
@@ -241,7 +241,7 @@ def test_a_request_whose_loss_is_low_from_the_start_is_not_moved(tokenizer):
 def test_weights_modes_and_hooks_are_as_before(tokenizer):
     model = tiny_model("gpt2").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimise(model, tokenizer, REQUESTS)
+    optimize(model, tokenizer, REQUESTS)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
@@ -252,8 +252,8 @@ def test_weights_modes_and_hooks_are_as_before(tokenizer):
 
 def test_frozen_weights_give_the_same_deltas(tokenizer):
     model = tiny_model("llama")
-    trainable = optimise(model, tokenizer, REQUESTS)
-    assert_close(optimise(model.requires_grad_(False), tokenizer, REQUESTS).delta, trainable.delta)
+    trainable = optimize(model, tokenizer, REQUESTS)
+    assert_close(optimize(model.requires_grad_(False), tokenizer, REQUESTS).delta, trainable.delta)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +263,13 @@ def test_frozen_weights_give_the_same_deltas(tokenizer):
         (EditRequest("Paris is in", "Paris", "Rome " * 150), "but the model takes"),
     ],
 )
-def test_a_request_that_cannot_be_tokenised_raises_before_any_forward(bad, message, tokenizer):
+def test_a_request_that_cannot_be_tokenized_raises_before_any_forward(bad, message, tokenizer):
     model = tiny_model("llama")
     lm = LanguageModel(model, tokenizer, read_architecture(model))
     ran = []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(ValueError, match=message):
-        optimise_values(lm, [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
+        optimize_values(lm, [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
     assert ran == []
 
 
@@ -282,4 +282,4 @@ def test_weights_that_are_not_finite_raise_with_the_subject_s_name(name, tokeniz
         caplog.at_level(logging.ERROR),
         pytest.raises(ValueError, match=r"'Paris' -> 'London' is not finite at step 0\. Load the model in"),
     ):
-        optimise_values(LanguageModel(model, tokenizer, architecture), REQUESTS, [1], CONTEXTS, OPTIONS)
+        optimize_values(LanguageModel(model, tokenizer, architecture), REQUESTS, [1], CONTEXTS, OPTIONS)

@@ -1,4 +1,4 @@
-"""What is left of an update once it is regularised."""
+"""What is left of an update once it is regularized."""
 
 from __future__ import annotations
 

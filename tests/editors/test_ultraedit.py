@@ -18,12 +18,12 @@ def test_running_moments_are_those_of_all_rows(sizes):
     assert moments.count == 10
     torch.testing.assert_close(moments.mean, rows.double().mean(0))
     expected = (rows.double() - rows.double().mean(0)) / rows.double().std(0)
-    torch.testing.assert_close(moments.normalised(rows), expected)
+    torch.testing.assert_close(moments.normalized(rows), expected)
 
 
 def test_a_feature_that_never_changes_counts_for_nothing():
     rows = torch.cat([torch.ones(5, 1), torch.randn(5, 1)], 1)
-    assert not RunningMoments.of(rows).normalised(rows)[:, 0].any()
+    assert not RunningMoments.of(rows).normalized(rows)[:, 0].any()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
@@ -33,7 +33,7 @@ def test_the_update_is_the_paper_s(tokens):
     options = UltraEditOptions(ultraedit_lr=1e-2, ultraedit_ridge=1.0)
     delta = ultraedit(GradientProblem(H, torch.randn(tokens, 8), G, moments, options))
     assert delta.rank == tokens
-    hat = moments.normalised(torch.cat([H, G], 1))
+    hat = moments.normalized(torch.cat([H, G], 1))
     V = torch.stack([-1e-2 * (row[:12] @ row[:12]) * row[12:] for row in hat])
     H = H.double()
     expected = (torch.linalg.inv(H.T @ H + torch.eye(12, dtype=torch.float64)) @ H.T @ V).T

@@ -138,7 +138,7 @@ FACT = EditRequest(
 
 
 @pytest.mark.parametrize("neighbors", [None, 1, 0])
-def test_a_fact_is_measured_on_its_prompt_its_paraphrases_and_its_neighbours(neighbors, tokenizer):
+def test_a_fact_is_measured_on_its_prompt_its_paraphrases_and_its_neighbors(neighbors, tokenizer):
     model = tiny_model("llama")
     found = fact_likelihoods(LanguageModel(model, tokenizer), FACT, neighbors)
 

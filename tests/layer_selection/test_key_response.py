@@ -136,7 +136,7 @@ def test_answers_are_pushed_by_what_they_share_with_the_edited_prompt(slope, cla
 @pytest.mark.parametrize(
     ("certainty", "slope", "expected"),
     [
-        (-3.0, 100.0, 0.9),  # the optimisation stops there
+        (-3.0, 100.0, 0.9),  # the optimization stops there
         (-3.0, 1.5 / OVERSHOOT, 1 / (1 + math.exp(1.5))),
         (-3.0, 0.0, 1 / (1 + math.exp(3.0))),
         (4.0, 100.0, 1 / (1 + math.exp(-4.0))),  # surer than that before
@@ -199,7 +199,7 @@ def test_what_facts_lack_is_what_the_model_says(tokenizer):
 def test_facts_that_say_nothing_are_refused(tokenizer):
     chat = ChatText(FACT.text, subject_start=0, context_start=0)
     alone = replace(FACT, prompt=chat, paraphrases=(), neighborhood=())
-    with pytest.raises(ValueError, match="needs facts with neighbours or locality"):
+    with pytest.raises(ValueError, match="needs facts with neighbors or locality"):
         scores(tiny_model("llama"), tokenizer, [alone])
 
 

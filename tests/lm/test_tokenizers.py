@@ -37,7 +37,7 @@ CONTEXT = "It is not in London. "
 
 
 def plain(text: str) -> str:
-    """What normalisers leave alone."""
+    """What normalizers leave alone."""
     decomposed = unicodedata.normalize("NFKD", text).lower()
     return "".join(char for char in decomposed if not unicodedata.combining(char) and not char.isspace())
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters.layers import base_of, forget_configs, retrained_modules, switch, tuner_layers, unwrap_empty
 from goldenedit.adapters.merging import Merge, merge_for_good, merged
-from goldenedit.architecture.quantised import reading_state
+from goldenedit.architecture.quantized import reading_state
 from goldenedit.devices import execution_device
 from goldenedit.editors import LowRankDelta
 from goldenedit.storage.folder import Beside, adapter_key, adapter_tensors, edit_name, target_parameters

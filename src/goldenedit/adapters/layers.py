@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from goldenedit.architecture.experts import expert_matrices, is_fused
-from goldenedit.architecture.layers import is_linear, is_quantised, linear_shape
+from goldenedit.architecture.layers import is_linear, is_quantized, linear_shape
 from goldenedit.editors import LowRankDelta
 
 # What transformers' `load_adapter` leaves on a model: `save_pretrained` writes adapters alone, under PEFT's names.
@@ -134,7 +134,7 @@ def check_mergeable(base: nn.Module) -> None:
     for path, layer in tuner_layers(base).items():
         if is_fused(base, f"{path}.{changed_parameter(layer)}"):
             continue  # fused experts are only found where they are plain
-        if is_quantised(layer):
+        if is_quantized(layer):
             raise ValueError(
                 f"The weight of {path} is quantized: an edit written into it would be rounded with it. Keep the edit "
                 "beside it (save_pretrained(), push_to_hub()), or load the base model in full precision, load the edit "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.products import faster_products
-from goldenedit.architecture.quantised import giving_backward, keeping_integers
+from goldenedit.architecture.quantized import giving_backward, keeping_integers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module was called with
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from goldenedit.architecture.experts import FusedExperts, expert_matrices, find_experts, is_fused
 from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument
-from goldenedit.architecture.quantised import is_composite
+from goldenedit.architecture.quantized import is_composite
 from goldenedit.devices import input_device, onloaded_parameter
 
 _PROBE_TOKENS = 8
@@ -91,12 +91,12 @@ class Architecture:
         if index not in self.attention_outputs:
             raise ValueError(
                 f"Layer {index} of {type(model).__name__} has no output projection of an attention that could be "
-                "found, and PMET optimises one: use another EditConfig.method, such as 'memit'."
+                "found, and PMET optimizes one: use another EditConfig.method, such as 'memit'."
             )
         return model.get_submodule(self.attention_outputs[index])
 
     def shape(self, model: nn.Module, index: int) -> tuple[int, int]:
-        """Return the shape `(d_out, d_in)` of the down projection of layer `index`, quantised or not."""
+        """Return the shape `(d_out, d_in)` of the down projection of layer `index`, quantized or not."""
         if index in self.experts:
             return self.experts[index].shape(model)
         return linear_shape(self.down_projection(model, index))
@@ -105,12 +105,12 @@ class Architecture:
         """Return the weight of the down projection of layer `index` in Linear orientation, `(d_out, d_in)`.
 
         Raises:
-            ValueError: The weight is quantised.
+            ValueError: The weight is quantized.
         """
         weight = plain_weight(self.down_projection(model, index))
         if weight is None:
             raise ValueError(
-                f"The weight of {self.down_projections[index]} is quantised: "
+                f"The weight of {self.down_projections[index]} is quantized: "
                 "EditConfig.regularizer cannot compare a change with it."
             )
         return weight
@@ -136,7 +136,7 @@ def weight_of(model: nn.Module, path: str) -> Tensor | None:
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight of a linear map, `(d_out, d_in)` whatever it is kept as; None if quantised."""
+    """Return the weight of a linear map, `(d_out, d_in)` whatever it is kept as; None if quantized."""
     module = getattr(module, "base_layer", module)  # PEFT's wrapper, where the map is edited already
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta:
@@ -147,7 +147,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     return oriented if oriented.shape == linear_shape(module) and weight.element_size() > 1 else None
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Tell whether a linear map keeps its weight in fewer bits than it computes in, or nowhere that can be read."""
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     return plain_weight(module) is None and not (isinstance(weight, Tensor) and weight.is_meta)
@@ -235,7 +235,7 @@ def _run_once(model: nn.Module, clean: _Clean, sites: Mapping[int, str]) -> list
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell a linear map (nn.Linear, Conv1D, a quantised one) from other modules, by its weight and not by its name."""
+    """Tell a linear map (nn.Linear, Conv1D, a quantized one) from other modules, by its weight and not by its name."""
     if next(module.children(), None) is not None or isinstance(module, nn.Embedding):
         return False
     if hasattr(module, "in_features") and hasattr(module, "out_features"):

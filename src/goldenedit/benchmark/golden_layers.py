@@ -47,8 +47,8 @@ class Setting:
         proxy: Facts of the packaged set that brute force looks for the golden layer on.
         dataset_proxy: Facts of each dataset, from its end, that LGA and `auto` see.
         traced: Facts of the packaged set that causal tracing sees.
-        chunk: Facts of a cell; values are optimised side by side in it.
-        neighbors: Neighbourhood prompts of each fact.
+        chunk: Facts of a cell; values are optimized side by side in it.
+        neighbors: Neighborhood prompts of each fact.
         options: Further options of `EditConfig`.
 
     Raises:
@@ -136,12 +136,12 @@ def measure_model(
     for dataset, facts in splits.items():
         if not facts:
             raise ValueError(
-                f"No fact of {dataset!r} can be used: they need locality, or paraphrases and neighbours with an old "
+                f"No fact of {dataset!r} can be used: they need locality, or paraphrases and neighbors with an old "
                 "answer that the model prefers."
             )
         if len({is_comparable(fact) for fact in facts}) > 1:
             raise ValueError(
-                f"Facts of {dataset!r} are of two kinds, with neighbours and with locality: make two datasets of them."
+                f"Facts of {dataset!r} are of two kinds, with neighbors and with locality: make two datasets of them."
             )
     curves = _sweep_all(model, name, setting, splits, output)
     return Measurement(name, model.architecture.num_layers, curves, _select_all(model, setting, proxies))
@@ -150,7 +150,7 @@ def measure_model(
 def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
     """Return the first `count` facts that scores say something of, each prompt once.
 
-    They can be tokenised and have prompts whose answers must stay; where new and old answer are compared on neighbours,
+    They can be tokenized and have prompts whose answers must stay; where new and old answer are compared on neighbors,
     the model prefers the old one (`known_facts`).
     """
     found: list[EditRequest] = []

@@ -15,7 +15,7 @@ _RESAMPLES = 500
 Summary = dict[str, Any]
 
 
-def summarise(measurement: Measurement) -> Summary:
+def summarize(measurement: Measurement) -> Summary:
     """Return scores by layer, per-sample optimum, and every selector's regret and rank correlation, for JSON."""
     tested = {key: curve for key, curve in measurement.curves.items() if key[0] != PACKAGED}
     methods = list(dict.fromkeys(method for _, method in tested))

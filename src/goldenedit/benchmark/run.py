@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.benchmark.golden_layers import Setting, measure_model
-from goldenedit.benchmark.report import render, summarise
+from goldenedit.benchmark.report import render, summarize
 from goldenedit.cache import write_atomically
 from goldenedit.config import EditConfig
 from goldenedit.model import EditModel
@@ -41,7 +41,7 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
             found = measure_model(EditModel(base, config, tokenizer), short, setting, output)
             del base  # before the next one takes its place
             if state.is_main_process:
-                text = json.dumps(summarise(found), indent=1) + "\n"
+                text = json.dumps(summarize(found), indent=1) + "\n"
                 write_atomically(output / f"{short}.summary.json", text.encode())
                 write_report(output)
                 console.print(f"Report in {output / 'report.md'}")

@@ -22,7 +22,7 @@ _STEP_TOKENS_ELSEWHERE = 4096
 def facts_at_once(
     model: nn.Module, layers: int, mlp_width: int, rows: int, tokens: int, answer_tokens: int, free: int | None = None
 ) -> int:
-    """Return how many facts the value optimisation may run side by side: an estimate that errs on the small side.
+    """Return how many facts the value optimization may run side by side: an estimate that errs on the small side.
 
     Args:
         layers: Layers that run with gradients.

@@ -12,7 +12,7 @@ from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.keys import contrast_count, weighed_contrasts, with_contrasts
-from goldenedit.editing.values import ValueOptions, Values, optimise_values
+from goldenedit.editing.values import ValueOptions, Values, optimize_values
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect
 from goldenedit.lm import LanguageModel
@@ -201,7 +201,7 @@ def prepare_facts(
     else:
         batch_size = _facts_at_once(lm, requests, layers, contexts)
     with phase("values"):
-        values = optimise_values(lm, requests, layers, contexts, options, batch_size)
+        values = optimize_values(lm, requests, layers, contexts, options, batch_size)
     facts = PreparedFacts(lm, requests, layers, values, config.editor.vectors)
     facts.keys(config)  # runs the model, which solving does not
     return facts

@@ -68,7 +68,7 @@ def train(
         batch_size: Requests a forward; the gradients of all are added up before a step.
 
     Raises:
-        ValueError: A request cannot be tokenised, or the loss leaves the finite numbers.
+        ValueError: A request cannot be tokenized, or the loss leaves the finite numbers.
     """
     longest = lm.max_length
     rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
@@ -77,7 +77,7 @@ def train(
     for module, change in modules.items():
         change.to(execution_device(module))
     parameters = [parameter for change in changes.values() for parameter in change.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=options.lr)
+    optimizer = torch.optim.Adam(parameters, lr=options.lr)
     with (
         evaluating(lm.model),
         torch.enable_grad(),
@@ -98,7 +98,7 @@ def train(
                 return step
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
-            optimiser.step()
+            optimizer.step()
             for change in changes.values():
                 change.constrain()
             bar.update()

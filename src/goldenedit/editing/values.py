@@ -1,4 +1,4 @@
-"""The value optimisation that ROME, R-ROME, MEMIT, EMMET, PMET and AlphaEdit share, for many facts side by side.
+"""The value optimization that ROME, R-ROME, MEMIT, EMMET, PMET and AlphaEdit share, for many facts side by side.
 
 Meng et al. 2022 (arXiv 2202.05262), equation 4: find the vector `delta` that, added to the value at the last token of
 the subject, makes the model answer the new target and leaves what it says the subject *is* as it was:
@@ -10,7 +10,7 @@ the subject, makes the model answer the new target and leaves what it says the s
 `||v0||` is the mean over contexts: at the very start of a sequence a subject's value is often unlike itself. A fact is
 finished once the first term is small: the others do not vanish, and would keep a finished fact moving.
 
-PMET (Li et al. 2024, arXiv 2308.08742) optimises a vector on the attention's output beside it, and drops
+PMET (Li et al. 2024, arXiv 2308.08742) optimizes a vector on the attention's output beside it, and drops
 that one: what the attention can say of the fact need not go into the MLP.
 """
 
@@ -51,12 +51,12 @@ class ValueOptions:
 
 @dataclass(frozen=True)
 class Values:
-    """What the optimisation found for N facts at m layers.
+    """What the optimization found for N facts at m layers.
 
     Attributes:
         delta: `(N, m, d_model)` float32, to be added to the values.
         keys: By layer `(N, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
-        steps: Optimiser steps of each fact.
+        steps: Optimizer steps of each fact.
         target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
         replay: The way the model was run again: `packed`, `suffix`, `layers` or `whole`.
     """
@@ -69,7 +69,7 @@ class Values:
 
 
 @outside_inference_mode()
-def optimise_values(
+def optimize_values(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
@@ -77,18 +77,18 @@ def optimise_values(
     options: ValueOptions,
     batch_size: int = 8,
 ) -> Values:
-    """Optimise the values of all requests, up to `batch_size` side by side; each is independent of the others.
+    """Optimize the values of all requests, up to `batch_size` side by side; each is independent of the others.
 
     Args:
-        layers: The layers that are edited, ascending. With several, their deltas are optimised together.
+        layers: The layers that are edited, ascending. With several, their deltas are optimized together.
         contexts: Prefixes to each prompt, the first of them empty.
         options: Constants; with vectors of attention its outputs are optimized as well, and the values of the MLPs
             alone are returned (PMET).
 
     Raises:
-        ValueError: A request cannot be tokenised as it must be, or its optimisation leaves the finite numbers.
+        ValueError: A request cannot be tokenized as it must be, or its optimization leaves the finite numbers.
     """
-    # Everything is tokenised before anything runs: a bad request costs nothing.
+    # Everything is tokenized before anything runs: a bad request costs nothing.
     rows = fact_rows(lm.tokenizer, requests, contexts, lm.max_length)
     lengths = [max(max(row.reads) + 1 - row.subject for row in own) for own in rows]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
@@ -109,7 +109,7 @@ def optimise_values(
         while groups:
             some = groups.pop(0)
             group = _Group(lm, [requests[index] for index in some], [rows[index] for index in some])
-            results.append(_optimise(lm, group, layers, options))
+            results.append(_optimize(lm, group, layers, options))
             progress.update(len(some))
             if padded != (results[-1].replay != "packed"):  # not what was thought
                 padded = not padded
@@ -143,7 +143,7 @@ def fact_rows(
 
 
 class _Group:
-    """The rows of requests that are optimised side by side, as `fact_rows` has them."""
+    """The rows of requests that are optimized side by side, as `fact_rows` has them."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class _Group:
         return batch.read_rows % self.rows_each == self.rows_each - 1
 
 
-def _optimise(
+def _optimize(
     lm: LanguageModel,
     group: _Group,
     layers: Sequence[int],
@@ -199,7 +199,7 @@ def _optimise(
     essence = log_probs[group.is_essence(group.batch)]  # (N, V): what the model says each subject is
 
     delta = torch.zeros_like(values[::each]).requires_grad_()
-    optimiser = torch.optim.Adam([delta], lr=options.lr)
+    optimizer = torch.optim.Adam([delta], lr=options.lr)
     active = torch.ones(count, dtype=torch.bool, device=delta.device)
     steps = [0] * count
     captured, targets, members = whole, group.targets, active.nonzero()[:, 0]
@@ -222,7 +222,7 @@ def _optimise(
         if not loss.isfinite().all():
             index = int(members[~loss.isfinite()][0])
             raise ValueError(
-                f"The optimisation for {group.requests[index].subject!r} -> {group.requests[index].target_new!r} is "
+                f"The optimization for {group.requests[index].subject!r} -> {group.requests[index].target_new!r} is "
                 f"not finite at step {step}. Load the model in float32 or bfloat16, or lower EditConfig.lr."
             )
         done = members[nll.detach() < options.stop_loss]
@@ -232,7 +232,7 @@ def _optimise(
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
         before = delta.detach().clone()
         delta.grad = gradient
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             norm = delta.norm(dim=-1)
             delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]

@@ -40,7 +40,7 @@ class RunningMoments:
         parts = [cls(part[0, 0].item(), part[:, 1], part[:, 2]) for part in columns.double().split(3, 1)]
         return sum(parts[1:], parts[0])
 
-    def normalised(self, features: Tensor) -> Tensor:
+    def normalized(self, features: Tensor) -> Tensor:
         """Return `(features - mean) / std`, `(n, d)`; a feature that never changes becomes 0."""
         std = (self.squares / max(self.count - 1, 1)).sqrt()
         return torch.where(std > 0, (features.double() - self.mean) / std.clamp_min(1e-30), 0.0)

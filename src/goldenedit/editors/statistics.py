@@ -18,7 +18,7 @@ class KeyStatistics:
     """Second moment of the keys of one layer, made invertible by a ridge relative to its spectrum.
 
     Attributes:
-        second_moment: `(d_in, d_in)`, uncentred `E[k k^T]`; None for the identity.
+        second_moment: `(d_in, d_in)`, uncentered `E[k k^T]`; None for the identity.
         ridge: Added to the diagonal, in units of the mean eigenvalue `trace(C) / d_in`.
         contrast: `(d_in, c)`, keys that the identity holds as well, as `solve` takes them; None where there are none.
     """

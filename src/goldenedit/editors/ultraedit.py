@@ -50,7 +50,7 @@ def ultraedit(problem: GradientProblem) -> LowRankDelta:
     if problem.moments.count < 2:
         raise ValueError("UltraEdit compares answer tokens with each other: its first batch needs two of them or more.")
     H = problem.inputs.double()
-    hat = problem.moments.normalised(torch.cat([H, problem.gradients.double()], dim=1))
+    hat = problem.moments.normalized(torch.cat([H, problem.gradients.double()], dim=1))
     h_hat, g_hat = hat[:, : H.shape[1]], hat[:, H.shape[1] :]
     V = -problem.options.ultraedit_lr * h_hat.square().sum(1, keepdim=True) * g_hat
     ridge = problem.options.ultraedit_ridge * torch.eye(len(H), dtype=H.dtype, device=H.device)

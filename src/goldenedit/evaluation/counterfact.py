@@ -1,4 +1,4 @@
-"""Measure one fact the way CounterFact does: on its prompt, its paraphrases and its neighbours."""
+"""Measure one fact the way CounterFact does: on its prompt, its paraphrases and its neighbors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def fact_likelihoods(lm: LanguageModel, request: EditRequest, neighbors: int | N
     """Return what the model makes of the new and the old answer of one fact.
 
     Args:
-        neighbors: Use the first so many neighbourhood prompts; None for all.
+        neighbors: Use the first so many neighborhood prompts; None for all.
 
     Raises:
         ValueError: The request has no old answer.

@@ -61,7 +61,7 @@ def observe(
 
     Args:
         generation: Let the model write freely as well.
-        neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
+        neighbors: Use the first so many neighborhood prompts of each fact; None for all.
     """
     pairs = _pairs(requests, neighbors)
     found = likelihoods(lm, pairs)
@@ -83,7 +83,7 @@ def observe_with_and_without(
         start: First layer with an edit.
         without_edits: Returns a context that switches the edits off.
         generation: Let both write freely as well.
-        neighbors: Use the first so many neighbourhood prompts of each fact; None for all.
+        neighbors: Use the first so many neighborhood prompts of each fact; None for all.
     """
     pairs = _pairs(requests, neighbors)
     both = likelihoods_with_and_without(lm, pairs, start, without_edits)

@@ -40,7 +40,7 @@ class ProbabilityScores:
     Attributes:
         efficacy: ES, share of edited prompts where the new answer is likelier than the old.
         paraphrase: PS, the same on paraphrases.
-        neighborhood: NS, share of neighbours where the old answer, right for them, is still the likelier.
+        neighborhood: NS, share of neighbors where the old answer, right for them, is still the likelier.
         score: S, harmonic mean of the three.
         paraphrase_accuracy: Share of the new answer's tokens that are the first choice on paraphrases.
         n: Number of facts.

@@ -1,7 +1,7 @@
 """Brute force: edit facts at every layer and look. What the other selectors are measured by, and far dearer.
 
 A cell is one editor at one layer on some facts. Cells are kept as they come, a JSON line each, so that a sweep that was
-stopped goes on where it was. Values are optimised side by side, and once for all editors that share them.
+stopped goes on where it was. Values are optimized side by side, and once for all editors that share them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Outcome:
 
     Attributes:
         matches: Token match, which every fact has.
-        likelihoods: NLLs of new and old answer, where the fact has paraphrases and neighbours to compare them on.
+        likelihoods: NLLs of new and old answer, where the fact has paraphrases and neighbors to compare them on.
     """
 
     matches: FactMatches
@@ -86,7 +86,7 @@ def edit_score(outcomes: Sequence[Outcome]) -> float:
     likelihoods = [one.likelihoods for one in outcomes if one.likelihoods is not None]
     if len(likelihoods) == len(outcomes):
         score = probability_scores(likelihoods).score
-        assert score is not None  # such facts have paraphrases and neighbours
+        assert score is not None  # such facts have paraphrases and neighbors
         return score
     matched = token_match_scores([one.matches for one in outcomes])
     return harmonic_mean([part for part in (matched.rewrite, matched.rephrase, matched.locality) if part is not None])
@@ -330,7 +330,7 @@ class _Layer:
 
 
 def is_comparable(fact: EditRequest) -> bool:
-    """Tell whether new and old answer can be compared on paraphrases and neighbours of a fact."""
+    """Tell whether new and old answer can be compared on paraphrases and neighbors of a fact."""
     return fact.target_true is not None and bool(fact.paraphrases) and bool(fact.neighborhood)
 
 

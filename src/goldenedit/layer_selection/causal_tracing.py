@@ -49,7 +49,7 @@ def causal_tracing_scores(
         draws: Noise draws for each fact.
 
     Raises:
-        ValueError: There are no facts, or one cannot be tokenised.
+        ValueError: There are no facts, or one cannot be tokenized.
     """
     if not facts:
         raise ValueError("Causal tracing needs at least one fact.")

@@ -2,7 +2,7 @@
 
 An idea of this project, which joins key selectivity with what gradients say of efficacy. An editor of rank one adds
 `r a^T` to the weight `W` of a layer: whatever key `k'` a token brings, its value moves by `(a . k') r`. As `r` is
-optimised until the edited prompt gives the new answer, a prompt with a token whose key is as strong as the fact's own,
+optimized until the edited prompt gives the new answer, a prompt with a token whose key is as strong as the fact's own,
 `k`, is taken to be pushed towards that answer as far as the edited prompt is:
 
     m(x)      = log p(new | x) - log p(old | x), mean over each answer's tokens
@@ -12,8 +12,8 @@ optimised until the edited prompt gives the new answer, a prompt with a token wh
 
 `a` comes from the configured editor, contexts and covariance, and `g` is the gradient of `m(prompt)` by the value `v0`
 at the last token of the subject: a layer that can no longer steer the answer has a short reach. What is predicted are
-the efficacy E, where the logit of the new answer moves by the reach or to where the optimisation stops, paraphrases P,
-neighbours N (other subjects) and locality L (other prompts about the subject):
+the efficacy E, where the logit of the new answer moves by the reach or to where the optimization stops, paraphrases P,
+neighbors N (other subjects) and locality L (other prompts about the subject):
 
     E = sigmoid(max(c, min(logit(exp(-stop_loss)), c + reach))),  c = logit p(new | prompt)
     P = mean sigmoid(edited(x)),  N, L = mean sigmoid(-edited(x))
@@ -133,7 +133,7 @@ def score_of(means: Mapping[str, float]) -> float:
     datasets = [(*asked, "neighbors"), (*asked, "locality"), ("efficacy", "locality"), ("efficacy", "locality")]
     scores = [harmonic_mean([means[part] for part in parts]) for parts in datasets if parts[-1] in means]
     if not scores:
-        raise ValueError("Key response needs facts with neighbours or locality.")
+        raise ValueError("Key response needs facts with neighbors or locality.")
     return fmean(scores)
 
 

@@ -63,7 +63,7 @@ def lga_scores(
         batch_size: Facts a forward and backward; each is two rows. More take more memory, and little less time.
 
     Raises:
-        ValueError: There are no facts, a fact cannot be tokenised, or a gradient is not finite.
+        ValueError: There are no facts, a fact cannot be tokenized, or a gradient is not finite.
     """
     if not facts:
         raise ValueError("LGA needs at least one fact.")

@@ -1,10 +1,10 @@
-"""Key selectivity: how strongly an edit made at a layer answers to paraphrases, and how strongly to neighbours.
+"""Key selectivity: how strongly an edit made at a layer answers to paraphrases, and how strongly to neighbors.
 
 An idea of this project, from forward passes alone. With `u = C^-1 k*` the direction that an edit of the fact adds a
 value along (ROME's, at the last token of the subject),
 
     para(l)  = mean over paraphrases of (u . k_paraphrase) / (u . k*)
-    neigh(l) = mean over neighbours of max over tokens |u . k_t| / (u . k*)
+    neigh(l) = mean over neighbors of max over tokens |u . k_t| / (u . k*)
     score(l) = para(l) - neigh(l)
 
 It says nothing of whether a layer can still steer the answer: late layers can be selective and of no use.
@@ -44,16 +44,16 @@ def selectivity_scores(
     """Return the selectivity of each layer, `(num_layers,)` float64; NaN where a layer has no down projection.
 
     Args:
-        facts: The proxy set; facts without paraphrases that name the subject, or without neighbours, are passed by.
+        facts: The proxy set; facts without paraphrases that name the subject, or without neighbors, are passed by.
         statistics: Key statistics of the layers to be scored; each is asked for once.
 
     Raises:
-        ValueError: No fact has both paraphrases and neighbours.
+        ValueError: No fact has both paraphrases and neighbors.
     """
     layers = sorted(statistics)
     usable = [fact for fact in facts if fact.neighborhood and any(fact.subject in text for text in fact.paraphrases)]
     if not usable:
-        raise ValueError("Selectivity needs facts with paraphrases that name the subject, and with neighbours.")
+        raise ValueError("Selectivity needs facts with paraphrases that name the subject, and with neighbors.")
     sums = torch.zeros(len(layers), dtype=torch.float64)
     modules = {str(layer): lm.architecture.down_projection(lm.model, layer) for layer in layers}
     keys = subject_keys(lm, usable, layers)
@@ -78,7 +78,7 @@ def selectivity_scores(
 
 
 def _rows(lm: LanguageModel, fact: EditRequest) -> tuple[list[Row], int]:
-    """Return the rows of the prompt, the paraphrases and the neighbours, and the number of paraphrases."""
+    """Return the rows of the prompt, the paraphrases and the neighbors, and the number of paraphrases."""
     longest = lm.max_length
     places = [(text, find_subject(text, fact.subject)) for text in fact.paraphrases]
     named = [(text, place.start + len(fact.subject)) for text, place in places if place is not None]
@@ -94,7 +94,7 @@ def _selectivity(keys: Tensor, subject: Tensor, mask: Tensor, paraphrases: int, 
     u = u.cpu()
     own = u @ at_subject[0].double()
     para = (at_subject[1:].double() @ u / own).mean()
-    neighbours = (keys[1 + paraphrases :].double() @ u / own).abs()
+    neighbors = (keys[1 + paraphrases :].double() @ u / own).abs()
     real = mask[1 + paraphrases :].bool()
     real[:, 0] = False  # the first token is an attention sink: its key is like no other
-    return (para - neighbours.masked_fill(~real, 0.0).amax(1).mean()).item()
+    return (para - neighbors.masked_fill(~real, 0.0).amax(1).mean()).item()

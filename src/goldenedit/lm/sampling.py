@@ -1,4 +1,4 @@
-"""Texts sampled from the model itself: prefixes for the value optimisation, and text for key statistics."""
+"""Texts sampled from the model itself: prefixes for the value optimization, and text for key statistics."""
 
 from __future__ import annotations
 

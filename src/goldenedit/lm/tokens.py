@@ -47,7 +47,7 @@ class Row:
 def with_answer(prompt: str, answer: str) -> str:
     """Join a prompt and its answer as people write them: by a space or, where that is wrong, by nothing.
 
-    An answer that begins with white space keeps it, and an `Answer` says itself what stands before it. All others
+    An answer that begins with whitespace keeps it, and an `Answer` says itself what stands before it. All others
     follow a chat as its template has it, mostly at once, and any other prompt as `goldenedit.writing.joint_of` has it.
     """
     text = prompt + _joint(prompt, answer) + answer
@@ -69,7 +69,7 @@ def encode(
     subject_end: int | None = None,
     max_length: int | None = None,
 ) -> Row:
-    """Tokenise a prompt with its answer and find the tokens that matter.
+    """Tokenize a prompt with its answer and find the tokens that matter.
 
     Args:
         prompt: The text before the answer.
@@ -108,7 +108,7 @@ def encode_request(
     context: str = "",
     max_length: int | None = None,
 ) -> Row:
-    """Tokenise a request behind a context, which stands before its prompt, or in its chat before the user's words.
+    """Tokenize a request behind a context, which stands before its prompt, or in its chat before the user's words.
 
     Raises:
         ValueError: See `encode`.

@@ -22,7 +22,7 @@ _SHOWN = 20
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PLACEHOLDER = "path/to/this/folder"
 _FAMILIES = {
-    "probability": "is the new answer likelier than the old one, and on neighbours the old one?",
+    "probability": "is the new answer likelier than the old one, and on neighbors the old one?",
     "token_match": "share of the answer's tokens that are the first choice, teacher-forced",
     "generation": "share of freely written answers that begin with the wanted one",
 }

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from goldenedit.architecture.quantised import is_composite
+from goldenedit.architecture.quantized import is_composite
 from goldenedit.devices import onloaded_parameter
 
 _SAMPLES = 64
@@ -62,7 +62,7 @@ def fingerprint(model: nn.Module) -> str:
     """Return 32 hex digits over the shape and up to 64 evenly spaced values of every parameter.
 
     Values are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16 is the same model.
-    Offloaded parameters are read one after the other; those whose values nobody has count by name and shape, quantised
+    Offloaded parameters are read one after the other; those whose values nobody has count by name and shape, quantized
     ones by the tensors they are made of, integers by a sum over all of them.
     """
     return weight_hashes(model).fingerprint
@@ -129,7 +129,7 @@ def _halves(tensor: Tensor) -> int:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters by name, quantised ones as the tensors they are made of."""
+    """Yield the parameters by name, quantized ones as the tensors they are made of."""
     for name, parameter in sorted(model.named_parameters()):
         yield from _parts(name, parameter.detach())
 

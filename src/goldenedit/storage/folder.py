@@ -79,7 +79,7 @@ class EditedFact:
         request: The fact.
         probability_before: Probability of the new answer before the edit (geometric mean over its tokens).
         probability_after: The same with the edit in place.
-        steps: Steps of the value optimisation.
+        steps: Steps of the value optimization.
     """
 
     request: EditRequest
@@ -210,7 +210,7 @@ def check_edit_name(name: Any) -> None:
     forbidden = "".join(dict.fromkeys(one for one in name if not _may_name(one)))
     reasons = {
         "it is empty": not name.strip(),
-        "it begins or ends with white space": name != name.strip(),
+        "it begins or ends with whitespace": name != name.strip(),
         "it begins or ends with '.'": name.startswith(".") or name.endswith("."),
         "it holds '..'": ".." in name,
         f"it holds {forbidden!r}": bool(forbidden),

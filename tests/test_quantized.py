@@ -1,4 +1,4 @@
-"""Edits beside quantised weights: found, made, saved, stacked and switched off, and never rounded into them."""
+"""Edits beside quantized weights: found, made, saved, stacked and switched off, and never rounded into them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
-from goldenedit.architecture.layers import is_quantised, plain_weight
-from goldenedit.architecture.quantised import giving_backward
+from goldenedit.architecture.layers import is_quantized, plain_weight
+from goldenedit.architecture.quantized import giving_backward
 from goldenedit.layer_selection import lga_scores
 from goldenedit.storage.fingerprint import fingerprint
 from models import NUM_LAYERS, VOCAB_SIZE
 
 TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
 MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
-WIDTH, MLP_WIDTH = 64, 128  # quantisers take their weights in groups of 32 or 64
+WIDTH, MLP_WIDTH = 64, 128  # quantizers take their weights in groups of 32 or 64
 
 
 class IntegerLinear(nn.Linear):
@@ -118,7 +118,7 @@ def check_edits(load, tokenizer, logits, folder):
 def check_refused(model, logits):
     stacked = logits(model)
     for merge in (model.merge_and_unload, model.adapters.merged().__enter__):
-        with pytest.raises(ValueError, match=r"mlp\.down_proj (is|are) quantised"):
+        with pytest.raises(ValueError, match=r"mlp\.down_proj (is|are) quantized"):
             merge()
         assert torch.equal(logits(model), stacked)
     assert list(model.edits) == ["edit_1", "edit_2"]
@@ -128,7 +128,7 @@ def test_integer_weights_carry_edits_and_are_never_merged(tokenizer, logits, tmp
     check_refused(check_edits(with_integers, tokenizer, logits, tmp_path), logits)
 
 
-def test_layer_gradients_are_those_of_the_dequantised_weights(tokenizer, logits):
+def test_layer_gradients_are_those_of_the_dequantized_weights(tokenizer, logits):
     dense = plain_model()
     for path, linear in with_integers().named_modules():
         if isinstance(linear, IntegerLinear):
@@ -168,11 +168,11 @@ def test_other_integers_make_another_fingerprint():
     assert fingerprint(one) != fingerprint(other)
 
 
-def test_quantised_weights_have_no_plain_form():
+def test_quantized_weights_have_no_plain_form():
     model = with_integers()
-    assert is_quantised(model.model.layers[0].mlp.up_proj)
+    assert is_quantized(model.model.layers[0].mlp.up_proj)
     assert plain_weight(model.model.layers[0].mlp.up_proj) is None
-    assert not is_quantised(model.lm_head)
+    assert not is_quantized(model.lm_head)
 
 
 def write_gguf(path, model):
@@ -203,7 +203,7 @@ def write_gguf(path, model):
     writer.close()
 
 
-def test_gguf_is_loaded_dequantised_and_merges(tokenizer, logits, tmp_path):
+def test_gguf_is_loaded_dequantized_and_merges(tokenizer, logits, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", plain_model())
 
     def load():
@@ -214,11 +214,11 @@ def test_gguf_is_loaded_dequantised_and_merges(tokenizer, logits, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), stacked, rtol=1e-4, atol=1e-4)
 
 
-def by_config(folder, quantisation):
-    """Return a function that loads the tiny model from `folder`, quantised."""
+def by_config(folder, quantization):
+    """Return a function that loads the tiny model from `folder`, quantized."""
     plain_model().save_pretrained(folder)
     return lambda: AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation, dtype=torch.float32, device_map="cpu"
+        folder, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
     )
 
 

@@ -1,4 +1,4 @@
-"""What editing needs of linear maps with quantised weights, told by their properties and not by whose they are."""
+"""What editing needs of linear maps with quantized weights, told by their properties and not by whose they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def keeping_integers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules with parameters of integers, as quantised weights are kept."""
+    """Return the modules with parameters of integers, as quantized weights are kept."""
     return [
         module
         for module in model.modules()
@@ -32,7 +32,7 @@ def _keeping_composites(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def reading_state(model: nn.Module) -> Iterator[None]:
-    """Let `state_dict()` take quantised weights as they lie, inside this context.
+    """Let `state_dict()` take quantized weights as they lie, inside this context.
 
     bitsandbytes' 4-bit maps that ran on a CPU otherwise put their weights back in the order of a file first, and lose
     their scales: PEFT asks for a state only to see its names.
@@ -83,10 +83,10 @@ def _has_backward(linear: nn.Module, inputs: Tensor) -> bool:
 
 @contextmanager
 def giving_backward(model: nn.Module) -> Iterator[None]:
-    """Give those quantised maps a backward that have none, inside this context.
+    """Give those quantized maps a backward that have none, inside this context.
 
     Kernels that only infer have none: bitsandbytes' for 4-bit maps that ran on a CPU before, torchao's with rounded
-    inputs. Their matrices take the memory that they have unquantised, for the maps that gradients pass.
+    inputs. Their matrices take the memory that they have unquantized, for the maps that gradients pass.
     """
     matrices: dict[nn.Module, Tensor | None] = {}  # kept until the context ends: making one takes many forwards' time
 
@@ -98,8 +98,8 @@ def giving_backward(model: nn.Module) -> Iterator[None]:
         matrix = matrices[module]
         return None if matrix is None else _Linear.apply(args[0], output.detach(), matrix)
 
-    quantised = [*keeping_integers(model), *_keeping_composites(model)]
-    handles = [module.register_forward_hook(hook) for module in quantised if hasattr(module, "in_features")]
+    quantized = [*keeping_integers(model), *_keeping_composites(model)]
+    handles = [module.register_forward_hook(hook) for module in quantized if hasattr(module, "in_features")]
     try:
         yield
     finally:

