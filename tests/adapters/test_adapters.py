@@ -14,8 +14,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from conformance_checks import FACTS
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.adapters import REFUSED_VERBS as REFUSED
 from goldenedit.adapters.layers import tuner_layers
-from goldenedit.model import _REFUSED as REFUSED
 from models import tiny_model
 from zoo import zoo_model
 
