@@ -10,7 +10,7 @@ from zoo import DENSE, TARGET_MODULES, category, causal_lm_types
 NOT_EDITABLE = {  # with what the refusal must say
     "dbrx": "neither a single dense down projection nor fused experts",
     "hrm_text": "several times for each token",
-    "laguna": "which is no module of this model",
+    "laguna": "this model has no such module",
     "xlnet": "reads later tokens",
     "prophetnet": "reads later tokens",
     "musicgen": "token ids of one vocabulary",
