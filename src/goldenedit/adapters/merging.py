@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 from goldenedit.adapters.layers import changed_parameter, put, retrained_modules, saving_whole, tuner_layers
@@ -38,24 +39,16 @@ def merged(base: nn.Module, merge: Merge) -> Iterator[None]:
     layers, retrained = tuner_layers(base), retrained_modules(base)
     weights = _weights(base, layers)
     _check_biases(layers, merge)
-    biases: dict[str, Any] = {path: getattr(layer.base_layer, "bias", None) for path, layer in layers.items()}
-    try:
+    with ExitStack() as stack:
         for path, layer in layers.items():
-            _write(layer, weights[path], merge)
+            stack.callback(put, base, path, layer)
+            stack.enter_context(_written(layer, weights[path], merge))
             put(base, path, layer.base_layer)
         for path, wrapper in retrained.items():
+            stack.callback(put, base, path, wrapper)
             put(base, path, _in_effect(wrapper))
-        with saving_whole(base):
-            yield
-    finally:
-        for path, wrapper in retrained.items():
-            put(base, path, wrapper)
-        for path, layer in layers.items():
-            setattr(layer.base_layer, changed_parameter(layer), weights[path])
-            if biases[path] is not None:
-                layer.base_layer.bias = biases[path]
-            layer.merged_adapters.clear()
-            put(base, path, layer)
+        stack.enter_context(saving_whole(base))
+        yield
 
 
 def merge_for_good(base: nn.Module, merge: Merge) -> None:
@@ -65,20 +58,59 @@ def merge_for_good(base: nn.Module, merge: Merge) -> None:
         ValueError: A sum is not finite, or cannot be written. Nothing has changed.
     """
     layers = tuner_layers(base)
-    weights = _weights(base, layers)
-    with merged(base, merge):
-        sums = {path: getattr(layer.base_layer, changed_parameter(layer)).data for path, layer in layers.items()}
-        biases: dict[str, Any] = {path: getattr(layer.base_layer, "bias", None) for path, layer in layers.items()}
-    for path, changed in sums.items():
-        if not changed.isfinite().all():
-            raise ValueError(f"The weight of {path} would not be finite with the edits in it, so nothing was merged.")
-    for path, layer in layers.items():
+    offloaded = {path: layer for path, layer in layers.items() if _is_offloaded(layer)}
+    in_memory = {path: layer for path, layer in layers.items() if path not in offloaded}
+    weights = _weights(base, in_memory)
+    _check_biases(layers, merge)
+    sums: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    for path, layer in in_memory.items():
+        with _written(layer, weights[path], merge):
+            sums[path] = getattr(layer.base_layer, changed_parameter(layer)).data
+            if getattr(layer.base_layer, "bias", None) is not None:
+                biases[path] = layer.base_layer.bias.data
+        _check_finite(path, sums[path])
+    for path, layer in offloaded.items():  # read now and again later: together they may not fit into memory
+        with onload_layer(layer), _written(layer, getattr(layer.base_layer, changed_parameter(layer)), merge):
+            _check_finite(path, getattr(layer.base_layer, changed_parameter(layer)))
+    for path, layer in in_memory.items():
         weights[path].data = sums[path]
-        if biases[path] is not None:
-            layer.base_layer.bias.data = biases[path].data
+        if path in biases:
+            layer.base_layer.bias.data = biases[path]
+    for layer in offloaded.values():
+        with onload_layer(layer):
+            weight = getattr(layer.base_layer, changed_parameter(layer))
+            with _written(layer, weight, merge):
+                total = getattr(layer.base_layer, changed_parameter(layer)).data
+            weight.data = total
+    for path, layer in layers.items():
         put(base, path, layer.base_layer)
     for path, wrapper in retrained_modules(base).items():
         put(base, path, _in_effect(wrapper))
+
+
+def _is_offloaded(layer: Any) -> bool:
+    weight = getattr(layer.base_layer, changed_parameter(layer), None)
+    return isinstance(weight, Tensor) and weight.is_meta and hasattr(layer.base_layer, "_hf_hook")
+
+
+def _check_finite(path: str, total: Tensor) -> None:
+    if not total.isfinite().all():
+        raise ValueError(f"The weight of {path} would not be finite with the edits in it, so nothing was merged.")
+
+
+@contextmanager
+def _written(layer: Any, weight: nn.Parameter, merge: Merge) -> Iterator[None]:
+    """Give the plain module of a layer a new weight inside this context, with the adapters in it."""
+    bias = getattr(layer.base_layer, "bias", None)
+    try:
+        _write(layer, weight, merge)
+        yield
+    finally:
+        setattr(layer.base_layer, changed_parameter(layer), weight)
+        if bias is not None:
+            layer.base_layer.bias = bias
+        layer.merged_adapters.clear()
 
 
 def _in_effect(wrapper: Any) -> nn.Module:
