@@ -223,7 +223,7 @@ def _read_edits(
         ways = record["configs"] if "configs" in record else [record["config"]]
         configs = [EditConfig.read({**sidecar["config"], **way}) for way in ways]
         layers = record.get("layers", sorted({layer for config in configs for layer in config.target_layers}))
-        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
             raise ValueError(f"the layers of {record['name']!r} are {layers!r}")
         edits.append(
             Edit(
@@ -237,7 +237,8 @@ def _read_edits(
                 relative_error=error,
                 contexts_hash=contexts,
                 configs=tuple(configs),
-                versions=_checked_texts({**sidecar["versions"], **record.get("versions", {})}),
+                # None where all edits are of the same ones, as they were before edits had their own.
+                versions=_checked_texts(sidecar["versions"] if record.get("versions") is None else record["versions"]),
                 beside=tuple(Beside(**_checked_texts(entry)) for entry in record.get("beside", ())),
             )
         )
