@@ -57,7 +57,7 @@ def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
 
 
 def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each new answer before and after; weak ones are marked."""
+    """Return the facts of edits with the probability of each answer before and after; those not taken are marked."""
     table = Table("edit", "prompt", "new answer", "before", "after", "")
     for made in edits:
         for fact in made.facts:
