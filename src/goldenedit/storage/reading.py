@@ -287,6 +287,8 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[
         expected |= set(names)
         try:
             A, B = (tensors[name] for name in names)
+            if wrong_dtypes := [str(factor.dtype) for factor in (A, B) if factor.dtype not in _DTYPES]:
+                raise ValueError(f"they are of {wrong_dtypes[0]}")
             # Only a fused parameter has more factors than ranks; it is called by its own name.
             delta = LowRankDelta.from_stored(A, B, rank) if parameter and len(A) != rank else LowRankDelta(A, B)
         except (KeyError, ValueError, TypeError) as error:
@@ -303,8 +305,6 @@ def _problem(delta: LowRankDelta, rank: int) -> str | None:
     """Return what is wrong with the factors of a module, if anything."""
     if delta.rank != rank:
         return f"have rank {delta.rank}, not {rank}"
-    if delta.A.dtype not in _DTYPES or delta.B.dtype not in _DTYPES:
-        return f"are of {delta.A.dtype} and {delta.B.dtype}"
     if not 0 < rank <= _MOST_RANKS * min(delta.A.shape[1], delta.B.shape[0]):
         return f"have rank {rank}, which is no edit's for a matrix of {delta.B.shape[0]} x {delta.A.shape[1]}"
     if not (delta.A.isfinite().all() and delta.B.isfinite().all()):
