@@ -27,7 +27,7 @@ from goldenedit.storage.folder import (
     joined,
     write_edit_folder,
 )
-from goldenedit.storage.hub import DownloadOptions, find_folder, is_on_hub
+from goldenedit.storage.hub import DownloadOptions, find_adapter, find_folder, is_on_hub
 from goldenedit.storage.reading import is_plain_adapter, read_edit_folder
 
 logger = logging.getLogger(__name__)
@@ -160,13 +160,14 @@ class StoringMixin:
     ) -> None:
         """Load the edits of another folder beside those that are there; `set_adapter` switches them on.
 
-        A folder with a plain LoRA adapter becomes an edit without facts, which `set_adapter` switches on and off, and
-        which `save_pretrained` leaves to the folder it came from.
+        A folder or repository with a plain LoRA adapter is loaded as that: it is no edit, but `set_adapter` switches
+        it on and off, edits are made beside it, `delete_adapter` and `unload` take it away, and `save_pretrained`
+        leaves it to the folder it came from.
 
         Raises:
             ValueError: As in `from_pretrained`, or a name is taken.
         """
-        folder = find_folder(os.fspath(model_id), **download)
+        folder = find_adapter(os.fspath(model_id), **download)
         if is_plain_adapter(folder):
             self.adapters.load(folder, adapter_name or "default")
             self.model = self.adapters.model
