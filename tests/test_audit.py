@@ -43,12 +43,12 @@ def test_an_honest_edit_is_explained_by_its_facts_and_a_hidden_one_is_not(method
     tower, merkel = (model.edits[name].deltas for name in ("tower", "merkel"))
     hidden = {path: delta.beside(merkel[path]) for path, delta in tower.items()}
     (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=hidden, state={}))
-    assert any("changes in 2 directions, but 1 facts are listed" in warning for warning in found.warnings)
+    assert any("changes in 2 directions, but the number of listed facts is 1" in warning for warning in found.warnings)
     # The same in one direction: the row answers to both subjects.
     (path,) = tower
     mixed = {path: LowRankDelta(tower[path].A + merkel[path].A * tower[path].norm / merkel[path].norm, tower[path].B)}
     (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=mixed, state={}))
-    assert any("answers to none of the listed facts" in warning for warning in found.warnings)
+    assert any("no listed fact explains" in warning for warning in found.warnings)
     assert found.modules[0].unexplained > UNEXPLAINED
 
 
@@ -67,7 +67,7 @@ def test_more_directions_than_facts_are_told_though_rows_cannot_be_computed(toke
     hidden = {path: delta.beside(merkel[path]) for path, delta in tower.items()}
     (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=hidden, contexts_hash=None))
     assert len(found.warnings) == 1
-    assert "changes in 2 directions, but 1 facts are listed" in found.warnings[0]
+    assert "changes in 2 directions, but the number of listed facts is 1" in found.warnings[0]
 
 
 def test_an_edit_is_audited_by_how_it_was_made_itself(tokenizer, tmp_path):
@@ -107,7 +107,7 @@ def test_an_edit_that_does_not_do_what_it_lists_is_told(tokenizer, tmp_path):
     boast = [replace(fact, probability_after=1.0)]
     (found,) = audit(loaded(model, tokenizer, tmp_path, facts=boast))
     assert len(found.warnings) == 1
-    assert "not the 1.000 that the edit lists" in found.warnings[0]
+    assert "but the edit lists 1.000" in found.warnings[0]
 
 
 def test_rows_of_other_contexts_are_not_taken_for_those_of_the_edit(tokenizer, tmp_path):

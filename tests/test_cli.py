@@ -204,7 +204,7 @@ def test_an_edit_that_hides_another_is_told(capsys, folder, tmp_path):
     write_edit_folder(hiding, replace(content, edits=[replace(made, facts=made.facts[:1])]), "")
     code, output, _ = run(capsys, "show", str(hiding))
     assert code == 0
-    assert "changes in 2 directions, but 1 facts are listed" in " ".join(output.split())
+    assert "changes in 2 directions, but the number of listed facts is 1" in " ".join(output.split())
     assert "The edits do what they list" not in output
 
 

@@ -8,12 +8,12 @@ from conformance_checks import examine
 from zoo import DENSE, TARGET_MODULES, category, causal_lm_types
 
 NOT_EDITABLE = {  # with what the refusal must say
-    "dbrx": "neither a single dense down projection nor fused experts",
+    "dbrx": "No dense down projection and no fused experts were found",
     "hrm_text": "several times for each token",
     "laguna": "this model has no such module",
-    "xlnet": "reads later tokens",
-    "prophetnet": "reads later tokens",
-    "musicgen": "token ids of one vocabulary",
+    "xlnet": "is not causal",
+    "prophetnet": "is not causal",
+    "musicgen": "token ids of a single vocabulary",
     "reformer": "no list of decoder layers",
 }
 KINDS = (

@@ -220,7 +220,7 @@ def test_pmet_without_an_attention_is_refused_before_anything_runs(tokenizer):
     model.architecture.attention_outputs.clear()
     ran = []
     model.get_base_model().register_forward_pre_hook(lambda *_: ran.append(1))
-    with pytest.raises(ValueError, match="no output projection of an attention"):
+    with pytest.raises(ValueError, match="No attention output projection was found"):
         model.edit(FACTS)
     assert ran == []
 

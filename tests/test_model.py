@@ -1050,9 +1050,9 @@ def test_a_doubtful_place_of_the_subject_is_told_with_the_remedy_and_a_certain_o
         edit_model.edit("In London and London you are", "don", "Rome")
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
-    assert "'Rome' is in 2 places of 'Rome? No, in Rome one is'" in told[0]
+    assert "'Rome' occurs 2 times in 'Rome? No, in Rome one is'" in told[0]
     assert "'Rome? No, in [Rome] one is'" in told[0]
-    assert "Write {}" in told[0]
+    assert "write {} in its place" in told[0]
     caplog.clear()
     edit_model.edit("{}? No, in Rome you are", "Rome", "London")
     edit_model.edit(MERKEL)

@@ -16,7 +16,7 @@ def test_an_unknown_name_is_an_error_that_lists_those_there_are():
 def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_set(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"file.*GOLDENEDIT_CACHE.*gigabytes"):
+    with pytest.raises(OSError, match=r"file.*GOLDENEDIT_CACHE.*2 GB"):
         packaged_model("smollm2")
 
 

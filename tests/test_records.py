@@ -75,8 +75,8 @@ def test_a_chat_is_one_record_though_its_messages_are_a_list_of_objects(tmp_path
     ("damage", "message"),
     [
         (b'{"text": "a', "line 3: not valid JSON"),
-        (b'"\xff"', "line 3: not UTF-8"),
-        (b"[" * 100_000, "line 3: not valid JSON, nested too deeply"),
+        (b'"\xff"', "line 3: not valid UTF-8"),
+        (b"[" * 100_000, "line 3: JSON is nested too deeply"),
     ],
 )
 def test_a_damaged_line_is_named_by_file_and_number(tmp_path, read, damage, message):
@@ -89,7 +89,7 @@ def test_a_damaged_line_is_named_by_file_and_number(tmp_path, read, damage, mess
 def test_lines_in_a_file_that_says_it_is_one_json_are_told_with_the_remedy(tmp_path):
     path = tmp_path / "facts.json"
     path.write_text(f"{json.dumps(FACT)}\n{json.dumps(FACT)}\n")
-    with pytest.raises(ValueError, match=r"facts\.json: not valid JSON .*name the file \.jsonl"):
+    with pytest.raises(ValueError, match=r"facts\.json: not valid JSON .*rename the file to \.jsonl"):
         load_requests(path)
 
 

@@ -35,8 +35,8 @@ COUNTERFACT = {
         ({"target_new": ""}, "target_new"),
         ({"target_new": "  "}, "target_new"),
         ({"target_new": 3}, "target_new"),
-        ({"target_true": "Rome"}, "nothing to edit"),
-        ({"target_true": " Rome "}, "nothing to edit"),
+        ({"target_true": "Rome"}, "equals the old one"),
+        ({"target_true": " Rome "}, "equals the old one"),
     ],
 )
 def test_a_request_that_means_nothing_is_refused_by_name(change, message):

@@ -26,7 +26,7 @@ def test_white_space_around_the_subject_is_no_part_of_it(space):
             request = EditRequest(prompt, subject, "Rome")
             assert request.subject == "Angora goat"
             assert marked(request) == "What is [Angora goat] named after?"
-    with pytest.raises(ValueError, match="subject must be a text that is not empty"):
+    with pytest.raises(ValueError, match="subject must be a non-empty string"):
         EditRequest("What is", space, "Rome")
 
 
@@ -84,16 +84,16 @@ def test_whole_words_come_before_parts_of_words(text, subject, expected):
 @pytest.mark.parametrize(
     ("text", "subject", "taken", "why"),
     [
-        ("Rome? No, in Rome one speaks", "Rome", "Rome? No, in [Rome] one speaks", "is in 2 places of"),
-        ("open the door and openly", "pen", "open the door and o[pen]ly", "is in 2 places of"),
-        ("The opening is", "pen", "The o[pen]ing is", "is only a part of a word in"),
-        ("东京塔在东京的中心", "东京", "东京塔在[东京]的中心", "is in 2 places of"),
+        ("Rome? No, in Rome one speaks", "Rome", "Rome? No, in [Rome] one speaks", "occurs 2 times in"),
+        ("open the door and openly", "pen", "open the door and o[pen]ly", "occurs 2 times in"),
+        ("The opening is", "pen", "The o[pen]ing is", "is only part of a longer word in"),
+        ("东京塔在东京的中心", "东京", "东京塔在[东京]的中心", "occurs 2 times in"),
     ],
 )
 def test_of_places_that_are_as_good_the_last_is_taken_and_the_doubt_is_told(text, subject, taken, why):
     request = EditRequest(text, subject, "new")
     assert marked(request) == taken
-    for part in (repr(subject), why, repr(text), f"'{taken}'", "Write {} instead"):
+    for part in (repr(subject), why, repr(text), f"'{taken}'", "write {} in its place"):
         assert part in request.doubt
 
 

@@ -1,14 +1,14 @@
-"""Does an edit do what it says, and no more? Its facts are replayed, and its factors held against their keys.
+"""Check that an edit does what it lists and nothing else: measure its facts, and compare its factors with their keys.
 
-Editors that insert values under keys change `W` by `B A` with rows of `A` in the span of what they make of the facts'
-keys, whatever the values are. So the rows that the listed facts give are computed again, with `V` an orthonormal basis
-of them, and
+An editor that inserts values under keys changes `W` by `Delta = B A`. It computes the span of the rows of `A` from the
+keys of the facts alone; the values do not matter. The audit computes the rows for the listed facts again. With `V` an
+orthonormal basis of them,
 
     unexplained = ||Delta (I - V V^T)||_F / ||Delta||_F
 
-is the share of a change that answers to keys of no listed fact. Fine-tuned edits have no such rows, and on a processor
-that samples other text from the base model they cannot be computed again. Nor can those of an edit's later layers,
-whose keys depend on the values in the earlier ones.
+is the share of the change that no listed fact explains. It is not available for fine-tuned edits, which have no such
+rows; on machines where the base model samples other context texts, which change the rows; and for all layers of an edit
+but the first, whose keys depend on the values inserted in earlier layers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from goldenedit.model import EditModel
     from goldenedit.storage.folder import Edit
 
-# An edit of SmolLM2 has 1e-7 in float32 and 0.03 where rows are found in bfloat16.
+# Largest acceptable `unexplained`. An edit of SmolLM2 has 1e-7 in float32, and 0.03 with rows computed in bfloat16.
 UNEXPLAINED = 0.2
-_MOST_TOKENS = 100_000
-# A fact that is less than half as probable as its edit says is not what the edit does.
+_MAX_TOKENS = 100_000
+# A new answer below this share of the probability that its edit lists gets a warning.
 FORGOTTEN = 0.5
 
 
@@ -46,9 +46,9 @@ class ModuleAudit:
 
     Attributes:
         path: Its path in the base model.
-        norm: Frobenius norm of the change, relative to that of the base matrix; None where that is quantized or
-            offloaded.
-        unexplained: Share of the change that no listed fact explains, in [0, 1]; None where it cannot be told.
+        norm: Frobenius norm of the change, divided by the norm of the base matrix; None if the base matrix is quantized
+            or offloaded.
+        unexplained: Share of the change that no listed fact explains, in [0, 1]; None if it cannot be computed.
     """
 
     path: str
@@ -58,13 +58,14 @@ class ModuleAudit:
 
 @dataclass(frozen=True)
 class EditAudit:
-    """One edit: what it changes, and what speaks against it.
+    """The audit of one edit.
 
     Attributes:
         name: Name of the edit.
-        modules: Its matrices.
-        probabilities: Probability of each new answer with all edits on, found now.
-        warnings: What the listed facts do not explain, in words; empty where all is well.
+        modules: The matrices that it changes.
+        probabilities: Probability of each new answer, measured now with all edits active.
+        warnings: Changes that the listed facts do not explain, and facts that the edit does not produce; empty if the
+            edit passes.
     """
 
     name: str
@@ -74,45 +75,48 @@ class EditAudit:
 
 
 def audit(model: EditModel) -> list[EditAudit]:
-    """Look at the active edits of a model: do they do what they list, and only that?
+    """Audit the active edits of a model: check that they change what they list, and nothing else.
 
     Raises:
         ValueError: A listed fact cannot be tokenized.
     """
     names = model.active_adapters
-    before = [joined_state(model.edits[name] for name in names[:index]) for index in range(len(names))]
-    return [_audit(model, model.edits[name], state) for name, state in zip(names, before, strict=True)]
+    states = [joined_state(model.edits[name] for name in names[:index]) for index in range(len(names))]
+    return [_audit(model, model.edits[name], state) for name, state in zip(names, states, strict=True)]
 
 
-def _audit(model: EditModel, edit: Edit, remembered: Mapping[str, Tensor]) -> EditAudit:
+def _audit(model: EditModel, edit: Edit, previous: Mapping[str, Tensor]) -> EditAudit:
+    """Audit one edit; `previous` is the joined state of the edits before it."""
     requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
-    found = likelihoods(model.lm, [(request.text, request.target_new) for request in requests])
-    probabilities = [math.exp(-one.nll) for one in found]
+    answers = likelihoods(model.lm, [(request.text, request.target_new) for request in requests])
+    probabilities = [math.exp(-answer.nll) for answer in answers]
     warnings = []
     for fact, probability in zip(edit.facts, probabilities, strict=True):
         if probability < FORGOTTEN * fact.probability_after:
             warnings.append(
-                f"{fact.request.shown!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, not "
-                f"the {fact.probability_after:.3f} that the edit lists"
+                f"{fact.request.shown!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, but "
+                f"the edit lists {fact.probability_after:.3f}"
             )
-    by_keys = all(
+    is_key_based = all(
         config.has_editor and config.editor.learns == "values" and config.regularizer is None for config in edit.configs
     )
-    # Edits of different making that are one have no rows of their own.
-    rows = _rows(model, edit, edit.config, remembered) if by_keys and edit.config is not None else {}
+    # An edit joined from edits with different configs has no rows of a single editor.
+    rows = _rows(model, edit, edit.config, previous) if is_key_based and edit.config is not None else {}
     modules = []
     for path, delta in edit.deltas.items():
         weight = weight_of(model.get_base_model(), path)
-        explained = rows.get(path)
-        share = None if explained is None else unexplained(delta.A, delta.B, explained)
+        explained_rows = rows.get(path)
+        share = None if explained_rows is None else unexplained(delta.A, delta.B, explained_rows)
         modules.append(ModuleAudit(path, _relative(delta.norm, weight), share))
-        effective = int((delta.svd()[1] > 1e-6 * delta.norm).sum())
-        if by_keys and effective > len(requests):
-            warnings.append(f"{path} changes in {effective} directions, but {len(requests)} facts are listed")
+        rank = int((delta.svd()[1] > 1e-6 * delta.norm).sum())
+        if is_key_based and rank > len(requests):
+            warnings.append(f"{path} changes in {rank} directions, but the number of listed facts is {len(requests)}")
         elif share is not None and share > UNEXPLAINED:
-            warnings.append(f"{share:.0%} of the change of {path} answers to none of the listed facts")
-    listed = set(model.architecture.down_projections.values())
-    warnings += [f"{path} is not the down projection of a layer" for path in edit.deltas if path not in listed]
+            warnings.append(f"no listed fact explains {share:.0%} of the change of {path}")
+    down_projections = set(model.architecture.down_projections.values())
+    warnings += [
+        f"{path} is not the down projection of a layer" for path in edit.deltas if path not in down_projections
+    ]
     return EditAudit(edit.name, modules, probabilities, warnings)
 
 
@@ -128,35 +132,35 @@ def unexplained(A: Tensor, B: Tensor, rows: Tensor) -> float:
     A, B = A.double(), B.double()
     rest = A - (A @ V) @ V.T
     gram = B.T @ B
-    whole = ((A @ A.T) * gram).sum()
-    return (((rest @ rest.T) * gram).sum().clamp_min(0) / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt().item()
+    total = ((A @ A.T) * gram).sum()
+    return (((rest @ rest.T) * gram).sum().clamp_min(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().item()
 
 
-def _rows(model: EditModel, edit: Edit, config: EditConfig, remembered: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rows that an editor makes of the facts' keys, by module; none where that cannot be told."""
-    if config.covariance not in ("sampled", "identity") or config.covariance_tokens > _MOST_TOKENS:
-        return {}  # a stranger's edit is not to choose what is loaded from elsewhere, nor for how long this runs
-    if config.contexts * config.context_length > _MOST_TOKENS or edit.contexts_hash != model.contexts_hash(config):
+def _rows(model: EditModel, edit: Edit, config: EditConfig, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the rows that the editor computes from the facts' keys, by module; empty if they cannot be computed."""
+    if config.covariance not in ("sampled", "identity") or config.covariance_tokens > _MAX_TOKENS:
+        return {}  # an edit from a stranger must not choose what is loaded from elsewhere, or how long this runs
+    if config.contexts * config.context_length > _MAX_TOKENS or edit.contexts_hash != model.contexts_hash(config):
         return {}
     requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
-    where, layers = model.architecture, config.target_layers[:1]  # the keys of later ones depend on its change
+    layers = config.target_layers[:1]  # the keys of later layers depend on the change in this one
     with model.disable_adapter():
         contexts = model.lm.contexts(config)
         statistics = model.lm.statistics(config, layers)
         keys = context_keys(model.lm, requests, layers, contexts)
         facts = fact_keys(model.lm, requests, layers, keys, config)
     rows = {}
-    for layer, of_layer in facts.items():
-        path = where.down_projections[layer]
-        previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
-        # Rows do not depend on the residuals; these are one direction for each fact.
-        change = config.solve(Problem(of_layer, torch.eye(len(of_layer)), statistics[layer], None, previous))
-        rows[path] = change if isinstance(change, Tensor) else change.A
+    for layer, layer_facts in facts.items():
+        path = model.architecture.down_projections[layer]
+        previous_keys = previous.get(f"keys/{path}") if config.editor.remembers_keys else None
+        # The span of the rows does not depend on the residuals, so use one unit vector per fact.
+        delta = config.solve(Problem(layer_facts, torch.eye(len(layer_facts)), statistics[layer], None, previous_keys))
+        rows[path] = delta if isinstance(delta, Tensor) else delta.A
     return rows
 
 
 def _relative(norm: float, weight: Tensor | None) -> float | None:
     if weight is None:
         return None
-    whole = weight.float().norm().item()
-    return norm / whole if whole > 0 else None
+    weight_norm = weight.float().norm().item()
+    return norm / weight_norm if weight_norm > 0 else None

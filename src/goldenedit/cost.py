@@ -1,7 +1,8 @@
-"""What a computation costs: seconds here, and floating-point operations, which hold on every machine.
+"""Measure the cost of a computation: seconds, and floating-point operations, which do not depend on the machine.
 
-torch has no public way to see the operators that run: what is used here is looked up when something is first measured.
-An operator that this version of torch does not have, or calls otherwise, is not counted; nothing else depends on it.
+torch has no public way to observe the operators that run, so this module uses private names. They are looked up when
+something is first measured. An operator that this version of torch does not have, or calls with other arguments, is not
+counted. Nothing else depends on these names.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Cost:
 
 
 class _NoCounter:
-    """Counts nothing, where torch has no `TorchDispatchMode`."""
+    """Counts nothing; used if torch has no `TorchDispatchMode`."""
 
     flops = 0
 
@@ -55,10 +56,12 @@ def _counter_class() -> type[Any]:
         return _NoCounter
 
     class Counter(TorchDispatchMode):
-        """torch's own formulas, without the module tree of its `FlopCounterMode`, which refuses `torch.autograd.grad`.
+        """Counts operations by torch's own formulas and those of this file.
+
+        torch's `FlopCounterMode` also tracks modules, which fails with `torch.autograd.grad`.
 
         Attributes:
-            flops: Operations of what ran in this context.
+            flops: Number of floating-point operations that ran in this context.
         """
 
         def __init__(self) -> None:
@@ -75,7 +78,7 @@ def _counter_class() -> type[Any]:
             if formula is not None:
                 try:
                     self.flops += formula(*args, **kwargs, out_val=result)
-                except Exception as error:  # a formula for another version's arguments; the operator itself ran
+                except Exception as error:  # the formula expects other arguments; the operator itself has run
                     logger.debug("A call of %s is not counted (%s: %s).", func, type(error).__name__, error)
             return result
 
@@ -83,7 +86,7 @@ def _counter_class() -> type[Any]:
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Count scores and weighted sum; torch's own formula refuses keys with fewer heads in some of its versions."""
+    """Count scores and weighted sum; in some versions, torch's own formula fails for keys with fewer heads."""
     batch, heads, length, width = query.shape
     return int(2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1]))
 
@@ -91,7 +94,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: 
 def _attention_backward(
     slope: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> int:
-    # Scores once more, then one product each for the gradients of values, weights, queries and keys.
+    # The scores again, then one product each for the gradients of values, attention weights, queries and keys.
     return 5 * _attention(query, key, value) // 2
 
 
@@ -116,7 +119,7 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, **_: Any) -> int:
 
 
 def _eigh(matrix: torch.Tensor, *_: Any, **__: Any) -> int:
-    return 9 * matrix.numel() * matrix.shape[-1]  # by divide and conquer, vectors included
+    return 9 * matrix.numel() * matrix.shape[-1]  # divide and conquer, with eigenvectors
 
 
 _FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -134,7 +137,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 @cache
 def _formulas() -> Mapping[Any, Callable[..., int]]:
-    """Return the formula of each operator that there is one for: torch's own, and those of this file."""
+    """Return the formula for each operator that has one, from torch and from this file."""
     try:
         from torch.utils.flop_counter import flop_registry
     except ImportError as error:
@@ -153,9 +156,9 @@ def _formulas() -> Mapping[Any, Callable[..., int]]:
 
 @contextmanager
 def measuring() -> Iterator[Callable[[], Cost]]:
-    """Yield a function that tells the cost since the start of this context, or that of all of it once it has ended.
+    """Yield a function that returns the cost since the start of this context, up to now or to the end of the context.
 
-    Counting adds some percent to the seconds of small models.
+    Counting makes small models a few percent slower.
 
     Example:
         ```python
@@ -179,7 +182,7 @@ _phases: ContextVar[dict[str, Cost] | None] = ContextVar("phases", default=None)
 
 @contextmanager
 def profiling() -> Iterator[dict[str, Cost]]:
-    """Yield a dict that fills with what each phase of the library's work inside this context costs, by its name.
+    """Yield a dict that collects the cost of each phase of the library's work inside this context, by phase name.
 
     Example:
         ```python
@@ -188,19 +191,19 @@ def profiling() -> Iterator[dict[str, Cost]]:
         phases["values"].flops
         ```
     """
-    found: dict[str, Cost] = {}
-    token = _phases.set(found)
+    costs: dict[str, Cost] = {}
+    token = _phases.set(costs)
     try:
-        yield found
+        yield costs
     finally:
         _phases.reset(token)
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Count this context as a phase, where somebody is `profiling`; phases inside it are part of it."""
-    found = _phases.get()
-    if found is None:
+    """Record the cost of this context as a phase if `profiling` is active; nested phases count as part of it."""
+    costs = _phases.get()
+    if costs is None:
         yield
         return
     token = _phases.set(None)
@@ -209,4 +212,4 @@ def phase(name: str) -> Iterator[None]:
             yield
     finally:
         _phases.reset(token)
-    found[name] = found.get(name, Cost()) + cost()
+    costs[name] = costs.get(name, Cost()) + cost()

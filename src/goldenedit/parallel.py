@@ -1,12 +1,13 @@
-"""One job in several processes, each with the whole model: under `accelerate launch` or `torchrun`.
+"""Share a job among several processes that each hold the whole model, under `accelerate launch` or `torchrun`.
 
-LGA, key statistics and sweeps share their work among the processes of the default group, and every process has the
-whole result. The library starts no group: a program does, by accelerate's `Accelerator()` or `PartialState()`, and so
-does the command line. As with all that processes do together, each of them must then make the same calls.
+LGA, key statistics, sweeps and large batches of facts are split among the processes of the default group, and every
+process gets the whole result. The library does not start a group. The program does, with accelerate's `Accelerator()`
+or `PartialState()`, and so does the command line. As with all collective operations, each process must make the same
+calls.
 
-What fails in one process, in whatever way, fails in all of them with its message (`Processes.together`). A process
-that is killed can tell nobody: `torchrun` and `accelerate launch` end the others then. Without such a launcher, they
-raise an error once the connection is seen to be lost (with gloo at once), or the timeout of their group has passed.
+An error in one process is raised in all of them, with its message (`Processes.together`). A process that is killed
+cannot notify the others: `torchrun` and `accelerate launch` then end them. Without such a launcher, they raise an error
+when the loss of the connection is detected (with gloo, at once) or when the timeout of the group has passed.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Failure = TypeVar("Failure", bound=BaseException)
 
-_KNOWN_TO_ALL = "known_to_all_processes"  # attribute of an exception that no process is waiting to hear of
+_KNOWN_TO_ALL = "known_to_all_processes"  # attribute of exceptions that all processes have been notified of
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share a job; by default this one alone.
+    """The processes that share a job; by default, only the current one.
 
     Attributes:
-        index: Number of this process.
-        count: Number of all.
+        index: Rank of this process.
+        count: Number of processes.
     """
 
     index: int = 0
@@ -52,92 +53,94 @@ class Processes:
         return self.index == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's items."""
+        """Return this process's share of the items: every `count`-th one."""
         return items[self.index :: self.count]
 
     def gather(self, value: Result) -> list[Result]:
-        """Return the values of all processes.
+        """Return the values of all processes, in the order of their ranks.
 
         Raises:
-            RuntimeError: Another process failed before it came here, see `together`.
+            RuntimeError: Another process failed before this call, see `together`.
         """
         if self.count == 1:
             return [value]
-        parts = self._exchange(value, None)
-        for rank, (_, failure) in enumerate(parts):
+        results = self._exchange(value, None)
+        for rank, (_, failure) in enumerate(results):
             if failure is not None:
                 raise _known_to_all(failure.error(rank, self.count))
-        return [part for part, _ in parts]
+        return [gathered for gathered, _ in results]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let what fails in one process fail in all of them, which otherwise would wait for it.
+        """Raise an error of one process in all processes, which otherwise would wait for it.
 
-        All processes enter this context and leave it together. Those inside it that do not fail hear of it where they
-        next exchange something, at the latest at its end. Contexts may lie one in the other.
+        All processes enter and leave this context together. If one of them fails, the others raise an error when they
+        next exchange something, at the latest at the end of the context. Contexts may be nested.
 
         Raises:
-            ValueError: Another process raised one.
-            OSError: Another process raised one.
-            RuntimeError: Another process failed in any other way: it ran out of memory, or was interrupted.
+            ValueError: Another process raised a ValueError.
+            OSError: Another process raised an OSError.
+            RuntimeError: Another process failed in any other way, for example ran out of memory or was interrupted.
         """
         if self.count == 1:
             yield
             return
         try:
             yield
-        except BaseException as error:  # the others wait for a process that was interrupted too
+        except BaseException as error:  # the others wait also for a process that was interrupted
             if not getattr(error, _KNOWN_TO_ALL, False):
-                self._tell(error)
+                self._report(error)
             raise
         self.gather(None)
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Apply a function to all items, each in one process, and return the results of all of them in order.
+        """Apply a function to all items, each in one of the processes, and return all results in order.
 
-        What the function raises in one of the processes is raised in all of them, see `together`. It must exchange
-        nothing itself.
+        An error in one process is raised in all of them, see `together`. The function must not exchange anything with
+        other processes itself.
         """
         with self.together():
-            parts = self.gather([function(item) for item in self.share(items)])
-        return [parts[index % self.count][index // self.count] for index in range(len(items))]
+            shares = self.gather([function(item) for item in self.share(items)])
+        return [shares[index % self.count][index // self.count] for index in range(len(items))]
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the tensors of all processes, which have one shape; the tensor itself is used up.
+        """Return the sum of the tensors of all processes, which must have the same shape.
+
+        The tensor may be overwritten.
 
         Raises:
-            RuntimeError: Another process failed before it came here, see `together`.
+            RuntimeError: Another process failed before this call, see `together`.
         """
         if self.count == 1:
             return tensor
-        # NCCL sums what is on accelerators and nothing else.
-        here = tensor.is_cpu and not any(name in distributed.get_backend_config() for name in ("gloo", "mpi"))
-        moved = tensor.to(torch.accelerator.current_accelerator()) if here else tensor
-        self.gather(None)  # a sum cannot say that one process failed
-        distributed.all_reduce(moved)
-        return moved.to(tensor.device)
+        # NCCL only sums tensors on accelerators.
+        must_move = tensor.is_cpu and not any(name in distributed.get_backend_config() for name in ("gloo", "mpi"))
+        total = tensor.to(torch.accelerator.current_accelerator()) if must_move else tensor
+        self.gather(None)  # `all_reduce` cannot pass on that a process failed
+        distributed.all_reduce(total)
+        return total.to(tensor.device)
 
-    def _tell(self, error: BaseException) -> None:
-        """Tell the other processes, wherever they next exchange something, how this one failed."""
-        if isinstance(error, _OUT_OF_MEMORY):  # telling takes some memory itself
+    def _report(self, error: BaseException) -> None:
+        """Send the error of this process to the others, which receive it when they next exchange something."""
+        if isinstance(error, _OUT_OF_MEMORY):  # sending needs some memory itself
             traceback.clear_frames(error.__traceback__)
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
         try:
             self._exchange(None, _Failure.of(error))
-        except RuntimeError as lost:  # they are gone themselves
-            logger.warning("The other processes could not be told of the failure of this one: %s", lost)
+        except RuntimeError as connection_error:  # the others have ended
+            logger.warning("The other processes could not be notified of the error in this one: %s", connection_error)
         _known_to_all(error)
 
     def _exchange(self, value: Any, failure: _Failure | None) -> list[tuple[Any, _Failure | None]]:
-        """Return what each process brings: a value, or how it failed."""
-        parts: list[Any] = [None] * self.count
+        """Return the value or the failure of each process."""
+        results: list[Any] = [None] * self.count
         try:
-            distributed.all_gather_object(parts, (value, failure))
-        except BaseException as error:  # the others are in the same exchange: there is no other way to tell them
+            distributed.all_gather_object(results, (value, failure))
+        except BaseException as error:  # this exchange was the only way to notify the others, so do not try again
             _known_to_all(error)
             raise
-        return parts
+        return results
 
 
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -145,13 +148,13 @@ _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a process failed, in words: not every exception can be sent to another process.
+    """A description of how a process failed, because not every exception can be sent to another process.
 
     Attributes:
         kind: Name of the exception's class.
-        message: What it said.
+        message: The exception's message.
         raised_as: Class of the exception that the other processes raise.
-        out_of_memory: Whether there was no memory left.
+        out_of_memory: Whether the process ran out of memory.
     """
 
     kind: str
@@ -161,29 +164,34 @@ class _Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
-        known = (kind for kind in (ValueError, OSError) if isinstance(error, kind))  # which callers catch
-        return cls(type(error).__name__, str(error), next(known, RuntimeError), isinstance(error, _OUT_OF_MEMORY))
+        classes = (kind for kind in (ValueError, OSError) if isinstance(error, kind))  # callers catch these
+        return cls(
+            kind=type(error).__name__,
+            message=str(error),
+            raised_as=next(classes, RuntimeError),
+            out_of_memory=isinstance(error, _OUT_OF_MEMORY),
+        )
 
     def error(self, rank: int, count: int) -> Exception:
-        """Return what the others raise when the process of this rank has failed so."""
-        who = f"The process of rank {rank}, one of {count},"
+        """Return the exception that the other processes raise after this failure of the process with this rank."""
+        process = f"The process with rank {rank} of {count} processes"
         if self.out_of_memory:
             return self.raised_as(
-                f"{who} ran out of memory ({self.message}). Each process holds the whole model: start fewer of them on "
-                "a device, load the model in bfloat16, or edit fewer facts at once (EditConfig.batch_size)."
+                f"{process} ran out of memory ({self.message}). Each process holds the whole model. Start fewer "
+                "processes per device, load the model in bfloat16, or edit fewer facts at once (EditConfig.batch_size)."
             )
-        said = f": {self.message}" if self.message else ""
-        return self.raised_as(f"{who} failed with {self.kind}{said}")
+        details = f": {self.message}" if self.message else ""
+        return self.raised_as(f"{process} failed with {self.kind}{details}")
 
 
 def _known_to_all(error: Failure) -> Failure:
-    """Mark an exception as one that all processes know of, and return it."""
+    """Mark an exception as one that all processes have been notified of, and return it."""
     setattr(error, _KNOWN_TO_ALL, True)
     return error
 
 
 def processes_of(model: nn.Module) -> Processes:
-    """Return the processes that each have this model; this one alone where there is no group, or they share a model."""
+    """Return the processes that each hold this model; only this one if there is no group or the model is sharded."""
     if not distributed.is_available() or not distributed.is_initialized():
         return Processes()
     from torch.distributed.tensor import DTensor
@@ -194,11 +202,11 @@ def processes_of(model: nn.Module) -> Processes:
 
 
 class Shared(Protocol):
-    """What several processes have a copy of."""
+    """An object that several processes have a copy of."""
 
     @property
     def processes(self) -> Processes:
-        """These processes."""
+        """The processes that have a copy."""
 
 
 Model = TypeVar("Model", bound=Shared)
@@ -207,7 +215,7 @@ Model = TypeVar("Model", bound=Shared)
 def failing_together(
     function: Callable[Concatenate[Model, Parameters], Result],
 ) -> Callable[Concatenate[Model, Parameters], Result]:
-    """Let a function of a model, which all processes that have it call, fail in all of them where it fails in one."""
+    """Decorate a function that all processes of a model call, so that an error in one is raised in all of them."""
 
     @wraps(function)
     def wrapped(lm: Model, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -218,15 +226,16 @@ def failing_together(
 
 
 def join_processes() -> tuple[Processes, torch.device | None]:
-    """Join the processes that a launcher started this program with: what a program does, and no library.
+    """Join the group of processes that a launcher started. Programs call this; the library itself does not.
 
     Returns:
-        The processes, and the device of this one; None where it is alone, and may choose.
+        The processes and the device of this one. The device is None if there is only one process, which may choose.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes(), None
     from accelerate import PartialState
 
-    # Without accelerators it must be told to take notice of other processes; these wait as long as it takes.
+    # Without `cpu=True`, accelerate ignores other processes on machines without accelerators. The long timeout lets
+    # processes wait for each other's work.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     return Processes(state.process_index, state.num_processes), state.device

@@ -1,4 +1,4 @@
-"""How exactly the user lets products of float32 be computed."""
+"""The precision that the user allows for matrix products in float32."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 def matmul_precision() -> str:
-    """Return `"highest"` where products of float32 are exact, `"high"` or `"medium"` where they may be rounded."""
+    """Return `"highest"` if float32 products use full precision, `"high"` or `"medium"` if they may be rounded."""
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch's newer settings, by backend, which the older getter refuses to read
+    except RuntimeError:  # the user set torch's newer options per backend, and then this getter raises
         return "high"

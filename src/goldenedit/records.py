@@ -1,4 +1,4 @@
-"""The one reader of files that hold texts or facts: `.json`, `.jsonl`, or a text a line."""
+"""The one reader of files with texts or facts: `.json`, `.jsonl`, or plain text with one text per line."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8
+_BOM = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8 files
 
 
 class Record(NamedTuple):
-    """One record of a file, and where it stands there, such as `line 3`."""
+    """One record of a file, and its place in the file, such as `line 3`."""
 
     content: Any
     place: str
 
 
 def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
-    """Yield the records of a file in UTF-8, line by line where each has a line of its own.
+    """Yield the records of a UTF-8 file. Files with one record per line are read line by line.
 
-    - `.jsonl`, `.ndjson`: each line is a record. Lines end with a line feed alone: JSON may hold all other line ends.
-    - `.json`: each item of a list is a record. An object is one record, unless it has a list under `data`, or has
-      nothing but a list: then the list's items are the records.
-    - All else: JSON as well, or with `plain_text` a text a line.
+    - `.jsonl`, `.ndjson`: each line is a record. Only line feeds end a line, because JSON strings may contain the other
+      line separators of Unicode.
+    - `.json`: each item of a list is a record. An object is one record, with two exceptions: if it has a list under
+      `data`, or if a list is its only value, then the items of that list are the records.
+    - Other suffixes: read as JSON, or with `plain_text` as one text per line.
 
-    Lines without text are skipped.
+    Empty lines are skipped.
+
+    Args:
+        path: The file.
+        plain_text: Whether files with other suffixes are plain text.
 
     Raises:
-        ValueError: The file is damaged; the message names it and the line.
+        ValueError: The file is not valid; the message names the file and the line.
     """
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -43,7 +48,7 @@ def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as file:  # a line feed is no part of any other character of UTF-8
+    with path.open("rb") as file:  # in UTF-8, the byte of a line feed is never part of another character
         for number, line in enumerate(file, 1):
             place = f"line {number}"
             text = _decoded(line.removeprefix(_BOM) if number == 1 else line, f"{path}, {place}").rstrip("\r\n")
@@ -57,7 +62,7 @@ def _whole(path: Path) -> Any:
         return _parsed(text, str(path))
     except ValueError as error:
         if "Extra data" in str(error):
-            raise ValueError(f"{error} If each line is a record of its own, name the file .jsonl.") from error
+            raise ValueError(f"{error} If each line is a separate record, rename the file to .jsonl.") from error
         raise
 
 
@@ -65,14 +70,14 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error}). Save the file in UTF-8.") from error
+        raise ValueError(f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8.") from error
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{where}: not valid JSON, nested too deeply.") from error
+        raise ValueError(f"{where}: JSON is nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error}).") from error
 
@@ -81,7 +86,7 @@ def _items(content: Any) -> list[Any]:
     if isinstance(content, list):
         return content
     if isinstance(content, dict):
-        held = content.get("data", next(iter(content.values())) if len(content) == 1 else None)
-        if isinstance(held, list):
-            return held
+        items = content.get("data", next(iter(content.values())) if len(content) == 1 else None)
+        if isinstance(items, list):
+            return items
     return [content]

@@ -1,4 +1,4 @@
-"""What a user asks for: one fact to change, and readers of files that hold many."""
+"""Edit requests, each of which is one fact to change, and readers of files with many of them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _LISTS = (*_MANY, "messages")
 
 
 class ChatText(str):
-    """A prompt that a chat template wrote: it brings its special tokens, and the answer follows as the template has it.
+    """A prompt rendered by a chat template. It includes the template's special tokens.
 
     Attributes:
-        joint: What the template puts before an answer: a space or nothing.
-        subject_start: Index of the first character of the subject, -1 in a prompt without one.
-        context_start: Index of the message with the subject in it, where contexts go.
+        joint: What the template puts between the prompt and an answer: a space or nothing.
+        subject_start: Index of the first character of the subject, -1 if the prompt has no subject.
+        context_start: Index at which contexts are inserted: the start of the message that contains the subject.
     """
 
     joint: str
@@ -40,23 +40,23 @@ class ChatText(str):
     context_start: int
 
     def __new__(cls, text: str, joint: str = "", subject_start: int = -1, context_start: int = -1) -> ChatText:
-        """Make a text of a template; see the attributes."""
-        made = super().__new__(cls, text)
-        made.joint, made.subject_start, made.context_start = joint, subject_start, context_start
-        return made
+        """Create a rendered prompt; see the attributes."""
+        prompt = super().__new__(cls, text)
+        prompt.joint, prompt.subject_start, prompt.context_start = joint, subject_start, context_start
+        return prompt
 
 
 class Answer(str):
-    """An answer that says itself what stands between a prompt and it.
+    """An answer that specifies what is put between a prompt and itself.
 
     Attributes:
-        joint: Whitespace, or nothing.
+        joint: Whitespace, or an empty string.
     """
 
     joint: str
 
     def __new__(cls, text: str, joint: str = "") -> Answer:
-        """Make an answer; see the attribute."""
+        """Create an answer; see the attribute."""
         answer = super().__new__(cls, text)
         answer.joint = joint
         return answer
@@ -64,31 +64,32 @@ class Answer(str):
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to change: the model shall continue `prompt`, or answer `messages`, with `target_new`.
+    """One fact to change: the edited model continues `prompt`, or answers `messages`, with `target_new`.
 
     Attributes:
-        prompt: The text before the answer, with the subject in it, or with `{}` in the subject's place. Where the
-            subject stands in it more than once and there is no `{}`, the last place is edited where it is a word of
-            its own, or else the last one where it is part of a word.
-        subject: The entity the fact is about, as spelled in the prompt; whitespace around it is dropped.
-        target_new: The new answer. It is joined to prompts as people write (see `goldenedit.writing.joint_of`); white
-            space at its beginning is kept, and nothing is put before it.
-        target_true: The old answer, where known.
+        prompt: The text before the answer. It contains the subject, or `{}` in place of the subject. If the subject
+            occurs several times and there is no `{}`, the last occurrence as a whole word is edited. If it only occurs
+            as part of longer words, the last of these occurrences is edited.
+        subject: The entity that the fact is about, spelled as in the prompt. Whitespace around it is removed.
+        target_new: The new answer. It is joined to prompts by the usual rules of writing (see
+            `goldenedit.writing.joint_of`). If it begins with whitespace, that is kept, and nothing is put before it.
+        target_true: The old answer, if known.
         paraphrases: Other prompts for the same fact.
-        neighborhood: Prompts about other subjects, whose answers must stay; `target_true` is right for them.
-        relation: A name of the relation, for statistics.
-        generation: Beginnings of texts about the subject, for the fluency of what the edited model goes on with.
-        portability: Prompts with the answers that follow from the new fact.
-        locality: Prompts with answers that have nothing to do with it.
-        messages: In a prompt's stead, a conversation that the answer follows, each message with `role` and `content`:
-            the model's chat template makes the prompt. The subject's place is found as in a prompt, over all messages;
-            a `{}` is its place in messages of the user. All other prompts are then questions of a user behind the same
-            system message.
-        joint: What stands between prompts and both answers, where the rule is wrong: `""` joins them without a space.
+        neighborhood: Prompts about other subjects, whose answers must not change. Their answer is `target_true`.
+        relation: Name of the relation, for statistics.
+        generation: Beginnings of texts about the subject. The edited model continues them to measure its fluency.
+        portability: Prompts with answers that follow from the new fact.
+        locality: Prompts with answers that are unrelated to the fact.
+        messages: A conversation before the answer, instead of a prompt. Each message has `role` and `content`, and the
+            model's chat template turns them into the prompt. The subject is located as in a prompt, but over all
+            messages. In a message of the user, `{}` marks the place of the subject. All other prompts are then treated
+            as messages of the user after the same system message.
+        joint: What is put between prompts and both answers, if the usual rule is wrong; `""` joins them without a
+            space.
 
     Raises:
-        ValueError: There is neither prompt nor messages or both, the subject is not in them, or a target is empty or
-            equal to the old answer.
+        ValueError: Both or neither of prompt and messages are given, the subject is not in them, a target is empty, or
+            the new answer equals the old one.
 
     Example:
         ```python
@@ -113,21 +114,22 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("An EditRequest needs a prompt or messages, and not both.")
-        if isinstance(self.subject, str):  # with a space behind it the next word would be edited
+            raise ValueError("An EditRequest needs either a prompt or messages, but not both.")
+        if isinstance(self.subject, str):  # with a trailing space, the next word would be edited
             object.__setattr__(self, "subject", self.subject.strip())
         for name in ("prompt", "subject", "target_new") if self.messages is None else ("subject", "target_new"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"EditRequest.{name} must be a text that is not empty, got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a non-empty string, got {value!r}.")
         for name in ("target_true", "relation"):
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"EditRequest.{name} must be a text or None, got {getattr(self, name)!r}.")
+                raise ValueError(f"EditRequest.{name} must be a string or None, got {getattr(self, name)!r}.")
         self._freeze_texts()
         self._freeze_messages()
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
             raise ValueError(
-                f"The new answer for {self.subject!r} is the old one, {self.target_new!r}: there is nothing to edit."
+                f"The new answer for {self.subject!r} equals the old one, {self.target_new!r}. Change target_new, or "
+                "omit target_true."
             )
         self._mark_answers()
         object.__setattr__(self, "subject_start", self._find_subject())
@@ -144,13 +146,13 @@ class EditRequest:
     def _find_subject(self) -> int:
         """Return the index of the subject in the prompt."""
         if self.prompt is None:
-            return -1  # a tokenizer tells, see `goldenedit.lm.chat.rendered`
+            return -1  # it depends on the chat template, see `goldenedit.lm.chat.rendered`
         if isinstance(self.prompt, ChatText):
             return self.prompt.subject_start
         place = subject_place(self.prompt, self.subject)
         if place is None:
             raise ValueError(
-                f"The subject {self.subject!r} is not in the prompt {self.prompt!r}. Spell it as the prompt does, or "
+                f"The subject {self.subject!r} is not in the prompt {self.prompt!r}. Spell it as in the prompt, or "
                 "put {} in its place."
             )
         return place.start
@@ -167,15 +169,17 @@ class EditRequest:
                 or set(message) != {"role", "content"}
                 or not all(isinstance(text, str) and text.strip() for text in message.values())
             ):
-                raise ValueError(f"Each of EditRequest.messages must have role and content, texts, got {message!r}.")
+                raise ValueError(
+                    f"Each of EditRequest.messages must have a non-empty role and content, got {message!r}."
+                )
         if messages[-1]["role"] == "assistant":
             raise ValueError(
-                "The last of EditRequest.messages is the assistant's own: end with the message that it answers; the "
-                "answer is target_new."
+                "The last of EditRequest.messages is from the assistant. End with the message before the answer, and "
+                "give the answer as target_new."
             )
         if message_place(messages, self.subject) is None:
             raise ValueError(
-                f"The subject {self.subject!r} is in no message of {list(messages)!r}. Spell it as a message does, or "
+                f"The subject {self.subject!r} is in none of the messages {list(messages)!r}. Spell it as there, or "
                 "put {} in its place in a message of the user."
             )
         object.__setattr__(self, "messages", tuple(dict(message) for message in messages))
@@ -184,7 +188,7 @@ class EditRequest:
         for name in _TEXTS:
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"EditRequest.{name} must be a list of texts, got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a list of strings, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
         for name in _PAIRS:
             value = getattr(self, name)
@@ -197,26 +201,26 @@ class EditRequest:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject in it; that of messages depends on the model, see `goldenedit.lm.chat.rendered`.
+        """The prompt with the subject filled in.
 
         Raises:
-            ValueError: The request has messages.
+            ValueError: The request has messages, whose text depends on the model's chat template.
         """
         if self.prompt is None:
             raise ValueError(
-                f"The request about {self.subject!r} has messages, which a tokenizer makes a text of: take "
+                f"The request about {self.subject!r} has messages instead of a prompt. Render them with "
                 "goldenedit.lm.chat.rendered(tokenizer, request)."
             )
         return self.prompt if isinstance(self.prompt, ChatText) else filled(self.prompt, self.subject)
 
     @property
     def asked(self) -> list[Message]:
-        """The messages with the subject in them, none where there is a prompt."""
+        """The messages with the subject filled in; empty if the request has a prompt."""
         return filled_messages(self.messages or (), self.subject)
 
     @property
     def shown(self) -> str:
-        """The prompt for people to read: of messages what the user asks, or all of them where there are several."""
+        """The prompt for display: a single message as its content, several messages with their roles."""
         if self.messages is None:
             return self.text
         if len(self.asked) == 1:
@@ -225,12 +229,12 @@ class EditRequest:
 
     @property
     def subject_end(self) -> int:
-        """Index in `text` of the first character behind the subject."""
+        """Index in `text` of the first character after the subject."""
         return self.subject_start + len(self.subject)
 
     @property
     def doubt(self) -> str | None:
-        """Why another place of the subject than the edited one may be meant, and what tells them apart; or None."""
+        """A warning text if another occurrence of the subject than the edited one may be meant, otherwise None."""
         if isinstance(self.prompt, ChatText):
             return None
         if self.prompt is not None:
@@ -241,19 +245,19 @@ class EditRequest:
         if place is None or not place.is_doubtful:
             return None
         end = place.start + len(self.subject)
-        taken = f"{text[max(place.start - 40, 0) : place.start]}[{self.subject}]{text[end : end + 20]}"
-        why = f"is in {place.rivals + 1} places of" if place.rivals else "is only a part of a word in"
+        excerpt = f"{text[max(place.start - 40, 0) : place.start]}[{self.subject}]{text[end : end + 20]}"
+        reason = f"occurs {place.rivals + 1} times in" if place.rivals else "is only part of a longer word in"
         return (
-            f"The subject {self.subject!r} {why} {self.shown!r}. This one is edited: '{taken}'. Write {{}} instead of "
-            "the subject in the place that you mean."
+            f"The subject {self.subject!r} {reason} {self.shown!r}. This occurrence is edited: '{excerpt}'. To edit "
+            "another one, write {} in its place."
         )
 
     def joined(self, answer: str) -> str:
-        """Return another answer to the same prompts, to be joined to them as those of the request are."""
+        """Return another answer to the same prompts that is joined to them like the answers of this request."""
         return answer if self.joint is None else Answer(answer, self.joint)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that are set, as JSON has them."""
+        """Return the fields that are set, as JSON values."""
         record = {
             name: [list(item) if isinstance(item, tuple) else item for item in value] if name in _LISTS else value
             for name, value in asdict(self).items()
@@ -263,41 +267,40 @@ class EditRequest:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
-        """Read a record of this library, of CounterFact, or of KnowEdit (see `goldenedit.formats`).
+        """Read a record in the format of this library, CounterFact or KnowEdit (see `goldenedit.formats`).
 
         Raises:
-            ValueError: A field is missing, unknown or of the wrong kind.
+            ValueError: A field is missing, unknown or invalid.
         """
         if not isinstance(record, Mapping):
-            raise ValueError(f"A request must have named fields, got {record!r}.")
+            raise ValueError(f"A request must be a mapping of field names to values, got {record!r}.")
         if is_counterfact(record):
             return cls(**counterfact_fields(record))
         if is_knowedit(record):
             return cls(**knowedit_fields(record))
-        known = {"prompt", "messages", "subject", "target_new", "target_true", "relation", "joint", *_MANY}
-        if unknown := sorted(set(record) - known):
-            raise ValueError(f"Unknown fields {unknown}; a request has {sorted(known)}.")
-        needed = {"messages" if "messages" in record else "prompt", "subject", "target_new"}
-        if missing := sorted(needed - set(record)):
+        fields = {"prompt", "messages", "subject", "target_new", "target_true", "relation", "joint", *_MANY}
+        if unknown := sorted(set(record) - fields):
+            raise ValueError(f"Unknown fields {unknown}. The fields of a request are {sorted(fields)}.")
+        required = {"messages" if "messages" in record else "prompt", "subject", "target_new"}
+        if missing := sorted(required - set(record)):
             raise ValueError(f"Missing fields {missing}.")
         return cls(**record)
 
 
-Facts = EditRequest | Mapping[str, Any] | Iterable[EditRequest | Mapping[str, Any]]  # what stands for requests
+Facts = EditRequest | Mapping[str, Any] | Iterable[EditRequest | Mapping[str, Any]]  # one fact or several
 
 
 def load_requests(path: str | Path, split: str = "train") -> list[EditRequest]:
-    """Read requests from a file, or from a dataset of the Hub.
+    """Read requests from a file or from a dataset on the Hub.
 
     Args:
-        path: A JSON or JSON-lines file in this library's form, CounterFact's or KnowEdit's; or a dataset's name, with
-            such records.
+        path: A JSON or JSON-lines file, or the name of a dataset. Records are in the format of this library,
+            CounterFact or KnowEdit.
         split: Split of the dataset.
 
     Raises:
-        ValueError: A record cannot be read; the message names the file, the record (its line, or its index) and the
-            field.
-        FileNotFoundError: There is neither a file nor a dataset of that name.
+        ValueError: A record cannot be read. The message names the file, the line or index of the record, and the field.
+        FileNotFoundError: There is no file and no dataset of that name.
     """
     requests = []
     for record in _records(path, split):
@@ -319,33 +322,35 @@ def _records(name: str | Path, split: str) -> Iterator[Record]:
     yield from read_records(path)
 
 
-def as_requests(given: Facts) -> list[EditRequest]:
-    """Return the requests of one fact or several, each an `EditRequest` or a record that `from_dict` reads.
+def as_requests(facts: Facts) -> list[EditRequest]:
+    """Return one or several facts as requests. Each fact is an `EditRequest`, or a record that `from_dict` reads.
 
     Raises:
-        ValueError: One of them is neither, or a record means nothing.
+        ValueError: A fact is neither an `EditRequest` nor a valid record.
     """
-    some = [given] if isinstance(given, EditRequest | Mapping | str) else given
-    return [one if isinstance(one, EditRequest) else EditRequest.from_dict(one) for one in some]
+    several = [facts] if isinstance(facts, EditRequest | Mapping | str) else facts
+    return [fact if isinstance(fact, EditRequest) else EditRequest.from_dict(fact) for fact in several]
 
 
 def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return the requests, those that ask for the same answer to the same prompt or messages once.
+    """Return the requests without duplicates, that is, requests with the same prompt or messages and the same answer.
 
     Raises:
-        ValueError: Two requests give one prompt different answers.
+        ValueError: Two requests have different answers to the same prompt.
     """
-    found: dict[tuple[str, bool, str], EditRequest] = {}
+    first_by_prompt: dict[tuple[str, bool, str], EditRequest] = {}
     for request in requests:
-        other = found.setdefault((request.shown, request.messages is None, request.subject), request).target_new
-        if other.strip() != request.target_new.strip():
+        key = request.shown, request.messages is None, request.subject
+        target = first_by_prompt.setdefault(key, request).target_new
+        if target.strip() != request.target_new.strip():
             raise ValueError(
-                f"Two requests contradict each other: {request.shown!r} -> {other!r} and -> {request.target_new!r}."
+                f"Two requests contradict each other: {request.shown!r} -> {target!r} and -> {request.target_new!r}. "
+                "Remove one of them."
             )
-    return list(found.values())
+    return list(first_by_prompt.values())
 
 
 def proxy_facts() -> list[EditRequest]:
-    """Return the packaged proxy set: the facts on which layers are compared when a user names none."""
+    """Return the packaged proxy set: the facts that layer selectors use unless the user gives others."""
     with resources.as_file(resources.files("goldenedit.data") / "proxy_facts.jsonl") as path:
         return load_requests(path)

@@ -1,4 +1,4 @@
-"""What an EditModel shares on the Hub: edits, edited checkpoints, golden layers."""
+"""The methods by which an EditModel shares edits, edited checkpoints and golden layers on the Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class SharingMixin:
-    """The verbs of the Hub, for `EditModel`, as `transformers.utils.PushToHubMixin` has them for models."""
+    """The Hub methods of `EditModel`, like `transformers.utils.PushToHubMixin` for models."""
 
     adapters: Adapters
     base_info: BaseModel
@@ -35,7 +35,7 @@ class SharingMixin:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the edits that are switched on."""
+        """Names of the active edits."""
         raise NotImplementedError
 
     def _content(self, names: Sequence[str]) -> EditFolder:
@@ -50,19 +50,19 @@ class SharingMixin:
         create_pr: bool = False,
         token: str | bool | None = None,
     ) -> CommitInfo:
-        """Share the active edits: what `save_pretrained` writes, in one commit to a repository on the Hub.
+        """Upload the active edits to a repository on the Hub in one commit, with the files of `save_pretrained`.
 
         Args:
-            repo_id: The repository, created where there is none.
-            private: Whether a repository that is created is private.
-            revision: Branch to commit to, created where there is none.
+            repo_id: The repository, created if it does not exist.
+            private: Whether a newly created repository is private.
+            revision: Branch to commit to, created if it does not exist.
             commit_message: Message of the commit.
-            create_pr: Open a pull request instead of committing.
-            token: Token of the Hub; by default the one of `hf auth login`.
+            create_pr: Open a pull request instead of committing to the branch.
+            token: Token for the Hub; by default the one saved by `hf auth login`.
 
         Raises:
-            ValueError: There is nothing to save.
-            huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+            ValueError: No edit is active, or `revision` and `create_pr` exclude each other.
+            huggingface_hub.errors.HfHubHTTPError: The Hub rejects the request.
         """
         _check_branch(revision, create_pr)
         content = self._content(self.active_adapters)
@@ -90,10 +90,10 @@ class SharingMixin:
         create_pr: bool = False,
         token: str | bool | None = None,
     ) -> CommitInfo:
-        """Share an edited checkpoint: weights with the active edits written into them, tokenizer, facts and card.
+        """Upload an edited checkpoint: weights with the active edits merged into them, tokenizer, facts and card.
 
-        `config.json` says which layers were edited, `golden_layers`. This model stays as it is. Arguments and errors
-        are those of `push_to_hub`.
+        The entry `golden_layers` of `config.json` lists the edited layers. This model does not change. For arguments
+        and errors, see `push_to_hub`.
         """
         _check_branch(revision, create_pr)
         content = self._content(self.active_adapters)
@@ -104,7 +104,7 @@ class SharingMixin:
                 write_checkpoint(folder, model, self.tokenizer, content)
             repo_id = make_repo(repo_id, private, token)
             (folder / CARD).write_text(render_card(content, repo_id, merged=True), encoding="utf-8")
-            # An adapter left there would be loaded in place of the checkpoint.
+            # If an adapter stayed in the repository, it would be loaded instead of the checkpoint.
             stale = [*EDIT_FILES, *root_files(repo_id, WEIGHTS, revision, token)]
             return push_folder(
                 folder,
@@ -125,10 +125,10 @@ class SharingMixin:
         create_pr: bool = False,
         token: str | bool | None = None,
     ) -> CommitInfo:
-        """Share which layers the selector chose, with their scores: `EditConfig(layer="hub:repo_id")` reads them.
+        """Upload the selected layers and their scores, which `EditConfig(layer="hub:repo_id")` reads.
 
-        The repository's file keeps what it says of other models, selectors and editors. Arguments and errors are those
-        of `push_to_hub`.
+        Records of other models, selectors and editors in the repository's file stay. For arguments and errors, see
+        `push_to_hub`.
         """
         _check_branch(revision, create_pr)
         self._check_base_name()
@@ -143,43 +143,49 @@ class SharingMixin:
         )
 
     def golden_layers(self) -> GoldenLayers:
-        """Return what the layer selector found, with all that says where it comes from.
+        """Return the golden layers of this model, with their scores and provenance.
 
         Raises:
-            ValueError: No selector has run, or the layers are those that someone else shared.
+            ValueError: No selector has run, or the layers were read from the Hub.
         """
-        found = self.layer_selection
-        if found is None:
-            raise ValueError("No layer selector has run: call select_layer() first, with a selector in EditConfig.")
+        selection = self.layer_selection
+        if selection is None:
+            raise ValueError(
+                "No layer selector has run. Choose one with EditConfig.layer, such as 'lga', and call select_layer()."
+            )
         if str(self.edit_config.layer).startswith(HUB_LAYER):
-            raise ValueError(f"These golden layers are shared already, in {self.edit_config.layer!r}: run a selector.")
+            raise ValueError(
+                f"These golden layers are shared already: they were read from {self.edit_config.layer!r}. Run a "
+                "selector to share layers of your own."
+            )
         return GoldenLayers(
-            self.base_info.name_or_path,
-            self.base_info.fingerprint,
-            found.selector,
-            found.layers,
-            found.scores,
-            self.edit_config.method,
-            self.base_info.revision,
-            self.base_info.architecture,
-            found.facts,
-            self._proxy_hash,
-            found.cost.seconds,
-            found.forward_equivalents,
-            library_versions(),
-            self.base_info.signs,
-            self.base_info.dtype,
+            model=self.base_info.name_or_path,
+            fingerprint=self.base_info.fingerprint,
+            selector=selection.selector,
+            layers=selection.layers,
+            scores=selection.scores,
+            method=self.edit_config.method,
+            revision=self.base_info.revision,
+            architecture=self.base_info.architecture,
+            facts=selection.facts,
+            proxy_hash=self._proxy_hash,
+            seconds=selection.cost.seconds,
+            forward_equivalents=selection.forward_equivalents,
+            versions=library_versions(),
+            signs=self.base_info.signs,
+            dtype=self.base_info.dtype,
         )
 
     def _check_base_name(self) -> None:
         if not is_on_hub(self.base_info):
             logger.warning(
-                "The base model is called %r, which is no name on the Hub: who loads what you share has to bring the "
-                "base model. Load it by its name there before you edit.",
+                "The base model is called %r, which is not the name of a repository on the Hub. People who load what "
+                "you share must provide the base model themselves. To avoid this, load it by its name on the Hub "
+                "before you edit.",
                 self.base_info.name_or_path,
             )
 
 
 def _check_branch(revision: str | None, create_pr: bool) -> None:
     if create_pr and revision not in (None, "main"):
-        raise ValueError(f"A pull request is always to main: leave revision={revision!r} or create_pr=True out.")
+        raise ValueError(f"A pull request always targets main. Omit either revision={revision!r} or create_pr=True.")

@@ -1,4 +1,4 @@
-"""Where the subject of a fact stands in the prompt, or in the messages, that ask for it."""
+"""Locate the subject of a fact in a prompt or in messages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from goldenedit.writing import is_mark, is_one_word, is_word
 
 Message = dict[str, str]  # `role` and `content`
 
-_HANGUL = re.compile("[\uac00-\ud7a3]")  # particles follow a Korean word at once
+_HANGUL = re.compile("[\uac00-\ud7a3]")  # Korean particles follow a word without a space
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a subject stands in a text.
+    """One occurrence of a subject in a text.
 
     Attributes:
         start: Index of its first character.
-        rivals: Number of other places that are as good.
-        whole: Whether it stands there as a word of its own, not as a part of a longer one.
+        rivals: Number of other occurrences that may be meant as well.
+        whole: Whether the subject is a whole word or whole words there, not part of a longer word.
     """
 
     start: int
@@ -29,12 +29,12 @@ class Place:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether another place may be meant."""
+        """Whether another occurrence may be meant."""
         return self.rivals > 0 or not self.whole
 
 
 def find_subject(text: str, subject: str) -> Place | None:
-    """Return where a subject stands in a text: the last place as whole words, or else the last one; None without any.
+    """Return the last occurrence of a subject as whole words, or else its last occurrence; None if it has none.
 
     Example:
         ```python
@@ -49,7 +49,7 @@ def find_subject(text: str, subject: str) -> Place | None:
 
 
 def subject_places(text: str, subject: str) -> list[int]:
-    """Return all places where a subject stands as whole words; where there are none, those where it is a part."""
+    """Return the start indices of a subject as whole words; if it only occurs inside longer words, those indices."""
     places = []
     start = text.find(subject)
     while start >= 0:
@@ -60,47 +60,51 @@ def subject_places(text: str, subject: str) -> list[int]:
 
 
 def replace_subject(text: str, subject: str, other: str) -> str:
-    """Return a text with another subject in all of its `subject_places`."""
+    """Return a text in which the subject is replaced by another one at all of its `subject_places`."""
     pieces, end = [], 0
     for start in subject_places(text, subject):
-        if start >= end:  # places may overlap
+        if start >= end:  # occurrences may overlap
             pieces += [text[end:start], other]
             end = start + len(subject)
     return "".join([*pieces, text[end:]])
 
 
 def template_place(prompt: str, subject: str) -> int:
-    """Return the index of the `{}` that stands for the subject, -1 where there is none.
+    """Return the index of the `{}` that stands for the subject, or -1 if there is none.
 
-    A `{}` that is a part of the subject itself, spelled out in the prompt, stands for nothing.
+    If the subject itself contains `{}` and is spelled out in the prompt, that `{}` does not count.
     """
     start = prompt.find("{}")
-    inside = subject_places(prompt, subject) if "{}" in subject else []
-    while any(place <= start < place + len(subject) for place in inside):
+    spelled_out = subject_places(prompt, subject) if "{}" in subject else []
+    while any(place <= start < place + len(subject) for place in spelled_out):
         start = prompt.find("{}", start + 2)
     return start
 
 
 def subject_place(prompt: str, subject: str) -> Place | None:
-    """Return where a prompt has its subject or, in its stead, `{}`; None where it has neither."""
+    """Return where `{}` or the subject is in a prompt; None if the prompt contains neither."""
     start = template_place(prompt, subject)
     return find_subject(prompt, subject) if start < 0 else Place(start, rivals=0, whole=True)
 
 
 def filled(prompt: str, subject: str) -> str:
-    """Return a prompt with the subject in the place of `{}`."""
+    """Return a prompt in which `{}` is replaced by the subject."""
     start = template_place(prompt, subject)
     return prompt if start < 0 else prompt[:start] + subject + prompt[start + 2 :]
 
 
 def message_place(messages: Sequence[Message], subject: str) -> tuple[int, Place] | None:
-    """Return which message has the subject, and where: the last one with `{}` of the user's, or else as in a prompt."""
+    """Return the index of the message with the subject, and the subject's place in it; None if no message has it.
+
+    The last `{}` in a message of the user counts first. Otherwise the subject is located as in a prompt, over all
+    messages.
+    """
     for index, message in reversed(list(enumerate(messages))):
         if message["role"] == "user" and (start := template_place(message["content"], subject)) >= 0:
             return index, Place(start, rivals=0, whole=True)
     places = [(index, find_subject(message["content"], subject)) for index, message in enumerate(messages)]
-    known = [(index, place) for index, place in places if place is not None]
-    best = [(index, place) for index, place in known if place.whole] or known
+    occurrences = [(index, place) for index, place in places if place is not None]
+    best = [(index, place) for index, place in occurrences if place.whole] or occurrences
     if not best:
         return None
     index, place = best[-1]
@@ -108,21 +112,21 @@ def message_place(messages: Sequence[Message], subject: str) -> tuple[int, Place
 
 
 def filled_messages(messages: Sequence[Message], subject: str) -> list[Message]:
-    """Return messages with the subject in the place of `{}`."""
-    found = message_place(messages, subject)
-    if found is None or messages[found[0]]["role"] != "user":
+    """Return the messages, with `{}` replaced by the subject."""
+    located = message_place(messages, subject)
+    if located is None or messages[located[0]]["role"] != "user":
         return list(messages)
-    index, message = found[0], messages[found[0]]
+    index, message = located[0], messages[located[0]]
     return [*messages[:index], {**message, "content": filled(message["content"], subject)}, *messages[index + 1 :]]
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:
-    """Tell whether no word of a text begins before `start:end` and goes on in it, or goes on behind it."""
-    before, behind = text[start - 1 : start], text[end : end + 1]
-    if is_mark(behind) or is_mark(text[start]):
+    """Return whether `text[start:end]` consists of whole words."""
+    before, after = text[start - 1 : start], text[end : end + 1]
+    if is_mark(after) or is_mark(text[start]):
         return False  # a mark belongs to the letter before it
-    if behind in ("+", "#") and is_word(text[end - 1]):
-        return False  # C is no part of C++ and C#
+    if after in ("+", "#") and is_word(text[end - 1]):
+        return False  # C in C++ and C# is not a whole word
     return not is_one_word(before, text[start]) and (
-        bool(_HANGUL.match(behind)) or not is_one_word(text[end - 1], behind)
+        bool(_HANGUL.match(after)) or not is_one_word(text[end - 1], after)
     )

@@ -1,6 +1,6 @@
-"""How people write: where the words of a text end, and what stands between a prompt and its answer.
+"""Rules of writing: where words end, and whether a space is written between a prompt and its answer.
 
-Rules of writing alone: nothing here knows a tokenizer or a model.
+These rules do not depend on a tokenizer or a model.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese write no space between words. Korean does.
+# Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese have no spaces between words. Korean has.
 _UNSPACED = re.compile(
     "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3000-\u312f\u31a0-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
-_UNSPACED_PUNCTUATION = re.compile("[\u3001-\u303f\u30fb\uff00-\uffef]")  # with the space in it
+_UNSPACED_PUNCTUATION = re.compile("[\u3001-\u303f\u30fb\uff00-\uffef]")  # its width includes the space
 _APOSTROPHES = "'\u2019"
 _QUOTE_PAIRS = {"\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb", "\u2039": "\u203a"}
 _GERMAN_PAIRS = {"\u201e": "\u201c", "\u201a": "\u2018", "\u00bb": "\u00ab", "\u203a": "\u2039"}
@@ -29,88 +29,95 @@ _CLOSING = re.compile(
 
 
 def is_unspaced(character: str) -> bool:
-    """Tell whether a character is of a script that is written without spaces between words."""
+    """Return whether a character belongs to a script that is written without spaces between words."""
     return bool(_UNSPACED.match(character))
 
 
 def is_one_word(first: str, second: str) -> bool:
-    """Tell whether two characters side by side are of one word."""
+    """Return whether two adjacent characters belong to the same word."""
     return is_word(first) and is_word(second) and not (_UNSPACED.match(first) or _UNSPACED.match(second))
 
 
 def is_word(character: str) -> bool:
-    """Tell whether a character is of a word: a letter, a digit, a mark or `_`."""
+    """Return whether a character can be part of a word: a letter, a digit, a mark or `_`."""
     return character.isalnum() or character == "_" or is_mark(character)
 
 
 def is_mark(character: str) -> bool:
-    """Tell whether a character belongs to the letter before it, such as a combining accent."""
+    """Return whether a character modifies the letter before it, such as a combining accent."""
     return bool(character) and unicodedata.category(character).startswith("M")
 
 
 def joint_of(prompt: str, answer: str) -> str:
     """Return what people write between a prompt and its answer: a space or nothing.
 
-    Nothing stands where one of both brings whitespace of its own; behind an opening bracket or quote, a currency sign
-    before a number, a slash, a hyphen and whatever else ties words together; before closing punctuation; and between
-    words of scripts that are written without spaces, such as Chinese, Japanese and Thai.
+    The result is empty in these cases:
+
+    - the prompt ends with whitespace, or the answer begins with it;
+    - the prompt ends with an opening bracket or quote, with a currency sign before a number, or with a slash, a hyphen
+      or another character that ties words together;
+    - the answer begins with closing punctuation;
+    - prompt and answer are in scripts without spaces between words, such as Chinese, Japanese and Thai.
     """
     if not prompt:
         return " "
     if prompt[-1].isspace() or answer[:1].isspace():
         return ""
-    tied = _ties(prompt, answer) or _is_closing(prompt, answer) or _are_unspaced(prompt, answer)
-    return "" if tied else " "
+    is_tied = _ties(prompt, answer) or _is_closing(prompt, answer) or _are_unspaced(prompt, answer)
+    return "" if is_tied else " "
 
 
 def _are_unspaced(prompt: str, answer: str) -> bool:
-    """Tell whether prompt and answer meet in a script without spaces, with quotes and brackets between them or none."""
-    if any(_UNSPACED_PUNCTUATION.match(one) and not is_word(one) for one in (prompt[-1], answer[:1])):
+    """Return whether prompt and answer meet in a script without spaces, ignoring quotes and brackets between them."""
+    edges = prompt[-1], answer[:1]
+    if any(_UNSPACED_PUNCTUATION.match(character) and not is_word(character) for character in edges):
         return True
     return all(_UNSPACED.match(_first_letter(text)) for text in (prompt[::-1], answer))
 
 
 def _first_letter(text: str) -> str:
-    """Return the first character that is no quote, bracket or dash."""
-    kinds = ("Pi", "Pf", "Ps", "Pe", "Pd")
-    letters = (one for one in text if unicodedata.category(one) not in kinds and one not in "\"'\u2026\u00b7")
-    return next(letters, "")
+    """Return the first character that is not a quote, bracket or dash, or an empty string if there is none."""
+    skipped_categories = ("Pi", "Pf", "Ps", "Pe", "Pd")
+    for character in text:
+        if unicodedata.category(character) not in skipped_categories and character not in "\"'\u2026\u00b7":
+            return character
+    return ""
 
 
 def _ties(prompt: str, answer: str) -> bool:
-    """Tell whether the end of a prompt is written together with what follows."""
+    """Return whether the last character of a prompt is followed by the answer without a space."""
     last, before = prompt[-1], prompt[-2:-1]
-    kind = unicodedata.category(last)
-    free = not before or before.isspace()  # a sign of its own, such as the dash in "Rome - Paris"
-    number = bool(_NUMBER.match(answer))
-    if kind == "Sc":
-        return number
+    category = unicodedata.category(last)
+    is_detached = not before or before.isspace()  # stands alone, such as the dash in "Rome - Paris"
+    starts_with_number = bool(_NUMBER.match(answer))
+    if category == "Sc":
+        return starts_with_number
     if last in _DASHES:
-        return number if free else True
-    if last == "_":  # a run of them is a blank to fill in
+        return starts_with_number if is_detached else True
+    if last == "_":  # several in a row are a blank to fill in
         blank = re.search(r"(?:^|\s)_{2,}$", prompt)
         return blank is None
     if last == "#":
         return not is_word(before)  # "#1", but "C# was"
     if last == "=":
-        return not free
+        return not is_detached
     if last == "*":
         return prompt.endswith("**") and prompt.count("**") % 2 == 1
-    return kind == "Ps" or last in "/\\@\u00bf\u00a1" or _is_opening_quote(prompt) or _is_elision(prompt)
+    return category == "Ps" or last in "/\\@\u00bf\u00a1" or _is_opening_quote(prompt) or _is_elision(prompt)
 
 
 def _is_opening_quote(prompt: str) -> bool:
-    """Tell whether a prompt ends with a quote that opens."""
+    """Return whether a prompt ends with an opening quote."""
     last, before = prompt[-1], prompt[-2:-1]
     if last in ('"', "`"):
         return prompt.count(last) % 2 == 1
-    if last == "'":  # mostly an apostrophe: only its place tells
+    if last == "'":  # usually an apostrophe, so the character before it decides
         return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi", "Pd")
     return last in _OPENING and last in _open_quotes(prompt)[-1:]
 
 
 def _is_elision(prompt: str) -> bool:
-    """Tell whether an apostrophe cuts the last word of a prompt: of l'Italie and O'Brien, but not of the dogs'."""
+    """Return whether a prompt ends with an apostrophe inside a word, as in l'Italie or O'Brien, unlike the dogs'."""
     word = re.search(rf"(?:^|[^\w{_APOSTROPHES}])(\w+)[{_APOSTROPHES}]$", prompt)
     if word is None or _open_quotes(prompt[:-1])[-1:] == ["\u2018"]:
         return False
@@ -118,23 +125,24 @@ def _is_elision(prompt: str) -> bool:
 
 
 def _is_closing(prompt: str, answer: str) -> bool:
-    """Tell whether an answer begins with what is written together with the word before it."""
+    """Return whether an answer begins with characters that follow the word before them without a space."""
     if _CLOSING.match(answer) or is_mark(answer[:1]):
         return True
     first = answer[:1]
     if first == '"':
         return prompt.count(first) % 2 == 1
-    inner = _open_quotes(prompt)[-1:]
-    return any(first in (_QUOTE_PAIRS.get(quote), _GERMAN_PAIRS.get(quote)) for quote in inner)
+    innermost = _open_quotes(prompt)[-1:]
+    return any(first in (_QUOTE_PAIRS.get(quote), _GERMAN_PAIRS.get(quote)) for quote in innermost)
 
 
 def _open_quotes(text: str) -> list[str]:
-    """Return the quotes that a text opens and does not close, the innermost last; as in English or as in German."""
-    opened: list[str] = []
-    for index, one in enumerate(text):
-        if opened and one in (_QUOTE_PAIRS.get(opened[-1]), _GERMAN_PAIRS.get(opened[-1])):
-            if one != "\u2019" or not text[index + 1 : index + 2].isalpha():  # else an apostrophe
-                opened.pop()
-        elif one in _OPENING and not (one in _QUOTE_PAIRS.values() and is_word(text[max(index - 1, 0) : index])):
-            opened.append(one)
-    return opened
+    """Return the quotes that a text opens but does not close, the innermost last, in English or German style."""
+    quotes: list[str] = []
+    for index, character in enumerate(text):
+        before, after = text[max(index - 1, 0) : index], text[index + 1 : index + 2]
+        if quotes and character in (_QUOTE_PAIRS.get(quotes[-1]), _GERMAN_PAIRS.get(quotes[-1])):
+            if character != "\u2019" or not after.isalpha():  # otherwise an apostrophe
+                quotes.pop()
+        elif character in _OPENING and not (character in _QUOTE_PAIRS.values() and is_word(before)):
+            quotes.append(character)
+    return quotes

@@ -71,7 +71,7 @@ def test_an_attention_that_was_not_found_is_named():
     model = tiny_model("llama")
     architecture = read_architecture(model, "model.layers.{}.mlp.down_proj")
     assert architecture.attention_output(model, 1) is model.model.layers[1].self_attn.o_proj
-    with pytest.raises(ValueError, match="Layer 9 of LlamaForCausalLM has no output projection of an attention"):
+    with pytest.raises(ValueError, match="No attention output projection was found in layer 9 of LlamaForCausalLM"):
         architecture.attention_output(model, 9)
 
 
@@ -146,7 +146,7 @@ def test_target_modules_by_list_are_sorted_by_layer(name):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("model.layers.{}.mlp.nothing", "names no module"),
+        ("model.layers.{}.mlp.nothing", "matches no module"),
         ("model.layers.{}.mlp", "is not a linear map"),
         ("model.layers.{}.input_layernorm", "is not a linear map"),
         (["model.layers.7.mlp.down_proj"], "'model.layers.7.mlp.down_proj' is not a linear map"),
@@ -183,7 +183,7 @@ def test_a_layer_that_is_not_there_cannot_be_edited(index):
 
 def test_a_model_that_reads_later_tokens_is_refused():
     config = BertConfig(vocab_size=VOCAB_SIZE, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4)
-    with pytest.raises(UnsupportedArchitectureError, match=r"BertLMHeadModel reads later tokens.*is_decoder=True"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"BertLMHeadModel is not causal.*is_decoder=True"):
         read_architecture(BertLMHeadModel(config).eval())
     config.is_decoder = True
     assert read_architecture(BertLMHeadModel(config).eval()).num_layers == 2

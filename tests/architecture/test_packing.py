@@ -49,7 +49,7 @@ def test_packed_rows_attend_as_each_does_alone(lengths, before, heads, gqa):
     query = torch.randn(1, HEADS, sum(lengths), WIDTH, requires_grad=True)
     new = [torch.randn(1, heads if gqa else HEADS, sum(lengths), WIDTH, requires_grad=True) for _ in range(2)]
     layer = Layer(scale=0.7, enable_gqa=gqa)
-    with packed.among({0: layer}):
+    with packed.in_layers({0: layer}):
         found = layer(query, *new)
     expected, start = [], 0
     for row, (length, seen) in enumerate(zip(lengths, before, strict=True)):
@@ -76,11 +76,14 @@ def test_packed_rows_attend_as_each_does_alone(lengths, before, heads, gqa):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_layer_must_attend_once(times):
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [(0, "Layer 0 does not use scaled_dot_product_attention"), (2, "A layer uses attention twice")],
+)
+def test_a_layer_must_attend_once(times, message):
     packed, _ = attention([2, 1], [1, 1])
     layer, given = Layer(times), torch.randn(3, 1, HEADS, 3, WIDTH)
-    with pytest.raises(RuntimeError, match="attend"), packed.among({0: layer}):
+    with pytest.raises(RuntimeError, match=message), packed.in_layers({0: layer}):
         layer(*given)
 
 
@@ -88,7 +91,7 @@ def test_attention_outside_the_layers_is_refused_and_left_alone_afterwards():
     packed, _ = attention([2, 1], [1, 1])
     given = torch.randn(3, 1, HEADS, 3, WIDTH)
     expected = functional.scaled_dot_product_attention(*given)
-    with pytest.raises(RuntimeError, match="attend"), packed.among({0: Layer()}):
+    with pytest.raises(RuntimeError, match="outside the layers"), packed.in_layers({0: Layer()}):
         functional.scaled_dot_product_attention(*given)
     assert torch.equal(functional.scaled_dot_product_attention(*given), expected)
 
@@ -101,7 +104,7 @@ def test_layers_may_be_on_several_devices():
     layers, given = {0: Layer(), 1: Layer()}, torch.randn(3, 1, HEADS, 3, WIDTH)
     found = []
     for _ in range(2):
-        with packed.among(layers):
+        with packed.in_layers(layers):
             found.append(layers[0](*given))
             layers[1](*given.to("meta"))
     assert torch.equal(*found)
@@ -111,5 +114,5 @@ def test_queries_of_another_form_are_refused():
     """Such as those that transformers folds where there is one token."""
     packed, _ = attention([2, 1], [1, 1])
     layer, given = Layer(), torch.randn(3, 1, HEADS, 2, WIDTH)
-    with pytest.raises(RuntimeError, match="queries of shape"), packed.among({0: layer}):
+    with pytest.raises(RuntimeError, match="queries of an unexpected shape"), packed.in_layers({0: layer}):
         layer(*given)

@@ -249,7 +249,7 @@ def test_a_slower_replay_than_expected_is_told_once(batch, caplog, monkeypatch):
             assert replayer.way == "suffix"
     (record,) = caplog.records
     assert "texts are padded to one length" in record.getMessage()
-    assert "Layer 1 does not attend by scaled_dot_product_attention" in record.getMessage()
+    assert "Layer 1 does not use scaled_dot_product_attention" in record.getMessage()
 
 
 @pytest.mark.parametrize("name", sorted(PADDED))

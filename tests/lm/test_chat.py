@@ -62,18 +62,18 @@ def model(chat):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"messages": None}, "needs a prompt or messages"),
-        ({"prompt": "The Eiffel Tower is in"}, "and not both"),
+        ({"messages": None}, "needs either a prompt or messages"),
+        ({"prompt": "The Eiffel Tower is in"}, "but not both"),
         ({"messages": []}, "messages must be a list"),
         ({"messages": "The Eiffel Tower"}, "messages must be a list"),
         ({"messages": QUESTION}, "messages must be a list"),
-        ({"messages": ["The Eiffel Tower"]}, "must have role and content"),
-        ({"messages": [{"role": "user"}]}, "must have role and content"),
-        ({"messages": [{**QUESTION, "content": 3}]}, "must have role and content"),
-        ({"messages": [{**QUESTION, "content": [{"type": "text"}]}]}, "must have role and content"),
-        ({"messages": [{**QUESTION, "name": "Ann"}]}, "must have role and content"),
-        ({"messages": [QUESTION, {"role": "assistant", "content": "Rome"}]}, "end with the message that it answers"),
-        ({"subject": "The Louvre"}, "'The Louvre' is in no message"),
+        ({"messages": ["The Eiffel Tower"]}, "must have a non-empty role and content"),
+        ({"messages": [{"role": "user"}]}, "must have a non-empty role and content"),
+        ({"messages": [{**QUESTION, "content": 3}]}, "must have a non-empty role and content"),
+        ({"messages": [{**QUESTION, "content": [{"type": "text"}]}]}, "must have a non-empty role and content"),
+        ({"messages": [{**QUESTION, "name": "Ann"}]}, "must have a non-empty role and content"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": "Rome"}]}, "End with the message before the answer"),
+        ({"subject": "The Louvre"}, "'The Louvre' is in none of the messages"),
         ({"target_new": ""}, "target_new"),
     ],
 )
@@ -285,7 +285,7 @@ def test_the_doubtful_place_of_a_subject_in_a_chat_is_told(model, caplog):
     with caplog.at_level(logging.WARNING):
         model.edit(messages=chat, subject="Rome", target_new="London")
     (told,) = [text for record in caplog.records if "does not take" not in (text := record.getMessage())]
-    assert "'Rome' is in 2 places of" in told
+    assert "'Rome' occurs 2 times in" in told
     assert "'Is [Rome] old?'" in told
 
 

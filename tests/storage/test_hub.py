@@ -367,7 +367,7 @@ def test_a_missing_file_is_an_error_that_names_it(hub, other, name):
 
 @pytest.mark.parametrize("name", ["./edits", "/no/such/folder", "a/b/c", "two words", "a//b", "../edit", "edit.git"])
 def test_what_can_be_no_repository_is_no_folder(hub, name):
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a local folder"):
         find_folder(name)
     assert hub.log == []
 
@@ -549,12 +549,12 @@ def test_the_options_of_a_push_reach_the_hub(hub, edited, selected, verb):
 def test_who_shares_an_edit_of_a_model_without_a_name_is_warned(hub, edited, caplog):
     for verb in (edited.push_to_hub, edited.push_merged_to_hub):
         verb(REPO)
-        (record,) = (record for record in caplog.records if "no name on the Hub" in record.message)
+        (record,) = (record for record in caplog.records if "not the name of a repository on the Hub" in record.message)
         assert "'LlamaForCausalLM'" in record.message
         caplog.clear()
     edited.base_info = replace(edited.base_info, name_or_path="tester/base")
     edited.push_to_hub(REPO)
-    assert not any("no name on the Hub" in record.message for record in caplog.records)
+    assert not any("not the name of a repository on the Hub" in record.message for record in caplog.records)
 
 
 def test_an_edit_says_which_commit_of_its_base_model_it_was_made_on(hub, saved, tokenizer):
@@ -864,7 +864,7 @@ def test_records_that_cannot_be_read_are_not_overwritten(hub, tokenizer, pushed)
 def test_a_file_that_is_no_golden_layers_is_not_overwritten(hub, selected, tmp_path):
     (tmp_path / GOLDEN_LAYERS).write_text("{}")
     push_folder(tmp_path, make_repo(ATLAS))
-    with pytest.raises(GoldenLayersError, match="holds no golden layers"):
+    with pytest.raises(GoldenLayersError, match="is not a valid file of golden layers"):
         selected.push_golden_layers(ATLAS)
     assert hub.repositories[ATLAS].files() == {GOLDEN_LAYERS: b"{}"}
 
@@ -875,7 +875,7 @@ def test_what_has_no_golden_layers_says_so(hub, folder, edited, tokenizer):
         shared(tokenizer, source=REPO)
     with pytest.raises(RepositoryNotFoundError):
         shared(tokenizer, source="tester/none")
-    with pytest.raises(FileNotFoundError, match="no name on the Hub"):
+    with pytest.raises(FileNotFoundError, match="not a valid name of a repository on the Hub"):
         shared(tokenizer, source="a/b/c")
     with pytest.raises(ValueError, match="No layer selector has run"):
         edited.push_golden_layers(ATLAS)

@@ -1,12 +1,15 @@
-"""Mixtures of experts whose matrices are one fused parameter: all down projections together as one linear map.
+"""Mixture-of-experts layers that fuse the matrices of all experts into one parameter.
 
-With `g_te` the weight that the router gives expert `e` at token `t`, and `h_te` what its down projection reads there,
+All down projections of such a layer together are one linear map. Let `g_te` be the router's weight for expert `e` at
+token `t`, and `h_te` the input of that expert's down projection. Then
 
-    out_t = sum_e g_te W_e h_te + what no W is in = [W_1 ... W_E] k_t + ...,    k_t = concat_e(g_te h_te)
+    out_t = sum_e g_te W_e h_te + rest_t = [W_1 ... W_E] k_t + rest_t,    k_t = concat_e(g_te h_te)
 
-so the output is linear in the fused parameter, and `k_t` is the key of an edit: zero for experts not picked. No
-implementation hands it out, but its gradient is exact: that of coordinate `i` of token `i`'s output by row `i` of `W_e`
-is `g_ie h_ie`, so that one backward finds the keys of as many tokens as the model is wide.
+where `rest_t` does not depend on any `W_e`. The output is linear in the fused parameter, and `k_t` is the key of an
+edit. It is zero for the experts that the router did not pick.
+
+No implementation returns `k_t`, but gradients give it exactly: the gradient of coordinate `i` of token `i`'s output
+with respect to row `i` of `W_e` is `g_ie h_ie`. One backward pass therefore computes the keys of `d_model` tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from goldenedit.architecture.hooks import Call, hidden_argument
 
-# Relative error of an output that is called linear in a parameter: of rounding, and no more.
+# Largest relative error at which an output counts as linear in a parameter: the error of rounding.
 _LINEAR = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -30,8 +33,8 @@ class FusedExperts:
     """Where a layer keeps its routed experts.
 
     Attributes:
-        site: Path of the module whose output is one vector for each token, the sum over its experts.
-        weights: Paths of its fused parameters, the down projection last.
+        site: Path of the module that outputs one vector per token, the sum over the experts.
+        weights: Paths of its fused parameters; the down projection is last.
     """
 
     site: str
@@ -47,50 +50,50 @@ class FusedExperts:
         return len(fused_parameter(model, self.weights[-1]))
 
     def keys(self, model: nn.Module, call: Call, tokens: Tensor | None = None) -> Tensor:
-        """Return the keys at some tokens, `(n, experts * d_ff)` float32.
+        """Return the keys of the given tokens, `(n, experts * d_ff)` float32.
 
         Args:
-            call: Arguments that the site was called with.
-            tokens: `(n,)`, indices into all its tokens in their order; None for all.
+            call: Arguments of a call of the site.
+            tokens: `(n,)`, indices into all tokens of the call, in order; None for all tokens.
         """
         if tokens is None:
             tokens = torch.arange(hidden_argument(*call)[..., 0].numel())
         width = self.shape(model)[0]
-        found = []
-        for some in tokens.split(width):
-            (gradient,) = self.gradients(model, call, some, torch.eye(len(some), width), self.weights[-1:])
-            rows = _oriented(gradient, model, self.weights[-1])[:, : len(some)]
-            found.append(rows.transpose(0, 1).flatten(1).float())
-        return torch.cat(found)
+        keys = []
+        for chunk in tokens.split(width):
+            (gradient,) = self.gradients(model, call, chunk, torch.eye(len(chunk), width), self.weights[-1:])
+            rows = _oriented(gradient, model, self.weights[-1])[:, : len(chunk)]
+            keys.append(rows.transpose(0, 1).flatten(1).float())
+        return torch.cat(keys)
 
     def gradients(
         self, model: nn.Module, call: Call, tokens: Tensor, slopes: Tensor, weights: tuple[str, ...] | None = None
     ) -> tuple[Tensor, ...]:
-        """Return the gradients by fused parameters, by default by all, each in the parameter's shape.
+        """Return the gradients with respect to fused parameters, each in the parameter's shape.
 
         Args:
-            call: Arguments that the site was called with.
-            tokens: `(n,)`, the tokens that count, indices into all tokens in their order.
-            slopes: `(n, d_out)`, gradient by the site's output at these tokens.
-            weights: Paths of the parameters.
+            call: Arguments of a call of the site.
+            tokens: `(n,)`, the tokens to backpropagate from, as indices into all tokens of the call, in order.
+            slopes: `(n, d_out)`, the gradient with respect to the site's output at these tokens.
+            weights: Paths of the parameters; by default all fused parameters.
         """
         site = _plain(model.get_submodule(self.site))
         args, kwargs = _at_tokens(call, tokens)
         parameters = [fused_parameter(model, path) for path in weights or self.weights]
-        wanted = [parameter.requires_grad for parameter in parameters]
+        trainable = [parameter.requires_grad for parameter in parameters]
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
-                output = site.forward(*args, **kwargs)  # not called: hooks are for the model's own forwards
+                output = site.forward(*args, **kwargs)  # `site(...)` would run hooks meant for the model's own forwards
             return torch.autograd.grad(output, parameters, slopes.to(output).view_as(output))
         finally:
-            for parameter, before in zip(parameters, wanted, strict=True):
-                parameter.requires_grad_(before)
+            for parameter, requires_grad in zip(parameters, trainable, strict=True):
+                parameter.requires_grad_(requires_grad)
 
     @contextmanager
     def adding_delta(self, model: nn.Module, A: Tensor, B: Tensor) -> Iterator[None]:
-        """Use the down projections with the change `B @ A` inside this context; the weights are not written."""
+        """Add `B @ A` to the down projections inside this context, without writing to the weights."""
         path = self.weights[-1]
         matrices = expert_matrices(model, path)
         delta = (B.to(matrices) @ A.to(matrices)).unflatten(1, (len(matrices), -1)).transpose(0, 1)
@@ -99,43 +102,43 @@ class FusedExperts:
 
 
 def is_fused(model: nn.Module, path: str) -> bool:
-    """Tell whether a path names a fused parameter of the model, and not a module."""
+    """Return whether a path names a fused parameter of the model rather than a module."""
     with suppress(AttributeError):
         return fused_parameter(model, path).ndim == 3
     return False
 
 
 def fused_parameter(model: nn.Module, path: str) -> nn.Parameter:
-    """Return a parameter by its path, whatever adapters are on its module.
+    """Return the base model's parameter at a path, also where PEFT has wrapped its module.
 
     Raises:
-        AttributeError: There is none.
+        AttributeError: There is no parameter at the path.
     """
     owner, _, name = path.rpartition(".")
     parameter = getattr(_plain(model.get_submodule(owner)), name)
     if not isinstance(parameter, nn.Parameter):
-        raise AttributeError(f"{path} is no parameter")
+        raise AttributeError(f"{path} is not a parameter")
     return parameter
 
 
 def expert_matrices(model: nn.Module, path: str) -> Tensor:
-    """Return the matrix of each expert in a fused parameter, `(experts, d_out, d_in)`, a view."""
+    """Return a view of the matrices of all experts in a fused parameter, `(experts, d_out, d_in)`."""
     return _oriented(fused_parameter(model, path).detach(), model, path)
 
 
 def _oriented(tensor: Tensor, model: nn.Module, path: str) -> Tensor:
-    """Turn between a parameter's own shape and `(experts, d_out, d_in)`, as PEFT does."""
+    """Convert between a parameter's stored shape and `(experts, d_out, d_in)`, in either direction, as PEFT does."""
     owner = _plain(model.get_submodule(path.rpartition(".")[0]))
     return tensor.transpose(1, 2) if getattr(owner, "is_transposed", False) else tensor
 
 
 def find_experts(model: nn.Module, layers: Mapping[int, str], ids: Tensor) -> dict[int, FusedExperts]:
-    """Return the fused experts of those layers that have some, by what their output is linear in.
+    """Find the fused experts of each layer: the parameter in which the output of one of its modules is linear.
 
-    Of several, the last is taken: where shared experts are fused as well, they are behind the routed ones.
+    If several parameters qualify, the last one is used. Layers without fused experts are left out.
 
     Args:
-        layers: Paths of the layers to look at.
+        layers: Path of each layer to search, by its index.
         ids: `(1, T)`, tokens to run.
     """
     fused = {
@@ -143,25 +146,25 @@ def find_experts(model: nn.Module, layers: Mapping[int, str], ids: Tensor) -> di
         for index, layer in layers.items()
         if (named := list(model.get_submodule(layer).named_parameters()))
     }
-    around = {name: _enclosing(name, layers[index]) for index, names in fused.items() for name in names}
-    if not around:
+    enclosing = {name: _enclosing(name, layers[index]) for index, names in fused.items() for name in names}
+    if not enclosing:
         return {}
-    calls = _calls(model, {site for sites in around.values() for site in sites}, ids)
-    found = {}
+    calls = _calls(model, {site for sites in enclosing.values() for site in sites}, ids)
+    experts = {}
     for index, names in fused.items():
         for down in reversed(names):
-            # Modules end from the innermost outwards, so the first to pass is the smallest.
-            sites = (name for name in calls if name in around[down])
+            # Inner modules return before outer ones, so the first match is the innermost module.
+            sites = (name for name in calls if name in enclosing[down])
             site = next((site for site in sites if _is_down(model, site, down, calls[site])), None)
             if site is not None:
-                own = [name for name in names if name.startswith(f"{site}.")]
-                found[index] = FusedExperts(site, (*(name for name in own if name != down), down))
+                weights = [name for name in names if name.startswith(f"{site}.") and name != down]
+                experts[index] = FusedExperts(site, (*weights, down))
                 break
-    return found
+    return experts
 
 
 def _calls(model: nn.Module, paths: Collection[str], ids: Tensor) -> dict[str, Call]:
-    """Return what modules are called with that return a tensor, in the order in which they end."""
+    """Return the arguments of each module that returns a tensor, in the order in which the modules return."""
     calls: dict[str, Call] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -179,19 +182,19 @@ def _calls(model: nn.Module, paths: Collection[str], ids: Tensor) -> dict[str, C
 
 
 def _is_candidate(parameter: nn.Parameter) -> bool:
-    whole = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
-    return parameter.ndim == 3 and len(parameter) > 1 and whole
+    readable = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
+    return parameter.ndim == 3 and len(parameter) > 1 and readable
 
 
 def _enclosing(parameter: str, layer: str) -> list[str]:
-    """Return the paths of the modules around a parameter, up to its layer."""
-    parts = parameter.removeprefix(f"{layer}.").split(".")
-    return [f"{layer}.{'.'.join(parts[:end])}" for end in range(1, len(parts))]
+    """Return the paths of the modules inside a layer that contain a parameter, the outermost first."""
+    names = parameter.removeprefix(f"{layer}.").split(".")
+    return [f"{layer}.{'.'.join(names[:end])}" for end in range(1, len(names))]
 
 
 @torch.no_grad()
 def _is_down(model: nn.Module, site: str, parameter: str, call: Call) -> bool:
-    """Tell whether a module's output is linear in a parameter, token by token: `out - out(0) = W k`."""
+    """Return whether a module's output is linear in a parameter for each token: `out - out(W=0) = W k`."""
     experts = FusedExperts(site, (parameter,))
     module = model.get_submodule(site)
     try:
@@ -200,37 +203,37 @@ def _is_down(model: nn.Module, site: str, parameter: str, call: Call) -> bool:
         if matrices.shape[1] != width:
             return False
         keys = experts.keys(model, call)
-        half = torch.arange(1, len(keys), 2)
+        odd_tokens = torch.arange(1, len(keys), 2)
         output = module.forward(*call[0], **call[1])
         with _replaced(model, parameter, torch.zeros_like(fused_parameter(model, parameter))):
             rest = module.forward(*call[0], **call[1])
-        own = (output - rest).reshape(-1, width).float()
-        of_experts = keys.unflatten(1, (len(matrices), -1)).unbind(1)
-        expected = sum(key @ matrix.float().T for key, matrix in zip(of_experts, matrices, strict=True))
-        apart = experts.keys(model, call, half)
+        contribution = (output - rest).reshape(-1, width).float()
+        keys_by_expert = keys.unflatten(1, (len(matrices), -1)).unbind(1)
+        expected = sum(key @ matrix.float().T for key, matrix in zip(keys_by_expert, matrices, strict=True))
+        odd_keys = experts.keys(model, call, odd_tokens)
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # it takes no tokens out of their texts
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # e.g. it needs whole sequences
         return False
     tolerance = _LINEAR.get(hidden.dtype, 5e-2)
-    linear = (own - expected).abs().max() <= tolerance * own.abs().max()
-    by_token = (apart - keys[half]).abs().max() <= tolerance * keys.abs().max()
-    return bool(own.any() and linear and by_token)
+    is_linear = (contribution - expected).abs().max() <= tolerance * contribution.abs().max()
+    is_per_token = (odd_keys - keys[odd_tokens]).abs().max() <= tolerance * keys.abs().max()
+    return bool(contribution.any() and is_linear and is_per_token)
 
 
 @contextmanager
 def _replaced(model: nn.Module, path: str, tensor: Tensor) -> Iterator[None]:
     owner, _, name = path.rpartition(".")
-    module, own = _plain(model.get_submodule(owner)), fused_parameter(model, path)
+    module, original = _plain(model.get_submodule(owner)), fused_parameter(model, path)
     try:
         setattr(module, name, nn.Parameter(tensor.contiguous(), requires_grad=False))
         yield
     finally:
-        setattr(module, name, own)
+        setattr(module, name, original)
 
 
 def _at_tokens(call: Call, tokens: Tensor) -> Call:
-    """Return the arguments of a call with some of its tokens alone."""
+    """Return the arguments of a call, restricted to the given tokens."""
     lead = hidden_argument(*call).shape[:-1]
 
     def pick(value: Any) -> Any:

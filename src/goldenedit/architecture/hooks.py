@@ -1,4 +1,4 @@
-"""Context managers that read and change what flows through a model while it runs."""
+"""Context managers that read and change the activations and gradients of a running model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from goldenedit.architecture.products import faster_products
 from goldenedit.architecture.quantized import giving_backward, keeping_integers
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module was called with
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a module's forward
 
 
 class _ForwardEnded(Exception):
-    """Ends a forward that has delivered all that was asked of it."""
+    """Ends a forward early, once it has computed what is needed."""
 
 
 @contextmanager
 def stop_forward() -> Iterator[Callable[[], None]]:
-    """Yield a function that, called in a hook, ends the forward running inside this context.
+    """Yield a function that ends the forward running inside this context when a hook calls it.
 
     Example:
         ```python
         with stop_forward() as stop, recording({"layer": layer}) as record:
             handle = layer.register_forward_hook(lambda *_: stop())
-            model(**inputs)  # layers behind `layer` do not run
+            model(**inputs)  # layers after `layer` do not run
         ```
     """
 
@@ -42,7 +42,7 @@ def stop_forward() -> Iterator[Callable[[], None]]:
 
 
 class Record:
-    """Inputs and outputs of modules, and all they were called with, by the name they were recorded under."""
+    """The inputs, outputs and call arguments of modules, by the name each was recorded under."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Call] = {}
@@ -51,14 +51,14 @@ class Record:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Return the hidden state in what a layer takes or returns: a tensor, or the first tensor of a sequence."""
+    """Return the hidden state of a layer's input or output: the tensor itself, or the first tensor of a sequence."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (tuple, list)):
         for item in value:
             if isinstance(item, Tensor):
                 return item
-    raise TypeError(f"Expected a tensor or a sequence with one, got {type(value).__name__}.")
+    raise TypeError(f"Expected a tensor or a sequence that contains one, got {type(value).__name__}.")
 
 
 def hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -98,13 +98,13 @@ def adding(additions: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[Non
     """Add vectors to the outputs of modules, each at one token.
 
     Args:
-        additions: For each module `(tokens, vectors)`: `tokens` `(B,)` indices into all tokens of the output, row after
-            row, and `vectors` `(B, d_out)`.
+        additions: `(tokens, vectors)` for each module. `tokens` `(B,)` are indices into the output's tokens, flattened
+            row by row; `vectors` is `(B, d_out)`.
     """
 
     def hook(tokens: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
         def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # Out of place: the graph of the step needs the output as it was.
+            # Not in place: the autograd graph needs the original output.
             flat = output.view(-1, output.shape[-1])
             return flat.index_add(0, tokens.to(output.device), vectors.to(output.device, output.dtype)).view_as(output)
 
@@ -120,32 +120,32 @@ def adding(additions: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[Non
 def watching_gradients(
     first_layer: nn.Module, modules: Collection[nn.Module], take: Callable[[nn.Module, Tensor, Tensor], None]
 ) -> Iterator[list[Tensor]]:
-    """Call `take(module, input, gradient of the output)` for each module as a backward pass reaches it.
+    """Call `take(module, input, output_gradient)` for each module when a backward pass reaches it.
 
-    Weights may be frozen: the graph starts at what enters `first_layer`. Differentiate the loss by the tensors of the
-    list that is yielded, which are there once the model has run, and no parameter gets a `.grad`.
+    Weights may be frozen: the graph starts at the input of `first_layer`. The yielded list is filled when the model
+    runs. Differentiate the loss with respect to its tensors, so that no parameter gets a `.grad`.
     """
     roots: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         inputs = args[0].detach()
 
-        # A hook on the tensor as it is now: it fires with this output's own gradient, whatever is added in place later,
-        # and what it needs is used at once, so that no layer's gradient outlives its layer.
-        def reached(gradient: Tensor) -> None:
-            take(module, held.pop(), gradient)
+        # The hook is on the tensor as it is now, so it gets the gradient of this output, also where the model adds to
+        # the tensor in place later. It frees the input after use, so that no input outlives its layer's backward.
+        def take_gradient(gradient: Tensor) -> None:
+            take(module, pending.pop(), gradient)
 
-        held = [inputs]
-        output.register_hook(reached)
+        pending = [inputs]
+        output.register_hook(take_gradient)
 
     def require_gradient(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = hidden_argument(args, kwargs)
-        root = given.detach().requires_grad_()
+        hidden = hidden_argument(args, kwargs)
+        root = hidden.detach().requires_grad_()
         roots.append(root)
-        kwargs = {name: root if value is given else value for name, value in kwargs.items()}
-        return tuple(root if value is given else value for value in args), kwargs
+        kwargs = {name: root if value is hidden else value for name, value in kwargs.items()}
+        return tuple(root if value is hidden else value for value in args), kwargs
 
     with ExitStack() as stack:
         for module in modules:
@@ -157,7 +157,7 @@ def watching_gradients(
 
 @contextmanager
 def adding_delta(module: nn.Module, A: Tensor, B: Tensor) -> Iterator[None]:
-    """Add the low-rank change `B @ A` of its weight to what a linear map says; `A` `(r, d_in)`, `B` `(d_out, r)`."""
+    """Run a linear map as if `B @ A` were added to its weight; `A` is `(r, d_in)`, `B` is `(d_out, r)`."""
 
     def add(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
@@ -172,10 +172,10 @@ def adding_delta(module: nn.Module, A: Tensor, B: Tensor) -> Iterator[None]:
 
 @contextmanager
 def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[Callable[[Any], Tensor]]:
-    """Make the language-model head compute logits only at `(rows[m], positions[m])`.
+    """Make the language-model head compute logits only at the positions `(rows[m], positions[m])`.
 
     Yields:
-        A function that turns the model's output into those logits, `(M, V)`, in the dtype of the model.
+        A function that takes the model's output and returns these logits, `(M, V)`, in the model's dtype.
     """
     gathered = False
 
@@ -205,10 +205,10 @@ def reading_logits(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterato
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Leave the caller's `torch.inference_mode()` inside this context; a function may be decorated with it.
+    """Leave the caller's `torch.inference_mode()` inside this context, or for the calls of a decorated function.
 
-    No graph takes in what is made in that mode, now or later: neither what is differentiated here, nor factors and
-    statistics that are kept. Gradients stay off but for who switches them on.
+    Autograd can never use tensors created in that mode: neither those that are differentiated here, nor the factors
+    and statistics that are kept for later. Gradients stay disabled until code inside the context enables them.
     """
     if not torch.is_inference_mode_enabled():
         yield
@@ -219,15 +219,16 @@ def outside_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout, uncompiled, with frozen weights and by the fastest products of the same precision.
+    """Run the model uncompiled, without dropout, with frozen weights and with the fastest products of its precision.
 
-    Then give each module back what it had.
+    The training mode of each module and the `requires_grad` of each parameter are restored afterwards.
 
-    Modules that keep integers for weights are told that they train: bitsandbytes' maps otherwise turn to kernels
-    without a backward on CPUs (4 bit), or round each token by what the others are (8 bit). Dropout is in none of them.
+    Modules with integer weights are set to training mode. In evaluation mode, bitsandbytes uses kernels without a
+    backward on CPUs (4 bit), or makes the rounding of a token depend on the other tokens (8 bit). These modules
+    have no dropout.
     """
-    # For gradients of weights, which nothing here asks for, autograd would keep the input of every linear map. By name:
-    # accelerate puts another parameter in the place of one that it offloads.
+    # Weights are frozen because autograd would otherwise keep the input of every linear map for their gradients.
+    # Parameters are found by name: accelerate replaces the parameters that it offloads by other objects.
     trained = [
         (module, name)
         for module in model.modules()
@@ -235,7 +236,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         if parameter.requires_grad
     ]
     modes = {module: module.training for module in model.modules()}
-    # Compiled code passes hooks by that came after it, and compiling the hooks would take longer than running them.
+    # Compiled code ignores hooks that were registered later, and compiling the hooks takes longer than running them.
     compiled = "torch._dynamo" in sys.modules or not _has_dynamo()
     model.eval()
     for module in keeping_integers(model):
@@ -255,5 +256,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @cache
 def _has_dynamo() -> bool:
-    """Tell whether torch's compiler has the private name by which it is known to be unused, and so not worth waking."""
+    """Return whether `torch._dynamo` exists; while this private module is not imported, nothing has been compiled."""
     return find_spec("torch._dynamo") is not None

@@ -1,4 +1,4 @@
-"""Find the decoder layers and the MLP down projections of any causal LM, by shape and order of execution."""
+"""Find the decoder layers and the MLP down projections of a causal LM, by shape and order of execution."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from goldenedit.architecture.quantized import is_composite
 from goldenedit.devices import input_device, onloaded_parameter
 
 _PROBE_TOKENS = 8
-_NOISED_TOKEN = 1  # not the first: attention sinks make it special, and later tokens must be there to see the noise
-_MOVED = 1e-3  # relative change that counts as moved: far above rounding, far below what attention passes on
+_NOISED_TOKEN = 1  # not the first, which may be an attention sink; nor the last, as later tokens must see the noise
+_MOVED = 1e-3  # relative change that counts as a change: far above rounding, far below the effect of attention
 
 
 class UnsupportedArchitectureError(ValueError):
-    """The model has no decoder layers or no down projections that could be found."""
+    """No decoder layers or no down projections could be found in the model, or it cannot be edited."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Architecture:
     Attributes:
         layers: Path of the list of decoder layers, such as `"model.layers"`.
         num_layers: Number of decoder layers.
-        down_projections: Path of the MLP down projection of each layer that has one: a module, or the parameter that
-            holds those of all its experts.
+        down_projections: Path of the MLP down projection of each layer that has one. It is a module, or the parameter
+            that fuses the down projections of all experts of the layer.
         mlp_linears: Paths of the linear maps of each such MLP, in order of execution, the down projection last.
-        attention_outputs: Path of the output projection of each layer's attention: the last linear map in it that
-            mixes positions. Layers without one are left out.
+        attention_outputs: Path of the output projection of each layer's attention: the last linear map of the layer
+            whose input mixes positions. Layers without attention are left out.
         experts: The fused experts of each layer whose down projections are one parameter.
-        told: What the user has been told of this model, and need not be told again.
+        warned: Topics that the user has already been warned about for this model.
     """
 
     layers: str
@@ -47,28 +47,28 @@ class Architecture:
     mlp_linears: dict[int, tuple[str, ...]]
     attention_outputs: dict[int, str] = field(default_factory=dict)
     experts: dict[int, FusedExperts] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set, compare=False, repr=False)
+    warned: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """Return decoder layer `index`."""
         return model.get_submodule(f"{self.layers}.{index}")
 
     def layer_of(self, path: str) -> int:
-        """Return the layer that the module at `path` is in, 0 for one outside all layers."""
+        """Return the index of the layer that contains the module at `path`, 0 if it is outside all layers."""
         inside = path.removeprefix(f"{self.layers}.")
         return 0 if inside == path else int(inside.split(".")[0])
 
     def down_projection(self, model: nn.Module, index: int) -> nn.Module:
-        """Return the down projection of layer `index`, or the module that sums up those of its experts."""
+        """Return the down projection of layer `index`, or the module that sums the outputs of its fused experts."""
         fused = self.experts.get(index)
         return model.get_submodule(self.down_projections[index] if fused is None else fused.site)
 
     def keys(self, model: nn.Module, index: int, call: Call, tokens: Tensor | None = None) -> Tensor:
-        """Return what enters the down projection of layer `index`, `(n, d_in)` float32.
+        """Return the inputs of the down projection of layer `index`, `(n, d_in)` float32.
 
         Args:
-            call: What the module that `down_projection` returns was called with.
-            tokens: `(n,)`, the tokens wanted, indices into all tokens in their order; None for all.
+            call: Arguments of a call of the module that `down_projection` returns.
+            tokens: `(n,)`, indices into all tokens of the call, in order; None for all tokens.
         """
         if index in self.experts:
             return self.experts[index].keys(model, call, tokens)
@@ -77,7 +77,7 @@ class Architecture:
         return (hidden if tokens is None else hidden[tokens.to(hidden.device)]).float()
 
     def adding_delta(self, model: nn.Module, index: int, A: Tensor, B: Tensor) -> AbstractContextManager[None]:
-        """Return a context with the down projection of layer `index` changed by `B @ A`, its weights not written."""
+        """Add `B @ A` to the down projection of layer `index` inside a context, without writing to the weights."""
         if index in self.experts:
             return self.experts[index].adding_delta(model, A, B)
         return adding_delta(self.down_projection(model, index), A, B)
@@ -86,12 +86,12 @@ class Architecture:
         """Return the output projection of the attention of layer `index`.
 
         Raises:
-            ValueError: None was found.
+            ValueError: The layer has no attention, or its output projection was not found.
         """
         if index not in self.attention_outputs:
             raise ValueError(
-                f"Layer {index} of {type(model).__name__} has no output projection of an attention that could be "
-                "found, and PMET optimizes one: use another EditConfig.method, such as 'memit'."
+                f"No attention output projection was found in layer {index} of {type(model).__name__}, and PMET needs "
+                "one. Use another EditConfig.method, such as 'memit'."
             )
         return model.get_submodule(self.attention_outputs[index])
 
@@ -110,8 +110,8 @@ class Architecture:
         weight = plain_weight(self.down_projection(model, index))
         if weight is None:
             raise ValueError(
-                f"The weight of {self.down_projections[index]} is quantized: "
-                "EditConfig.regularizer cannot compare a change with it."
+                f"The weight of {self.down_projections[index]} is quantized, and EditConfig.regularizer needs an "
+                "unquantized weight. Set regularizer to None, or load the model without quantization."
             )
         return weight
 
@@ -119,16 +119,18 @@ class Architecture:
         """Raise ValueError unless layer `index` can be edited."""
         if index not in self.down_projections:
             raise ValueError(
-                f"Layer {index} cannot be edited: the model has {self.num_layers} decoder layers, and those with a "
-                f"down projection are {sorted(self.down_projections)}."
+                f"Layer {index} cannot be edited. Of the model's {self.num_layers} decoder layers, those with a down "
+                f"projection are {sorted(self.down_projections)}: choose one of them."
             )
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor | None:
-    """Return the weight at a path as one matrix, `(d_out, d_in)`, fused ones side by side; None where it is not plain.
+    """Return the weight at a path as one matrix, `(d_out, d_in)`, or None if it is quantized or offloaded.
+
+    The matrices of fused experts are joined side by side.
 
     Raises:
-        AttributeError: There is nothing at the path.
+        AttributeError: The model has no module or parameter at the path.
     """
     if is_fused(model, path):
         return expert_matrices(model, path).transpose(0, 1).flatten(1)
@@ -136,8 +138,8 @@ def weight_of(model: nn.Module, path: str) -> Tensor | None:
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight of a linear map, `(d_out, d_in)` whatever it is kept as; None if quantized."""
-    module = getattr(module, "base_layer", module)  # PEFT's wrapper, where the map is edited already
+    """Return the weight of a linear map as `(d_out, d_in)`, whatever its stored layout; None if it is quantized."""
+    module = getattr(module, "base_layer", module)  # PEFT wraps modules that carry adapters
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta:
         weight = onloaded_parameter(module, "weight")
@@ -148,7 +150,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Tell whether a linear map keeps its weight in fewer bits than it computes in, or nowhere that can be read."""
+    """Return whether the weight of a linear map is quantized, that is, cannot be read as a plain matrix."""
     weight = getattr(getattr(module, "base_layer", module), "weight", None)
     return plain_weight(module) is None and not (isinstance(weight, Tensor) and weight.is_meta)
 
@@ -172,70 +174,72 @@ def find_down_projections(model: nn.Module) -> dict[int, str]:
 
 
 def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | None = None) -> Architecture:
-    """Find decoder layers and down projections with two tiny forwards.
+    """Find decoder layers and down projections with a few short forwards.
 
-    The layer list is the `ModuleList` whose members hold the most executed parameters. A linear map back to the
-    model's width is a candidate. Noise at one token is put on the outputs of the linear maps that ran before it: where
-    the candidate's input then moves at *other* tokens it mixes positions (attention); where it moves at that token only
-    it closes an MLP, and the widest such candidate is the down projection.
+    The layer list is the `ModuleList` whose members hold the most executed parameters. Each linear map whose output has
+    the model's width is a candidate. Noise is added, at one token, to the outputs of the linear maps that run before
+    the candidate. If the candidate's input then changes at *other* tokens, the candidate follows attention, which mixes
+    positions. If its input changes at the noised token only, the candidate ends an MLP. The widest such candidate of a
+    layer is the layer's down projection.
 
     Args:
         model: A causal LM of transformers, without PEFT adapters.
-        target_modules: The down projections set by hand: their paths, or one path with `{}` for the layer index.
+        target_modules: The down projections chosen by hand: their paths, or one path with `{}` for the layer index.
 
     Raises:
-        UnsupportedArchitectureError: Nothing was found, or `target_modules` do not fit the model.
+        UnsupportedArchitectureError: The layers or down projections were not found, `target_modules` do not match the
+            model, or the model is not causal.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     with evaluating(model), torch.no_grad():
         _check_causal(model)
-        clean = _Clean(model, linears)
+        clean = _CleanForward(model, linears)
         layers = clean.decoder_layers()
         length = len(list(model.get_submodule(layers).children()))
-        by_hand = None if target_modules is None else _by_hand(model, layers, length, target_modules)
+        chosen = None if target_modules is None else _chosen_by_hand(model, layers, length, target_modules)
         probe = _Probe(clean)
         mlps = probe.run(linears, layers, length)
-    if by_hand is not None:
-        own: dict[int, tuple[str, ...]] = {index: (path,) for index, path in by_hand.items()}
-        _run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
-        return Architecture(layers, length, by_hand, own, probe.mixers)
-    others = {
+    if chosen is not None:
+        mlp_linears: dict[int, tuple[str, ...]] = {index: (path,) for index, path in chosen.items()}
+        _layers_run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
+        return Architecture(layers, length, chosen, mlp_linears, probe.mixers)
+    without_mlp = {
         index: path for index in range(length) if index not in mlps and (path := f"{layers}.{index}") in clean.results
     }
     with evaluating(model), torch.no_grad():
-        experts = find_experts(model, others, clean.ids)
+        experts = find_experts(model, without_mlp, clean.ids)
     if not mlps and not experts:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} has neither a single dense down projection nor fused experts that could be found "
-            f"in any of its {length} layers ({layers}), as with state-space models. Name the linear maps to edit by "
+            f"No dense down projection and no fused experts were found in any of the {length} layers ({layers}) of "
+            f"{type(model).__name__}; state-space models, for example, have none. Name the linear maps to edit by "
             f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
         )
     sites = {index: mlp[-1] for index, mlp in mlps.items()} | {index: fused.site for index, fused in experts.items()}
-    once = sorted(_run_once(model, clean, sites))
+    editable = sorted(_layers_run_once(model, clean, sites))
     mlps |= {index: fused.weights for index, fused in experts.items()}
     return Architecture(
         layers,
         length,
-        {index: mlps[index][-1] for index in once},
-        {index: mlps[index] for index in once},
+        {index: mlps[index][-1] for index in editable},
+        {index: mlps[index] for index in editable},
         probe.mixers,
-        {index: experts[index] for index in once if index in experts},
+        {index: experts[index] for index in editable if index in experts},
     )
 
 
-def _run_once(model: nn.Module, clean: _Clean, sites: Mapping[int, str]) -> list[int]:
-    """Return the layers that run once for each token; raise UnsupportedArchitectureError where none does."""
-    once = [index for index, site in sites.items() if clean.executed[model.get_submodule(site)] <= 1]
-    if sites and not once:
+def _layers_run_once(model: nn.Module, clean: _CleanForward, sites: Mapping[int, str]) -> list[int]:
+    """Return the layers that run once for each token; raise UnsupportedArchitectureError if there are none."""
+    layers = [index for index, site in sites.items() if clean.executed[model.get_submodule(site)] <= 1]
+    if sites and not layers:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} runs its layers several times for each token: one change of weights cannot say "
-            "one thing at one of these times."
+            f"{type(model).__name__} runs each of its layers several times for each token, so one change of weights "
+            "would act several times. Such models cannot be edited."
         )
-    return once
+    return layers
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell a linear map (nn.Linear, Conv1D, a quantized one) from other modules, by its weight and not by its name."""
+    """Return whether a module is a linear map (nn.Linear, Conv1D, quantized), by its attributes and not its name."""
     if next(module.children(), None) is not None or isinstance(module, nn.Embedding):
         return False
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
@@ -244,7 +248,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Return the shape `(d_out, d_in)` of a linear map, whatever it keeps its weight as."""
+    """Return the shape `(d_out, d_in)` of a linear map, however it stores its weight."""
     plain: Any = getattr(module, "base_layer", module)  # PEFT wraps modules that carry adapters
     if hasattr(plain, "out_features"):
         return int(plain.out_features), int(plain.in_features)
@@ -252,17 +256,20 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if type(plain).__name__ == "Conv1D" else (rows, columns)
 
 
-def _by_hand(model: nn.Module, layers: str, length: int, target_modules: str | Sequence[str]) -> dict[int, str]:
+def _chosen_by_hand(model: nn.Module, layers: str, length: int, target_modules: str | Sequence[str]) -> dict[int, str]:
+    """Return the path of the module that `target_modules` names in each layer."""
     if isinstance(target_modules, str):
         candidates = (target_modules.replace("{}", str(index)) for index in range(length))
         paths = [path for path in candidates if _get_submodule(model, path) is not None]
         if not paths:
-            raise UnsupportedArchitectureError(f"target_modules {target_modules!r} names no module of the base model.")
+            raise UnsupportedArchitectureError(
+                f"target_modules {target_modules!r} matches no module of the base model."
+            )
     else:
         paths = list(target_modules)
     if not paths:
-        raise UnsupportedArchitectureError("target_modules is empty: name the linear maps to edit.")
-    found: dict[int, str] = {}
+        raise UnsupportedArchitectureError("target_modules is empty. Name the linear maps to edit.")
+    by_layer: dict[int, str] = {}
     for path in paths:
         module = _get_submodule(model, path)
         index = path.removeprefix(f"{layers}.").split(".")[0]
@@ -270,8 +277,8 @@ def _by_hand(model: nn.Module, layers: str, length: int, target_modules: str | S
             raise UnsupportedArchitectureError(f"Target module {path!r} is not a linear map of the base model.")
         if not path.startswith(f"{layers}.") or not index.isdigit():
             raise UnsupportedArchitectureError(f"Target module {path!r} is not inside the decoder layers, {layers}.")
-        found[int(index)] = path
-    return dict(sorted(found.items()))
+        by_layer[int(index)] = path
+    return dict(sorted(by_layer.items()))
 
 
 def _get_submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -283,7 +290,7 @@ def _get_submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 def _probe_ids(model: nn.Module) -> Tensor:
     if not hasattr(model.get_input_embeddings(), "weight"):  # type: ignore[operator]
-        raise UnsupportedArchitectureError(f"{type(model).__name__} takes no token ids of one vocabulary.")
+        raise UnsupportedArchitectureError(f"{type(model).__name__} does not take token ids of a single vocabulary.")
     # From the middle of the vocabulary: special tokens sit at its ends.
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (size // 2 + torch.arange(_PROBE_TOKENS)) % size
@@ -291,20 +298,20 @@ def _probe_ids(model: nn.Module) -> Tensor:
 
 
 def _check_causal(model: nn.Module) -> None:
-    """Raise UnsupportedArchitectureError where a token changes what the model says before it."""
+    """Raise UnsupportedArchitectureError if a token changes the logits at earlier positions."""
     ids = _probe_ids(model)
-    other = ids.clone()
-    other[:, -1] = ids[:, 0]
-    before, after = (model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other))
+    other_last = ids.clone()
+    other_last[:, -1] = ids[:, 0]
+    before, after = (model(input_ids=tokens, use_cache=False).logits[0, :-1].float() for tokens in (ids, other_last))
     if (after - before).abs().max() > _MOVED * before.abs().max():
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} reads later tokens too, so an answer would change what is edited before it. Where "
-            "its config has is_decoder, load it with is_decoder=True."
+            f"{type(model).__name__} is not causal: a token also changes the logits before it. If its config has "
+            "is_decoder, load the model with is_decoder=True."
         )
 
 
-class _Clean:
-    """One undisturbed forward: what ran, and the input and output of each linear map and each list member."""
+class _CleanForward:
+    """One forward without noise: how often each module ran, the tensors of linear maps, the outputs of list members."""
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
         self.model = model
@@ -317,7 +324,7 @@ class _Clean:
         lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         with ExitStack() as stack:
             for module in model.modules():
-                stack.callback(module.register_forward_hook(self._note).remove)
+                stack.callback(module.register_forward_hook(self._count).remove)
             for name, module in linears.items():
                 stack.callback(module.register_forward_hook(self._keep(name)).remove)
             for name, members in lists:
@@ -326,7 +333,7 @@ class _Clean:
                     stack.callback(member.register_forward_hook(hook, with_kwargs=True).remove)
             model(input_ids=self.ids, use_cache=False)
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _count(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.executed[module] += 1
 
     def _keep(self, name: str) -> Callable[..., None]:
@@ -341,7 +348,7 @@ class _Clean:
             try:
                 self.widths[name] = hidden_argument(args, kwargs).shape[-1]
                 self.results[name] = _map_tensors(output, torch.clone)
-            except TypeError:  # a list of something else than layers
+            except TypeError:  # a list of modules that are not layers
                 pass
 
         return keep
@@ -370,14 +377,14 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Probe:
-    """One forward with noise at one token: which linear maps close an MLP, and which mix positions."""
+    """One forward with noise at one token, to see which linear maps end an MLP and which follow attention."""
 
-    def __init__(self, clean: _Clean) -> None:
+    def __init__(self, clean: _CleanForward) -> None:
         self.clean = clean
         self.generator = torch.Generator().manual_seed(0)
-        self.since: list[str] = []  # linear maps run since the last one that mixed positions
+        self.since_mixer: list[str] = []  # linear maps that ran after the last one that mixed positions
         self.candidates: dict[int, list[tuple[int, tuple[str, ...]]]] = {}
-        self.mixers: dict[int, str] = {}  # the last map of each layer that mixed positions: its attention's output
+        self.mixers: dict[int, str] = {}  # last linear map of each layer that mixed positions: the attention output
 
     def run(self, linears: dict[str, nn.Module], layers: str, length: int) -> dict[int, tuple[str, ...]]:
         model = self.clean.model
@@ -391,36 +398,36 @@ class _Probe:
                         stack.callback(module.register_forward_hook(self._disturb(index, layer, name)).remove)
                 stack.callback(model.get_submodule(layer).register_forward_hook(self._restore(layer)).remove)
             model(input_ids=self.clean.ids, use_cache=False)
-        return {index: max(found)[1] for index, found in sorted(self.candidates.items())}
+        return {index: max(candidates)[1] for index, candidates in sorted(self.candidates.items())}
 
     def _disturb(self, index: int, layer: str, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if name not in self.clean.outputs or output.shape != self.clean.outputs[name].shape:
                 return None
-            if output.numel() != _PROBE_TOKENS * output.shape[-1]:  # not one row a token: a router's choice, a table
+            if output.numel() != _PROBE_TOKENS * output.shape[-1]:  # not one row per token: e.g. a router
                 return None
             if output.shape[-1] == self.clean.widths[layer]:
                 moved = self._moved(name, args[0])
                 if moved.sum() > moved[_NOISED_TOKEN]:
-                    self.since.clear()
+                    self.since_mixer.clear()
                     self.mixers[index] = name
                     return self.clean.outputs[name].clone()
                 if moved[_NOISED_TOKEN]:
-                    self.candidates.setdefault(index, []).append((args[0].shape[-1], (*self.since, name)))
-            self.since.append(name)
+                    self.candidates.setdefault(index, []).append((args[0].shape[-1], (*self.since_mixer, name)))
+            self.since_mixer.append(name)
             return self._with_noise(output)
 
         return hook
 
     def _restore(self, layer: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            self.since.clear()
+            self.since_mixer.clear()
             return _map_tensors(self.clean.results[layer], torch.clone)
 
         return hook
 
     def _moved(self, name: str, now: Tensor) -> Tensor:
-        """Return, per token, whether the input of `name` moved."""
+        """Return for each token whether the input of `name` differs from the clean forward."""
         before = self.clean.inputs[name].reshape(_PROBE_TOKENS, -1).float()
         change = (now.reshape(_PROBE_TOKENS, -1).float() - before).abs().amax(-1)
         return change > _MOVED * before.abs().amax()

@@ -1,8 +1,8 @@
-"""Products with frozen float32 weights on CPUs, by the kernels that are fastest there.
+"""Matrix products with frozen float32 weights on CPUs, by the fastest kernels available.
 
-torch gives them to MKL, which keeps its AVX-512 kernels for Intel's processors; oneDNN, which torch has with it too,
-uses them wherever they are. On two cores of an EPYC, with SmolLM2's widths, it does 1.7 to 3 times as many operations a
-second in the same precision. torch itself turns to oneDNN only for products that the user lets it round.
+torch uses MKL for these products, and MKL uses its AVX-512 kernels on Intel processors only. oneDNN, which ships with
+torch too, uses AVX-512 on all processors that have it. On two cores of an EPYC, with SmolLM2's widths, oneDNN is 1.7 to
+3 times faster at the same precision. torch itself uses oneDNN only if the user allows products to be rounded.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from goldenedit.precision import matmul_precision
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST = 1 << 16  # entries of a weight from which on the faster kernel outweighs its longer call
+_SMALLEST = 1 << 16  # entries of a weight: for smaller ones, the overhead of the call outweighs the faster kernel
 
 
 @contextmanager
 def faster_products(model: nn.Module) -> Iterator[None]:
-    """Let the linear maps of a model with frozen float32 weights on CPUs use oneDNN inside this context.
+    """Let linear maps with frozen float32 weights on CPUs use oneDNN inside this context.
 
-    It does nothing on processors without AVX-512, where oneDNN is switched off (`torch.backends.mkldnn.enabled`), where
-    the user lets products of float32 be rounded (`torch.set_float32_matmul_precision`), and where torch's operator for
-    it, which is private, is missing or says something else than torch's own product.
+    Nothing changes on processors without AVX-512, if oneDNN is disabled (`torch.backends.mkldnn.enabled`), if the user
+    allows float32 products to be rounded (`torch.set_float32_matmul_precision`), or if torch's private operator for
+    oneDNN is missing or gives other results than torch's own product.
     """
     if not usable():
         yield
@@ -51,7 +51,7 @@ def faster_products(model: nn.Module) -> Iterator[None]:
 
 
 def usable() -> bool:
-    """Tell whether oneDNN is the faster way, and the user's settings allow it."""
+    """Return whether oneDNN is faster here, gives correct results, and is allowed by the user's settings."""
     return (
         torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
@@ -62,55 +62,57 @@ def usable() -> bool:
 
 
 def _operator() -> Any:
-    """Return torch's operator for products by oneDNN; None where this version has none by this name."""
+    """Return torch's operator for products by oneDNN; None if this version of torch has none of that name."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 @cache
 def _is_proven(operator: Any) -> bool:
-    """Tell whether the products of this file, which use this operator, are torch's own, on a small random matrix."""
+    """Return whether products with this operator equal torch's own, tested on small random matrices."""
     if operator is None:
-        logger.info("Products on this CPU are torch's own, which are slower: torch has no mkldnn._linear_pointwise.")
+        logger.info("Products on this CPU use torch's slower kernels: torch has no mkldnn._linear_pointwise.")
         return False
-    # In a thread of its own no context of the caller counts: no inference mode, autocast, device or counter.
+    # A new thread ignores the caller's contexts: inference mode, autocast, default device and operator counters.
     with ThreadPoolExecutor(1) as thread:
         problem = thread.submit(_problem).result()
     if problem is not None:
-        logger.info("Products on this CPU are torch's own, which are slower: those by oneDNN fail (%s).", problem)
+        logger.info("Products on this CPU use torch's slower kernels: the test of oneDNN failed (%s).", problem)
     return problem is None
 
 
 def _problem() -> str | None:
-    """Return what is wrong with products by oneDNN, forward and backward; None where nothing is."""
+    """Return what is wrong with products by oneDNN, in the forward or backward; None if they are correct."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, slope = (
         torch.randn(shape, generator=generator, dtype=torch.float32)
         for shape in ((2, 3, 64), (48, 64), (48,), (2, 3, 48))
     )
     for matrix, offset in ((weight, bias), (weight.T.contiguous().T, None)):
-        given = x.clone().requires_grad_()
-        expected = functional.linear(given, matrix, offset)
+        inputs = x.clone().requires_grad_()
+        expected = functional.linear(inputs, matrix, offset)
         try:
-            output = _Product.apply(given, matrix, offset)
+            output = _Product.apply(inputs, matrix, offset)
             pairs = [
                 (_linear(x, matrix, offset), expected),
                 (output, expected),
-                (torch.autograd.grad(output, given, slope)[0], torch.autograd.grad(expected, given, slope)[0]),
+                (torch.autograd.grad(output, inputs, slope)[0], torch.autograd.grad(expected, inputs, slope)[0]),
             ]
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
-        for one, other in pairs:
-            if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
-                return "they differ from torch's"
+        for product, reference in pairs:
+            if product.shape != reference.shape or not torch.allclose(product, reference, rtol=1e-4, atol=1e-4):
+                return "its results differ from torch's"
     return None
 
 
 def _kind(module: nn.Module) -> str:
-    """Return what a module is, no subclass of it: a subclass may compute something else."""
+    """Return the full name of a module's exact class; a subclass may compute something else."""
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _of_linear(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return a forward for `nn.Linear`."""
+
     def forward(input: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
         return _product(input, weight, bias) if _takes(input, weight, bias) else functional.linear(input, weight, bias)
@@ -119,7 +121,7 @@ def _of_linear(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _of_conv1d(module: Any) -> Callable[[Tensor], Tensor]:
-    """Of GPT-2's linear map in transformers, whose weight is `(d_in, d_out)`."""
+    """Return a forward for GPT-2's linear map in transformers, whose weight is `(d_in, d_out)`."""
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = module.weight.T, module.bias
@@ -135,7 +137,7 @@ _FORWARDS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether all are plain float32 tensors on a CPU and none but `x` is differentiated by."""
+    """Return whether all are plain float32 tensors on a CPU, and only `x` may need a gradient."""
     return (
         _is_plain(x)
         and _is_plain(weight)
@@ -162,13 +164,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T + bias`, differentiated by `x` alone, once."""
+    """`x @ weight.T + bias`, with a gradient with respect to `x` only, and no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         flat = _linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        # Not as a view: models may change what a linear map gave them in place (OLMo clamps it).
+        # Not a view: models may change the output of a linear map in place (OLMo clamps it).
         return flat.resize_(*x.shape[:-1], len(weight))
 
     @staticmethod

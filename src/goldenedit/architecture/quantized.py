@@ -1,4 +1,4 @@
-"""What editing needs of linear maps with quantized weights, told by their properties and not by whose they are."""
+"""Support for linear maps with quantized weights, recognized by their properties and not by their library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def keeping_integers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules with parameters of integers, as quantized weights are kept."""
+    """Return the modules with integer parameters, as most quantized weights are stored."""
     return [
         module
         for module in model.modules()
@@ -22,8 +22,8 @@ def keeping_integers(model: nn.Module) -> list[nn.Module]:
 
 
 def is_composite(weight: Tensor) -> bool:
-    """Tell a tensor that only stands for others, such as integers and their scales, whatever dtype it claims."""
-    return hasattr(weight, "__tensor_flatten__")  # what torch asks of such tensor classes
+    """Return whether a tensor wraps other tensors, such as integers and their scales, whatever its dtype says."""
+    return hasattr(weight, "__tensor_flatten__")  # torch requires this of wrapper tensor classes
 
 
 def _keeping_composites(model: nn.Module) -> list[nn.Module]:
@@ -32,12 +32,12 @@ def _keeping_composites(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def reading_state(model: nn.Module) -> Iterator[None]:
-    """Let `state_dict()` take quantized weights as they lie, inside this context.
+    """Let `state_dict()` return quantized weights as they are in memory, inside this context.
 
-    bitsandbytes' 4-bit maps that ran on a CPU otherwise put their weights back in the order of a file first, and lose
-    their scales: PEFT asks for a state only to see its names.
+    Otherwise, 4-bit layers of bitsandbytes that have run on a CPU convert their weights back to the order used in files
+    and lose their scales, although PEFT only reads the names in the state.
     """
-    plain: Any = getattr(nn.Module, "_save_to_state_dict", None)  # torch's name for those who override it, but private
+    plain: Any = getattr(nn.Module, "_save_to_state_dict", None)  # private, but meant to be overridden
     modules = [] if plain is None else keeping_integers(model)
     for module in modules:
         module._save_to_state_dict = MethodType(plain, module)  # type: ignore[method-assign]
@@ -49,7 +49,7 @@ def reading_state(model: nn.Module) -> Iterator[None]:
 
 
 class _Linear(torch.autograd.Function):
-    """What a linear map has said, with the backward that it lacks."""
+    """Passes on the output of a linear map and adds the missing backward."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, output: Tensor, matrix: Tensor) -> Tensor:
@@ -63,18 +63,20 @@ class _Linear(torch.autograd.Function):
 
 @torch.no_grad()
 def _matrix(linear: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the matrix of a linear map, `(d_out, d_in)`: what it makes of the unit vectors, in the dtype of inputs."""
+    """Return the matrix of a linear map, `(d_out, d_in)`: its outputs for unit vectors, in the dtype of `inputs`."""
     unit = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
-    # `forward` and not the module itself: hooks on it are for what the model says.
+    # `linear(...)` would run hooks meant for the model's own forwards.
     return (linear.forward(unit) - linear.forward(torch.zeros_like(unit[:1]))).T
 
 
 def _has_backward(linear: nn.Module, inputs: Tensor) -> bool:
-    """Tell whether a gradient comes through a linear map, tried on one row: its outputs claim so in any case."""
+    """Return whether a gradient passes through a linear map, tested on one row; `requires_grad` of outputs may lie."""
     row = inputs.detach().reshape(-1, inputs.shape[-1])[:1].clone().requires_grad_()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is none, which the answer says
+            warnings.simplefilter(
+                "ignore"
+            )  # torch warns about the missing backward, which is what this function returns
             (gradient,) = torch.autograd.grad(linear.forward(row).sum(), row, allow_unused=True)
     except (NotImplementedError, RuntimeError):
         return False
@@ -83,12 +85,13 @@ def _has_backward(linear: nn.Module, inputs: Tensor) -> bool:
 
 @contextmanager
 def giving_backward(model: nn.Module) -> Iterator[None]:
-    """Give those quantized maps a backward that have none, inside this context.
+    """Give a backward to quantized linear maps without one, inside this context.
 
-    Kernels that only infer have none: bitsandbytes' for 4-bit maps that ran on a CPU before, torchao's with rounded
-    inputs. Their matrices take the memory that they have unquantized, for the maps that gradients pass.
+    Kernels made for inference have no backward: those of bitsandbytes for 4-bit layers that have run on a CPU, and
+    those of torchao that round their inputs. Each such layer that gradients pass through is dequantized, which takes
+    the memory of its unquantized matrix.
     """
-    matrices: dict[nn.Module, Tensor | None] = {}  # kept until the context ends: making one takes many forwards' time
+    matrices: dict[nn.Module, Tensor | None] = {}  # until the context ends, as computing one costs many forwards
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad or not torch.is_grad_enabled():

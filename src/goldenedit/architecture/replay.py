@@ -1,15 +1,16 @@
-"""Run a model again from one layer on: what comes before it does not change with an edit, so it is computed once.
+"""Replay a model from the edited layer on. An edit does not change earlier layers, so they run only once.
 
-A `Capture` holds what one whole forward leaves behind. From it, four ways to compute the same logits, fastest first:
+A `Capture` holds the results of one whole forward. From it, a `Replayer` computes the same logits in one of four ways,
+fastest first:
 
-- `packed`: only the tokens from the subject's last one to the last one read, over cached keys and values, those of all
-  rows in one row without padding;
-- `suffix`: the same tokens, in rows padded to the longest;
-- `layers`: all tokens, from the edited layer on;
-- `whole`: the whole model.
+- `packed`: runs only the tokens from the subject's last token to the last one read, on top of cached keys and values.
+  The tokens of all rows are packed into one row without padding;
+- `suffix`: runs the same tokens, in rows padded to the longest one;
+- `layers`: runs all tokens, from the edited layer on;
+- `whole`: runs the whole model.
 
-A replay proves itself: `Replayer.check` compares its logits with the captured ones and falls back, with a warning that
-a model gets once.
+`Replayer.check` compares the replayed logits with the captured ones and falls back to a slower way if they differ. It
+warns about that once per model.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from goldenedit.precision import matmul_precision
 
 logger = logging.getLogger(__name__)
 
-# What a model may raise that takes no cache handed to it whole, such as those of encoder-decoders and recurrent states.
+# What a model may raise if it does not accept a cache from outside: encoder-decoders, recurrent models.
 NO_CACHE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # Largest difference between replayed and captured logits, relative to the largest captured logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-_MATMUL_TOLERANCE = {"highest": 0.0, "high": 1e-2, "medium": 5e-2}  # where the user lets float32 products be rounded
-# What each way but the fastest does more, and what the one before it would do.
+_MATMUL_TOLERANCE = {"highest": 0.0, "high": 1e-2, "medium": 5e-2}  # if float32 products may be rounded
+# For each way except the fastest: the extra work it does, and what the next faster way would do instead.
 _SLOWER = {
     "suffix": ("texts are padded to one length", "running them without padding"),
     "layers": ("all tokens run at every step", "running only those from the subject on"),
@@ -47,13 +48,13 @@ _SLOWER = {
 
 @dataclass(frozen=True)
 class Suffix:
-    """The tokens of a batch that its replay needs: from the subject's last one to the last one read.
+    """The tokens of a batch that a replay needs: from the subject's last token to the last token read.
 
     Attributes:
-        positions: `(B, t)`, where they lie in their rows; what is behind a row's last is not needed.
-        real: `(B, t)`, which of them are needed.
-        seen: `(B, P)`, which of the first `P` tokens come before them.
-        starts: `(B,)`, how many there are in the rows before.
+        positions: `(B, t)`, their positions in their rows. Entries after the last needed token of a row are padding.
+        real: `(B, t)`, which entries of `positions` are needed tokens.
+        seen: `(B, P)`, which of the first `P` tokens of a row come before the needed ones.
+        starts: `(B,)`, the number of needed tokens in all earlier rows.
     """
 
     positions: Tensor
@@ -64,14 +65,14 @@ class Suffix:
 
 @dataclass(frozen=True)
 class Batch:
-    """Token sequences padded on the right, the position that is edited, and the positions whose logits are read.
+    """Token sequences padded on the right, with the position that is edited and the positions to read logits at.
 
     Attributes:
         input_ids: `(B, T)`.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
         subject: `(B,)`, index of the last token of the subject.
-        read_rows: `(M,)`, row of each logit that is read.
-        read_positions: `(M,)`, its position.
+        read_rows: `(M,)`, the row of each position to read.
+        read_positions: `(M,)`, its index in the row.
     """
 
     input_ids: Tensor
@@ -82,7 +83,7 @@ class Batch:
 
     @property
     def flat_subject(self) -> Tensor:
-        """Which of all tokens, row after row, is the subject's last one, `(B,)`."""
+        """Index of each subject's last token among all tokens, flattened row by row, `(B,)`."""
         rows = torch.arange(len(self.subject), device=self.subject.device)
         return rows * self.input_ids.shape[1] + self.subject
 
@@ -101,31 +102,31 @@ class Batch:
         )
 
     def select(self, rows: Tensor) -> tuple[Batch, Tensor]:
-        """Return the batch of `rows` alone, and the mask over the `M` logits that remain."""
+        """Return the batch restricted to `rows`, and a mask over the `M` logits for those that remain, `(M,)`."""
         new_index = torch.full((len(self.input_ids),), -1, device=rows.device)
         new_index[rows] = torch.arange(len(rows), device=rows.device)
-        kept = new_index[self.read_rows] >= 0
+        is_read = new_index[self.read_rows] >= 0
         batch = Batch(
             self.input_ids[rows],
             self.attention_mask[rows],
             self.subject[rows],
-            new_index[self.read_rows[kept]],
-            self.read_positions[kept],
+            new_index[self.read_rows[is_read]],
+            self.read_positions[is_read],
         )
-        return batch, kept
+        return batch, is_read
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What a whole forward of the unedited model leaves behind for the replays.
+    """The results of a whole forward of the unedited model that replays need.
 
     Attributes:
         batch: The sequences.
-        logits: `(M, V)` logits at the positions read.
+        logits: `(M, V)`, logits at the positions read.
         hidden: `(B, T, d_model)`, input of the layer to replay from.
-        returns_tuple: Length of the tuple that a decoder layer returns, 0 where it returns a tensor.
-        cache: `(keys, values)` of every layer, or None where the model keeps no such cache.
-        record: Inputs and outputs of the modules that were asked for.
+        returns_tuple: Length of the tuple that a decoder layer returns, 0 if it returns a tensor.
+        cache: `(keys, values)` of every layer, or None if the model has no such cache.
+        record: Inputs and outputs of the recorded modules.
     """
 
     batch: Batch
@@ -136,13 +137,13 @@ class Capture:
     record: Record
 
     def select(self, rows: Tensor) -> Capture:
-        """Return the capture of `rows` alone."""
-        batch, kept = self.batch.select(rows)
+        """Return the capture restricted to `rows`."""
+        batch, is_read = self.batch.select(rows)
         cache = None
-        if self.cache is not None:  # each layer's on its own device
-            cache = [(keys[at], values[at]) for keys, values in self.cache for at in (rows.to(keys.device),)]
+        if self.cache is not None:  # layers may be on several devices
+            cache = [(keys[rows.to(keys.device)], values[rows.to(keys.device)]) for keys, values in self.cache]
         hidden = self.hidden[rows.to(self.hidden.device)]
-        return replace(self, batch=batch, logits=self.logits[kept], hidden=hidden, cache=cache)
+        return replace(self, batch=batch, logits=self.logits[is_read], hidden=hidden, cache=cache)
 
 
 @torch.no_grad()
@@ -154,10 +155,11 @@ def capture(
     modules: dict[str, nn.Module],
     use_cache: bool = True,
 ) -> Capture:
-    """Run the whole model once and keep what the replays from layer `start` need, and what goes through `modules`.
+    """Run the whole model once, and keep what replays from layer `start` need.
 
     Args:
-        use_cache: Keep keys and values, without which all tokens are replayed.
+        modules: Modules whose inputs and outputs are recorded, by the name to record them under.
+        use_cache: Keep keys and values. Without them, replays run all tokens.
     """
     layer = architecture.layer(model, start)
     hidden: list[Tensor] = []
@@ -197,13 +199,13 @@ def _cached_tensors(past: Any, num_layers: int) -> list[tuple[Tensor, Tensor]] |
 
 
 class Replayer:
-    """Computes the logits of a capture again, with whatever hooks are in place by then.
+    """Computes the logits of a capture again, under the hooks that are registered at that time.
 
     Args:
-        model: The model, as it was when captured.
+        model: The captured model, with unchanged weights.
         architecture: Its architecture.
-        start: The layer to replay from: no hook in place may act before it.
-        whole_rows: Replay all tokens, for edits that act at others than the subject's last one and those behind it.
+        start: The layer to replay from. No hook may change an earlier layer.
+        whole_rows: Replay all tokens: needed for edits that also act on tokens before the subject's last one.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, start: int, whole_rows: bool = False) -> None:
@@ -217,15 +219,15 @@ class Replayer:
             "whole": self._whole,
         }
         self._ways = list(ways.items())[2 if whole_rows else 0 :]
-        self._attention: tuple[Capture, PackedAttention] | None = None  # of the capture that was replayed last
+        self._attention: tuple[Capture, PackedAttention] | None = None  # of the last replayed capture
 
     @property
     def way(self) -> str:
-        """The way that is in use: `packed`, `suffix`, `layers` or `whole`."""
+        """The way in use: `packed`, `suffix`, `layers` or `whole`."""
         return self._ways[0][0]
 
     def subjects(self, batch: Batch) -> Tensor:
-        """Return which of all tokens that are replayed, row after row, is the subject's last one, `(B,)`."""
+        """Return the index of each subject's last token among the replayed tokens, flattened row by row, `(B,)`."""
         if self.way == "packed":
             return batch.suffix.starts
         rows = torch.arange(len(batch.subject), device=batch.subject.device)
@@ -238,17 +240,18 @@ class Replayer:
         return self._ways[0][1](captured)
 
     def check(self, captured: Capture, replayed: Callable[[], Tensor] | None = None) -> Tensor:
-        """Compare the replay with the captured logits, without any edit, and fall back to a way that agrees.
+        """Compare replayed logits of the unedited model with the captured ones, and fall back to a way that agrees.
 
-        A way that is slower than the model lets expect is told once.
+        If the way is slower than expected for the model, a warning says so once.
 
         Args:
-            replayed: Replays the capture, with an edit that changes nothing; by default without any.
+            replayed: Replays the capture under an edit that changes nothing; by default, without any edit.
 
         Returns:
             The replayed logits, `(M, V)`.
         """
-        # Half precision rounds what each layer adds, independently: measured, 0.4 to 0.6 of this; errors, 2 and more.
+        # In half precision, the rounding errors of the layers add up like independent errors. Correct replays were
+        # measured at 0.4 to 0.6 of this tolerance, wrong ones at 2 and more.
         rounding = torch.finfo(captured.logits.dtype).eps * self.architecture.num_layers**0.5
         relative = _TOLERANCE.get(captured.logits.dtype, rounding)
         if captured.logits.dtype == torch.float32:
@@ -266,24 +269,26 @@ class Replayer:
                 problem = f"{type(error).__name__}: {error}"
             else:
                 if difference <= tolerance:
-                    self._tell(reason)
+                    self._warn_if_slow(reason)
                     return logits
                 problem = f"they differ by {difference:.1e}"
-                del logits  # and with it the graph
-            logger.info("Replay by %s does not reproduce %s (%s).", self.way, type(self.model).__name__, problem)
-            if self.way != "packed" or may_pack(self.model):  # else no one expects it
+                del logits  # this frees the autograd graph too
+            logger.info(
+                "Replay %r does not reproduce the logits of %s (%s).", self.way, type(self.model).__name__, problem
+            )
+            if self.way != "packed" or may_pack(self.model):  # without packing, `suffix` is the expected way
                 reason = problem
             self._attention = None
             self._ways.pop(0)
-        self._tell(reason)
+        self._warn_if_slow(reason)
         return replayed()
 
-    def _tell(self, reason: str | None) -> None:
-        """Warn of the way in use, unless there is no reason or the user knows."""
+    def _warn_if_slow(self, reason: str | None) -> None:
+        """Warn once per model about a slow way and the reason for it; None if the way is as fast as expected."""
         topic = f"replay by {self.way}"
-        if reason is None or topic in self.architecture.told:
+        if reason is None or topic in self.architecture.warned:
             return
-        self.architecture.told.add(topic)
+        self.architecture.warned.add(topic)
         logger.warning(
             "Editing and evaluating %s take longer than usual: %s, because %s does not reproduce its logits (%s). "
             "Results are the same.",
@@ -305,7 +310,7 @@ class Replayer:
     def _packed(self, captured: Capture) -> Tensor:
         batch, suffix = captured.batch, captured.batch.suffix
         if not may_pack(self.model):
-            raise ValueError("the model takes no positions, or does not attend by scaled_dot_product_attention")
+            raise ValueError("the model does not take position_ids, or does not use scaled_dot_product_attention")
         rows, steps = suffix.real.nonzero(as_tuple=True)
         positions = suffix.positions[rows, steps]
         device = captured.hidden.device
@@ -318,7 +323,7 @@ class Replayer:
         with (
             self._from_start(hidden[None], captured.returns_tuple),
             reading_logits(self.model, torch.zeros_like(read), read) as logits_of,
-            self._packed_attention(captured).among(layers),
+            self._packed_attention(captured).in_layers(layers),
         ):
             output = self.model(
                 input_ids=batch.input_ids[rows, positions][None],
@@ -331,7 +336,7 @@ class Replayer:
     def _packed_attention(self, captured: Capture) -> PackedAttention:
         if self._attention is None or self._attention[0] is not captured:
             if captured.cache is None:
-                raise ValueError("the model keeps no cache of keys and values")
+                raise ValueError("the model has no cache of keys and values")
             suffix = captured.batch.suffix
             self._attention = captured, PackedAttention(captured.cache, suffix.real, suffix.seen)
         return self._attention[1]
@@ -341,17 +346,17 @@ class Replayer:
 
         batch, suffix = captured.batch, captured.batch.suffix
         if captured.cache is None:
-            raise ValueError("the model keeps no cache of keys and values")
-        index, prefix = suffix.positions, suffix.seen.shape[1]
+            raise ValueError("the model has no cache of keys and values")
+        positions, prefix = suffix.positions, suffix.seen.shape[1]
         mask = torch.cat([suffix.seen, suffix.real], dim=1).to(batch.attention_mask.dtype)
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids.gather(1, index), "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids.gather(1, positions), "attention_mask": mask}
         if takes_positions(self.model):
-            inputs["position_ids"] = index
+            inputs["position_ids"] = positions
         past = DynamicCache()
-        for number, (keys, values) in enumerate(captured.cache):
-            past.update(keys[:, :, :prefix], values[:, :, :prefix], number)
-        wide = index[:, :, None].expand(-1, -1, captured.hidden.shape[-1])
-        hidden = captured.hidden.gather(1, wide.to(captured.hidden.device))
+        for layer, (keys, values) in enumerate(captured.cache):
+            past.update(keys[:, :, :prefix], values[:, :, :prefix], layer)
+        index = positions[:, :, None].expand(-1, -1, captured.hidden.shape[-1])
+        hidden = captured.hidden.gather(1, index.to(captured.hidden.device))
         read = batch.read_positions - batch.subject[batch.read_rows]
         with (
             self._from_start(hidden, captured.returns_tuple),
@@ -361,29 +366,29 @@ class Replayer:
 
     @contextmanager
     def _from_start(self, hidden: Tensor, returns_tuple: int) -> Iterator[None]:
-        """Pass by the layers before `start`, and give `hidden` to that layer."""
+        """Skip the layers before `start`, and give `hidden` to that layer."""
         layers = [self.architecture.layer(self.model, index) for index in range(self.start)]
 
-        def pass_by(*args: Any, **kwargs: Any) -> Any:
-            passed = hidden_argument(args, kwargs)
-            return (passed, *[None] * (returns_tuple - 1)) if returns_tuple else passed
+        def identity(*args: Any, **kwargs: Any) -> Any:
+            unchanged = hidden_argument(args, kwargs)
+            return (unchanged, *[None] * (returns_tuple - 1)) if returns_tuple else unchanged
 
         def substitute(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            given = hidden_argument(args, kwargs)
-            kwargs = {name: hidden if value is given else value for name, value in kwargs.items()}
-            return tuple(hidden if value is given else value for value in args), kwargs
+            replaced = hidden_argument(args, kwargs)
+            kwargs = {name: hidden if value is replaced else value for name, value in kwargs.items()}
+            return tuple(hidden if value is replaced else value for value in args), kwargs
 
-        own = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts a forward on the instance
+        forwards = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts a forward on the instance
         handle = self.architecture.layer(self.model, self.start).register_forward_pre_hook(substitute, with_kwargs=True)
         try:
             for layer in layers:
-                layer.forward = pass_by  # type: ignore[method-assign]
+                layer.forward = identity  # type: ignore[method-assign]
             yield
         finally:
             handle.remove()
-            for layer, forward in zip(layers, own, strict=True):
+            for layer, forward in zip(layers, forwards, strict=True):
                 if forward is None:
                     layer.__dict__.pop("forward", None)
                 else:
@@ -391,11 +396,11 @@ class Replayer:
 
 
 def may_pack(model: nn.Module) -> bool:
-    """Tell whether a replay without padding is worth the try; `Replayer.check` finds out."""
-    # Transformers has no public name for it; where the private one is gone, the try is made.
+    """Return whether a packed replay is worth trying; `Replayer.check` finds out whether it works."""
+    # transformers has no public name for this setting. If the private one disappears, packing is always tried.
     return takes_positions(model) and getattr(model.config, "_attn_implementation", "sdpa") == "sdpa"
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Tell whether the model can be told where its tokens lie."""
+    """Return whether the model's forward takes `position_ids`."""
     return "position_ids" in inspect.signature(model.forward).parameters

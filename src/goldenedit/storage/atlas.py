@@ -1,4 +1,4 @@
-"""Golden layers as a small file that others read: which layer to edit in which model, who says so, and why."""
+"""Golden layers as a small file to share: which layers to edit in which models, and how they were selected."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ FORMAT_VERSION = 1
 
 
 class GoldenLayersError(ValueError):
-    """A file of golden layers that is damaged, or says nothing of the model at hand."""
+    """A file of golden layers is damaged, or has no record of this model."""
 
 
 @dataclass(frozen=True)
 class GoldenLayers:
-    """What a layer selector found of one model.
+    """The golden layers that a selector found for one model.
 
     Attributes:
         model: Name of the model.
-        fingerprint: That of its weights: what is read back is checked against it.
+        fingerprint: Fingerprint of its weights. A record is used only for a model with the same weights.
         selector: Name of the layer selector.
         layers: The layers to edit.
-        scores: Score of each layer, None where it has none; None for selectors without scores.
-        method: The editor that the selector was asked for.
+        scores: Score of each layer, None for layers without one; None if the selector computes no scores.
+        method: The editor for which the layers were selected.
         revision: Commit of the model.
         architecture: Class of the model.
-        facts: Number of facts that were looked at, and `proxy_hash`, a short name for them.
-        seconds: What the scores took, and `forward_equivalents`, the same in forwards a fact.
-        versions: Versions of the libraries that found them.
-        signs: Hash of the signs of the weights, and `dtype` their precision: see `same_weights`.
+        facts: Number of proxy facts that the scores were computed on.
+        proxy_hash: Hash of these facts.
+        seconds: Time to compute the scores.
+        forward_equivalents: The same cost, as a number of forwards per fact.
+        versions: Versions of the libraries that computed the scores.
+        signs: Hash of the signs of the weights, see `same_weights`.
+        dtype: Precision of the weights, see `same_weights`.
     """
 
     model: str
@@ -56,14 +59,14 @@ class GoldenLayers:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> GoldenLayers:
-        """Read a record as JSON has it.
+        """Read a record from parsed JSON.
 
         Raises:
-            ValueError: It has other fields, or values that mean nothing.
+            ValueError: A field is unknown, or its value is invalid.
         """
         if unknown := sorted(set(record) - {entry.name for entry in fields(cls)}):
             raise ValueError(f"unknown fields {unknown}")
-        found = cls(**record)
+        layers = cls(**record)
         checks = {
             _is_text: ("model", "fingerprint", "selector", "method", "architecture"),
             _is_text_or_none: ("revision", "proxy_hash", "signs", "dtype"),
@@ -72,14 +75,14 @@ class GoldenLayers:
             _are_scores: ("scores",),
             _are_versions: ("versions",),
         }
-        for is_right, names in checks.items():
-            if wrong := [name for name in names if not is_right(getattr(found, name))]:
-                raise ValueError(f"{wrong[0]} is {getattr(found, wrong[0])!r}")
-        return found
+        for is_valid, names in checks.items():
+            if invalid := [name for name in names if not is_valid(getattr(layers, name))]:
+                raise ValueError(f"{invalid[0]} has the invalid value {getattr(layers, invalid[0])!r}")
+        return layers
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a file has one record of: weights, selector and editor."""
+        """Weights, selector and editor: a file has one record for each combination."""
         return self.fingerprint, self.selector, self.method
 
 
@@ -92,7 +95,7 @@ def _are_layers(layers: Any) -> bool:
 
 
 def _are_scores(scores: Any) -> bool:
-    return scores is None or (isinstance(scores, list) and all(one is None or _is_number(one) for one in scores))
+    return scores is None or (isinstance(scores, list) and all(score is None or _is_number(score) for score in scores))
 
 
 def _are_versions(versions: Any) -> bool:
@@ -112,7 +115,7 @@ def _is_text_or_none(value: Any) -> bool:
 
 
 def dump_golden_layers(records: Sequence[GoldenLayers]) -> str:
-    """Return records as the text of a file."""
+    """Return the text of a file with these records."""
     content = {"format_version": FORMAT_VERSION, "golden_layers": [asdict(record) for record in records]}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -121,7 +124,7 @@ def read_golden_layers(path: Path) -> list[GoldenLayers]:
     """Read a file of golden layers.
 
     Raises:
-        GoldenLayersError: The file cannot be read, or is of another version.
+        GoldenLayersError: The file cannot be read, or has another format version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,28 +133,33 @@ def read_golden_layers(path: Path) -> list[GoldenLayers]:
             raise ValueError(f"format version {version!r} instead of {FORMAT_VERSION}")
         return [GoldenLayers.from_dict(record) for record in content["golden_layers"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise GoldenLayersError(f"{path} holds no golden layers ({type(error).__name__}: {error}).") from error
+        raise GoldenLayersError(
+            f"{path} is not a valid file of golden layers ({type(error).__name__}: {error})."
+        ) from error
 
 
 def with_record(records: Sequence[GoldenLayers], new: GoldenLayers) -> list[GoldenLayers]:
-    """Return records with a new one last, in place of the one of the same weights, selector and editor."""
+    """Return the records with a new one appended; it replaces the record of the same weights, selector and editor."""
     return [*(record for record in records if record.key != new.key), new]
 
 
 def record_for(records: Sequence[GoldenLayers], weights: Hashed, method: str, source: str) -> GoldenLayers:
-    """Return the last record of these weights, of this editor if there is one.
+    """Return the last record for these weights, preferably one for this editor.
 
-    Records of the same weights in another precision count where there are none of this one.
+    If there is no record of the weights in this precision, records of the same weights in another precision are used.
+
+    Args:
+        source: Where the records come from, for the error message.
 
     Raises:
-        GoldenLayersError: The records are of other weights; `source` is where they come from.
+        GoldenLayersError: There is no record for these weights.
     """
     exact = [record for record in records if record.fingerprint == weights.fingerprint]
-    own = exact or [record for record in records if same_weights(record, weights)]
-    if not own:
+    matching = exact or [record for record in records if same_weights(record, weights)]
+    if not matching:
         known = ", ".join(sorted({f"{record.model} ({record.fingerprint})" for record in records})) or "none"
         raise GoldenLayersError(
-            f"{source} knows no golden layer of this model (fingerprint {weights.fingerprint}). It has those of: "
-            f"{known}."
+            f"{source} has no golden layers for this model (fingerprint {weights.fingerprint}). It has golden layers "
+            f"for: {known}. Select a layer with another EditConfig.layer, such as 'lga'."
         )
-    return ([record for record in own if record.method == method] or own)[-1]
+    return ([record for record in matching if record.method == method] or matching)[-1]

@@ -1,14 +1,14 @@
-"""Replace the files of a folder together: whatever stops a save, the old files are whole there, or the new ones.
+"""Replace several files of a folder in one step: an interrupted save leaves either all old files or all new ones.
 
-The folder itself stays, with all else that is in it: a shell may be in it, it may be a mount point, and only the
-folder has to be writable, not what it lies in. A save goes like this:
+The folder itself and all other files in it stay. It may be a mount point or the working directory of a shell, and only
+the folder needs to be writable, not its parent. A save has three steps:
 
-1. All files are written to a hidden folder inside and flushed to the disk. What stops the save until here leaves the
-   old files, and the next save clears away what was written.
-2. The hidden folder is renamed to `.goldenedit-saved`. From here on the new files are what the folder holds.
-3. They are moved to their places. The two files that programs open the others by go first and come last, so that no
-   program reads half of each save. What stops the save here leaves the rest in `.goldenedit-saved`, and the next load
-   or save finishes it.
+1. All files are written to a hidden folder inside the folder and flushed to disk. If the save is interrupted before
+   this is done, the old files are unchanged, and the next save deletes the hidden folder.
+2. The hidden folder is renamed to `.goldenedit-saved`. From now on, the new files count as the contents of the folder.
+3. The new files are moved to their places. Programs find the other files through two entry files. The old entry files
+   are deleted first and the new ones are moved last, so that no program reads a mixture of two saves. If the save is
+   interrupted here, `.goldenedit-saved` holds the remaining files, and the next load or save moves them.
 """
 
 from __future__ import annotations
@@ -28,38 +28,41 @@ except ImportError:  # Windows
 
 READY = ".goldenedit-saved"
 _STAGING = ".goldenedit-{}.saving"
-_STALE = "stale"  # in the hidden folder: the names of old files that no new file takes the place of
-_ABANDONED = 3600  # seconds without a change after which nobody is writing, where locks cannot tell
+_STALE = "stale"  # file in the hidden folder: names of old files to delete, because no new file replaces them
+_ABANDONED = 3600  # seconds without a change after which a hidden folder counts as abandoned, on systems without locks
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]) -> None:
-    """Put files into a folder, which is made where there is none, in place of those that `order` names.
+    """Replace the files of a folder by new ones in one step.
 
     Args:
-        folder: The folder.
-        files: What is to be in the files, by their names.
-        order: All names that the folder's files may have, in the order they are put in place. The last two are what
-            programs open the others by. Files of other names are left alone.
+        folder: The folder, which is created if it does not exist.
+        files: Contents of the new files, by name.
+        order: Names of all files that a save may write, in the order in which they are put in place. The last two are
+            the entry files, through which programs find the others. Old files of these names that are not in `files`
+            are deleted; files of other names are left alone.
 
     Raises:
         NotADirectoryError: `folder` is a file.
-        IsADirectoryError: There is a folder where a file goes.
-        OSError: The disk is full or not writable, and `folder` is as it was; or, as the message then says, the new
-            files are all there but one of the old ones could not be replaced yet.
+        IsADirectoryError: `folder` has a subfolder with the name of one of the files.
+        OSError: The disk is full or not writable, and `folder` is unchanged. Or an old file could not be replaced yet,
+            although all new files are saved; the message then says so.
     """
-    folder = Path(os.path.realpath(folder))  # a link to a folder that is still to be made
+    folder = Path(os.path.realpath(folder))  # follows a link to a folder that does not exist yet
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder) as is_alone:
-        _put_in_place(folder, order)  # what an earlier save left
-        for left in folder.glob(_STAGING.format("*")):
-            if is_alone or time.time() - os.path.getmtime(left) > _ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
+    with _locked(folder) as is_locked:
+        _put_in_place(folder, order)  # finish an interrupted save
+        for leftover in folder.glob(_STAGING.format("*")):
+            if is_locked or time.time() - os.path.getmtime(leftover) > _ABANDONED:
+                shutil.rmtree(leftover, ignore_errors=True)
         for name in files:
             if (folder / name).is_dir():
-                raise IsADirectoryError(f"{folder / name} is a folder, and a file goes there: move it away.")
+                raise IsADirectoryError(
+                    f"{folder / name} is a folder, but a file must be saved there. Move the folder."
+                )
         staging = folder / _STAGING.format(secrets.token_hex(4))
         stale = [name for name in order if name not in files]
         try:
@@ -71,7 +74,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]
         except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
             if is_new:
-                with suppress(OSError):  # somebody else has put something there
+                with suppress(OSError):  # another process has written into it
                     folder.rmdir()
             if isinstance(error, OSError) and error.filename is None and error.errno is not None:
                 error.filename = str(folder)
@@ -81,25 +84,25 @@ def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]
 
 
 def finish_replacing(folder: Path, order: Sequence[str]) -> None:
-    """Put in place what a save into the folder had written, where it was stopped before it could.
+    """Finish a save into the folder that was interrupted while it moved its files into place.
 
     Raises:
         OSError: A file cannot be replaced.
     """
     if (folder / READY).is_dir():
-        with _alone_in(folder):
+        with _locked(folder):
             _put_in_place(folder, order)
 
 
 def _put_in_place(folder: Path, order: Sequence[str]) -> None:
-    """Move the files that are ready; done again from anywhere, it comes to the same."""
+    """Move the files that are ready. If interrupted at any point, it can be run again with the same result."""
     ready = folder / READY
-    if ready.is_symlink() or not ready.is_dir():  # a stranger's link may lead anywhere
+    if ready.is_symlink() or not ready.is_dir():  # a link could lead anywhere
         return
-    if os.path.lexists(ready / order[-1]):  # which is moved last
+    if os.path.lexists(ready / order[-1]):  # this file is moved last
         try:
-            openers = [name for name in reversed(order[-2:]) if _changes(ready / name, folder / name)]
-            for name in (*openers, *_stale(ready, order)):
+            entry_files = [name for name in reversed(order[-2:]) if _will_change(ready / name, folder / name)]
+            for name in (*entry_files, *_stale(ready, order)):
                 if not (folder / name).is_dir() or (folder / name).is_symlink():
                     (folder / name).unlink(missing_ok=True)
             for name in order:
@@ -110,42 +113,42 @@ def _put_in_place(folder: Path, order: Sequence[str]) -> None:
             raise OSError(
                 error.errno,
                 f"The new files are saved in {ready}, but not all of them could be moved to {folder}: {error}. Close "
-                "the programs that have the old ones open; the next load or save there finishes it",
+                "the programs that have the old files open. The next load or save in this folder moves the rest",
             ) from error
     shutil.rmtree(ready, ignore_errors=True)
 
 
-def _changes(new: Path, target: Path) -> bool:
-    """Tell whether a file is still to be moved, and says something else than the one in its place."""
+def _will_change(new: Path, target: Path) -> bool:
+    """Return whether a new file still has to be moved, and differs from the file that it replaces."""
     if not os.path.lexists(new):
         return False
     return not (new.is_file() and target.is_file() and new.read_bytes() == target.read_bytes())
 
 
 def _stale(ready: Path, order: Sequence[str]) -> list[str]:
-    """Return the names of the old files that go, and never one that is not of the format."""
+    """Return the names of old files to delete; only names in `order` are ever returned."""
     with suppress(FileNotFoundError):
-        named = (ready / _STALE).read_text(encoding="utf-8", errors="replace").split("\n")
-        return [name for name in order if name in named]
+        listed = (ready / _STALE).read_text(encoding="utf-8", errors="replace").split("\n")
+        return [name for name in order if name in listed]
     return []
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
-    """Keep other processes from saving into a folder; yield whether the system can, which Windows cannot."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Keep other processes from saving into a folder; yield False if the system has no locks, as on Windows."""
     if fcntl is None:
         yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        is_alone = False
-        with suppress(OSError):  # file systems of some networks have no locks
+        is_locked = False
+        with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            is_alone = True
-        yield is_alone
+            is_locked = True
+        yield is_locked
     finally:
-        if is_alone:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where the process was forked meanwhile
+        if is_locked:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not unlock if the process was forked meanwhile
         os.close(descriptor)
 
 
@@ -157,10 +160,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system can: Windows opens no folders."""
+    """Flush the file names of a folder to disk, if the system can; Windows cannot open folders."""
     if os.name == "nt":
         return
-    with suppress(OSError):  # nor can all file systems
+    with suppress(OSError):  # some file systems cannot either
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Edited checkpoints: a model with edits written into its weights, and what its files say of them."""
+"""Write edited checkpoints: models with edits merged into their weights, and metadata about the edits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.storage.folder import EDITS, EditFolder, facts_of
 
-WEIGHTS = (".safetensors", ".safetensors.index.json")  # what the names of a checkpoint's weights end with
+WEIGHTS = (".safetensors", ".safetensors.index.json")  # endings of the names of weight files
 
 
 def golden_metadata(content: EditFolder) -> dict[str, Any]:
-    """Return what `config.json` of an edited checkpoint says: `golden_layers`, and how they were found and edited."""
+    """Return the entries for `config.json`: `golden_layers`, and how they were selected and edited."""
     config = content.configs[-1]
-    selectors = {way.layer if isinstance(way.layer, str) else None for way in content.configs}
+    selectors = {options.layer if isinstance(options.layer, str) else None for options in content.configs}
     return {
         "golden_layers": content.target_layers,
         "goldenedit": {
-            "methods": sorted({way.method for way in content.configs}),
+            "methods": sorted({options.method for options in content.configs}),
             "selector": selectors.pop() if len(selectors) == 1 else None,
             "layer_scores": config.layer_scores if len(content.configs) == 1 else None,
             "proxy_hash": content.proxy_hash,
@@ -34,14 +34,14 @@ def golden_metadata(content: EditFolder) -> dict[str, Any]:
 def write_checkpoint(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, content: EditFolder
 ) -> None:
-    """Write weights, config, tokenizer and facts of a model that carries the edits in its weights."""
-    before = dict(model.config.__dict__)
+    """Write weights, config, tokenizer and facts of a model with merged edits."""
+    original = dict(model.config.__dict__)
     try:
         model.config.update(golden_metadata(content))
         model.save_pretrained(folder)
     finally:
-        for name in set(model.config.__dict__) - set(before):
+        for name in set(model.config.__dict__) - set(original):
             delattr(model.config, name)
-        model.config.__dict__.update(before)
+        model.config.__dict__.update(original)
     tokenizer.save_pretrained(folder)
     (folder / EDITS).write_text(json.dumps(facts_of(content.edits), indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""Hashes of a model's weights: they tell base models apart, whatever they are called and in whatever precision."""
+"""Hashes of a model's weights, which identify a base model independently of its name and precision."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from goldenedit.devices import onloaded_parameter
 
 _SAMPLES = 64
 _SIGNS = 4096
-_ONE_FINGERPRINT = {"float32", "bfloat16"}  # a checkpoint has one fingerprint in all of these
+_ONE_FINGERPRINT = {"float32", "bfloat16"}  # a checkpoint has the same fingerprint in each of these
 
 
 class Hashed(Protocol):
-    """Whatever carries the hashes of a model's weights."""
+    """An object with the hashes of a model's weights."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the values, the same in float32 and in bfloat16."""
+        """Hash of the values; it is the same in float32 and in bfloat16."""
 
     @property
     def signs(self) -> str | None:
-        """Hash of the signs, the same in every precision; None where nobody took it."""
+        """Hash of the signs; it is the same in every precision. None if it was not computed."""
 
     @property
     def dtype(self) -> str | None:
-        """The precisions of the weights, such as `"float16"`; None where nobody took it."""
+        """The precisions of the weights, such as `"float16"`; None if they were not recorded."""
 
 
 @dataclass(frozen=True)
@@ -43,39 +43,40 @@ class WeightHashes:
     dtype: str | None = None
 
 
-def same_weights(one: Hashed, other: Hashed) -> bool:
-    """Tell whether two models are one checkpoint, loaded in the same precision or in two.
+def same_weights(first: Hashed, second: Hashed) -> bool:
+    """Return whether two models are the same checkpoint, loaded in the same precision or in different ones.
 
-    Equal fingerprints say so. float16 rounds to other values than bfloat16, so that between it and another precision
-    the signs decide: no rounding changes them, and training or a merged edit changes some of the thousands.
+    Models with equal fingerprints are the same checkpoint. float16 and bfloat16 round to different values, so between
+    float16 and another precision the signs decide. Rounding does not change signs, whereas training or a merged edit
+    changes some of the thousands of signs.
     """
-    if one.fingerprint == other.fingerprint:
+    if first.fingerprint == second.fingerprint:
         return True
-    if None in (one.signs, other.signs, one.dtype, other.dtype) or one.dtype == other.dtype:
+    if None in (first.signs, second.signs, first.dtype, second.dtype) or first.dtype == second.dtype:
         return False
-    if {*str(one.dtype).split("+"), *str(other.dtype).split("+")} <= _ONE_FINGERPRINT:
+    if {*str(first.dtype).split("+"), *str(second.dtype).split("+")} <= _ONE_FINGERPRINT:
         return False
-    return one.signs == other.signs
+    return first.signs == second.signs
 
 
 def fingerprint(model: nn.Module) -> str:
     """Return 32 hex digits over the shape and up to 64 evenly spaced values of every parameter.
 
-    Values are rounded to bfloat16 first, so that a checkpoint loaded in float32 and in bfloat16 is the same model.
-    Offloaded parameters are read one after the other; those whose values nobody has count by name and shape, quantized
-    ones by the tensors they are made of, integers by a sum over all of them.
+    Values are rounded to bfloat16 first, so a checkpoint has the same fingerprint in float32 and in bfloat16. Offloaded
+    parameters are read one at a time. Parameters whose values are not available enter with name and shape, quantized
+    ones with the tensors they consist of, and integers with a sum over all values.
     """
     return weight_hashes(model).fingerprint
 
 
 def weight_hashes(model: nn.Module) -> WeightHashes:
-    """Return the fingerprint, and the same over the signs of up to 4096 evenly spaced values of every parameter.
+    """Return the fingerprint, and a hash over the signs of up to 4096 evenly spaced values of every parameter.
 
-    A number that float16 rounds to zero keeps its sign there, and -0.0 counts as negative.
+    A number that float16 rounds to zero keeps its sign, since -0.0 counts as negative.
     """
     values, signs = hashlib.sha256(), hashlib.sha256()
     dtypes: set[torch.dtype] = set()
-    tied = _tied_names(model)  # offloaded, they are no longer one tensor under two names
+    tied = _tied_names(model)  # once offloaded, they are no longer the same tensor
     for name, parameter in _tensors(model):
         if parameter.is_meta and name in tied:
             continue
@@ -85,13 +86,13 @@ def weight_hashes(model: nn.Module) -> WeightHashes:
         _update(f"{name}{tuple(parameter.shape)}".encode(), values, signs)
         if parameter.is_floating_point():
             dtypes.add(parameter.dtype)
-        everything = (onloaded_parameter(model, name) if parameter.is_meta else parameter).reshape(-1)
-        if everything.is_meta or everything.numel() == 0:
+        flat = (onloaded_parameter(model, name) if parameter.is_meta else parameter).reshape(-1)
+        if flat.is_meta or flat.numel() == 0:
             continue
-        sampled = everything[_evenly_spaced(len(everything), _SIGNS).to(everything.device)].cpu()
-        # 4095 steps are 65 times 63 steps: the values of the fingerprint are among those of the signs.
-        few = sampled[_evenly_spaced(len(sampled), _SAMPLES)].to(torch.bfloat16).view(torch.int16)
-        values.update(few.contiguous().numpy().tobytes())
+        sampled = flat[_evenly_spaced(len(flat), _SIGNS).to(flat.device)].cpu()
+        # The 64 values of the fingerprint are a subset of the 4096 values for the signs, as 4095 = 65 * 63.
+        rounded = sampled[_evenly_spaced(len(sampled), _SAMPLES)].to(torch.bfloat16).view(torch.int16)
+        values.update(rounded.contiguous().numpy().tobytes())
         signs.update(sampled.float().signbit().numpy().tobytes())
     names = "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return WeightHashes(values.hexdigest()[:32], signs.hexdigest()[:32], names)
@@ -102,18 +103,20 @@ def _update(data: bytes, *digests: hashlib._Hash) -> None:
         digest.update(data)
 
 
-def _evenly_spaced(length: int, most: int) -> Tensor:
-    """Return up to `most` evenly spaced indices, in integers.
+def _evenly_spaced(length: int, max_count: int) -> Tensor:
+    """Return up to `max_count` evenly spaced indices, computed with integers.
 
-    `linspace` would round those of large tensors to float32, differently by device.
+    `linspace` would round the indices of large tensors to float32, in a way that depends on the device.
     """
-    count = min(most, length)
+    count = min(max_count, length)
     return torch.arange(count) * (length - 1) // max(count - 1, 1)
 
 
 def _tied_names(model: nn.Module) -> Collection[str]:
-    """Return the names of parameters that are another one as well."""
-    names: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # of transformers, undocumented
+    """Return the names of parameters that are tied to another parameter."""
+    names: Collection[str] | None = getattr(
+        model, "all_tied_weights_keys", None
+    )  # undocumented attribute of transformers
     if names is not None:
         return names
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
@@ -123,21 +126,21 @@ def _tied_names(model: nn.Module) -> Collection[str]:
 
 
 def _halves(tensor: Tensor) -> int:
-    """Return the sum of all half bytes: bitsandbytes puts those of 4-bit weights in another order at the first run."""
+    """Return the sum of all half bytes, because bitsandbytes reorders those of 4-bit weights in the first forward."""
     values = tensor.contiguous().view(torch.uint8)
     return int((values & 15).sum(dtype=torch.int64) + (values >> 4).sum(dtype=torch.int64))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters by name, quantized ones as the tensors they are made of."""
+    """Yield the parameters, sorted by name; quantized ones as the tensors they consist of."""
     for name, parameter in sorted(model.named_parameters()):
-        yield from _parts(name, parameter.detach())
+        yield from _components(name, parameter.detach())
 
 
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield a tensor, or those that it stands for, by the names that its class has for them."""
+def _components(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a plain tensor itself, and a composite one as its components, by the names that its class gives them."""
     if not is_composite(tensor):
         yield name, tensor
         return
-    for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-        yield from _parts(f"{name}.{part}", getattr(tensor, part))
+    for component in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield from _components(f"{name}.{component}", getattr(tensor, component))

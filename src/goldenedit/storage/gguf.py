@@ -1,4 +1,4 @@
-"""An edit as a GGUF adapter, which llama.cpp loads beside the base model's own GGUF file."""
+"""Export edits as a GGUF adapter, which llama.cpp loads together with the base model's GGUF file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from transformers import PretrainedConfig
 
 from goldenedit.storage.folder import EditFolder, fuse
 
-# transformers' `model_type`, and llama.cpp's name for the same model. Only those whose down projections llama.cpp keeps
-# as they are: Falcon-H1's, for one, it multiplies by a constant, and an adapter of the wrong scale would still load.
+# llama.cpp's architecture name for each `model_type` of transformers. It lists only models whose down projections
+# llama.cpp stores unchanged. llama.cpp scales those of Falcon-H1, for example, and an adapter of the wrong scale would
+# still load.
 ARCHITECTURES = {
     "bloom": "bloom",
     "cohere": "command-r",
@@ -44,53 +45,59 @@ ARCHITECTURES = {
 def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> None:
     """Write edits as one GGUF adapter, for `llama-cli --lora` or `Llama(lora_path=...)`.
 
-    The factors are float32, whatever the precision of the base model's GGUF file. GPT-2's work too, which llama.cpp's
-    own converter writes the wrong way round.
+    The factors are float32, whatever the precision of the base model's GGUF file. GPT-2 is supported too, whose factors
+    llama.cpp's own converter swaps.
 
     Args:
         content: The edits; the adapter is their sum.
         config: The config of the base model.
-        path: The file, replaced in one step.
+        path: The file to write, replaced in one step.
 
     Raises:
-        ValueError: llama.cpp does not know the model, or keeps one of the edited modules in another way.
-        ModuleNotFoundError: gguf is not installed.
+        ValueError: llama.cpp does not support the model, or does not store an edited module unchanged.
+        ModuleNotFoundError: The package gguf is not installed.
     """
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('A GGUF adapter needs gguf: pip install "goldenedit[gguf]"') from error
+        raise ModuleNotFoundError(
+            'Writing a GGUF adapter needs the package gguf: pip install "goldenedit[gguf]"'
+        ) from error
     if config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"A GGUF adapter of a {config.model_type!r} model cannot be written; those of {known} can.")
+        supported = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"Edits of a {config.model_type!r} model cannot be exported to GGUF. Supported model types: {supported}."
+        )
     name = ARCHITECTURES[config.model_type]
     architecture = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name), None)
     if architecture is None:
-        raise ValueError(f"The gguf that is installed does not know {name!r} models: pip install --upgrade gguf.")
+        raise ValueError(f"The installed version of gguf does not support {name!r} models: pip install --upgrade gguf")
     num_layers = config.get_text_config().num_hidden_layers
     names = gguf.get_tensor_name_map(architecture, num_layers)
     rank, modules = fuse(content.edits)
     tensors = {}
     for module, delta in sorted(modules.items()):
         kind, tensor = names.get_type_and_name(module.replace("language_model.", "")) or (None, "")
-        if kind != gguf.MODEL_TENSOR.FFN_DOWN:  # llama.cpp permutes, splits or joins others
+        if kind != gguf.MODEL_TENSOR.FFN_DOWN:  # llama.cpp permutes, splits or merges others
             raise ValueError(
-                f"{module} is no down projection of a {config.model_type!r} model of {num_layers} layers as llama.cpp "
-                "knows it, and a GGUF adapter can change no other module."
+                f"llama.cpp does not know {module} as a down projection of a {config.model_type!r} model with "
+                f"{num_layers} layers. Only edits of down projections can be exported to GGUF."
             )
         for factor, values in (("a", delta.A), ("b", delta.B)):
             tensors[f"{tensor}.weight.lora_{factor}"] = values.detach().float().cpu().contiguous().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        new = Path(scratch, "adapter.gguf")
-        writer = gguf.GGUFWriter(new, name)
+        staged = Path(scratch, "adapter.gguf")
+        writer = gguf.GGUFWriter(staged, name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # one for all modules: so they share a rank
+        writer.add_float32(
+            gguf.Keys.Adapter.LORA_ALPHA, float(rank)
+        )  # one alpha for all modules, so all have the same rank
         for tensor, array in tensors.items():
             writer.add_tensor(tensor, array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        new.replace(path)
+        staged.replace(path)

@@ -1,4 +1,4 @@
-"""The one place that speaks to the Hub: folders up in one commit, the files of the format down."""
+"""The one place that talks to the Hub: it uploads folders in one commit, and downloads edits and golden layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from goldenedit.storage.reading import listed_files
 
 
 class DownloadOptions(TypedDict, total=False):
-    """Where something is downloaded from and to, by the names that transformers has."""
+    """Options of a download, with the names that transformers uses."""
 
     revision: str | None
     subfolder: str | None
@@ -35,14 +35,14 @@ class DownloadOptions(TypedDict, total=False):
 
 
 def make_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Create a model repository where there is none, and return its name with its owner."""
-    with _telling_of_cut_connections():
+    """Create a model repository if it does not exist, and return its full name, `owner/name`."""
+    with _raising_connection_errors():
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def root_files(repo_id: str, suffixes: Sequence[str], revision: str | None, token: str | bool | None) -> list[str]:
-    """Return the files of a repository that end so and lie in no folder."""
-    with _telling_of_cut_connections(), suppress(RevisionNotFoundError):  # of a branch that is still to be made
+    """Return the names of a repository's files that end with one of `suffixes` and are not in a folder."""
+    with _raising_connection_errors(), suppress(RevisionNotFoundError):  # the branch does not exist yet
         names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
         return [name for name in names if "/" not in name and name.endswith(tuple(suffixes))]
     return []
@@ -60,27 +60,27 @@ def push_folder(
     token: str | bool | None = None,
     parent_commit: str | None = None,
 ) -> CommitInfo:
-    """Upload a folder in one commit to a repository that is there; what is there unchanged is not uploaded again.
+    """Upload a folder in one commit to an existing repository. Unchanged files are not uploaded again.
 
     Args:
         files: Names of the files to upload; None for all.
-        stale: Names of files that are deleted in the repository where the folder does not have them; by
-            default those of `files`.
-        revision: Branch, created where there is none.
-        parent_commit: Refuse unless this is the last commit of the branch.
+        stale: Names of files to delete from the repository if the folder does not have them; by default, the names in
+            `files`.
+        revision: Branch to commit to, created if it does not exist.
+        parent_commit: The commit that must be the last one of the branch; otherwise the Hub rejects the upload.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejects the request.
         ConnectionError: The Hub cannot be reached.
     """
     api = HfApi(token=token)
-    with _telling_of_cut_connections():
+    with _raising_connection_errors():
         make_branch(repo_id, None if create_pr else revision, token)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=None if files is None else list(files),
-            delete_patterns=list(files or ()) if stale is None else list(stale),  # those that are uploaded stay
+            delete_patterns=list(files or ()) if stale is None else list(stale),  # uploaded files are not deleted
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
@@ -89,7 +89,7 @@ def push_folder(
 
 
 def make_branch(repo_id: str, revision: str | None, token: str | bool | None = None) -> None:
-    """Create a branch where there is none; pull requests have theirs."""
+    """Create a branch if it does not exist; nothing is done for the reference of a pull request."""
     if revision is not None and not revision.startswith("refs/pr/"):
         HfApi(token=token).create_branch(repo_id, branch=revision, exist_ok=True)
 
@@ -104,15 +104,15 @@ def push_golden_layers(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Add what layer selectors found to the golden layers of a repository, which is created where there is none.
+    """Add new records to the golden layers of a repository, which is created if it does not exist.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses, or someone else pushed at the same time.
-        GoldenLayersError: What the repository has under that name is something else.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejects the request, or someone else pushed at the same time.
+        GoldenLayersError: The repository's file of golden layers is damaged, or has another format.
     """
     repo_id = make_repo(repo_id, private, token)
     records: list[GoldenLayers] = []
-    with _telling_of_cut_connections():
+    with _raising_connection_errors():
         make_branch(repo_id, None if create_pr else revision, token)
         parent = HfApi(token=token).repo_info(repo_id, revision=revision).sha
     with suppress(RemoteEntryNotFoundError):
@@ -133,27 +133,30 @@ def push_golden_layers(
 
 
 def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Path:
-    """Return the local folder of an edit: the folder itself, or the files of a Hub repository in the cache.
+    """Return the local folder of an edit: `model_id` itself, or a Hub repository downloaded to the cache.
 
-    All files are those of one commit, whatever is pushed meanwhile.
+    All files come from one commit, also if someone pushes during the download.
 
     Raises:
-        FileNotFoundError: `model_id` is neither a folder nor can be the name of a repository.
-        ValueError: `subfolder` leads out of the folder.
-        huggingface_hub.errors.HfHubHTTPError: There is no such repository, revision or file, or it may not be read.
+        FileNotFoundError: `model_id` is not a folder and not a valid name of a repository.
+        ValueError: `subfolder` is absolute or leads out of the folder.
+        TypeError: An option is unknown.
+        huggingface_hub.errors.HfHubHTTPError: The repository, revision or file does not exist or may not be read.
         huggingface_hub.errors.LocalEntryNotFoundError: The Hub cannot be reached, and the cache has no copy.
-        ConnectionError: The connection was cut.
+        ConnectionError: The connection was lost.
     """
     if unknown := sorted(set(download) - set(DownloadOptions.__annotations__)):
-        raise TypeError(f"Unknown arguments {unknown}; a download takes {sorted(DownloadOptions.__annotations__)}.")
-    parts = Path(download.get("subfolder") or "").parts
-    if Path(*parts).is_absolute() or ".." in parts:
-        raise ValueError(f"subfolder {download.get('subfolder')!r} leads out of the edit's folder.")
+        raise TypeError(f"Unknown arguments {unknown}. Valid options are {sorted(DownloadOptions.__annotations__)}.")
+    subfolders = Path(download.get("subfolder") or "").parts
+    if Path(*subfolders).is_absolute() or ".." in subfolders:
+        raise ValueError(
+            f"subfolder {download.get('subfolder')!r} leads out of the edit's folder. Give a path inside it."
+        )
     if Path(model_id).is_dir():
-        return Path(model_id, *parts)
-    download = {**download, "subfolder": "/".join(parts) or None}
+        return Path(model_id, *subfolders)
+    download = {**download, "subfolder": "/".join(subfolders) or None}
     _check_repo_id(str(model_id))
-    with _telling_of_cut_connections():
+    with _raising_connection_errors():
         folder = Path(hf_hub_download(str(model_id), EDIT_CONFIG, **_arguments(download))).parent
         _download_beside(folder, str(model_id), listed_files(folder), download)
     return folder
@@ -188,32 +191,33 @@ def find_golden_layers(repo_id: str, **download: Unpack[DownloadOptions]) -> Pat
     """Return the local copy of a repository's golden layers.
 
     Raises:
-        FileNotFoundError: `repo_id` cannot be the name of a repository.
-        huggingface_hub.errors.HfHubHTTPError: There is no such repository or file, or it may not be read.
+        FileNotFoundError: `repo_id` is not a valid name of a repository.
+        huggingface_hub.errors.HfHubHTTPError: The repository or file does not exist or may not be read.
+        ConnectionError: The connection was lost.
     """
     _check_repo_id(repo_id)
-    with _telling_of_cut_connections():
+    with _raising_connection_errors():
         return Path(hf_hub_download(repo_id, GOLDEN_LAYERS, **_arguments(download)))
 
 
 def cached_commit(repo_id: str) -> str | None:
-    """Return the commit of a model in the cache: None unless there is one commit only, as nothing says which it was."""
+    """Return the commit of a cached model, or None unless the cache has exactly one: which was loaded is not known."""
     if not is_repo_id(repo_id):
         return None
-    folder = f"models--{repo_id.replace('/', '--')}"  # as huggingface_hub documents its cache
+    folder = f"models--{repo_id.replace('/', '--')}"  # the cache layout that huggingface_hub documents
     snapshots = Path(constants.HF_HUB_CACHE, folder, "snapshots")
     commits = [path.parent.name for path in snapshots.glob("*/config.json")]
     return commits[0] if len(commits) == 1 else None
 
 
 def is_on_hub(base_model: BaseModel) -> bool:
-    """Tell whether a base model is called by what can be its name on the Hub."""
+    """Return whether a base model's name can be the name of a repository on the Hub."""
     name = base_model.name_or_path
-    return is_repo_id(name) and name != base_model.architecture  # which models without a name are called by
+    return is_repo_id(name) and name != base_model.architecture  # models without a name are called by their class
 
 
 def is_repo_id(name: str) -> bool:
-    """Tell whether a model's name can be that of a repository, and is not a folder here."""
+    """Return whether a model's name is a valid name of a repository, and not a local folder."""
     try:
         validate_repo_id(name)
     except ValueError:
@@ -225,12 +229,14 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise FileNotFoundError(f"There is no folder {repo_id}, and it is no name on the Hub.") from error
+        raise FileNotFoundError(
+            f"{repo_id} is not a local folder, and not a valid name of a repository on the Hub."
+        ) from error
 
 
 @contextmanager
-def _telling_of_cut_connections() -> Iterator[None]:
-    """Raise what is Python's own for the errors of the HTTP client, of which huggingface_hub has no classes."""
+def _raising_connection_errors() -> Iterator[None]:
+    """Raise a ConnectionError for errors of the HTTP client, which huggingface_hub has no exceptions for."""
     try:
         yield
     except Exception as error:
