@@ -36,6 +36,7 @@ PARIS = EditRequest(
 )
 PIPE = EditRequest("The pipe | of\nBonn is in", "Bonn", "Köln")
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"
+VERSIONS = {"goldenedit": "0.1.0", "peft": "0.21.2"}
 
 
 def delta(rank: int, seed: int, d_in: int = 6, d_out: int = 4) -> LowRankDelta:
@@ -46,17 +47,15 @@ def delta(rank: int, seed: int, d_in: int = 6, d_out: int = 4) -> LowRankDelta:
 
 def edit_folder() -> EditFolder:
     """Return what `edit` leaves: a batch of two facts in one layer, then one fact in two layers."""
+    batch = [EditedFact(PARIS, 0.001, 0.9876, 12), EditedFact(PIPE, 0.25, 0.5, 3)]
+    second = {FIRST: delta(1, 1), SECOND: delta(1, 2)}
     return EditFolder(
         [
-            Edit(
-                "edit_1", [EditedFact(PARIS, 0.001, 0.9876, 12), EditedFact(PIPE, 0.25, 0.5, 3)], {FIRST: delta(2, 0)}
-            ),
-            Edit("tower", [EditedFact(PARIS, 0.002, 0.75, 20)], {FIRST: delta(1, 1), SECOND: delta(1, 2)}),
+            Edit("edit_1", batch, {FIRST: delta(2, 0)}, versions=VERSIONS),
+            Edit("tower", [EditedFact(PARIS, 0.002, 0.75, 20)], second, versions=VERSIONS),
         ],
         EditConfig(layer=[1, 2], steps=4, covariance_tokens=20_000, ridge=0.01),
         BaseModel("org/base-model", "0123456789abcdef0123456789abcdef", "a1b2c3", "LlamaForCausalLM"),
-        {"goldenedit": "0.1.0", "peft": "0.21.2"},
-        None,
     )
 
 
