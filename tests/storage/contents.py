@@ -36,6 +36,7 @@ PARIS = EditRequest(
 )
 PIPE = EditRequest("The pipe | of\nBonn is in", "Bonn", "Köln")
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"
+VERSIONS = {"goldenedit": "0.1.0", "peft": "0.21.2"}
 
 
 def delta(rank: int, seed: int, d_in: int = 6, d_out: int = 4) -> LowRankDelta:

@@ -106,7 +106,7 @@ def test_what_was_measured_is_in_the_text_and_in_the_metadata_by_family():
     assert "On the edited facts, n = 3, with 95% bootstrap intervals over facts:" in card.text
     assert "| probability | efficacy | 2 | 1.000 | 0.900 to 1.000 | 0.250 |\n" in card.text
     assert "| token_match | rewrite | 3 | 0.750 | 0.500 to 1.000 | 0.000 |\n" in card.text
-    assert "*probability*: is the new answer" in card.text
+    assert "*probability*: share of prompts where the new answer" in card.text
     assert card.data.model_name == "me/edit"
     found = [(one.metric_type, one.metric_name, one.metric_value, one.dataset_name) for one in card.data.eval_results]
     assert found == [

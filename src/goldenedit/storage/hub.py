@@ -171,7 +171,7 @@ def find_adapter(model_id: str | Path, **download: Unpack[DownloadOptions]) -> P
     try:
         return find_folder(model_id, **download)
     except RemoteEntryNotFoundError:
-        with suppress(RemoteEntryNotFoundError), _telling_of_cut_connections():
+        with suppress(RemoteEntryNotFoundError), _raising_connection_errors():
             folder = Path(hf_hub_download(str(model_id), ADAPTER_CONFIG, **_arguments(download))).parent
             _download_beside(folder, str(model_id), [ADAPTER_WEIGHTS], download)
             return folder
