@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -248,10 +249,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
 
     @outside_inference_mode()
     def evaluate(
-        self,
-        requests: Facts | None = None,
-        generation: bool = False,
-        neighbors: int | None = None,
+        self, requests: Facts | None = None, generation: bool = False, neighbors: int | None = None
     ) -> Evaluation:
         """Measure the active edits and the base model, in every family of scores that the facts have prompts for.
 
@@ -416,6 +414,12 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self.model = self.adapters.model
         self.edits, self._evaluations, self._switched_off = {}, {}, None
         return self.model
+
+    @property
+    def base_facts(self) -> LanguageModel:
+        """The old name of `lm`, until the next version."""
+        warnings.warn("EditModel.base_facts is now EditModel.lm.", FutureWarning, stacklevel=2)
+        return self.lm
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the transformers model under the edits, with the active ones in effect."""
