@@ -272,13 +272,12 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
         first = min(map(self.architecture.layer_of, paths), default=self.architecture.num_layers - 1)
         self.adapters.ensure()
+        off = self.disable_adapter
         with phase("evaluation"):
-            edited, before = observe_with_and_without(
-                self.lm, facts, first, self.disable_adapter, generation, neighbors
-            )
+            edited, before = observe_with_and_without(self.lm, facts, first, off, generation, neighbors)
         evaluation = Evaluation(measure(facts, edited, before, neighbors), measure(facts, before, before, neighbors))
-        figures = {"own_facts": own_facts, "facts": len(facts), **evaluation.to_dict()}
-        self._evaluations[tuple(self.active_adapters)] = figures
+        about = {"own_facts": own_facts, "facts": len(facts)}
+        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict()}
         return evaluation
 
     # ------------------------------------------------------------------ adapters, as PEFT has them
