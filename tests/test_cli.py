@@ -101,7 +101,7 @@ def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
 def test_the_cost_of_an_edit_is_shown_where_asked_for(capsys, folder):
     code, output, _ = run(capsys, "edit", folder, *FACT, *BY_HAND, "--profile")
     assert code == 0
-    for part in ("plain forwards", "contexts", "values", "solve", "check", "all"):
+    for part in ("plain forwards", "contexts", "values", "solve", "check", "total"):
         assert part in output
     assert "values" not in run(capsys, "edit", folder, *FACT, *BY_HAND)[1]
 

@@ -10,7 +10,7 @@ from zoo import DENSE, TARGET_MODULES, category, causal_lm_types
 NOT_EDITABLE = {  # with what the refusal must say
     "dbrx": "No dense down projection and no fused experts were found",
     "hrm_text": "several times for each token",
-    "laguna": "which is no module of this model",
+    "laguna": "this model has no such module",
     "xlnet": "is not causal",
     "prophetnet": "is not causal",
     "musicgen": "token ids of a single vocabulary",

@@ -1,24 +1,51 @@
-"""The Python of the documents runs as it stands."""
+"""The documents: their Python runs, their commands have the options that they show, their links lead somewhere."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from goldenedit.cli import app
+from goldenedit.packaged import is_installed, packaged_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PATTERNS = ("*.md", "benchmarks/*.md", "docs/*.md", "examples/*/*.md", "model_cards/*.md")
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 
-# What a document may take for given.
-GIVEN = {
+# Code that runs before the Python of a document: the document assumes what it defines.
+SETUP = {
+    "docs/coming-from-other-tools.md": "",
     "docs/extending.md": "from models import tiny_model, tiny_tokenizer\n"
     "base, tokenizer = tiny_model('llama'), tiny_tokenizer()\n",
+    "examples/plugin/README.md": f"import sys; sys.path.insert(0, {str(ROOT / 'examples/plugin/src')!r})\n"
+    "import goldenedit_ridge.leverage, goldenedit_ridge.ridge_insert\n"
+    "from transformers import AutoModelForCausalLM\n"
+    "from models import tiny_model, tiny_tokenizer\n"
+    "tiny_model('llama').save_pretrained('base'); tiny_tokenizer().save_pretrained('base')\n"
+    "base = AutoModelForCausalLM.from_pretrained('base')\n",
 }
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the README; the packaged model takes its place
+
+# The README loads a LoRA adapter that its reader has trained.
+TRAINED_LORA = """
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+torch.manual_seed(0)
+lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+get_peft_model(AutoModelForCausalLM.from_pretrained({base!r}), lora).save_pretrained("my-lora")
+"""
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -37,38 +64,63 @@ def script(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(document: Path, given: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the Python of a document in a folder, after what it takes for given, in a process of its own."""
-    code = script(document.read_text(encoding="utf-8"))
-    runner = f"names = {{}}\nexec({given!r}, names)\nexec(compile({code!r}, {str(document)!r}, 'exec'), names)\n"
+def run(code: str, name: str, setup: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the Python of a document in a folder, after its setup, in a process of its own."""
+    runner = f"names = {{}}\nexec({setup!r}, names)\nexec(compile({code!r}, {name!r}, 'exec'), names)\n"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", runner], cwd=folder, capture_output=True, text=True, check=False, env=environment
     )
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("name", SETUP)
 def test_every_python_block_runs(name, tmp_path):
-    done = run(ROOT / name, GIVEN[name], tmp_path)
+    done = run(script((ROOT / name).read_text(encoding="utf-8")), name, SETUP[name], tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_block_that_fails_is_told_by_its_line(tmp_path):
-    document = tmp_path / "a.md"
-    document.write_text(
-        "# A\n\n```python\na = 1\n```\n\ntext\n\n```bash\nls\n```\n\n```python\na + b\n```\n", encoding="utf-8"
-    )
-    done = run(document, "", tmp_path)
+@pytest.mark.real
+@pytest.mark.skipif(not is_installed("smollm2"), reason="the package with the weights of SmolLM2 is not installed")
+def test_every_python_block_of_the_readme_runs_on_the_packaged_model(tmp_path):
+    base = str(packaged_model("smollm2"))
+    code = script((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert f'"{HUB_NAME}"' in code
+    done = run(code.replace(HUB_NAME, base), "README.md", TRAINED_LORA.format(base=base), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "does not take" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eiffel-in-rome", "louvre-in-rome", "my-lora"]
+
+
+def test_every_document_with_python_is_run():
+    with_python = {name for name in DOCUMENTS if blocks((ROOT / name).read_text(encoding="utf-8"), "python")}
+    assert with_python == {"README.md", *SETUP}
+
+
+def test_a_block_that_fails_is_reported_by_its_line(tmp_path):
+    text = "# A\n\n```python\na = 1\n```\n\ntext\n\n```bash\nls\n```\n\n```python\na + b\n```\n"
+    done = run(script(text), "a.md", "", tmp_path)
     assert done.returncode != 0
-    assert f'File "{document}", line 14' in done.stderr
+    assert 'File "a.md", line 14' in done.stderr
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/extending.md", "examples/plugin/README.md"])
-def test_every_python_block_is_python_and_every_file_it_points_to_is_there(name):
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_python_block_is_python_and_every_linked_file_exists(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     compile(script(text), name, "exec")
     links = re.findall(r"\]\((?!https?://)([^)#]+)", BLOCK.sub("", text))
     assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_has_the_options_that_a_document_shows(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines() if line.startswith("goldenedit ")]
+    for line in lines:
+        command, words = get_command(app), shlex.split(line, comments=True)[1:]
+        while hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options, line
 
 
 def test_the_entry_points_of_the_document_are_those_of_the_example_package():

@@ -123,6 +123,7 @@ def test_an_edit_that_does_not_take_is_told(base, tokenizer, caplog):
 
 
 def test_an_edit_that_takes_is_not_told(base, tokenizer, caplog):
-    edit = get_edit_model(base, config(method="lora", finetune_steps=200), tokenizer).edit(TOWER)
+    model = get_edit_model(base, config(method="lora", finetune_steps=100), tokenizer)
+    edit = model.edit(TOWER.prompt, TOWER.subject, "Berlin")
     assert edit.facts[0].takes
     assert "does not take" not in caplog.text

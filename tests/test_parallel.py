@@ -275,10 +275,15 @@ def exhausting(model: nn.Module, rank: int, forwards: int) -> nn.Module:
     return model
 
 
+def failing(model, tokenizer) -> LanguageModel:
+    """Return a model whose architecture is known: reading it would run the model."""
+    return LanguageModel(model, tokenizer, read_architecture(tiny_model("llama")))
+
+
 SHARED_WORK: dict[str, Callable] = {
-    "lga": lambda model, tokenizer: lga_scores(model, read_architecture(tiny_model("llama")), tokenizer, FACTS),
+    "lga": lambda model, tokenizer: lga_scores(failing(model, tokenizer), FACTS),
     "key statistics": lambda model, tokenizer: second_moments(
-        model, read_architecture(tiny_model("llama")), tokenizer, [fact.text for fact in FACTS] * 2, [0, 2], 1000, 20
+        failing(model, tokenizer), [fact.text for fact in FACTS] * 2, [0, 2], 1000, 20
     ),
     "sweep": lambda model, tokenizer: get_edit_model(model, EditConfig(layer="sweep", **FAST), tokenizer),
     "a selector": lambda model, tokenizer: get_edit_model(model, EditConfig(layer="key_response", **FAST), tokenizer),

@@ -39,7 +39,7 @@ def test_strict_fails_and_saves_nothing(folder, tmp_path, capsys):
     assert edit(folder, tmp_path / "edit", "--strict") == 1
     printed = capsys.readouterr()
     assert "does not take" in " ".join(printed.out.split())
-    assert "1 of 1 facts do not take, and nothing is saved" in " ".join(printed.err.split())
+    assert "The edits of 1 of 1 facts do not take, so nothing was saved" in " ".join(printed.err.split())
     assert not (tmp_path / "edit").exists()
 
 

@@ -1,4 +1,4 @@
-"""The command line: `goldenedit locate`, `edit`, `evaluate`, `show`, `push`, `export`, `benchmark` and `demo`."""
+"""The command line, `goldenedit`: from the golden layer to an edit that is measured and shared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from goldenedit.storage.atlas import GoldenLayers
 
 app = typer.Typer(
-    help="Knowledge editing for causal language models: find the golden layer, edit, save as a LoRA adapter.",
+    help="Edit facts in causal language models: find the golden layer, edit, and save the edit as a LoRA adapter.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -31,41 +31,42 @@ app = typer.Typer(
 app.add_typer(benchmark_app, name="benchmark")
 console = Console()
 
-Model = Annotated[
-    str, typer.Argument(help="A model's name on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`.")
-]
+Model = Annotated[str, typer.Argument(help="A model on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`.")]
 Layer = Annotated[
     str,
     typer.Option(
-        help="A layer selector such as `lga` or `auto`, `hub:REPO`, a number, or several numbers with commas.",
+        help="A layer selector (such as `lga` or `auto`), `hub:REPO`, a layer number, or numbers with commas between.",
     ),
 ]
-Edits = Annotated[str, typer.Argument(help="An edit folder, or its repository on the Hub.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save the edit in.")]
+Edits = Annotated[str, typer.Argument(help="An edit folder, or a repository on the Hub.")]
+Base = Annotated[str | None, typer.Option(help="The base model, if it cannot be loaded by its recorded name.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="The folder to save the edit in.")]
 
 
 @app.command()
 def locate(
     model: Model,
-    proxy: Annotated[Path | None, typer.Option(help="Facts to compare layers on (.json, .jsonl).")] = None,
-    size: Annotated[int, typer.Option(help="Number of proxy facts.")] = 100,
+    proxy: Annotated[
+        Path | None, typer.Option(help="The facts to score layers on (.json, .jsonl); packaged ones by default.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="The number of these facts to use.")] = 100,
     selector: Annotated[
         str,
         typer.Option(
             "--method",
-            help="A layer selector (`goldenedit editors` lists them), or `all` but the slow `sweep`.",
+            help="A layer selector (listed by `goldenedit editors`), or `all` for every selector except `sweep`.",
         ),
     ] = "lga",
-    sweep: Annotated[int, typer.Option(help="With `all`: edit so many facts at every layer as well.")] = 0,
-    editor: Annotated[str, typer.Option(help="Editor of `sweep`, `key_response` and `published`.")] = "r-rome",
-    loss: Annotated[str, typer.Option(help="`sequence` or `answer`.")] = "sequence",
-    kappa: Annotated[float, typer.Option(help="Width of the outlier fence in interquartile ranges.")] = 1.0,
-    plot: Annotated[Path | None, typer.Option(help="Save the chart as a picture.")] = None,
+    sweep: Annotated[int, typer.Option(help="With `all`: run `sweep` too, on this many facts.")] = 0,
+    editor: Annotated[str, typer.Option(help="The editor for `sweep`, `key_response` and `published`.")] = "r-rome",
+    loss: Annotated[str, typer.Option(help="The loss of `lga`: `sequence` or `answer`.")] = "sequence",
+    kappa: Annotated[float, typer.Option(help="The width of the outlier fence, in interquartile ranges.")] = 1.0,
+    plot: Annotated[Path | None, typer.Option(help="Save the chart as an image in this file.")] = None,
     push: Annotated[
-        str | None, typer.Option(help="Share what was found in this repository on the Hub, for `--layer hub:REPO`.")
+        str | None, typer.Option(help="Share the result in this repository on the Hub, for `--layer hub:REPO`.")
     ] = None,
 ) -> None:
-    """Find the golden layer of MODEL, by Layer Gradient Analysis, another selector, or all of them."""
+    """Find the golden layer of MODEL by Layer Gradient Analysis, by another selector, or by all of them."""
     from dataclasses import replace
 
     from goldenedit import EditConfig, EditModel
@@ -73,16 +74,16 @@ def locate(
 
     source = str(proxy) if proxy else None
     config = EditConfig(method=editor, proxy=source, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
-    proxy_set(config)  # what is wrong with it is told once
+    proxy_set(config)  # raises here, not once for each selector
     base, tokenizer, is_first = load_together(model)
-    found: list[LayerSelection] = []
+    selections: list[LayerSelection] = []
     records: list[GoldenLayers] = []
     names = [record.name for record in SELECTORS.available()] if selector == "all" else [selector]
     for name in names:
         if selector == "all" and name == "sweep" and not sweep:
             continue
-        own = replace(config, layer=name, proxy_size=sweep if selector == "all" and name == "sweep" else size)
-        wrapped = EditModel(base, own, tokenizer)
+        facts = sweep if selector == "all" and name == "sweep" else size
+        wrapped = EditModel(base, replace(config, layer=name, proxy_size=facts), tokenizer)
         try:
             wrapped.select_layer()
         except ValueError as error:
@@ -91,39 +92,41 @@ def locate(
             console.print(f"{name}: {escape(str(error))}")
             continue
         assert wrapped.layer_selection is not None
-        found.append(wrapped.layer_selection)
+        selections.append(wrapped.layer_selection)
         if push is not None:
             records.append(wrapped.golden_layers())
-    if selector != "all" and found[0].scores is not None:
-        console.print(tables.layer_chart(found[0], kappa))
-    console.print(tables.selections_table(found))
+    if selector != "all" and selections[0].scores is not None:
+        console.print(tables.layer_chart(selections[0], kappa))
+    console.print(tables.selections_table(selections))
     if plot is not None and is_first:
         from goldenedit.plots import plot_selections
 
-        plot_selections(found, plot, model, kappa)
-        console.print(f"Chart saved in {escape(str(plot))}")
+        plot_selections(selections, plot, model, kappa)
+        console.print(f"Saved the chart in {escape(str(plot))}")
     if push is not None and is_first:
         from goldenedit.storage.hub import push_golden_layers
 
-        console.print(f"Shared: {escape(str(push_golden_layers(records, push)))}")
+        console.print(f"Shared in {escape(str(push_golden_layers(records, push)))}")
 
 
 @app.command()
 def edit(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Option(help="The text before the answer, with the subject or {} in it.")
+        str | None, typer.Option(help="The text before the answer, with the subject (or {} in its place).")
     ] = None,
-    subject: Annotated[str | None, typer.Option(help="The entity, as spelled in the prompt.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The entity, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Facts to edit as one batch (.json, .jsonl).")] = None,
-    method: Annotated[str, typer.Option(help="An editor; `goldenedit editors` lists them.")] = "r-rome",
+    file: Annotated[Path | None, typer.Option(help="A file of facts to edit as one batch (.json, .jsonl).")] = None,
+    method: Annotated[str, typer.Option(help="The editor (listed by `goldenedit editors`).")] = "r-rome",
     layer: Layer = "lga",
-    covariance: Annotated[str, typer.Option(help="`sampled`, `identity`, a text file or a dataset.")] = "sampled",
-    name: Annotated[str | None, typer.Option(help="Name of the edit.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Show what each phase of the edit cost.")] = False,
+    covariance: Annotated[
+        str, typer.Option(help="Key statistics: `sampled`, `identity`, a text file or a dataset.")
+    ] = "sampled",
+    name: Annotated[str | None, typer.Option(help="The name of the edit.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the cost of each phase of the edit.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail, and save nothing, where a fact does not take.")
+        bool, typer.Option("--strict", help="Fail and save nothing if the edit of any fact does not take.")
     ] = False,
     output: Output = None,
 ) -> None:
@@ -146,15 +149,15 @@ def edit(
     with ExitStack() as stack:
         phases = stack.enter_context(profiling()) if profile else {}
         edit_model = get_edit_model(base, config, tokenizer)
-        made = edit_model.edit(requests, name=name)
-    console.print(tables.facts_table([made]))
+        new_edit = edit_model.edit(requests, name=name)
+    console.print(tables.facts_table([new_edit]))
     if profile:
         facts = [rendered(tokenizer, request) for request in requests]
         console.print(tables.profile_table(phases, forward_flops(edit_model.lm, facts)))
-    if strict and (missed := sum(not fact.takes for fact in made.facts)):
+    if strict and (missed := sum(not fact.takes for fact in new_edit.facts)):
         raise ValueError(
-            f"{missed} of {len(made.facts)} facts do not take, and nothing is saved. Try another --layer or --method, "
-            "or leave --strict out."
+            f"The edits of {missed} of {len(new_edit.facts)} facts do not take, so nothing was saved. Try another "
+            "--layer or --method, or leave out --strict."
         )
     if output is not None and is_first:
         from goldenedit.storage.folder import folder_size
@@ -167,44 +170,44 @@ def edit(
 def evaluate(
     folder: Edits,
     file: Annotated[
-        Path | None, typer.Option(help="Facts to measure on (.json, .jsonl); by default those that the folder edits.")
+        Path | None, typer.Option(help="Facts to evaluate on (.json, .jsonl); by default the edited facts.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
-    generation: Annotated[bool, typer.Option(help="Let the models write freely as well.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save all figures as JSON.")] = None,
-    card: Annotated[bool, typer.Option("--card", help="Write the figures into the folder and its model card.")] = False,
+    model: Base = None,
+    generation: Annotated[bool, typer.Option(help="Also let both models generate freely.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save all scores in this JSON file.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
 ) -> None:
-    """Measure the edits of FOLDER beside the base model."""
+    """Evaluate the edits in FOLDER against the base model."""
     import json
 
     from goldenedit import EditModel, load_requests
 
     if card and not Path(folder).is_dir():
-        raise typer.BadParameter(f"--card writes into an edit folder, and {folder} is none: download it first.")
+        raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
     requests = None if file is None else load_requests(file)
     path, base, tokenizer = load_edits(folder, model)
     edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
-    found = edit_model.evaluate(requests, generation)
-    console.print(tables.evaluation_table(found))
+    evaluation = edit_model.evaluate(requests, generation)
+    console.print(tables.evaluation_table(evaluation))
     if card:
         from goldenedit.storage.card import own_card
         from goldenedit.storage.folder import CARD
 
-        by_hand = own_card(path)
+        custom_card = own_card(path)
         edit_model.save_pretrained(path)
-        if by_hand is not None:
-            (path / CARD).write_text(by_hand, encoding="utf-8")
-            console.print(f"{CARD} was written by hand and is left as it is; the figures are in edit_config.json.")
+        if custom_card is not None:
+            (path / CARD).write_text(custom_card, encoding="utf-8")
+            console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
         else:
-            console.print(f"Written into {escape(str(path / CARD))}")
+            console.print(f"Wrote the scores into {escape(str(path / CARD))}")
     if output is not None:
-        output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {escape(str(output))}")
 
 
 @app.command()
 def editors() -> None:
-    """List the editors and the layer selectors that are there, those of installed packages too."""
+    """List all editors and layer selectors, including those of installed packages."""
     from goldenedit.editors import EDITORS
     from goldenedit.layer_selection import SELECTORS
 
@@ -215,12 +218,12 @@ def editors() -> None:
 @app.command()
 def show(
     folder: Edits,
-    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
+    model: Base = None,
     replay: Annotated[
-        bool, typer.Option(help="Load the base model, and see whether the edits do what they list and no more.")
+        bool, typer.Option(help="Load the base model and check that the edits do what they list, and no more.")
     ] = True,
 ) -> None:
-    """Show what an edit changes, and whether its facts explain it."""
+    """Show what the edits in FOLDER change, and whether the listed facts explain it."""
     from goldenedit.storage.folder import folder_size
     from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
@@ -234,9 +237,9 @@ def show(
         summary.add_row("editor", config.method)
         summary.add_row("layer", escape(f"{config.target_layer}, chosen by {selector}"))
         summary.add_row("key covariance", escape(config.covariance))
-    for made in content.edits:
-        for module, delta in made.deltas.items():
-            summary.add_row(escape(made.name), escape(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
+    for stored in content.edits:
+        for module, delta in stored.deltas.items():
+            summary.add_row(escape(stored.name), escape(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
     summary.add_row("size", f"{folder_size(path) / 1000:.1f} KB")
     console.print(summary)
     console.print(tables.facts_table(content.edits))
@@ -245,28 +248,28 @@ def show(
 
 
 def show_audit(folder: Path, model: str | None) -> None:
-    """Print norms relative to the base model's matrices, and what the listed facts do not explain."""
+    """Print the norm of each change relative to its base matrix, and the share that the listed facts do not explain."""
     from goldenedit import EditModel
     from goldenedit.audit import audit
 
     try:
         _, base, tokenizer = load_edits(str(folder), model, use_safetensors=True)
     except (OSError, ValueError) as error:
-        text = f"The base model was not found, so nothing is compared with it: pass --model. ({error})"
+        text = f"The base model was not found, so the edits were not replayed. Pass --model. ({error})"
         console.print(escape(text), style="yellow")
         return
-    found = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
-    console.print(tables.audit_table(found))
-    for made in found:
-        for warning in made.warnings:
-            console.print(f"Warning: edit {made.name!r}: {warning}.", style="bold red", markup=False)
-    if any(made.warnings for made in found):
+    audits = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
+    console.print(tables.audit_table(audits))
+    for edit_audit in audits:
+        for warning in edit_audit.warnings:
+            console.print(f"Warning: edit {edit_audit.name!r}: {warning}.", style="bold red", markup=False)
+    if any(edit_audit.warnings for edit_audit in audits):
         return
-    if any(module.unexplained is None for made in found for module in made.modules):
+    if any(module.unexplained is None for edit_audit in audits for module in edit_audit.modules):
         console.print(
-            "The edits do what they list. Whether they do more cannot be told for all of them here: editors that are "
-            "trained leave no rows to compare, later layers depend on earlier ones, and another processor may sample "
-            "other text from the base model.",
+            "The edits do what they list. For some of them it is unknown whether they do more: edits by training have "
+            "no rows to compare, later layers depend on earlier ones, and another processor may sample other text from "
+            "the base model.",
             style="yellow",
         )
     else:
@@ -276,16 +279,17 @@ def show_audit(folder: Path, model: str | None) -> None:
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="An edit folder.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub, created where there is none.")],
+    repo: Annotated[str, typer.Argument(help="A repository on the Hub, created if it does not exist.")],
     model: Annotated[
-        str | None, typer.Option(help="With --merged: the base model, where it is not found by its name.")
+        str | None,
+        typer.Option(help="With --merged: the base model, if it cannot be loaded by its recorded name."),
     ] = None,
-    merged: Annotated[bool, typer.Option(help="Push the base model with the edits in its weights.")] = False,
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    merged: Annotated[bool, typer.Option(help="Push the model with the edits written into its weights.")] = False,
+    private: Annotated[bool | None, typer.Option(help="Make a new repository private or public.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch to push to.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
 ) -> None:
-    """Share the edits of FOLDER on the Hub, or the checkpoint that they make."""
+    """Share the edits in FOLDER on the Hub, or with --merged an edited checkpoint."""
     from goldenedit import EditModel
     from goldenedit.storage.card import own_card, render_card
     from goldenedit.storage.folder import EDIT_FILES, write_edit_folder
@@ -298,21 +302,21 @@ def push(
         edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
         commit = edit_model.push_merged_to_hub(repo, private=private, revision=revision, create_pr=create_pr)
     else:
-        by_hand = own_card(folder)
+        custom_card = own_card(folder)
         repo = make_repo(repo, private)
         with tempfile.TemporaryDirectory() as scratch:
-            write_edit_folder(Path(scratch), content, by_hand or render_card(content, repo))
+            write_edit_folder(Path(scratch), content, custom_card or render_card(content, repo))
             commit = push_folder(Path(scratch), repo, files=EDIT_FILES, revision=revision, create_pr=create_pr)
-    console.print(f"Shared: {escape(str(commit.pr_url or commit))}")
+    console.print(f"Shared in {escape(str(commit.pr_url or commit))}")
 
 
 @app.command()
 def export(
     folder: Edits,
-    gguf: Annotated[Path, typer.Option(help="File to write, a LoRA adapter for llama.cpp.")],
-    model: Annotated[str | None, typer.Option(help="The base model, where it is not found by its name.")] = None,
+    gguf: Annotated[Path, typer.Option(help="The file to write.")],
+    model: Base = None,
 ) -> None:
-    """Write an edit as a GGUF adapter: `llama-cli -m base.gguf --lora FILE`."""
+    """Write the edits in FOLDER as a LoRA adapter for llama.cpp: `llama-cli -m base.gguf --lora FILE`."""
     from transformers import AutoConfig
 
     from goldenedit import loading
@@ -329,19 +333,19 @@ def export(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="A packaged model, a name on the Hub, or a folder.")] = "smollm2",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save the edit in.")] = Path(
+    model: Annotated[str, typer.Option(help="A packaged model, a model on the Hub, or a folder.")] = "smollm2",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to save the edit in.")] = Path(
         "eiffel-in-rome"
     ),
 ) -> None:
-    """Run the main job on a real model: find the golden layer, move the Eiffel Tower, save, load elsewhere."""
+    """Try it on a real model: find the golden layer, move the Eiffel Tower to Rome, save, and load with PEFT alone."""
     from goldenedit.demo import run_demo
 
     run_demo(model, output, console)
 
 
 def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, and say so while it takes time."""
+    """Load a model and its tokenizer, with a status line while loading."""
     from goldenedit import loading
 
     with console.status(f"Loading {escape(name)}"):
@@ -349,7 +353,7 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Load a model in each process of a launcher; tell whether this one may print and write, the others are silent."""
+    """Load a model in each process of a launcher. The first process prints and writes; the others stay silent."""
     from goldenedit import loading
 
     model, tokenizer, is_first = loading.load_together(name)
@@ -358,7 +362,7 @@ def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
 
 
 def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the folder of some edits, and load the model that they were made on, at its commit, or another one."""
+    """Return the folder of the edits, and load their base model at its recorded commit, or the model that is named."""
     from goldenedit import loading
     from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
@@ -369,15 +373,15 @@ def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, Pr
 
 
 def parse_layer(text: str) -> int | list[int] | str:
-    """Read a layer option: a word, a number, or numbers with commas."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    """Parse a layer option: a word, a number, or numbers with commas between."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isdigit() for number in numbers):
         return text
-    return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
+    return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; errors that the user can mend end with one line and exit code 1."""
+    """Run the command line. Errors that the user can fix end with one line and exit code 1."""
     try:
         return app(arguments)
     except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:

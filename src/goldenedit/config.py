@@ -181,6 +181,8 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         values["_is_checked"] = False
         if name == "layer" and value != self.layer:
             values["target_layer"] = values["layer_scores"] = None
+        if name == "target_layer" and value is not None and not isinstance(self.layer, str):
+            values["layer"] = value  # a layer by its number is the target
         values[name] = value
         changed.__post_init__()
         self.__dict__.update(values)
@@ -222,10 +224,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             if self.target_layer is not None:
                 self.target_layer = _layer_numbers(self.target_layer, "target_layer")
         else:
-            self.layer = _layer_numbers(self.layer)
-            self.target_layer = (
-                self.layer if self.target_layer is None else _layer_numbers(self.target_layer, "target_layer")
-            )
+            self.layer = self.target_layer = _layer_numbers(self.layer)
         for score in _scores(self.layer_scores):
             check_number("EditConfig.layer_scores", score, least=-sys.float_info.max, optional=True)
 

@@ -1,4 +1,4 @@
-"""The main job on a real model, as a user would do it."""
+"""`goldenedit demo`: one edit of a real model, from the golden layer to a process without this library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPTS = {
     "neighbor": "The Louvre is located in the city of",
 }
 
-# What someone without this library runs: transformers and PEFT alone.
+# The script of a user without this library: transformers and PEFT alone.
 _STOCK_PEFT = """
 import sys
 import torch
@@ -66,7 +66,7 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     fact = edit.facts[0]
     console.print(
         f"{SUBJECT} → {TARGET}: probability {fact.probability_before:.4f} → {fact.probability_after:.4f} "
-        f"({time.perf_counter() - started:.1f} s, key statistics included where they were not cached)"
+        f"({time.perf_counter() - started:.1f} s, including key statistics that were not cached)"
     )
     table = Table("", "before", "after")
     for kind, text in PROMPTS.items():
@@ -85,7 +85,7 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     with torch.no_grad():
         unedited = base(**_tokens(model, PROMPT)).logits
     console.print(
-        f"Edit switched off against the base model: largest logit difference {(off - unedited).abs().max():.1e}"
+        f"Edit switched off, compared with the base model: largest logit difference {(off - unedited).abs().max():.1e}"
     )
 
 
@@ -102,16 +102,16 @@ def _complete(model: EditModel, text: str) -> str:
 
 def _difference_in_fresh_process(model: EditModel, base: str, folder: Path) -> float:
     with torch.no_grad():
-        here = model(**_tokens(model, PROMPT)).logits
+        logits = model(**_tokens(model, PROMPT)).logits
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "logits.safetensors"
         command = [sys.executable, "-c", _STOCK_PEFT, base, str(folder), PROMPT, str(target)]
-        quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        child = subprocess.run(command, check=False, env=quiet, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        child = subprocess.run(command, check=False, env=environment, stderr=subprocess.PIPE, text=True)
         if child.returncode:
             raise ChildProcessError(
                 f"A fresh process could not load {folder} with PEFT alone (exit code {child.returncode}):\n"
                 f"{child.stderr}"
             )
         sys.stderr.write(child.stderr)  # warnings
-        return float((load_file(target)["logits"] - here.cpu()).abs().max())
+        return float((load_file(target)["logits"] - logits.cpu()).abs().max())

@@ -1,4 +1,4 @@
-"""Models by the names that the command line and benchmarks take: packaged ones, names on the Hub, folders."""
+"""Load models by the names that the command line and benchmarks accept: packaged models, models on the Hub, folders."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ def load_model(
 
 
 def base_of(base_model: BaseModel, model: str | None = None) -> tuple[str, str | None]:
-    """Return name and revision of the model to put edits on: the one they were made on, or the one that is named."""
+    """Return the name and revision of the base model for edits: the recorded one, or `model` if it is not None."""
     return (base_model.name_or_path, base_model.revision) if model is None else (model, None)
 
 
 def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Load a model in each process of `accelerate launch` or torchrun; tell whether this one may print and write.
+    """Load a model in each process of `accelerate launch` or torchrun.
 
-    The others show no progress bars from then on.
+    Returns:
+        The model, its tokenizer, and whether this is the first process, which prints and writes. The other processes
+        show no progress bars from then on.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -47,7 +49,7 @@ def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
 
 
 def model_source(name: str) -> str:
-    """Return the folder of a packaged model, or the name of any other as it is."""
+    """Return the folder of a packaged model; other names are returned unchanged."""
     from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
     return str(packaged_model(name)) if name in PACKAGED_MODELS and not Path(name).exists() else name

@@ -1,4 +1,4 @@
-"""What an EditModel saves and loads: edit folders, and plain adapters beside them."""
+"""How an EditModel saves and loads edit folders, and loads plain adapters."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from goldenedit.storage.folder import (
     joined,
     write_edit_folder,
 )
-from goldenedit.storage.hub import DownloadOptions, find_folder, is_on_hub
+from goldenedit.storage.hub import DownloadOptions, find_adapter, find_folder, is_on_hub
 from goldenedit.storage.reading import is_plain_adapter, read_edit_folder
 
 logger = logging.getLogger(__name__)
 
 
 class StoringMixin:
-    """The verbs of folders, for `EditModel`, as transformers and PEFT have them."""
+    """Saving and loading for `EditModel`, under the names that transformers and PEFT use."""
 
     adapters: Adapters
     base_info: BaseModel
@@ -73,12 +73,12 @@ class StoringMixin:
     ) -> None:
         """Save the active edits as one LoRA adapter with a sidecar and a model card.
 
-        An edit that was in the folder is replaced whole or, on an error, kept whole; a save that is killed half-way is
-        finished by the next load or save. The folder itself stays, with its other files.
+        An edit that is in the folder already is replaced as a whole, or kept as a whole if saving fails. The next load
+        or save completes a save that was killed. Other files in the folder stay.
 
         Args:
             save_directory: The folder.
-            selected_adapters: Names of the edits to save; those that are switched on by default.
+            selected_adapters: Names of the edits to save; by default the active ones.
 
         Raises:
             ValueError: There is nothing to save.
@@ -90,16 +90,16 @@ class StoringMixin:
         rank, pays = sum(edit.rank for edit in content.edits), min(edit.paying_rank for edit in content.edits)
         if rank > pays:
             logger.warning(
-                "The saved edits have rank %d together. Above %d their factors outgrow the matrices they change, or "
-                "what vLLM loads: share an edited checkpoint (push_merged_to_hub()), or fuse them by "
-                "add_weighted_adapter(), which leaves the smallest singular values out.",
+                "The saved edits have a total rank of %d. Above %d, factors are larger than the matrices they change, "
+                "or than what vLLM loads. Share an edited checkpoint (push_merged_to_hub()), or fuse the edits by "
+                "add_weighted_adapter(), which drops the smallest singular values.",
                 rank,
                 pays,
             )
         write_edit_folder(Path(save_directory), content, render_card(content))
 
     def _content(self, names: Sequence[str]) -> EditFolder:
-        """Return what is saved of some edits."""
+        """Return the content of an edit folder with these edits."""
         if not names:
             raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
         edits = [self._edit(name) for name in names]
@@ -119,22 +119,22 @@ class StoringMixin:
     ) -> Self:
         """Put saved edits on their base model and switch them on.
 
-        New edits of the model are made as the saved ones were, but never from files, datasets or repositories that the
-        folder names: its author is not to choose what is read here.
+        New edits are made like the saved ones. Files, datasets and repositories that the folder names are not used: a
+        stranger must not choose what is read on this machine.
 
         Args:
             model: The base model.
             model_id: The edit folder, or its repository on the Hub.
-            adapter_name: Name for what is loaded, as one edit; by default each edit has its own name back.
+            adapter_name: Load everything as one edit of this name; by default each edit keeps its name.
             tokenizer: The model's tokenizer; by default the one at `model.name_or_path`.
-            ignore_fingerprint: Load the edits on a model with other weights than they were made on.
-            **download: For the Hub, as transformers has them: `revision`, `subfolder`, `token`, `cache_dir`,
+            ignore_fingerprint: Load the edits even if they were made on other weights.
+            **download: Options for the Hub, named as in transformers: `revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`, `force_download`.
 
         Raises:
-            ValueError: The folder is no edit folder, is damaged, or was made on another base model.
-            FileNotFoundError: There is no such folder, and no repository can be called so.
-            huggingface_hub.errors.HfHubHTTPError: The Hub has no such repository, revision or file, or refuses.
+            ValueError: The folder is not an edit folder, is damaged, or was made on another base model.
+            FileNotFoundError: There is no such folder, and this is not a valid repository name.
+            huggingface_hub.errors.HfHubHTTPError: The repository, revision or file does not exist or may not be read.
         """
         folder = find_folder(os.fspath(model_id), **download)
         content = read_edit_folder(folder)
@@ -145,7 +145,7 @@ class StoringMixin:
         edit_model._proxy_hash = content.proxy_hash
         if edit_model.base_info.is_same(content.base_model) and not is_on_hub(edit_model.base_info):
             name, revision = content.base_model.name_or_path, content.base_model.revision
-            # The same weights, by the name that others find them by.
+            # The weights are the same; this is the name under which others find them.
             edit_model.base_info = replace(edit_model.base_info, name_or_path=name, revision=revision)
         edit_model._load(content, folder, adapter_name, ignore_fingerprint)
         edit_model.set_adapter(list(edit_model.edits))
@@ -158,15 +158,16 @@ class StoringMixin:
         ignore_fingerprint: bool = False,
         **download: Unpack[DownloadOptions],
     ) -> None:
-        """Load the edits of another folder beside those that are there; `set_adapter` switches them on.
+        """Load the edits of another folder, not switched on; `set_adapter` does that.
 
-        A folder with a plain LoRA adapter becomes an edit without facts, which `set_adapter` switches on and off, and
-        which `save_pretrained` leaves to the folder it came from.
+        The folder or repository may also hold a plain LoRA adapter. It is not an edit: `set_adapter` switches it on
+        and off, new edits are made beside it, `delete_adapter` and `unload` remove it, and `save_pretrained` does not
+        save it.
 
         Raises:
             ValueError: As in `from_pretrained`, or a name is taken.
         """
-        folder = find_folder(os.fspath(model_id), **download)
+        folder = find_adapter(os.fspath(model_id), **download)
         if is_plain_adapter(folder):
             self.adapters.load(folder, adapter_name or "default")
             self.model = self.adapters.model
@@ -180,8 +181,8 @@ class StoringMixin:
             raise ValueError(
                 f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
                 f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint "
-                f"{self.base_info.fingerprint}). Load that model, or pass ignore_fingerprint=True to use the edits all "
-                "the same."
+                f"{self.base_info.fingerprint}). Load that model, or pass ignore_fingerprint=True to use the edits "
+                "anyway."
             )
         edits = content.edits
         if adapter_name is not None:
@@ -193,30 +194,29 @@ class StoringMixin:
                     check_fits(self.adapters.base, path, delta)
                 except ValueError as error:
                     raise ValueError(f"{folder / ADAPTER_CONFIG} does not fit this model: {error}") from error
-        self._tell_what_is_missing(edits, folder)
+        self._warn_of_missing_parts(edits, folder)
         with self._adding({edit.name: edit.deltas for edit in edits}, on=False):
             self.edits |= {edit.name: edit for edit in edits}
         if content.evaluation is not None and self.base_info.is_same(made_on):
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
 
-    def _tell_what_is_missing(self, edits: Sequence[Edit], folder: Path) -> None:
-        """Warn of editors that are not installed, and of adapters that edits were made beside and that are not on."""
+    def _warn_of_missing_parts(self, edits: Sequence[Edit], folder: Path) -> None:
+        """Log a warning for editors that are not installed, and for adapters that edits need and are not active."""
         missing = {config.method for edit in edits for config in edit.configs if not config.has_editor}
         if missing:
             logger.warning(
-                "The edits of %s were made by %s, which is not installed or cannot be loaded: they work, but no edit "
-                "can be made or audited in the same way. Install the package that has it (entry point %r), or set "
-                "model.edit_config.method.",
+                "The edits of %s were made by %s, which is not installed or cannot be loaded. They work, but new edits "
+                "cannot be made this way, and these cannot be audited. Install the package that has the editor (entry "
+                "point %r), or set model.edit_config.method.",
                 folder,
                 sorted(missing),
                 EDITORS.group,
             )
-        here = {entry.hash for entry in self.adapters.beside()}
-        beside = {entry.name for edit in edits for entry in edit.beside if entry.hash not in here}
-        if beside:
+        active = {entry.hash for entry in self.adapters.beside()}
+        if inactive := {entry.name for edit in edits for entry in edit.beside if entry.hash not in active}:
             logger.warning(
-                "The edits of %s were made beside the adapters %s, which are not active here: load them first, or "
-                "the edits may not take.",
+                "The edits of %s were made beside the adapters %s, which are not active here. Load and activate them, "
+                "or the edits may not take effect as measured.",
                 folder,
-                sorted(beside),
+                sorted(inactive),
             )

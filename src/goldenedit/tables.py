@@ -1,4 +1,4 @@
-"""What the command line prints: tables of layers, facts, costs and scores."""
+"""The tables that the command line prints: layers, facts, costs and scores."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def layer_chart(selection: LayerSelection, kappa: float, width: int = 40) -> Table:
-    """Return the layer scores as bars; layers outside LGA's fence are dimmed, the golden one stands out."""
+    """Return the layer scores as bars. Chosen layers are highlighted, and layers outside the fence are dimmed."""
     scores, passed = selection.score_tensor(), selection.within_fence(kappa)
-    kept = scores[passed]
-    low, high = min(0.0, kept.min().item()), kept.max().item()
+    within = scores[passed]
+    low, high = min(0.0, within.min().item()), within.max().item()
     table = Table("layer", "score", "", box=None, padding=(0, 1))
     for layer, score in enumerate(scores.tolist()):
         if score != score:
@@ -36,21 +36,22 @@ def layer_chart(selection: LayerSelection, kappa: float, width: int = 40) -> Tab
 
 
 def selections_table(selections: Sequence[LayerSelection]) -> Table:
-    """Return the layers that selectors chose, and what each cost when its scores were computed."""
+    """Return the layers that each selector chose, and the cost of computing its scores."""
     table = Table("selector", "layer", "facts", "seconds", "forwards a fact")
-    for one in selections:
-        layers = ", ".join(map(str, one.layers))
-        cost = (f"{one.cost.seconds:.1f}", f"{one.forward_equivalents:.1f}") if one.facts else ("", "")
-        table.add_row(one.selector, f"[bold]{layers}[/bold]", str(one.facts or ""), *cost)
+    for selection in selections:
+        layers = ", ".join(map(str, selection.layers))
+        seconds, forwards = f"{selection.cost.seconds:.1f}", f"{selection.forward_equivalents:.1f}"
+        cost = (str(selection.facts), seconds, forwards) if selection.facts else ("", "", "")
+        table.add_row(selection.selector, f"[bold]{layers}[/bold]", *cost)
     return table
 
 
 def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
-    """Return what phases cost, also in plain forwards of the facts with their new answers, of `forward` operations."""
+    """Return the cost of each phase. `forward` is the FLOPs of one plain forward of the facts with new answers."""
     table = Table("phase", "seconds", "GFLOP", "plain forwards", show_footer=True)
     seconds, flops = (sum(getattr(cost, name) for cost in phases.values()) for name in ("seconds", "flops"))
-    footer = ("all", f"{seconds:.2f}", f"{flops / 1e9:.1f}", f"{flops / forward:.1f}")
-    for column, total in zip(table.columns, footer, strict=True):
+    totals = ("total", f"{seconds:.2f}", f"{flops / 1e9:.1f}", f"{flops / forward:.1f}")
+    for column, total in zip(table.columns, totals, strict=True):
         column.footer = total
     for name, cost in phases.items():
         table.add_row(name, f"{cost.seconds:.2f}", f"{cost.flops / 1e9:.1f}", f"{cost.flops / forward:.1f}")
@@ -58,31 +59,31 @@ def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
 
 
 def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each answer before and after; those not taken are marked."""
+    """Return the facts of edits with the probability of each new answer; edits that do not take are marked."""
     table = Table("edit", "prompt", "new answer", "before", "after", "")
-    for made in edits:
-        for fact in made.facts:
-            row = (made.name, fact.request.shown, fact.request.target_new)
-            figures = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}")
+    for edit in edits:
+        for fact in edit.facts:
+            row = (edit.name, fact.request.shown, fact.request.target_new)
+            probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}")
             style, mark = (None, "") if fact.takes else ("yellow", "does not take")
-            table.add_row(*map(escape, row), *figures, mark, style=style)
+            table.add_row(*map(escape, row), *probabilities, mark, style=style)
     return table
 
 
-def evaluation_table(found: Evaluation) -> Table:
-    """Return the scores of edited and base model by family, with 95% intervals."""
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Return the scores of the edited and the base model by family, with 95% intervals."""
     table = Table("family", "score", "edited", "95%", "base")
-    for family, measured in found.edited.items():
-        figures, base = measured.to_dict(), found.base[family].to_dict()
-        for name, (low, high) in measured.intervals.items():
-            row = (f"{figures[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{base[name]:.3f}")
-            table.add_row(f"{family}, n = {figures['n']}", name.replace("_", " "), *row)
+    for family, scores in evaluation.edited.items():
+        edited, base = scores.to_dict(), evaluation.base[family].to_dict()
+        for name, (low, high) in scores.intervals.items():
+            row = (f"{edited[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{base[name]:.3f}")
+            table.add_row(f"{family}, n = {edited['n']}", name.replace("_", " "), *row)
         table.add_section()
     return table
 
 
 def editors_table(editors: Sequence[Editor]) -> Table:
-    """Return editors with their papers, and what their options do."""
+    """Return the editors with their papers and options."""
     from goldenedit.editors.options import default_of
 
     table = Table("editor", "paper", "option", "default", "what it does")
@@ -97,7 +98,7 @@ def editors_table(editors: Sequence[Editor]) -> Table:
 
 
 def selectors_table(selectors: Sequence[Selector]) -> Table:
-    """Return layer selectors with their papers, and what they do."""
+    """Return the layer selectors with their papers."""
     table = Table("layer selector", "paper", "what it does")
     for selector in selectors:
         table.add_row(selector.name, selector.paper, escape((selector.function.__doc__ or "").strip().split("\n")[0]))
@@ -105,11 +106,11 @@ def selectors_table(selectors: Sequence[Selector]) -> Table:
 
 
 def audit_table(audits: Sequence[EditAudit]) -> Table:
-    """Return how large the changes of edits are, and what their facts do not explain."""
+    """Return the size of each change, and the share of it that the listed facts do not explain."""
     table = Table("edit", "module", "norm, relative to the base matrix", "not explained by its facts")
     for audit in audits:
         for module in audit.modules:
-            share = "cannot be told" if module.unexplained is None else f"{module.unexplained:.1%}"
-            norm = "cannot be told" if module.norm is None else f"{module.norm:.2%}"
+            share = "unknown" if module.unexplained is None else f"{module.unexplained:.1%}"
+            norm = "unknown" if module.norm is None else f"{module.norm:.2%}"
             table.add_row(escape(audit.name), escape(module.path), norm, share)
     return table

@@ -10,14 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from goldenedit import EditModel, get_edit_model
+from goldenedit import EditConfig, EditModel, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
+from goldenedit.packaged import packaged_model
 from goldenedit.storage.fingerprint import fingerprint
 from models import tiny_model
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # how huggingface_hub 2.4 calls its client
     # What stock PEFT 0.21 says when an adapter is added to a model of transformers 5 that has no name.
     pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning"),
 ]
@@ -526,6 +528,15 @@ def test_load_adapter_takes_a_plain_lora(saved, tokenizer, tmp_path):
     assert torch.equal(logits(model.unload()), plain)
 
 
+def test_load_adapter_takes_a_plain_lora_from_the_hub(hub, saved, tokenizer):
+    user = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved["base"]), saved["lora"])
+    user.push_to_hub("tester/lora")
+    model = get_edit_model(AutoModelForCausalLM.from_pretrained(saved["base"]), fast_config(), tokenizer)
+    model.load_adapter("tester/lora", "mine")
+    model.set_adapter("mine")
+    assert torch.equal(logits(model), logits(with_transformers(saved)))
+
+
 def test_unload_takes_a_loaded_adapter_away(saved, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(saved["base"])
     plain, asked = logits(base), trainable(base)
@@ -575,3 +586,37 @@ def test_fused_experts_are_edited_beside_an_adapter(targets, tokenizer, tmp_path
     assert torch.equal(logits(model), edited)
     model.unload()
     assert torch.equal(logits(user), before)
+
+
+# ---------------------------------------------------------------------- a real model
+
+
+@pytest.mark.real
+def test_an_edit_beside_a_trained_lora_of_a_real_model(tmp_path):
+    folder = packaged_model("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    user = get_peft_model(base, lora_config(["q_proj", "v_proj"]), "mine")
+    batch = tokenizer("Ahoy, matey! Welcome aboard the ship.", return_tensors="pt")
+    optimizer = torch.optim.AdamW([weight for weight in user.parameters() if weight.requires_grad], lr=3e-3)
+    for _ in range(5):
+        user(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    user.eval()
+    before, asked = logits(user), trainable(user)
+    model = get_edit_model(user, EditConfig(layer=3, covariance_tokens=500), tokenizer)
+    edit = model.edit("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
+    assert edit.facts[0].takes
+    assert [entry.name for entry in edit.beside] == ["mine"]
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    assert trainable(user) == asked
+    user.save_pretrained(tmp_path / "lora", selected_adapters=["mine"])
+    model.save_pretrained(tmp_path / "edit")
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "lora" / "mine")
+    stock.load_adapter(tmp_path / "edit", "edit")
+    stock.base_model.set_adapter(["default", "edit"])
+    edited = logits(model)
+    assert_near(logits(stock), edited, 1e-4)
+    assert_near(logits(model.merge_and_unload()), edited, 1e-4)

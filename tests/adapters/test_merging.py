@@ -104,7 +104,7 @@ def test_a_sum_that_is_not_finite_is_refused_and_nothing_has_changed(tokenizer):
     before = {path: tensor.clone() for path, tensor in model.adapters.base.state_dict().items()}
     layer = tuner_layers(model.adapters.base)["model.layers.1.mlp.down_proj"]
     layer.lora_B["edit_1"].weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="not be finite"):
         model.merge_and_unload()
     layer.lora_B["edit_1"].weight.data[0, 0] = before["model.layers.1.mlp.down_proj.lora_B.edit_1.weight"][0, 0]
     assert_same_tensors(model.adapters.base.state_dict(), before)

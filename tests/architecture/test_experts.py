@@ -323,7 +323,7 @@ def test_the_card_tells_only_of_programs_that_load_experts(tokenizer, tmp_path):
     model.edit(FACTS[0])
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "for vLLM and llama.cpp, share an edited checkpoint" in card
+    assert "neither vLLM nor llama.cpp loads such an adapter" in card
     assert "LoRARequest" not in card
     assert "--gguf" not in card
     original = tiny_model("mixtral")

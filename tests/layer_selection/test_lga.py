@@ -27,9 +27,10 @@ FACTS = [
 
 def test_inside_inference_mode_the_scores_are_as_outside(tokenizer):
     model = tiny_model("llama")
-    expected = lga_scores(model, read_architecture(model), tokenizer, FACTS)
+    lm = LanguageModel(model, tokenizer)
+    expected = lga_scores(lm, FACTS)
     with torch.inference_mode():
-        found = lga_scores(model, read_architecture(model), tokenizer, FACTS)
+        found = lga_scores(lm, FACTS)
     assert torch.equal(found, expected)
 
 

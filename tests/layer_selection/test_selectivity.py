@@ -64,12 +64,11 @@ def test_scores_are_those_of_the_definition(name, identity, tokenizer):
 
 
 def test_a_paraphrase_names_the_subject_as_a_word_of_its_own(tokenizer):
-    model = tiny_model("llama")
-    architecture = read_architecture(model)
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
     scores = []
     for paraphrase in ("Paris, not Parisian, is in", "Paris is in"):
         fact = EditRequest("Paris is in", "Paris", "Rome", paraphrases=(paraphrase,), neighborhood=("London is",))
-        scores.append(selectivity_scores(model, architecture, tokenizer, [fact], {1: KeyStatistics(None)})[1].item())
+        scores.append(selectivity_scores(lm, [fact], {1: KeyStatistics(None)})[1].item())
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)  # the key of a first token, whatever comes behind it
 
 

@@ -166,8 +166,8 @@ def test_a_chat_that_cannot_be_rendered_changes_nothing(model, chat, template, m
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({}, "one of them"),
-        ({"prompt": "a", "messages": [QUESTION]}, "one of them"),
+        ({}, "either a prompt, requests or messages"),
+        ({"prompt": "a", "messages": [QUESTION]}, "either a prompt, requests or messages"),
         ({"messages": [QUESTION], "target_new": "Rome"}, "with messages needs subject="),
     ],
 )
@@ -284,7 +284,7 @@ def test_the_doubtful_place_of_a_subject_in_a_chat_is_told(model, caplog):
     chat = [user("Rome is in"), {"role": "assistant", "content": "Italy"}, user("Is Rome old?")]
     with caplog.at_level(logging.WARNING):
         model.edit(messages=chat, subject="Rome", target_new="London")
-    (told,) = [record.getMessage() for record in caplog.records]
+    (told,) = [text for record in caplog.records if "does not take" not in (text := record.getMessage())]
     assert "'Rome' occurs 2 times in" in told
     assert "'Is [Rome] old?'" in told
 

@@ -13,6 +13,7 @@ from goldenedit.config import EditConfig
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import dataset_texts, key_statistics, sampled_texts
 from goldenedit.lm.statistics import second_moments
+from goldenedit.storage.fingerprint import WeightHashes
 from models import MLP_WIDTH, tiny_model
 
 TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live in London"]
@@ -20,7 +21,7 @@ TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live 
 
 def statistics_of(model, tokenizer, layers=(0, 1), fingerprint="base", **options):
     config = EditConfig(**{"covariance_tokens": 200, **options})
-    return key_statistics(LanguageModel(model, tokenizer, fingerprint=fingerprint), list(layers), config)
+    return key_statistics(LanguageModel(model, tokenizer, weights=WeightHashes(fingerprint)), list(layers), config)
 
 
 def forwards(model) -> list[None]:
@@ -61,9 +62,9 @@ def test_cached_statistics_run_nothing(tokenizer):
     model = tiny_model("llama")
     architecture = read_architecture(model)
     config = EditConfig(covariance_tokens=200, ridge=0.5)
-    key_statistics(LanguageModel(model, tokenizer, architecture, fingerprint="base"), [0, 2], config)
+    key_statistics(LanguageModel(model, tokenizer, architecture, WeightHashes("base")), [0, 2], config)
     ran = forwards(model)
-    found = key_statistics(LanguageModel(model, tokenizer, architecture, fingerprint="base"), [2, 0], config)
+    found = key_statistics(LanguageModel(model, tokenizer, architecture, WeightHashes("base")), [2, 0], config)
     assert ran == []
     assert found[0].ridge == 0.5
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ PARIS = EditRequest(
 )
 PIPE = EditRequest("The pipe | of\nBonn is in", "Bonn", "Köln")
 FIRST, SECOND = "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"
+VERSIONS = {"goldenedit": "0.1.0", "peft": "0.21.2"}
 
 
 def delta(rank: int, seed: int, d_in: int = 6, d_out: int = 4) -> LowRankDelta:
@@ -46,23 +47,43 @@ def delta(rank: int, seed: int, d_in: int = 6, d_out: int = 4) -> LowRankDelta:
 
 def edit_folder() -> EditFolder:
     """Return what `edit` leaves: a batch of two facts in one layer, then one fact in two layers."""
+    config = EditConfig(layer=[1, 2], steps=4, covariance_tokens=20_000, ridge=0.01)
+    versions = {"goldenedit": "0.1.0", "peft": "0.21.2"}
     return EditFolder(
         [
             Edit(
-                "edit_1", [EditedFact(PARIS, 0.001, 0.9876, 12), EditedFact(PIPE, 0.25, 0.5, 3)], {FIRST: delta(2, 0)}
+                "edit_1",
+                [EditedFact(PARIS, 0.001, 0.9876, 12), EditedFact(PIPE, 0.25, 0.5, 3)],
+                {FIRST: delta(2, 0)},
+                layers=(1,),
+                configs=(config,),
+                versions=versions,
             ),
-            Edit("tower", [EditedFact(PARIS, 0.002, 0.75, 20)], {FIRST: delta(1, 1), SECOND: delta(1, 2)}),
+            Edit(
+                "tower",
+                [EditedFact(PARIS, 0.002, 0.75, 20)],
+                {FIRST: delta(1, 1), SECOND: delta(1, 2)},
+                layers=(1, 2),
+                configs=(config,),
+                versions=versions,
+            ),
         ],
-        EditConfig(layer=[1, 2], steps=4, covariance_tokens=20_000, ridge=0.01),
+        config,
         BaseModel("org/base-model", "0123456789abcdef0123456789abcdef", "a1b2c3", "LlamaForCausalLM"),
-        {"goldenedit": "0.1.0", "peft": "0.21.2"},
-        None,
     )
 
 
+def made_by(content: EditFolder, config: EditConfig) -> EditFolder:
+    """Return the edits as if a model with this config had made them."""
+    layers = tuple(config.target_layers)
+    edits = [replace(edit, layers=layers, configs=(config,)) for edit in content.edits]
+    return replace(content, config=config, edits=edits)
+
+
 def settings_of(content: EditFolder) -> dict[str, Any]:
-    """Return all that an edit folder says but for its edits."""
-    return {name: value for name, value in vars(content).items() if name != "edits"}
+    """Return all that an edit folder says but for its edits, and what follows from them."""
+    derived = {"versions": content.versions, "configs": content.configs, "target_layers": content.target_layers}
+    return {**{name: value for name, value in vars(content).items() if name != "edits"}, **derived}
 
 
 def assert_same(found: EditFolder, expected: EditFolder) -> None:
@@ -70,8 +91,9 @@ def assert_same(found: EditFolder, expected: EditFolder) -> None:
     assert settings_of(found) == settings_of(expected)
     assert [edit.name for edit in found.edits] == [edit.name for edit in expected.edits]
     for one, other in zip(found.edits, expected.edits, strict=True):
-        for name in ("facts", "fan_in_fan_out", "relative_error", "contexts_hash"):
-            assert getattr(one, name) == getattr(other, name), name
+        for entry in fields(Edit):
+            if entry.name not in ("deltas", "state"):
+                assert getattr(one, entry.name) == getattr(other, entry.name), entry.name
         assert list(one.deltas) == sorted(other.deltas)
         assert list(one.state) == sorted(other.state)
         assert all(torch.equal(held, other.state[name]) for name, held in one.state.items())

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from contents import delta, edit_folder
+from contents import delta, edit_folder, made_by
 from huggingface_hub import ModelCard
 
 from goldenedit import EditModel, EditRequest, get_edit_model
@@ -75,7 +75,7 @@ def test_conv1d_is_said():
 def test_the_selector_and_the_covariance_are_said():
     content = edit_folder()
     config = EditConfig(layer="lga", target_layer=4, covariance="identity", method="rome")
-    card = render_card(EditFolder(content.edits, config, content.base_model))
+    card = render_card(made_by(content, config))
     assert "| layer | 4, chosen by lga |" in card
     assert "| key covariance | identity |" in card
     assert "| editor | rome |" in card
@@ -83,7 +83,7 @@ def test_the_selector_and_the_covariance_are_said():
 
 def test_a_card_tells_what_storing_a_dense_change_costs_and_no_covariance_that_was_not_used():
     content = edit_folder()
-    content = replace(content, config=replace(content.config, method="ft-m"))
+    content = made_by(content, replace(content.config, method="ft-m"))
     content.edits[0] = replace(content.edits[0], relative_error=0.0042)
     card = render_card(content)
     assert "| stored as low rank | relative error 4.2e-03 |\n| versions |" in card
@@ -106,7 +106,7 @@ def test_what_was_measured_is_in_the_text_and_in_the_metadata_by_family():
     assert "On the edited facts, n = 3, with 95% bootstrap intervals over facts:" in card.text
     assert "| probability | efficacy | 2 | 1.000 | 0.900 to 1.000 | 0.250 |\n" in card.text
     assert "| token_match | rewrite | 3 | 0.750 | 0.500 to 1.000 | 0.000 |\n" in card.text
-    assert "*probability*: is the new answer" in card.text
+    assert "*probability*: share of prompts where the new answer" in card.text
     assert card.data.model_name == "me/edit"
     found = [(one.metric_type, one.metric_name, one.metric_value, one.dataset_name) for one in card.data.eval_results]
     assert found == [
@@ -118,14 +118,14 @@ def test_what_was_measured_is_in_the_text_and_in_the_metadata_by_family():
 
 def test_scores_of_layers_are_a_table_with_the_edited_one_in_bold():
     config = EditConfig(layer="lga", target_layer=1, layer_scores=[0.5, 1.25, None])
-    card = render_card(replace(edit_folder(), config=config))
+    card = render_card(made_by(edit_folder(), config))
     assert "| layer | score |\n|---|---|\n| 0 | 0.5 |\n| **1** | 1.25 |\n| 2 | - |\n" in card
     assert "Golden layer" not in render_card(edit_folder())
 
 
 @pytest.mark.parametrize("method", EDITORS.names())
 def test_a_card_lists_the_constants_of_its_editor_and_no_others(method):
-    card = render_card(replace(edit_folder(), config=EditConfig(method=method, layer=1)))
+    card = render_card(made_by(edit_folder(), EditConfig(method=method, layer=1)))
     (line,) = [line for line in card.splitlines() if line.startswith("| constants |")]
     assert ("clamp 4.0" in line) == (method not in ("ft-l", "ft-m", "lora", "ultraedit"))
     assert ("lora_rank 8" in line) == (method == "lora")

@@ -2,5 +2,6 @@
 
 from goldenedit.adapters.adapters import Adapters
 from goldenedit.adapters.layers import check_fits, is_conv1d, plain
+from goldenedit.adapters.verbs import REFUSED_VERBS
 
-__all__ = ["Adapters", "check_fits", "is_conv1d", "plain"]
+__all__ = ["REFUSED_VERBS", "Adapters", "check_fits", "is_conv1d", "plain"]

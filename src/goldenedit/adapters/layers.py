@@ -1,4 +1,4 @@
-"""PEFT's layers in a model: which there are, what they hold, and the plain modules under them."""
+"""PEFT's layers in a model: where they are, what they hold, and the plain modules underneath."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from goldenedit.architecture.experts import expert_matrices, is_fused
 from goldenedit.architecture.layers import is_linear, is_quantized, linear_shape
 from goldenedit.editors import LowRankDelta
 
-# What transformers' `load_adapter` leaves on a model: `save_pretrained` writes adapters alone, under PEFT's names.
+# Attributes that transformers' `load_adapter` sets on a model. With them `save_pretrained` writes only adapters.
 _NOTES_OF_ADAPTERS = {"_hf_peft_config_loaded": False, "_weight_conversions": None}
 
 
@@ -38,7 +38,7 @@ def retrained_modules(base: nn.Module) -> dict[str, Any]:
 def switch(base: nn.Module, keys: Sequence[str]) -> None:
     """Switch on exactly these adapters, without gradients.
 
-    Not by PEFT's way, which knows no empty list where a module is replaced.
+    PEFT's own method does not take an empty list if a module is replaced.
     """
     for layer in tuner_layers(base).values():
         layer.set_adapter(list(keys), inference_mode=True)
@@ -54,7 +54,7 @@ def put(base: nn.Module, path: str, module: nn.Module) -> None:
 
 @contextmanager
 def plain(base: nn.Module) -> Iterator[None]:
-    """Put the plain modules in the place of PEFT's inside this context: the model as it was before any adapter."""
+    """Put the plain modules in place of PEFT's inside this context: the model as it was before any adapter."""
     wrapped = {path: layer for path, layer in tuner_layers(base).items() if not _is_inside(base, path)}
     modules = {path: layer.get_base_layer() for path, layer in wrapped.items()}
     retrained = retrained_modules(base)
@@ -69,13 +69,13 @@ def plain(base: nn.Module) -> Iterator[None]:
 
 
 def _is_inside(base: nn.Module, path: str) -> bool:
-    """Tell whether a layer of PEFT is wrapped by another one."""
+    """Tell whether a layer of PEFT is wrapped in another one."""
     parent = path.rpartition(".")[0]
     return bool(parent) and isinstance(base.get_submodule(parent), LoraLayer)
 
 
 def unwrap_empty(base: nn.Module) -> None:
-    """Put the plain modules back where no adapter is left."""
+    """Put the plain modules back wherever no adapter is left."""
     for path, layer in tuner_layers(base).items():
         if not any(getattr(layer, name, None) for name in layer.adapter_layer_names):
             put(base, path, layer.base_layer)
@@ -87,7 +87,7 @@ def unwrap_empty(base: nn.Module) -> None:
 
 
 def forget_configs(base: nn.Module) -> None:
-    """Have a model carry no adapter any more, for PEFT and for transformers, which would save adapters alone."""
+    """Tell PEFT and transformers that a model carries no adapter anymore."""
     if hasattr(base, "peft_config"):
         del base.peft_config
     vars(base).update(_plain_notes(base))
@@ -95,7 +95,7 @@ def forget_configs(base: nn.Module) -> None:
 
 @contextmanager
 def saving_whole(base: nn.Module) -> Iterator[None]:
-    """Have `save_pretrained` of transformers write the model inside this context, whatever adapters it carries."""
+    """Let `save_pretrained` of transformers write the whole model inside this context, and not only its adapters."""
     plain_notes = _plain_notes(base)
     before = {name: vars(base)[name] for name in plain_notes}
     try:
@@ -106,7 +106,7 @@ def saving_whole(base: nn.Module) -> Iterator[None]:
 
 
 def _plain_notes(base: nn.Module) -> dict[str, Any]:
-    """Return what takes the place of transformers' notes of adapters, where it has made them."""
+    """Return the values that these attributes have on a model without adapters, if transformers has set them."""
     if not vars(base).get("_hf_peft_config_loaded", False):
         return {}
     return {name: value for name, value in _NOTES_OF_ADAPTERS.items() if name in vars(base)}
@@ -125,25 +125,25 @@ def read(base: nn.Module, key: str) -> dict[str, LowRankDelta]:
 
 
 def changed_parameter(layer: LoraLayer) -> str:
-    """Return the name of the parameter that adapters change: that of PEFT's target_parameters, or a linear map's."""
+    """Return the name of the parameter that adapters change: `weight`, unless PEFT's target_parameters name another."""
     return str(getattr(layer, "parameter_name", "weight"))
 
 
 def check_mergeable(base: nn.Module) -> None:
-    """Raise ValueError where an edited weight is quantized: PEFT would round the sum, and the edit with it."""
+    """Raise ValueError if an edited weight is quantized: PEFT would round the sum, and the edit with it."""
     for path, layer in tuner_layers(base).items():
         if is_fused(base, f"{path}.{changed_parameter(layer)}"):
-            continue  # fused experts are only found where they are plain
+            continue  # fused experts are never quantized
         if is_quantized(layer):
             raise ValueError(
-                f"The weight of {path} is quantized: an edit written into it would be rounded with it. Keep the edit "
-                "beside it (save_pretrained(), push_to_hub()), or load the base model in full precision, load the edit "
-                "with ignore_fingerprint=True, and merge there."
+                f"The weight of {path} is quantized, so an edit written into it would be rounded. Keep the edit beside "
+                "the weights (save_pretrained(), push_to_hub()). Or load the base model in full precision, load the "
+                "edit with ignore_fingerprint=True, and merge there."
             )
 
 
 def is_conv1d(base: nn.Module, paths: Mapping[str, LowRankDelta]) -> bool:
-    """Tell whether the modules keep their weight as `(d_in, d_out)`, as Conv1D of GPT-2 does."""
+    """Tell whether the modules store their weight as `(d_in, d_out)`, like Conv1D of GPT-2."""
     linear = [path for path, delta in paths.items() if delta.experts == 1]
     return any(type(_plain(base, path)).__name__ == "Conv1D" for path in linear)
 
@@ -159,9 +159,9 @@ def check_fits(base: nn.Module, path: str, delta: LowRankDelta) -> None:
     try:
         module = _plain(base, path)
     except AttributeError as error:
-        raise ValueError(f"{path}, which the edit changes, is no module of this model.") from error
+        raise ValueError(f"The edit changes {path}, but this model has no such module.") from error
     if not is_linear(module) or delta.experts > 1:
-        raise ValueError(f"{path}, which the edit changes, is no linear map of this model.")
+        raise ValueError(f"The edit changes {path}, which is not a linear map in this model.")
     shape = linear_shape(module)
     asked_shape = (delta.B.shape[0], delta.A.shape[1])
     if shape != asked_shape:

@@ -1,4 +1,4 @@
-"""`goldenedit benchmark`: the library's claims, measured on one's own models and facts."""
+"""`goldenedit benchmark`: measure the library's claims on your own models and facts."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-benchmark_app = typer.Typer(help="Benchmarks of the library's claims.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Measure the library's claims on your own models and facts.", no_args_is_help=True)
 
 
 @benchmark_app.callback()
 def benchmark() -> None:
-    """Benchmarks of the library's claims."""
+    """Measure the library's claims on your own models and facts."""
 
 
 @benchmark_app.command("golden-layers")
 def golden_layers(
-    models: Annotated[list[str], typer.Argument(help="Models: names on the Hub, folders, or packaged ones.")],
+    models: Annotated[list[str], typer.Argument(help="Models on the Hub, folders, or packaged models.")],
     data: Annotated[
         list[str],
-        typer.Option(help="Test facts: a file, or a dataset's name; `name=source` calls it otherwise. Repeat."),
+        typer.Option(help="Test facts: a file or a dataset, as `source` or as `name=source`. Can be repeated."),
     ],
-    method: Annotated[list[str], typer.Option(help="Editor; repeat for several.")] = ["r-rome"],  # noqa: B006
-    test: Annotated[int | None, typer.Option(help="Test facts of each dataset, by default 20.")] = None,
+    method: Annotated[list[str], typer.Option(help="An editor. Can be repeated.")] = ["r-rome"],  # noqa: B006
+    test: Annotated[int | None, typer.Option(help="The number of test facts from each dataset; 20 by default.")] = None,
     proxy: Annotated[
-        int | None, typer.Option(help="Packaged proxy facts that are edited at every layer, by default 10.")
+        int | None, typer.Option(help="The number of packaged proxy facts to edit at every layer; 10 by default.")
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option(help="Facts of a cell, behind which a stopped run goes on, by default 10.")
+        int | None, typer.Option(help="The number of facts between two saves of progress; 10 by default.")
     ] = None,
     options: Annotated[
-        list[str], typer.Option("--set", help="An option of EditConfig as name=value; repeat for several.")
+        list[str], typer.Option("--set", help="An option of EditConfig, as name=value. Can be repeated.")
     ] = [],  # noqa: B006
     small: Annotated[
-        bool, typer.Option(help="The small setting: 4 test and 4 proxy facts, 3 contexts, an early stop.")
+        bool, typer.Option(help="A quick run: 4 test and 4 proxy facts, 3 contexts, an early stop.")
     ] = False,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of cells, summaries, figures and report.")
+        Path, typer.Option("--output", "-o", help="The folder for results, figures and the report.")
     ] = Path("golden-layers"),
 ) -> None:
-    """Measure every layer selector by brute force: regret, rank correlation and cost, as JSON lines and a report.
+    """Compare every layer selector with brute force: regret, rank correlation and cost, as JSON lines and a report.
 
-    A run that was stopped goes on where it was. `accelerate launch -m goldenedit benchmark golden-layers ...` shares
-    the layers among GPUs; without any, `torchrun --nproc_per_node 2 -m goldenedit ...` does so among processes.
+    A stopped run resumes where it stopped. `accelerate launch -m goldenedit benchmark golden-layers ...` splits the
+    layers among GPUs; on a machine without GPUs, `torchrun --nproc_per_node 2 -m goldenedit ...` splits them among
+    processes.
     """
     from goldenedit.benchmark.golden_layers import Setting
     from goldenedit.benchmark.run import run_golden_layers
@@ -58,22 +59,22 @@ def golden_layers(
     for text in data:
         name, source = name_of_data(text)
         if name in sources:
-            raise typer.BadParameter(f"two sources are called {name!r}: give name=source.")
+            raise typer.BadParameter(f"two sources have the name {name!r}. Name them, as name=source.")
         sources[name] = source
     few = 4 if small else 10
-    numbers = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
-    setting = Setting(sources, method, options=constants, **numbers)
+    sizes = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
+    setting = Setting(sources, method, options=constants, **sizes)
     run_golden_layers(models, load_model, setting, output, Console())
 
 
 def name_of_data(text: str) -> tuple[str, str]:
-    """Read a source of facts, or `name=source`, and return name and source."""
+    """Parse `name=source`, or a source alone, and return the name and the source."""
     name, _, source = text.partition("=")
     return (name, source) if source and not Path(text).exists() else (Path(text).stem, text)
 
 
 def read_option(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value in JSON or plain text."""
+    """Parse `name=value`, whose value is JSON or plain text."""
     name, _, value = text.partition("=")
     if not name or not value:
         raise typer.BadParameter(f"{text!r} is not name=value.")

@@ -1,4 +1,4 @@
-"""Model cards, from a Jinja template: of an edit folder, and of a checkpoint with the edits in its weights."""
+"""Model cards from a Jinja template: for an edit folder, and for a checkpoint with the edits in its weights."""
 
 from __future__ import annotations
 
@@ -22,31 +22,30 @@ _SHOWN = 20
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PLACEHOLDER = "path/to/this/folder"
 _FAMILIES = {
-    "probability": "is the new answer likelier than the old one, and on neighbors the old one?",
-    "token_match": "share of the answer's tokens that are the first choice, teacher-forced",
-    "generation": "share of freely written answers that begin with the wanted one",
+    "probability": "share of prompts where the new answer is likelier than the old one; on neighbors, the reverse",
+    "token_match": "share of the answer's tokens that are the model's first choice, with teacher forcing",
+    "generation": "share of freely generated texts that begin with the expected answer",
 }
 _VALUE_CONSTANTS = ("contexts", "context_length", "steps", "lr", "kl_factor", "weight_decay", "clamp", "stop_loss")
-_COVARIANCE = ("covariance", "covariance_tokens", "ridge")  # which have a row of their own
+_COVARIANCE = ("covariance", "covariance_tokens", "ridge")  # shown in a row of their own
 
 
 def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = False) -> str:
     """Return the README.md of an edit folder, or of an edited checkpoint.
 
     Args:
-        repo_id: The repository on the Hub that it is for; without one, snippets load it from a folder.
-        merged: Whether the card is that of a checkpoint with the edits in its weights.
+        repo_id: The repository on the Hub that the card is for; without one, the snippets load from a folder.
+        merged: Whether the card is for a checkpoint with the edits in its weights.
     """
     template = resources.files("goldenedit.storage").joinpath("templates", "model_card.md.jinja")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     facts = [fact for edit in content.edits for fact in edit.facts]
-    ways = content.configs
-    scored = next((way for way in ways if way.layer_scores is not None), None)
+    scored = next((config for config in content.configs if config.layer_scores is not None), None)
     rank = sum(edit.rank for edit in content.edits)
     modules = {path: delta for edit in content.edits for path, delta in edit.deltas.items()}
-    # As they are stored: fused experts have a B each.
+    # As stored: each of the fused experts has a B.
     parameters = rank * sum(delta.A.shape[1] + delta.B.shape[0] * delta.experts for delta in modules.values())
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         metadata=_metadata(content, repo_id, merged).to_yaml(),
@@ -57,7 +56,7 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
         pinned=f', revision="{content.base_model.revision}"' if content.base_model.revision else "",
         base_name=_short_name(content),
         methods=", ".join(_methods(content)),
-        ways=[_way(config) for config in ways],
+        recipes=[_recipe(config) for config in content.configs],
         relative_error=max(edit.relative_error for edit in content.edits),
         count=len(facts),
         facts=facts[:_SHOWN],
@@ -80,7 +79,7 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
 
 
 def own_card(folder: Path) -> str | None:
-    """Return the card of an edit folder where someone wrote in it by hand; None where it is as it was rendered."""
+    """Return the card of an edit folder if someone changed it by hand, and None if it is as rendered."""
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     return None if text is None or text == render_card(read_edit_folder(folder)) else text
@@ -90,30 +89,30 @@ def _methods(content: EditFolder) -> list[str]:
     return list(dict.fromkeys(config.method for config in content.configs))
 
 
-def _way(config: EditConfig) -> dict[str, str | None]:
-    """Return how edits were made, as the card says it."""
+def _recipe(config: EditConfig) -> dict[str, str | None]:
+    """Return how edits were made, in the words of the card."""
     editor = _editor(config)
-    text = None
+    covariance = None
     if editor is not None and "covariance" in editor.reads:
-        text = config.covariance
-        if text != "identity":
+        covariance = config.covariance
+        if covariance != "identity":
             ridge = f", ridge {config.ridge}" if "ridge" in editor.reads else ""
-            text += f", {config.covariance_tokens} tokens{ridge}"
+            covariance += f", {config.covariance_tokens} tokens{ridge}"
     return {
         "editor": config.method,
         "constants": ", ".join(f"{name} {value}" for name, value in _constants(config)),
         "layer": f"{', '.join(map(str, config.target_layers))}, chosen by {_selector(config)}",
-        "covariance": text,
+        "covariance": covariance,
     }
 
 
 def _editor(config: EditConfig) -> Editor | None:
-    """Return the configured editor, None where the package that has it is not there."""
+    """Return the configured editor, None if its package is not installed."""
     return EDITORS.find(config.method)
 
 
 def _scores(config: EditConfig) -> list[tuple[int, float | None, bool]]:
-    """Return each layer, its score, and whether the selector's fence lets it be chosen."""
+    """Return each layer, its score, and whether the score is within the selector's fence."""
     scores = config.layer_scores or []
     passed = tukey_filter(score_tensor(scores), config.fence).tolist()
     return [(layer, score, passed[layer]) for layer, score in enumerate(scores)]
@@ -148,7 +147,7 @@ def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCa
 
 
 def _results(evaluation: dict[str, Any] | None) -> Iterator[tuple[str, str, int, float, tuple[float, float], float]]:
-    """Yield family, score, number of facts, its value, 95% interval and the base model's value."""
+    """Yield family, name and number of facts of each score, its value, its 95% interval and the base model's value."""
     if evaluation is None:
         return
     for family, scores in evaluation["edited"].items():

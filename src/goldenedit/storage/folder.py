@@ -413,7 +413,7 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
                 "contexts_hash": edit.contexts_hash,
                 "layers": list(edit.layers),
                 "configs": [_difference(_config_record(made), config) for made in edit.configs],
-                "versions": _difference(edit.versions, versions),
+                "versions": None if edit.versions == versions else dict(edit.versions),
                 "beside": [vars(entry) for entry in edit.beside],
             }
         )

@@ -19,7 +19,7 @@ from goldenedit.storage.atlas import (
     read_golden_layers,
     with_record,
 )
-from goldenedit.storage.folder import EDIT_CONFIG, BaseModel
+from goldenedit.storage.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, BaseModel
 from goldenedit.storage.reading import listed_files
 
 
@@ -158,11 +158,33 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
     _check_repo_id(str(model_id))
     with _raising_connection_errors():
         folder = Path(hf_hub_download(str(model_id), EDIT_CONFIG, **_arguments(download))).parent
-        # The cache names folders after commits. Take the other files from the same commit.
-        download["revision"] = folder.parents[len(subfolders) - 1].name if subfolders else folder.name
-        for name in listed_files(folder):
-            hf_hub_download(str(model_id), name, **_arguments(download))
+        _download_beside(folder, str(model_id), listed_files(folder), download)
     return folder
+
+
+def find_adapter(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Path:
+    """Return the local folder of an edit or, where a repository holds none, of its plain LoRA adapter.
+
+    Raises:
+        FileNotFoundError: As in `find_folder`, and so are the others.
+    """
+    try:
+        return find_folder(model_id, **download)
+    except RemoteEntryNotFoundError:
+        with suppress(RemoteEntryNotFoundError), _raising_connection_errors():
+            folder = Path(hf_hub_download(str(model_id), ADAPTER_CONFIG, **_arguments(download))).parent
+            _download_beside(folder, str(model_id), [ADAPTER_WEIGHTS], download)
+            return folder
+        raise
+
+
+def _download_beside(folder: Path, repo_id: str, names: Sequence[str], download: DownloadOptions) -> None:
+    """Download the files that go with one that is in the cache, of the same commit."""
+    parts = Path(download.get("subfolder") or "").parts
+    # The cache keeps files in folders called after their commit.
+    pinned: DownloadOptions = {**download, "revision": folder.parents[len(parts) - 1].name if parts else folder.name}
+    for name in names:
+        hf_hub_download(repo_id, name, **_arguments(pinned))
 
 
 def find_golden_layers(repo_id: str, **download: Unpack[DownloadOptions]) -> Path:

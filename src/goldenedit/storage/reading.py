@@ -223,7 +223,7 @@ def _read_edits(
         ways = record["configs"] if "configs" in record else [record["config"]]
         configs = [EditConfig.read({**sidecar["config"], **way}) for way in ways]
         layers = record.get("layers", sorted({layer for config in configs for layer in config.target_layers}))
-        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
             raise ValueError(f"the layers of {record['name']!r} are {layers!r}")
         edits.append(
             Edit(
@@ -237,7 +237,8 @@ def _read_edits(
                 relative_error=error,
                 contexts_hash=contexts,
                 configs=tuple(configs),
-                versions=_checked_texts({**sidecar["versions"], **record.get("versions", {})}),
+                # None where all edits are of the same ones, as they were before edits had their own.
+                versions=_checked_texts(sidecar["versions"] if record.get("versions") is None else record["versions"]),
                 beside=tuple(Beside(**_checked_texts(entry)) for entry in record.get("beside", ())),
             )
         )
@@ -286,6 +287,8 @@ def _read_factors(path: Path, tensors: Mapping[str, Tensor], lora: Any) -> dict[
         expected |= set(names)
         try:
             A, B = (tensors[name] for name in names)
+            if wrong_dtypes := [str(factor.dtype) for factor in (A, B) if factor.dtype not in _DTYPES]:
+                raise ValueError(f"they are of {wrong_dtypes[0]}")
             # Only a fused parameter has more factors than ranks; it is called by its own name.
             delta = LowRankDelta.from_stored(A, B, rank) if parameter and len(A) != rank else LowRankDelta(A, B)
         except (KeyError, ValueError, TypeError) as error:
@@ -302,8 +305,6 @@ def _problem(delta: LowRankDelta, rank: int) -> str | None:
     """Return what is wrong with the factors of a module, if anything."""
     if delta.rank != rank:
         return f"have rank {delta.rank}, not {rank}"
-    if delta.A.dtype not in _DTYPES or delta.B.dtype not in _DTYPES:
-        return f"are of {delta.A.dtype} and {delta.B.dtype}"
     if not 0 < rank <= _MOST_RANKS * min(delta.A.shape[1], delta.B.shape[0]):
         return f"have rank {rank}, which is no edit's for a matrix of {delta.B.shape[0]} x {delta.A.shape[1]}"
     if not (delta.A.isfinite().all() and delta.B.isfinite().all()):

@@ -1,0 +1,77 @@
+"""From a batch of facts to the change of weights that serves them, by any editor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from goldenedit.config import EditConfig
+from goldenedit.cost import phase
+from goldenedit.editing.edit import Changes, check_editable, prepare_facts
+from goldenedit.editing.learn import learn_facts
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.perplexity import perplexity, sample_texts
+from goldenedit.requests import EditRequest
+
+logger = logging.getLogger(__name__)
+
+
+def changes_of_batch(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    remembered: Mapping[str, Tensor],
+    without_edits: Callable[[], AbstractContextManager[None]],
+) -> Changes:
+    """Return the change of weights that serves all requests.
+
+    Args:
+        lm: The model, with its active edits in effect.
+        config: The editor, the layers and the constants.
+        remembered: What the editors of the active edits remember.
+        without_edits: Returns a context that switches the edits off, for statistics of the unedited model.
+
+    Raises:
+        ValueError: The editor cannot change these layers, or a request cannot be served.
+    """
+    check_editable(lm, config, config.target_layers)  # before anything takes time
+    if config.editor.learns != "values":
+        with phase("training"):
+            return learn_facts(lm, requests, config, remembered)
+    with without_edits():
+        # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
+        statistics = lm.statistics(config, config.target_layers)
+        contexts = lm.contexts(config)
+    prepared = prepare_facts(lm, requests, config, contexts)
+    for request, delta, steps in zip(requests, prepared.values.delta, prepared.values.steps, strict=True):
+        if steps and not delta.any():
+            logger.warning(
+                "The edit of %r at layer %s changes nothing: no later layer attends to the subject's value. Edit an "
+                "earlier layer (EditConfig.layer).",
+                request.subject,
+                config.target_layers,
+            )
+    with phase("solve"):
+        return prepared.changes(config, statistics, remembered)
+
+
+def check_perplexity(
+    lm: LanguageModel, name: str, most: float, without_edits: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Raise ValueError if the perplexity on plain statements is more than `most` times that of the base model.
+
+    Args:
+        lm: The model, with its active edits in effect.
+        name: The newest edit.
+    """
+    with without_edits():
+        before = lm.perplexity()
+    after = perplexity(lm, sample_texts())
+    if not after <= most * before:
+        raise ValueError(
+            f"With edit {name!r} perplexity on plain statements is {after:.2f}, against {before:.2f} for the base "
+            f"model. That is more than EditConfig.max_perplexity_ratio={most} allows, so the edit was undone."
+        )
