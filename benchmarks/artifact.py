@@ -1,4 +1,4 @@
-"""What a saved edit weighs, and how close every way to load it is to the edited model."""
+"""The size of a saved edit, and how close the logits are to the edited model for every way to load it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ save_file({"logits": logits.contiguous()}, target)
 
 
 def main() -> None:
-    """Make one edit, save it, and load it by stock PEFT and transformers in processes of their own."""
+    """Make one edit, save it, and load it with stock PEFT and transformers in separate processes."""
     arguments = parser(__doc__).parse_args()
     model = load(arguments.model, EditConfig())
     inputs = model.tokenizer(PROMPT, return_tensors="pt")

@@ -1,6 +1,6 @@
-"""Many facts in one batch: ES, PS, NS and S of each editor that takes them at once.
+"""Many facts in one batch: ES, PS, NS and S of each editor that supports batches.
 
-Records of CounterFact whose old answer the model prefers by any margin, from the front of the file.
+The facts are the first CounterFact records whose old answer the model prefers by any margin.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Layers that selectors chose, against each other on more facts than brute force has time for.
+"""Compare layers that selectors chose, on more facts than brute force has time for.
 
-Single edits by R-ROME, default settings. What counts is the mean of S over the datasets; facts are drawn anew for the
-interval of its difference from the first layer. Regret is against the best of these layers. Facts 0 to 8 of each
-dataset are those that golden_layers.py tests: its cells are read.
+Edits are single edits by R-ROME with default settings. The measure is the mean of S over the datasets. The interval of
+its difference from the first layer is bootstrapped over facts. Regret is relative to the best of these layers. For
+facts 0 to 8 of each dataset, the results of golden_layers.py are reused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Outcomes = dict[str, dict[int, list[Outcome]]]  # by dataset and layer
 
 
 def main() -> None:
-    """Measure some layers of one model; what was measured before is taken from the cache."""
+    """Measure some layers of one model; earlier measurements are read from the cache."""
     options = parser(__doc__)
     options.add_argument("--layers", nargs="+", type=int, required=True, help="the first is the reference")
     options.add_argument(
@@ -66,7 +66,7 @@ def main() -> None:
 def _measure(
     model: EditModel, facts: Sequence[EditRequest], layers: Sequence[int], store: CellStore
 ) -> dict[int, list[Outcome]]:
-    """Return what became of each fact at each layer."""
+    """Return the scores of each fact at each layer."""
     found: dict[int, list[Outcome]] = {layer: [] for layer in layers}
     options = SweepOptions(layers=layers, neighbors=NEIGHBORS)
     for start in range(0, len(facts), CHUNK):
@@ -77,7 +77,7 @@ def _measure(
 
 
 def _rows(outcomes: Outcomes, layers: Sequence[int]) -> list[dict[str, object]]:
-    """Return S of each layer by dataset, its mean, and how far that is from the first layer's, with a 95% interval."""
+    """Return S of each layer by dataset, its mean, and the difference from the first layer with a 95% interval."""
     scores = {layer: {name: edit_score(of[layer]) for name, of in outcomes.items()} for layer in layers}
     best = {name: max(of_layer[name] for of_layer in scores.values()) for name in outcomes}
     draw = random.Random(0)

@@ -48,9 +48,9 @@ def load(name: str, config: EditConfig) -> EditModel:
 
 @contextmanager
 def rounded_products() -> Iterator[None]:
-    """Let products of float32 be rounded, and leave out attention's fused kernel, which is slow then on few tokens.
+    """Allow float32 products to be rounded, and disable the fused attention kernel, which is then slow on few tokens.
 
-    On the processor of the tables last hidden states of up to 57 stay within 0.002.
+    On the processor of the tables, last hidden states, which are as large as 57, change by at most 0.002.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -74,14 +74,14 @@ def preferring_proxy(model: EditModel) -> list[EditRequest]:
 
 
 def constants(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return the options that a command line gives as `name=value`, values in JSON or plain text."""
+    """Parse options of the form `name=value` from the command line; values are JSON or plain text."""
     return dict(map(read_option, assignments))
 
 
 def preferring(
     model: EditModel, data: Path, count: int, skip: int = 0, without: Collection[EditRequest] = ()
 ) -> tuple[list[EditRequest], list[FactLikelihoods]]:
-    """Return CounterFact records whose old answer the model prefers by any margin, and what it makes of them."""
+    """Return CounterFact records whose old answer the model prefers by any margin, and the model's answers to them."""
     requests, before = [], []
     for request in load_requests(data / "counterfact.json"):
         if request in without or len(requests) == skip + count:
@@ -95,7 +95,7 @@ def preferring(
 
 
 def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
-    """Optimize the values of facts that are edited one by one later, side by side."""
+    """Optimize the values of several facts in one batch, for edits that are made one by one later."""
     return prepare_facts(model.lm, requests, model.edit_config, model.lm.contexts(model.edit_config))
 
 
@@ -107,7 +107,7 @@ def score_single_edits(
     neighbors: int | None = NEIGHBORS,
     counts: Sequence[int] = (),
 ) -> dict[int, ProbabilityScores]:
-    """Make each edit alone, measure it, and take it back; score the first `counts` facts, by default all."""
+    """Make, measure and undo each edit separately; score the first `counts` facts, by default all."""
     config, measured = replace(model.edit_config, method=method), []
     for index, request in enumerate(facts.requests):
         with applied(model, lambda index=index: facts.changes(config, statistics, chosen=[index]).deltas):
@@ -117,7 +117,7 @@ def score_single_edits(
 
 @contextmanager
 def applied(model: EditModel, deltas: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Change what the maps of some layers return by deltas, for as long as the context lasts."""
+    """Apply deltas to linear maps of some layers inside this context."""
     where = model.architecture
     with ExitStack() as stack:
         for path, delta in deltas().items():
@@ -127,7 +127,7 @@ def applied(model: EditModel, deltas: Callable[[], dict[str, Any]]) -> Iterator[
 
 @contextmanager
 def timed() -> Iterator[Callable[[], float]]:
-    """Yield a function that tells the seconds since the start, or those of the whole context once it has ended."""
+    """Yield a function that returns the seconds since the start of the context, up to now or to its end."""
     started = time.perf_counter()
     ended: list[float] = []
     yield lambda: (ended[0] if ended else time.perf_counter()) - started
@@ -135,7 +135,7 @@ def timed() -> Iterator[Callable[[], float]]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were taken on."""
+    """Return a description of the machine and the versions that the figures depend on."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

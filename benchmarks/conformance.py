@@ -1,7 +1,7 @@
-"""What each causal LM class of transformers shows on a tiny random model, as a table: `docs/conformance.md`.
+"""Test each causal LM class of transformers on a tiny random model, and write the table `docs/conformance.md`.
 
-The properties are those of `tests/conformance_checks.py`, the models those of `tests/zoo.py`: the defaults of each
-config, shrunk. Nothing is downloaded.
+The properties come from `tests/conformance_checks.py` and the models from `tests/zoo.py`, which shrinks the defaults of
+each config. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which key covariance and ridge make the best edits? Single R-ROME edits of development facts.
 
-The facts are those whose old answer the model prefers by any margin, without the first 40 that it knows: these are kept
-for benchmarks/quality.py. Each is measured with the anchor and the contrast of this library, and as published.
+The facts are those whose old answer the model prefers by any margin. The first 40 of them are left out, as
+benchmarks/quality.py uses them. Each fact is measured with this library's anchor and contrast, and without them as
+published.
 """
 
 from __future__ import annotations

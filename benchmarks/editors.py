@@ -1,8 +1,8 @@
 """Every editor on the same single edits: ES, PS, NS, their harmonic mean S, fluency, and seconds an edit.
 
-Records of CounterFact whose old answer the model prefers, from the front of the file; LGA's golden layer, default
-settings. Editors that share the value optimization share its values, which are found side by side. UltraEdit normalizes
-by what it has seen before: the packaged proxy facts.
+The facts are the first CounterFact records whose old answer the model prefers. Edits are made at LGA's golden layer
+with default settings. Editors that optimize values in the same way share these values, which are computed in batches.
+UltraEdit normalizes by the features of earlier edits, here of the packaged proxy facts.
 """
 
 from __future__ import annotations

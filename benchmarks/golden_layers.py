@@ -1,7 +1,7 @@
 """Every layer selector against brute force: four datasets, R-ROME alone, MEMIT and EMMET in batches of 8.
 
-`goldenedit benchmark golden-layers` with the settings of the tables. To have more facts in the time that there is,
-products of float32 may be rounded (`common.rounded_products`).
+This runs `goldenedit benchmark golden-layers` with the settings of the tables. Float32 products may be rounded
+(`common.rounded_products`), so that more facts can be measured in the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from goldenedit.loading import load_model
 
 
 def main() -> None:
-    """Measure one model; what is in the results folder is not measured again."""
+    """Measure one model; results that are in the results folder already are not measured again."""
     options = parser(__doc__)
     options.add_argument("--facts", type=int, default=8, help="test facts of each dataset, and packaged ones")
     options.add_argument("--datasets", nargs="+", default=DATASETS)

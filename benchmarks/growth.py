@@ -1,8 +1,8 @@
-"""How the cost of edits and of LGA grows: with the number of edits, the layer, prompt length, contexts and proxy facts.
+"""Growth of the cost of edits and LGA with the number of edits, layer, prompt length, contexts and proxy facts.
 
-Seconds are of one run each, counting included; operations are counted (see `goldenedit.cost`), so that growth can be
-told from a busy machine. The exponent is the slope of operations between the last two sizes: 1 is linear, below it what
-is shared pays.
+Seconds are measured in one run each and include the counting of operations. Operations are counted (see
+`goldenedit.cost`) because they do not depend on how busy the machine is. The exponent is the slope of operations
+between the last two sizes: 1 is linear, and less than 1 means that work is shared.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measure(size: int, run: Callable[[], Any]) -> tuple[int, float, float]:
 
 
 def edit(model: EditModel, facts: list[EditRequest], **options: Any) -> Callable[[], Any]:
-    """Return a function that edits facts and takes them back."""
+    """Return a function that edits facts and undoes the edits."""
 
     def run() -> None:
         model.edit_config = replace(model.edit_config, **options)
@@ -80,7 +80,7 @@ def edit(model: EditModel, facts: list[EditRequest], **options: Any) -> Callable
 
 
 def of_edits(model: EditModel, method: str, most: int) -> list[Point]:
-    """Invented facts: any number of them, of like lengths."""
+    """Return batches of different sizes, of invented facts of similar length."""
     proxies = proxy_facts()
     facts = [
         replace(
@@ -98,13 +98,13 @@ def of_edits(model: EditModel, method: str, most: int) -> list[Point]:
 
 
 def of_layers(model: EditModel) -> list[Point]:
-    """One edit at one layer after the other."""
+    """Return one edit at each of several layers."""
     layers = [layer for layer in (1, 2, 4, 8, 16, 28) if layer in model.architecture.down_projections]
     return [(layer, edit(model, [FACT], method="r-rome", layer=layer, target_layer=layer)) for layer in layers]
 
 
 def of_prompts(model: EditModel, layer: int, before: bool) -> list[Point]:
-    """A longer and longer text around one subject."""
+    """Return edits with prompts of different lengths and the same subject."""
     words, points = "Many people visit the city every year. ", []
     for times in (1, 2, 4, 8, 16, 32):
         text = words * times
@@ -115,20 +115,20 @@ def of_prompts(model: EditModel, layer: int, before: bool) -> list[Point]:
 
 
 def of_contexts(model: EditModel, layer: int) -> list[Point]:
-    """More prefixes to one prompt."""
+    """Return edits of one prompt with different numbers of contexts."""
     return [
         (count, edit(model, [FACT], contexts=count, layer=layer, target_layer=layer)) for count in (1, 2, 5, 10, 20)
     ]
 
 
 def of_proxies(model: EditModel) -> list[Point]:
-    """More facts for LGA."""
+    """Return runs of LGA with different numbers of proxy facts."""
     facts = proxy_facts()
     return [(size, lambda size=size: lga_scores(model.lm, facts[:size])) for size in (8, 16, 32, 64, 128, 250)]
 
 
 def draw(rows: list[dict[str, Any]], name: str) -> None:
-    """Draw seconds against size, beside a line that grows as the size does."""
+    """Draw seconds against size, with a line of linear growth for comparison."""
     import matplotlib
 
     matplotlib.use("agg")

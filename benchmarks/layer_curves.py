@@ -1,7 +1,7 @@
-"""Brute force layer by layer, from the cells that golden_layers.py left: S on every dataset, and what each layer loses.
+"""Brute force layer by layer, from the results of golden_layers.py: S on every dataset, and the regret of each layer.
 
-A table in Markdown for one model and editor. *Regret* is `1 - S(layer) / S(best layer)`, its mean over the datasets
-that were measured at every layer.
+The output is a Markdown table for one model and editor. *Regret* is `1 - S(layer) / S(best layer)`, averaged over the
+datasets that were measured at every layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What LGA costs, in plain forwards over the same tokens, and how it compares with weight gradients by autograd."""
+"""The cost of LGA in plain forwards over the same tokens, and a comparison with weight gradients by autograd."""
 
 from __future__ import annotations
 

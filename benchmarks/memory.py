@@ -1,9 +1,9 @@
-"""Peak memory of each phase of an edit, beside that of a plain forward of the same batch.
+"""Peak memory of each phase of an edit, compared with a plain forward of the same batch.
 
-Each phase runs in a process of its own, behind a load that has touched all weights. Two peaks above that are taken: of
-the process (`VmHWM`, reset before the phase), and of the bytes of all tensors alive, weights apart. The plain forward
-is a user's: `model(input_ids, attention_mask)` without gradients, logits at all positions. The goal is that the peak of
-an edit, weights counted, is at most 1.35 times that of the plain forward.
+Each phase runs in a separate process, after the model is loaded and all weights have been read. Two peaks above that
+level are measured: the memory of the process (`VmHWM`, reset before the phase), and the bytes of all live tensors
+except the weights. The plain forward is `model(input_ids, attention_mask)` without gradients, with logits at all
+positions. The goal is that the peak of an edit, weights included, is at most 1.35 times the peak of the plain forward.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PHASES = ("read", "lga", "statistics", "values", "solve", "edit", "save", "load"
 
 
 class LiveTensors(TorchDispatchMode):
-    """Follows the bytes of all tensors that operators return, as long as their storage lives."""
+    """Counts the bytes of all tensors that operators return, until their storage is freed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,15 +70,15 @@ class LiveTensors(TorchDispatchMode):
 
 
 def status(name: str) -> int:
-    """Return a size from the kernel's account of this process, in bytes."""
+    """Return a size from the kernel's status file of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 def measure(model: nn.Module, run: Callable[[], Any], by: str) -> int:
-    """Return the peak of `run` above what there was before, in bytes: of the process or of tensors.
+    """Return the peak of `run` above the level before it, in bytes, for the process or for tensors.
 
-    Not both at once: what follows the tensors takes memory itself.
+    Both cannot be measured at once, because tracking tensors needs memory itself.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -95,7 +95,7 @@ def measure(model: nn.Module, run: Callable[[], Any], by: str) -> int:
 
 
 def jobs(model: EditModel, facts: Sequence[EditRequest], scratch: Path) -> dict[str, tuple[Callable, Callable]]:
-    """Return, by phase, what is run and what prepares it; the plain forward of its batch is `plain <phase>`."""
+    """Return what to measure and its preparation for each phase; `plain <phase>` is the forward of its batch."""
     base, tokenizer, config, lm = model.get_base_model(), model.tokenizer, model.edit_config, model.lm
     device, ready = torch.device("cpu"), {}
 

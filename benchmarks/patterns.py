@@ -1,6 +1,6 @@
-"""Which layers to edit together, given LGA's golden one: it alone, the window that ends at it, its ends, the best.
+"""Which layers to edit together: LGA's golden layer, the window that ends at it, the window's ends, or the best.
 
-Development facts: the packaged proxy facts whose old answer the model prefers, with the layer chosen on other ones.
+The facts are packaged proxy facts whose old answer the model prefers. The golden layer is chosen on other facts.
 """
 
 from __future__ import annotations

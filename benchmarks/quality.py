@@ -1,6 +1,6 @@
 """How good single edits are: ES, PS, NS over 5 neighbors, their harmonic mean S, and paraphrase accuracy.
 
-Records of CounterFact whose old answer the model prefers, from the front of the file; default settings.
+The facts are the first CounterFact records whose old answer the model prefers. Settings are the defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from goldenedit.evaluation.scores import probability_scores
 
 
 def main() -> None:
-    """Measure single edits at LGA's layer, or at the layers that are given."""
+    """Measure single edits at LGA's layer, or at the layers on the command line."""
     options = parser(__doc__)
     options.add_argument("--layers", type=int, nargs="*", help="layers to edit; LGA's by default")
     options.add_argument("--facts", type=int, default=40)

@@ -1,4 +1,4 @@
-"""Edits on quantized base models, by every quantizer of transformers that is installed: `docs/quantized.md`."""
+"""Edit quantized base models, with every installed quantizer of transformers, and write `docs/quantized.md`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Quantization:
     """One way to quantize.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         packages: Distributions that it needs, the first of them the quantizer.
         load: Makes the quantized model from the folder of the plain one.
     """
@@ -61,7 +61,7 @@ class Quantization:
 
 @dataclass
 class Outcome:
-    """What became of one quantization; differences are the largest of the logits of the edited prompt.
+    """The results of one quantization; differences are the largest ones between logits of the edited prompt.
 
     Attributes:
         model: `smollm2`, or `tiny`, a random Llama.
@@ -74,12 +74,12 @@ class Outcome:
         before: Probability of the target.
         after: The same with the edit.
         target: Difference of `W' k` from `v*` at the subject's last token, relative to the largest value.
-        disabled: Difference of the edit switched off from the base model before.
-        loaded: Difference of the edit loaded by this library on the model quantized again.
-        peft: The same, loaded by stock PEFT.
+        disabled: Difference between the model with the edit disabled and the base model before the edit.
+        loaded: Difference after this library loads the edit on the model, quantized again.
+        peft: The same difference with stock PEFT.
         second: Probability of a second target before and after a second edit, stacked.
-        merge: `refused`, with the logits as they were, or `written` where the weights are plain.
-        seconds: Of the first edit.
+        merge: `refused`, with unchanged logits, or `written` if the weights are plain.
+        seconds: Duration of the first edit.
     """
 
     model: str
@@ -131,14 +131,14 @@ def _groups() -> Any:
 
 
 def from_gguf(source: Path) -> PreTrainedModel:
-    """Load the GGUF file that the packaged model comes in."""
+    """Load the GGUF file of the packaged model."""
     with tempfile.TemporaryDirectory() as scratch:
         file = PACKAGED_MODELS["smollm2"].gguf(Path(scratch))
         return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
 
 
 def by_hqq(bits: int) -> Callable[[Path], PreTrainedModel]:
-    """Return a loader that puts HQQ's own maps in the place of plain ones."""
+    """Return a loader that replaces linear maps by HQQ's."""
 
     def load(source: Path) -> PreTrainedModel:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
@@ -155,7 +155,7 @@ def by_hqq(bits: int) -> Callable[[Path], PreTrainedModel]:
 
 
 def compressed(source: Path) -> PreTrainedModel:
-    """Write a checkpoint of int8 weights and scales as compressed-tensors has them, and load it."""
+    """Write a checkpoint with int8 weights and scales in the format of compressed-tensors, and load it."""
     config = json.loads((source / "config.json").read_text())
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     config["quantization_config"] = {
@@ -274,7 +274,7 @@ def tiny(folder: Path) -> Path:
 
 
 def write(outcome: Outcome) -> None:
-    """Put one outcome beside those found before, in its place, and make the page of all."""
+    """Add or replace one outcome among the earlier ones, and write the page."""
     path = RESULTS / "quantized.json"
     kept = [Outcome(**row) for row in json.loads(path.read_text())["rows"]] if path.is_file() else []
     kept = [*(row for row in kept if (row.model, row.name) != (outcome.model, outcome.name)), outcome]
@@ -320,7 +320,7 @@ def attempt(quantization: Quantization, model_name: str, source: Path) -> Outcom
 def measure(
     found: Outcome, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, again: Callable[[], PreTrainedModel]
 ) -> None:
-    """Edit the model, and fill in what was found, as far as it comes."""
+    """Edit the model, and fill in the outcome as far as the measurements succeed."""
     ids = torch.tensor([encode(tokenizer, FACT.text).input_ids])
     before = _logits(model, ids)
     config = EditConfig(layer=LAYER, **SMALL)
@@ -371,13 +371,13 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _probability(model: EditModel, ids: Tensor) -> float:
-    """Return the probability of the target's first token as a plain forward has it."""
+    """Return the probability of the target's first token in a plain forward."""
     (token, *_) = model.tokenizer(f" {FACT.target_new}", add_special_tokens=False)["input_ids"]
     return _logits(model, ids)[0, -1].softmax(-1)[token].item()
 
 
 def _target_error(edited: EditModel, wanted: Tensor, ids: Tensor) -> float:
-    """Return by how much the edited map misses the value that was found, at the subject of the bare prompt."""
+    """Return the error of the edited map against the optimized value, at the subject of the prompt itself."""
     (path,) = edited.edits["edit_1"].deltas
     subject = encode(edited.tokenizer, FACT.text, None, FACT.subject_end).subject
     outputs = []

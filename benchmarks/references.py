@@ -1,8 +1,8 @@
-"""Plain references: the algorithms as their papers' code runs them, slow and short, with the same results.
+"""Slow reference implementations that compute like the code of the papers, with the same results as the library.
 
-One fact at a time; every step through the whole model, over all tokens, with logits of the full vocabulary at every
-position; edits written into the weights, and copies of these to undo them. The constants and the tokens are the
-library's, so that what is compared is only the way of computing.
+They edit one fact at a time. Every step runs the whole model over all tokens, with logits of the full vocabulary at
+every position. Edits are written into the weights, and copies of the weights undo them. Constants and tokens are those
+of the library, so that a comparison only shows the difference in computation.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def r_rome(
     inverse: Tensor,
     config: EditConfig,
 ) -> tuple[Tensor, int]:
-    """Return R-ROME's change of weights as published, `(d_out, d_in)`, and the steps that its value took.
+    """Return R-ROME's change of weights as published, `(d_out, d_in)`, and the number of steps for its value.
 
     Args:
         down_projection: Path of the edited linear map.
         contexts: Prefixes to the prompt, the first of them empty.
         inverse: `(d_in, d_in)`, inverse of the second moment of keys, with its ridge.
-        config: Its `steps`, `lr`, `kl_factor`, `weight_decay`, `clamp` and `stop_loss` count.
+        config: Its `steps`, `lr`, `kl_factor`, `weight_decay`, `clamp` and `stop_loss` are used.
     """
     module = model.get_submodule(down_projection)
     rows = [encode_request(tokenizer, request, request.target_new, prefix) for prefix in contexts]
@@ -105,7 +105,7 @@ def weight_gradient_scores(
     facts: Sequence[EditRequest],
     loss: str = "sequence",
 ) -> Tensor:
-    """Return LGA's scores as its formula reads: two weight gradients a fact, one dot product a matrix."""
+    """Return LGA's scores by its formula: two weight gradients per fact, and one dot product per matrix."""
     weights = {layer: [model.get_submodule(path).weight for path in paths] for layer, paths in mlp_linears.items()}
     flat = [weight.requires_grad_() for found in weights.values() for weight in found]
     scores = torch.zeros(num_layers, dtype=torch.float64)

@@ -1,14 +1,13 @@
-"""What becomes of edit folders whose writer is killed, and of those that somebody damaged or made to do harm.
+"""Test edit folders whose writer is killed, and folders that are damaged by accident or on purpose.
 
-Kills: a process saves two edits over each other in a loop and is killed (SIGKILL) at random moments; then the folder
-has to hold exactly one of the two, once it is loaded: a load finishes a save that was stopped while files were put in
-place. The model has SmolLM2's widths, few layers and random weights, and the larger edit
-rank 64, so that a save writes the megabytes of a large batch; what the edit does makes no difference to that. The
-process is forked, not started anew: a start takes longer than a hundred saves.
+Kills: a process saves two edits over each other in a loop and is killed (SIGKILL) at random moments. When the folder is
+then loaded, which finishes an interrupted save, it must hold exactly one of the two edits. The model has SmolLM2's
+widths, few layers and random weights. The larger edit has rank 64, so that a save writes as many megabytes as a large
+batch. The process is forked, because starting a new one takes longer than a hundred saves.
 
-Damages: those of `tests/storage/test_robustness.py`, by accident and by an author who recomputes the digests, each
-loaded on a tiny base model in this process. An author who changes factors to other finite values and recomputes the
-digests has made another edit, which is fine: that is left out.
+Damages: those of `tests/storage/test_robustness.py`, made by accident or by an author who recomputes the digests. Each
+folder is loaded on a tiny base model in this process. An author who changes factors to other finite values and
+recomputes the digests has made a different valid edit, so this case is left out.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ WIDTH, MLP_WIDTH, RANK, FACTS = 576, 1536, 64, 200  # SmolLM2's widths
 
 
 def main() -> None:
-    """Kill and damage, print what came of it, and write it to results/."""
+    """Run kills and damages, print the results, and write them to results/."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--folders", type=int, default=200, help="number of damaged folders")
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def kill(scratch: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Kill a process that saves, time and again, and tell what the folder then held."""
+    """Kill a saving process repeatedly, and count what the folder holds afterwards."""
     config = LlamaConfig(vocab_size=200, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=3)
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(config).eval()
@@ -129,7 +128,7 @@ def with_two_edits(base: PreTrainedModel, folder: Path) -> EditModel:
 
 @contextmanager
 def saving(base: PreTrainedModel, scratch: Path, folder: Path, names: tuple[str, ...]) -> Iterator[None]:
-    """Save the edits over each other in another process, until it is killed when the context ends."""
+    """Save the edits over each other in another process, which is killed when the context ends."""
     ready, started = os.pipe()
     child = os.fork()
     if child == 0:
@@ -163,7 +162,7 @@ def logits_of(model: EditModel) -> Tensor:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token: nothing is edited here, edits are only loaded and saved."""
+    """Return a tokenizer with one token, which is enough because edits are only loaded and saved."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
 
 
@@ -171,7 +170,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def damage(scratch: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Load damaged folders, all kinds in turn; return a row a kind with how often each outcome was."""
+    """Load damaged folders of all kinds; return one row per kind with the number of each outcome."""
     base, outcomes = tiny_model("llama"), {kind: Counter[str]() for kind in DAMAGES}
     failures: dict[str, set[str]] = {kind: set() for kind in DAMAGES}
     right, other = right_folders(base, scratch)

@@ -1,7 +1,7 @@
-"""A long sequence of edits: after each batch efficacy on all edits so far, locality, and perplexity on plain text.
+"""A long sequence of edits: after each batch, the efficacy on all edits so far, locality, and perplexity on plain text.
 
-All 250 records of counterfact.json, then facts of the packaged proxy set, known to the model or not. Perplexity is of
-the texts of me_ppl_50.json.
+The facts are all 250 records of counterfact.json, then the packaged proxy set, whether the model knows them or not.
+Perplexity is measured on the texts of me_ppl_50.json.
 """
 
 from __future__ import annotations

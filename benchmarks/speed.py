@@ -1,7 +1,7 @@
-"""What things cost beside a plain way of doing them, in one run: edits, LGA, statistics, generation, switching edits.
+"""Time edits, LGA, statistics, generation and the switching of edits, compared with plain implementations.
 
-Every ratio is of runs in this process, taken in turns, against a reference in `references.py` that must give the same
-result, or against stock transformers. Facts are CounterFact's first after the first 40.
+Every ratio compares alternating runs in this process, with a reference in `references.py` that must give the same
+result or with stock transformers. The facts are CounterFact's records after the first 40.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each, run one after the other, `repeats` times, after a round that does not count."""
+    """Return the seconds of each function, run in turns `repeats` times after one warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
@@ -56,7 +56,7 @@ def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 
 def edits(model: EditModel, facts: Sequence[EditRequest], layer: int) -> list[Row]:
-    """One edit and a batch of them against one after the other in the plain way."""
+    """Compare one edit and a batch of edits with the reference, which edits one fact after the other."""
     config = model.edit_config
     contexts, own = model.lm.contexts(config), model.lm.statistics(config, [layer])[layer]
     assert own.second_moment is not None
@@ -123,7 +123,7 @@ def edits(model: EditModel, facts: Sequence[EditRequest], layer: int) -> list[Ro
 
 
 def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: float | None) -> list[Row]:
-    """LGA against two weight gradients a fact."""
+    """Compare LGA with two weight gradients per fact."""
     base, tokenizer, lm, where = model.get_base_model(), model.tokenizer, model.lm, model.architecture
     few = facts[:20]
     scores = lga_scores(lm, few)
@@ -157,7 +157,7 @@ def analysis(model: EditModel, facts: Sequence[EditRequest], plain_edit_flops: f
 
 
 def key_statistics(model: EditModel, tokens: int) -> list[Row]:
-    """Key statistics of all layers in one pass, with the text that the model samples for them."""
+    """Time the key statistics of all layers in one pass, including the sampling of text."""
     layers = sorted(model.architecture.down_projections)
     texts: list[str] = []
     sampling = seconds(lambda: texts.extend(sampled_texts(model.lm, tokens, 0)))
@@ -175,7 +175,7 @@ def key_statistics(model: EditModel, tokens: int) -> list[Row]:
 
 
 def generation(name: str, layer: int, repeats: int, tokens: int = 64) -> list[Row]:
-    """Text from the base model, with an edit beside its weights, and with ten at one layer."""
+    """Time generation by the base model, with one edit, and with ten edits at one layer."""
     rows = []
     source = str(packaged_model(name)) if name in PACKAGED_MODELS else name
     plain = AutoModelForCausalLM.from_pretrained(source)
@@ -208,7 +208,7 @@ def generation(name: str, layer: int, repeats: int, tokens: int = 64) -> list[Ro
 
 @contextmanager
 def saved_edit(name: str, layer: int) -> Iterator[tuple[EditModel, str]]:
-    """Yield a model without edits, and the folder of an edit of rank one that was made of it."""
+    """Yield a model without edits, and the folder of a rank-one edit of the same model."""
     model = load(name, EditConfig(layer=layer, covariance="identity", contexts=1, steps=1))
     model.edit("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome", name="saved")
     with tempfile.TemporaryDirectory() as folder:
@@ -240,7 +240,7 @@ def stacking(name: str, layer: int, count: int) -> list[Row]:
 
 
 def start() -> list[Row]:
-    """What importing costs beyond torch and transformers, and the command line's help."""
+    """Time the import of this library after torch and transformers, and the help of the command line."""
 
     def python(code: str) -> float:
         return statistics.median(
@@ -266,7 +266,7 @@ def start() -> list[Row]:
 
 
 def main() -> None:
-    """Measure all or some of it, and print rows as they come."""
+    """Run all or some measurements, and print each row when it is done."""
     options = parser(__doc__)
     parts = ("edits", "lga", "statistics", "generation", "stacking", "start")
     options.add_argument("--parts", nargs="+", choices=parts, default=parts)

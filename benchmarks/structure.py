@@ -1,8 +1,8 @@
 """Measure how the code is put together: long signatures and files, unused parameters, import cycles.
 
-The files are read with `ast` and nothing of them is imported. A unit is a folder below the package, or a module that
-lies in the package itself. Imports inside functions count for cycles like others and are marked; those under
-`if TYPE_CHECKING` are listed and count for nothing.
+The files are parsed with `ast` and not imported. A unit is a folder below the package, or a module that
+lies in the package itself. Imports inside functions count for cycles like others and are marked. Imports under
+`if TYPE_CHECKING` are listed but do not count.
 
     python structure.py
     python structure.py --json --source FOLDER/src/goldenedit
@@ -79,7 +79,7 @@ def long_signatures(source: Path) -> list[Parameters]:
 
 
 def unused_parameters(source: Path) -> list[Parameters]:
-    """Return the parameters that a function's body does not name; stubs, and what protocols give, are left out."""
+    """Return the parameters that a function's body does not use, except in stubs and where a protocol requires them."""
     unused = []
     for place, name, function, method in functions(source):
         if _is_stub(function):
@@ -94,7 +94,7 @@ def unused_parameters(source: Path) -> list[Parameters]:
 
 
 def _is_stub(function: Function) -> bool:
-    """Tell whether a body has nothing but a docstring, `...`, `pass` or a raise."""
+    """Return whether a body consists of a docstring, `...`, `pass` or a raise."""
     return all(
         isinstance(node, ast.Pass | ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         for node in function.body
@@ -111,7 +111,7 @@ def long_files(source: Path) -> dict[str, int]:
 
 
 def measured(source: Path) -> dict[str, Any]:
-    """Return all figures as JSON has them."""
+    """Return all figures as JSON values."""
     modules = modules_of(source)
     every = [edge for edge in imports_of(source) if edge.imported in modules]
     edges = [edge for edge in every if edge.kind != "typing"]
@@ -144,7 +144,7 @@ TITLES = {
 
 
 def report(figures: dict[str, Any]) -> str:
-    """Return the figures as text: a table of counts, then what is behind each."""
+    """Return the figures as text: a table of counts, then the details of each."""
     lines = ["| measured | count |", "|---|---|"]
     lines += [f"| {title} | {len(figures[name])} |" for name, title in TITLES.items()]
     late = {(edge["importer"], edge["imported"]) for edge in figures["imports_in_functions"]}

@@ -1,11 +1,11 @@
-"""Tell whether a change of the code changed any edit: digests of a fixed set of edits, scores and evaluations.
+"""Check that a code change does not change results: compare digests of a fixed set of edits, scores and evaluations.
 
-Only the public API is used, so that the script runs on the code before a change and after it:
+The script uses only the public API, so it runs on the code before and after a change:
 
     python unchanged.py --write before.json      # on the old code
     python unchanged.py --against before.json    # on the new code; exits 1 where anything differs
 
-Digests hold for one machine and one version of torch: another processor rounds otherwise. Seconds are not compared.
+Digests are valid for one machine and one version of torch, as processors round differently. Times are not compared.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Subject:
     special: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def config(self, method: str = "r-rome", **options: Any) -> EditConfig:
-        """Return a config of its own: a model may keep it and fill it in."""
+        """Return a new config, because a model may keep and modify it."""
         return EditConfig(method, **{"layer": self.layers[0]} | self.options | self.special.get(method, {}) | options)
 
     def model(self, method: str = "r-rome", **options: Any) -> EditModel:
@@ -256,7 +256,7 @@ def saved(model: EditModel, selected: list[str] | None = None) -> Parts:
 
 
 def parts_of(model: EditModel, *edits: Any) -> Parts:
-    """Return all that is compared of edits that are active: as saved, as made, and what they do."""
+    """Return what is compared of active edits: digests of saved files, factors and logits, and the facts."""
     parts = saved(model)
     factors = [
         (f"{index} {path} {name}", getattr(delta, name))
@@ -274,7 +274,7 @@ def parts_of(model: EditModel, *edits: Any) -> Parts:
 
 
 def as_json(value: Any) -> str:
-    """Return a digest of what JSON can say, floats in full."""
+    """Return a digest of a JSON value, with floats in full precision."""
     return digest(json.dumps(value, sort_keys=True).encode())
 
 
@@ -320,7 +320,7 @@ def edits_of(case: Subject) -> Iterator[Entry]:
 
 
 def options_of(case: Subject) -> Iterator[Entry]:
-    """Yield edits by every option that changes one; of a large model those that matter most."""
+    """Yield edits with every option that changes an edit; for large models, only the most important ones."""
     small, three = case.name != "smollm2", [FACTS]
     for method in ("memit", "ft-m", "r-rome") if small else ("memit",):
         for regularizer in ("rect", "prune"):
@@ -368,7 +368,7 @@ def selectors_of(case: Subject, facts: int) -> Iterator[Entry]:
 
 
 def verbs_of(case: Subject) -> Iterator[Entry]:
-    """Yield what is done with edits: evaluation, merging, combining, loading."""
+    """Yield entries for the use of edits: evaluation, merging, combining, loading."""
 
     def evaluation() -> Parts:
         model = case.model("memit")
@@ -430,7 +430,7 @@ def verbs_of(case: Subject) -> Iterator[Entry]:
 
 
 def tiny_entries(case: Subject, folder: Path) -> Iterator[Entry]:
-    """Yield what only small models have the time for."""
+    """Yield entries that take too long for large models."""
     text = folder / "text.txt"
     text.write_text("\n".join(TEXTS), encoding="utf-8")
     proxy = folder / "proxy.jsonl"
@@ -448,7 +448,7 @@ def tiny_entries(case: Subject, folder: Path) -> Iterator[Entry]:
 
 
 def chat_entries(case: Subject) -> Iterator[Entry]:
-    """Yield edits of what a chat model answers."""
+    """Yield edits of answers of a chat model."""
     question = {"role": "user", "content": "Which city is the Eiffel Tower in?"}
     system = {"role": "system", "content": "Answer in one word."}
     for name, messages in {"question": [question], "system and question": [system, question]}.items():
@@ -458,7 +458,7 @@ def chat_entries(case: Subject) -> Iterator[Entry]:
 
 
 def published_entries(folder: Path) -> Iterator[Entry]:
-    """Yield the layers that papers edit, on a random model that is called as theirs."""
+    """Yield the layers that the papers edit, selected for a random model with the same name as theirs."""
     path = folder / "gpt2-xl"
     tiny_model(GPT2Config(**_GPT2 | {"n_layer": 18})).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
@@ -486,7 +486,7 @@ def entries(name: str, folder: Path) -> Iterator[Entry]:
 
 
 def facts_entry(folder: Path) -> Parts:
-    """Return digests of the packaged facts, and of facts that went through a file."""
+    """Return digests of the packaged facts, and of facts that were written to a file and read again."""
     path = folder / "facts.jsonl"
     path.write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS), encoding="utf-8")
     return {
@@ -499,7 +499,7 @@ def facts_entry(folder: Path) -> Parts:
 
 
 def run(names: Sequence[str], only: str = "") -> dict[str, Parts]:
-    """Return what is compared of each entry whose name has `only` in it, by its name."""
+    """Return the digests of each entry whose name contains `only`, by name."""
     results: dict[str, Parts] = {}
     if "smollm2" in names:
         smollm2 = packaged_model("smollm2")  # converted in the user's cache, once
@@ -530,7 +530,7 @@ def run(names: Sequence[str], only: str = "") -> dict[str, Parts]:
 
 
 def compare(before: dict[str, Parts], after: dict[str, Parts]) -> bool:
-    """Print a table, and tell whether all is as it was."""
+    """Print a table, and return whether nothing has changed."""
     counts: dict[str, Counter[str]] = {}
     differences: list[str] = []
     for name in dict.fromkeys((*before, *after)):
@@ -551,7 +551,7 @@ def compare(before: dict[str, Parts], after: dict[str, Parts]) -> bool:
 
 
 def machine() -> dict[str, str]:
-    """Return what digests depend on beside the code."""
+    """Return what digests depend on apart from the code."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {"cpu": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine(), **versions}
 

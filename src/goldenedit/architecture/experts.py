@@ -57,7 +57,8 @@ class FusedExperts:
             tokens: `(n,)`, indices into all tokens of the call, in order; None for all tokens.
         """
         if tokens is None:
-            tokens = torch.arange(hidden_argument(*call)[..., 0].numel())
+            args, kwargs = call
+            tokens = torch.arange(hidden_argument(args, kwargs)[..., 0].numel())
         width = self.shape(model)[0]
         keys = []
         for chunk in tokens.split(width):
@@ -133,9 +134,10 @@ def _oriented(tensor: Tensor, model: nn.Module, path: str) -> Tensor:
 
 
 def find_experts(model: nn.Module, layers: Mapping[int, str], ids: Tensor) -> dict[int, FusedExperts]:
-    """Find the fused experts of each layer: the parameter in which the output of one of its modules is linear.
+    """Find the fused experts of each layer: a parameter, and a module whose output is linear in it.
 
-    If several parameters qualify, the last one is used. Layers without fused experts are left out.
+    If several parameters of a layer qualify, the last one is used. It belongs to the routed experts, also if shared
+    experts are fused as well. Layers without fused experts are left out.
 
     Args:
         layers: Path of each layer to search, by its index.
@@ -196,17 +198,17 @@ def _enclosing(parameter: str, layer: str) -> list[str]:
 def _is_down(model: nn.Module, site: str, parameter: str, call: Call) -> bool:
     """Return whether a module's output is linear in a parameter for each token: `out - out(W=0) = W k`."""
     experts = FusedExperts(site, (parameter,))
-    module = model.get_submodule(site)
+    module, (args, kwargs) = model.get_submodule(site), call
     try:
-        hidden = hidden_argument(*call)
+        hidden = hidden_argument(args, kwargs)
         width, matrices = hidden.shape[-1], expert_matrices(model, parameter)
         if matrices.shape[1] != width:
             return False
         keys = experts.keys(model, call)
         odd_tokens = torch.arange(1, len(keys), 2)
-        output = module.forward(*call[0], **call[1])
+        output = module.forward(*args, **kwargs)
         with _replaced(model, parameter, torch.zeros_like(fused_parameter(model, parameter))):
-            rest = module.forward(*call[0], **call[1])
+            rest = module.forward(*args, **kwargs)
         contribution = (output - rest).reshape(-1, width).float()
         keys_by_expert = keys.unflatten(1, (len(matrices), -1)).unbind(1)
         expected = sum(key @ matrix.float().T for key, matrix in zip(keys_by_expert, matrices, strict=True))
@@ -234,7 +236,8 @@ def _replaced(model: nn.Module, path: str, tensor: Tensor) -> Iterator[None]:
 
 def _at_tokens(call: Call, tokens: Tensor) -> Call:
     """Return the arguments of a call, restricted to the given tokens."""
-    lead = hidden_argument(*call).shape[:-1]
+    args, kwargs = call
+    lead = hidden_argument(args, kwargs).shape[:-1]
 
     def pick(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[: len(lead)] != lead:
@@ -242,7 +245,7 @@ def _at_tokens(call: Call, tokens: Tensor) -> Call:
         picked = value.detach().flatten(0, len(lead) - 1)[tokens.to(value.device)]
         return picked.unflatten(0, (*[1] * (len(lead) - 1), -1))
 
-    return tuple(pick(value) for value in call[0]), {name: pick(value) for name, value in call[1].items()}
+    return tuple(pick(value) for value in args), {name: pick(value) for name, value in kwargs.items()}
 
 
 def _plain(module: nn.Module) -> Any:

@@ -72,7 +72,8 @@ class Architecture:
         """
         if index in self.experts:
             return self.experts[index].keys(model, call, tokens)
-        hidden = hidden_argument(*call).detach()
+        args, kwargs = call
+        hidden = hidden_argument(args, kwargs).detach()
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return (hidden if tokens is None else hidden[tokens.to(hidden.device)]).float()
 

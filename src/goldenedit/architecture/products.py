@@ -76,7 +76,7 @@ def _is_proven(operator: Any) -> bool:
     with ThreadPoolExecutor(1) as thread:
         problem = thread.submit(_problem).result()
     if problem is not None:
-        logger.info("Products on this CPU use torch's slower kernels: the test of oneDNN failed (%s).", problem)
+        logger.info("Products on this CPU use torch's slower kernels: the self-test of oneDNN failed (%s).", problem)
     return problem is None
 
 

@@ -74,9 +74,7 @@ def _has_backward(linear: nn.Module, inputs: Tensor) -> bool:
     row = inputs.detach().reshape(-1, inputs.shape[-1])[:1].clone().requires_grad_()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns about the missing backward, which is what this function returns
+            warnings.simplefilter("ignore")  # torch warns about a missing backward
             (gradient,) = torch.autograd.grad(linear.forward(row).sum(), row, allow_unused=True)
     except (NotImplementedError, RuntimeError):
         return False

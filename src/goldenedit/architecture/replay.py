@@ -289,11 +289,13 @@ class Replayer:
         if reason is None or topic in self.architecture.warned:
             return
         self.architecture.warned.add(topic)
+        extra_work, faster_way = _SLOWER[self.way]
         logger.warning(
             "Editing and evaluating %s take longer than usual: %s, because %s does not reproduce its logits (%s). "
             "Results are the same.",
             type(self.model).__name__,
-            *_SLOWER[self.way],
+            extra_work,
+            faster_way,
             reason,
         )
 

@@ -114,9 +114,7 @@ def _evenly_spaced(length: int, max_count: int) -> Tensor:
 
 def _tied_names(model: nn.Module) -> Collection[str]:
     """Return the names of parameters that are tied to another parameter."""
-    names: Collection[str] | None = getattr(
-        model, "all_tied_weights_keys", None
-    )  # undocumented attribute of transformers
+    names: Collection[str] | None = getattr(model, "all_tied_weights_keys", None)  # undocumented
     if names is not None:
         return names
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
@@ -126,7 +124,7 @@ def _tied_names(model: nn.Module) -> Collection[str]:
 
 
 def _halves(tensor: Tensor) -> int:
-    """Return the sum of all half bytes, because bitsandbytes reorders those of 4-bit weights in the first forward."""
+    """Return the sum of all half bytes, which stays equal when bitsandbytes reorders them in the first forward."""
     values = tensor.contiguous().view(torch.uint8)
     return int((values & 15).sum(dtype=torch.int64) + (values >> 4).sum(dtype=torch.int64))
 

@@ -45,8 +45,8 @@ ARCHITECTURES = {
 def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> None:
     """Write edits as one GGUF adapter, for `llama-cli --lora` or `Llama(lora_path=...)`.
 
-    The factors are float32, whatever the precision of the base model's GGUF file. GPT-2 is supported too, whose factors
-    llama.cpp's own converter swaps.
+    The factors are float32, independently of the precision of the base model's GGUF file. GPT-2 is supported too,
+    although llama.cpp's own converter transposes its factors wrongly.
 
     Args:
         content: The edits; the adapter is their sum.
@@ -91,9 +91,7 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         writer = gguf.GGUFWriter(staged, name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(
-            gguf.Keys.Adapter.LORA_ALPHA, float(rank)
-        )  # one alpha for all modules, so all have the same rank
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # one for all modules: all have the same rank
         for tensor, array in tensors.items():
             writer.add_tensor(tensor, array)
         writer.write_header_to_file()

@@ -201,7 +201,10 @@ def find_golden_layers(repo_id: str, **download: Unpack[DownloadOptions]) -> Pat
 
 
 def cached_commit(repo_id: str) -> str | None:
-    """Return the commit of a cached model, or None unless the cache has exactly one: which was loaded is not known."""
+    """Return the commit of a model in the cache, or None if the cache has no commit or several of them.
+
+    With several commits, nothing records which one was loaded.
+    """
     if not is_repo_id(repo_id):
         return None
     folder = f"models--{repo_id.replace('/', '--')}"  # the cache layout that huggingface_hub documents
