@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Number
@@ -426,3 +427,21 @@ def _whole(number: Any) -> int | None:
         return None if isinstance(number, bool) else operator.index(number)
     except TypeError:
         return None
+
+
+def __getattr__(name: str) -> Any:
+    """Return what was a constant here, until the next version."""
+    if name in ("METHODS", "TRAINED"):
+        editors = EDITORS.available()
+        values = [editor.name for editor in editors if name == "METHODS" or editor.learns != "values"]
+    elif name in ("LAYER_SELECTORS", "SCORED_SELECTORS"):
+        selectors = SELECTORS.available()
+        values = [selector.name for selector in selectors if name == "LAYER_SELECTORS" or selector.is_scored]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"goldenedit.config.{name} is gone: use goldenedit.editors.EDITORS and goldenedit.layer_selection.SELECTORS.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return tuple(values)
