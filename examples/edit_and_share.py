@@ -1,6 +1,6 @@
 """Edit one fact, save it, and load it three ways: with goldenedit, with stock PEFT, with transformers alone.
 
-Run it with the packaged weights (`python examples/edit_and_share.py`) or with any model:
+Run it with the packaged weights (`python examples/edit_and_share.py`), or with any other model:
 `python examples/edit_and_share.py --model HuggingFaceTB/SmolLM2-135M-Instruct`.
 """
 

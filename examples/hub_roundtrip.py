@@ -1,8 +1,8 @@
-"""One edit up to a Hub and down into every program that loads an adapter, with the largest logit difference of each.
+"""Push one edit to a Hub, load it in every program that loads adapters, and print each largest logit difference.
 
-The Hub is the one of the tests, on this machine: `python examples/hub_roundtrip.py OUT`. vLLM and llama.cpp take part
-where the variables VLLM and LLAMA_CPP name environments that have them and OUT has what `examples/runtimes/run.sh`
-leaves there. hub_roundtrip.txt beside this file is what it printed.
+The Hub is the local one of the tests: `python examples/hub_roundtrip.py OUT`. vLLM and llama.cpp take part if the
+variables VLLM and LLAMA_CPP name environments that have them, and if OUT has the files that `examples/runtimes/run.sh`
+writes. hub_roundtrip.txt, beside this file, is the output.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ AutoTokenizer.from_pretrained(packaged_model("smollm2")).push_to_hub("{BASE}")
 
 
 def run(title: str, *command: str) -> None:
-    """Run a program with this Hub as the only one, and print its last line."""
+    """Run a program and print the last lines of its output."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{title}: {done.stdout}{done.stderr}")
@@ -64,7 +64,7 @@ def run(title: str, *command: str) -> None:
 
 
 def main(out: str) -> None:
-    """Push a base model and an edit of it, and load them everywhere."""
+    """Push a base model and an edit, and load them in each program."""
     with Hub() as hub, tempfile.TemporaryDirectory() as cache:
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_CACHE": cache, "HF_HUB_DISABLE_XET": "1"}
         os.environ |= {**settings, "NO_PROXY": "127.0.0.1"}

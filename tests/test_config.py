@@ -202,7 +202,7 @@ def test_options_of_another_editor_are_not_those_of_the_config_with_the_same_nam
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rigde": 0.5}, r"'mine' has no option 'rigde'; its options are \['ridge', 'steps'\]"),
+        ({"rigde": 0.5}, r"'mine' has no option 'rigde'\. Its options are \['ridge', 'steps'\]"),
         ({"clamp": 4.0}, "'mine' has no option 'clamp'"),
         ({"ridge": -1.0}, r"EditConfig\(method='mine'\)\.options\.ridge must be a number above"),
         ({"steps": 1.5}, r"options\.steps must be a whole number"),
@@ -220,7 +220,7 @@ def test_an_option_of_a_built_in_editor_is_its_keyword_wherever_it_is_given():
     assert given.options == {}
     with pytest.raises(ValueError, match=r"options\.covariance_weight must be a number of at least 0"):
         EditConfig("memit", options={"covariance_weight": -1.0})
-    with pytest.raises(ValueError, match=r"'emmet' has no option 'covariance_weight'; its options are \['gram_ridge'"):
+    with pytest.raises(ValueError, match=r"'emmet' has no option 'covariance_weight'\. Its options are \['gram_ridge'"):
         EditConfig("emmet", options={"covariance_weight": 2.0})
 
 
@@ -251,7 +251,7 @@ def test_a_record_is_read_where_its_editor_and_its_selector_are_not_installed():
 
 @pytest.mark.parametrize("method", ["mend", "alpha edit"])
 def test_an_unknown_method_is_told_with_what_there_is(method):
-    with pytest.raises(UnknownNameError, match=rf"Unknown method '{method}' in EditConfig: use one of .*'r-rome'"):
+    with pytest.raises(UnknownNameError, match=rf"Unknown method '{method}' in EditConfig\. Use one of .*'r-rome'"):
         EditConfig(method)
 
 

@@ -89,3 +89,17 @@ def test_every_public_name_is_there():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'goldenedit' has no attribute 'magic'"):
         _ = goldenedit.magic
+
+
+def test_old_names_work_for_one_more_version_with_a_warning():
+    sys.modules.pop("goldenedit.chat", None)
+    with pytest.warns(FutureWarning, match=r"goldenedit\.lm\.chat"):
+        from goldenedit.chat import rendered
+    assert callable(rendered)
+    with pytest.warns(FutureWarning, match="EDITORS"):
+        from goldenedit.config import METHODS
+    assert {"rome", "ft-m"} <= set(METHODS)
+    with pytest.warns(FutureWarning, match="SELECTORS"):
+        from goldenedit.config import SCORED_SELECTORS
+    assert "lga" in SCORED_SELECTORS
+    assert "random" not in SCORED_SELECTORS

@@ -31,6 +31,7 @@ ORDER = (
     "architecture",
     "storage",
     "lm",
+    "chat",
     "evaluation",
     "editing",
     "layer_selection",

@@ -11,7 +11,8 @@ from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
 from goldenedit.architecture import find_down_projections
 from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.values import ValueOptions, optimize_values
-from goldenedit.layer_selection.key_response import other_prompts, respond
+from goldenedit.layer_selection.prompts import other_prompts
+from goldenedit.layer_selection.response import respond
 from goldenedit.lm import LanguageModel
 from goldenedit.packaged import is_installed, packaged_model
 from goldenedit.requests import EditRequest

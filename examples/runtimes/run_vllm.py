@@ -1,6 +1,6 @@
-"""Load the edit of `prepare.py` into vLLM, which knows nothing of goldenedit, and compare with transformers.
+"""Load the edit of `prepare.py` into vLLM, without goldenedit, and compare with transformers.
 
-`python examples/runtimes/run_vllm.py OUT` exits with 1 where an answer or a log-probability is another one.
+`python examples/runtimes/run_vllm.py OUT` exits with 1 if an answer or a log-probability differs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; a share of all memory without it
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a share of all memory
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
-BOUND = 1e-3  # more than ten times what is measured, with an edit and without
+BOUND = 1e-3  # more than ten times the measured difference
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def main(out: Path) -> bool:
-    """Tell whether the base model and the edit do what `prepare.py` found."""
+    """Return whether the base model and the edit reproduce the results of `prepare.py`."""
     reference = json.loads((out / "reference.json").read_text(encoding="utf-8"))
     expected = np.load(out / "reference.npz")
     llm = LLM(
@@ -42,16 +42,17 @@ def main(out: Path) -> bool:
         max_logprobs=-1,
     )
     prompt = TokensPrompt(prompt_token_ids=reference["input_ids"])
-    greedy = SamplingParams(temperature=0, max_tokens=reference["new_tokens"], logprobs=-1)  # -1: of every token
+    greedy = SamplingParams(temperature=0, max_tokens=reference["new_tokens"], logprobs=-1)  # -1: of all tokens
     passed = True
     for name, adapter in (("base", None), ("edited", LoRARequest("edit", 1, str(out / "edit")))):
         answer = llm.generate(prompt, greedy, lora_request=adapter, use_tqdm=False)[0].outputs[0]
-        wanted = log_softmax(expected[name][-1])
-        difference = max(abs(found.logprob - wanted[token]) for token, found in answer.logprobs[0].items())
+        reference_logprobs = log_softmax(expected[name][-1])
+        logprobs = {token: entry.logprob for token, entry in answer.logprobs[0].items()}
+        difference = max(abs(logprob - reference_logprobs[token]) for token, logprob in logprobs.items())
         print(f"vLLM, {name}: {answer.text!r}, log-probabilities within {difference:.1e} of transformers'")
         passed &= answer.text == reference[f"{name}_answer"] and difference < BOUND
     return passed
 
 
-if __name__ == "__main__":  # vLLM's worker is spawned, and imports this file once more
+if __name__ == "__main__":  # vLLM spawns its worker, which imports this file again
     sys.exit(not main(Path(sys.argv[1])))

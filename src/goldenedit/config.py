@@ -1,4 +1,4 @@
-"""EditConfig: every choice of an edit in one place, with JSON both ways."""
+"""EditConfig: all options of an edit, which can be saved as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Number
@@ -32,13 +33,13 @@ LGA_LOSSES = ("sequence", "answer")
 
 @dataclass
 class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, LoraOptions, UltraEditOptions):
-    """How facts are edited. Fields that end in "filled in" are set by `get_edit_model`.
+    """All options of an edit. Fields whose help ends in "filled in" are set by `get_edit_model`.
 
-    The options of the built-in editors are keywords of their own, with their help in the editor's file; those of other
-    editors go into `options`.
+    The options of the built-in editors are keywords too; `goldenedit editors` lists which editor reads them. The
+    options of other editors go into `options`.
 
     Raises:
-        ValueError: An option has a value that means nothing; the message names it and the values it takes.
+        ValueError: An option has an invalid value. The message names the option and the allowed values.
 
     Example:
         ```python
@@ -48,101 +49,111 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         ```
     """
 
-    method: str = field(default="r-rome", metadata={"help": "Editor, by its name; `goldenedit editors` lists them."})
+    method: str = field(default="r-rome", metadata={"help": "Name of the editor; `goldenedit editors` lists them."})
     layer: int | list[int] | str = field(
         default="lga",
         metadata={
-            "help": "Layer to edit: a number, several numbers (edited together), a layer selector such as 'lga' or "
-            "'auto', or 'hub:repo' (or 'hub:repo@revision') for what a repository on the Hub says of these weights."
+            "help": "Layer to edit: a number, a list of numbers to edit together, a layer selector such as 'lga' or "
+            "'auto', or 'hub:repo' (or 'hub:repo@revision') for the golden layers that a repository on the Hub has for "
+            "these weights."
         },
     )
     layer_pattern: str = field(
         default="golden",
         metadata={
-            "help": f"Layers that are edited together, given LGA's golden one, one of {LAYER_PATTERNS}: that one "
-            "alone, the window that ends at it, first and last of this window, or the best scores within the fence."
+            "help": f"Which layers to edit together, one of {LAYER_PATTERNS}: only the golden layer, the window that "
+            "ends at it, the first and the last layer of this window, or the layers with the best scores."
         },
     )
-    pattern_layers: int = option(3, help="Length of the window, or number of best layers.", least=1, whole=True)
-    target_layer: int | list[int] | None = field(
-        default=None, metadata={"help": "The layer that is edited; filled in."}
-    )
+    pattern_layers: int = option(3, help="Length of the window, or number of the best layers.", least=1, whole=True)
+    target_layer: int | list[int] | None = field(default=None, metadata={"help": "The layer to edit; filled in."})
     layer_scores: list[float | None] | None = field(
-        default=None, metadata={"help": "Score of each layer by the selector, None where it has none; filled in."}
+        default=None,
+        metadata={"help": "Score of each layer by the selector, None for layers without a score; filled in."},
     )
     target_modules: str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Paths of the linear maps to edit, or one path with {} for the layer index, for models whose down "
-            "projections cannot be found."
+            "help": "Paths of the linear maps to edit, or one path with {} for the layer's number, for models whose "
+            "down projections are not found automatically."
         },
     )
 
     proxy: str | list[EditRequest] | None = field(
         default=None,
-        metadata={"help": "Facts for the layer selection: a file, or requests; None for the packaged set."},
+        metadata={"help": "Facts for the layer selection: a file, or a list of requests; None for the packaged set."},
     )
-    proxy_size: int | None = field(default=100, metadata={"help": "Use the first so many proxy facts; None for all."})
-    lga_loss: str = field(default="sequence", metadata={"help": f"Loss of LGA, one of {LGA_LOSSES}."})
+    proxy_size: int | None = field(
+        default=100, metadata={"help": "Number of proxy facts, from the first on; None for all."}
+    )
+    lga_loss: str = field(default="sequence", metadata={"help": f"Tokens in the loss of LGA, one of {LGA_LOSSES}."})
     tukey_kappa: float = field(default=1.0, metadata={"help": "Width of LGA's outlier fence in interquartile ranges."})
 
-    contexts: int = option(10, help="Number of prefixes to the prompt, the empty one included.", least=1, whole=True)
-    context_length: int = option(10, help="Tokens of each sampled prefix.", least=1, whole=True)
-    steps: int = option(25, help="Most steps of the value optimization.", least=1, whole=True)
+    contexts: int = option(10, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
+    context_length: int = option(10, help="Number of tokens of each sampled prefix.", least=1, whole=True)
+    steps: int = option(25, help="Largest number of steps of the value optimization.", least=1, whole=True)
     lr: float = option(0.5, help="Learning rate of the value optimization (Adam).", above=0.0)
-    kl_factor: float = option(0.0625, help='Weight of the KL term on "{subject} is a".', least=0.0)
-    weight_decay: float = option(0.5, help="Weight of ||delta|| / ||v0||^2.", least=0.0)
+    kl_factor: float = option(0.0625, help='Weight of the KL divergence on "{subject} is a".', least=0.0)
+    weight_decay: float = option(0.5, help="Weight of the penalty ||delta|| / ||v0||^2.", least=0.0)
     clamp: float = option(4.0, help="Largest ||delta|| in units of ||v0||.", above=0.0)
-    stop_loss: float = option(0.05, help="A fact is finished once its answer's NLL is lower.", least=0.0)
+    stop_loss: float = option(0.05, help="A fact is finished when the NLL of its answer is below this.", least=0.0)
     batch_size: int | str = field(
         default="auto",
-        metadata={"help": "Facts whose values are optimized side by side; 'auto' for as many as memory has room for."},
+        metadata={
+            "help": "Number of facts whose values are optimized in one batch; 'auto' for as many as fit in memory."
+        },
     )
 
     covariance: str = field(
         default="sampled",
         metadata={
-            "help": "Text for the key covariance: 'sampled' from the model itself, 'identity' for none (C = I), or a "
-            "dataset: a text, JSON or JSON-lines file, or a name on the Hub. Fused experts of large models need "
+            "help": "Text for the key covariance: 'sampled' from the model itself, 'identity' for no text (C = I), a "
+            "text, JSON or JSON-lines file, or the name of a dataset on the Hub. Fused experts of large models need "
             "'identity'."
         },
     )
-    covariance_tokens: int = option(5_000, help="Tokens of text for the key covariance.", least=1, whole=True)
-    ridge: float = option(0.1, help="Added to the covariance's diagonal, in units of its mean eigenvalue.", least=0.0)
+    covariance_tokens: int = option(5_000, help="Number of tokens of text for the key covariance.", least=1, whole=True)
+    ridge: float = option(0.1, help="Ridge on the covariance's diagonal, in units of its mean eigenvalue.", least=0.0)
     anchor_bare_prompt: bool = field(
         default=True,
-        metadata={"help": "Answer to the key of the bare prompt as to the averaged one; False as in the papers."},
+        metadata={
+            "help": "Whether the edit must also hold at the key of the bare prompt, beside the averaged key; False "
+            "in the papers."
+        },
     )
     contrast: int = option(
-        16, help="Invented subjects with the same last token that an edit is kept silent on.", least=0, whole=True
+        16,
+        help="Number of invented subjects with the same last token that an edit should not affect.",
+        least=0,
+        whole=True,
     )
     contrast_weight: float = option(
-        0.1, help="Weight of these beside the covariance, relative to its trace; 0 as in the papers.", least=0.0
+        0.1, help="Weight of these subjects, relative to the trace of the covariance; 0 in the papers.", least=0.0
     )
     relative_constants: bool = field(
         default=True,
         metadata={
-            "help": "Measure an editor's constants against the model at hand, where they have units, so that they mean "
-            "the same for every one; False takes them as they are. Constants without a value are then as published."
+            "help": "Whether the editor's constants have units that are measured on the model, so that they mean the "
+            "same for every model. With False they have no units, and their defaults are the published values."
         },
     )
     regularizer: str | None = field(
-        default=None, metadata={"help": f"What is done to the finished update, one of {REGULARIZERS}, or None."}
+        default=None, metadata={"help": f"Regularizer of the finished update, one of {REGULARIZERS}, or None."}
     )
     dense_tolerance: float = option(
-        0.01, help="Largest relative error of storing a dense update as one of low rank.", least=0.0
+        0.01, help="Largest relative error of storing a dense update with low rank.", least=0.0
     )
     max_perplexity_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Undo a batch after which perplexity on plain statements is more than so many times that of the "
-            "base model; None to measure nothing."
+            "help": "Undo a batch if the perplexity on plain statements, relative to the base model, is above this; "
+            "None to skip this check."
         },
     )
-    seed: int = option(0, help="Seed of everything that is sampled.", least=0, whole=True)
+    seed: int = option(0, help="Seed of all sampling.", least=0, whole=True)
     options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Options of an editor that are no keywords here, by name: those of other packages' editors."},
+        metadata={"help": "Options, by name, of editors from other packages."},
     )
 
     def __post_init__(self) -> None:
@@ -156,8 +167,8 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         if self.layer_pattern != "golden" and not self.is_scored:
             scored = [record.name for record in SELECTORS.available() if record.is_scored]
             raise ValueError(
-                f"EditConfig.layer_pattern {self.layer_pattern!r} needs layers with scores, by one of {scored}, got "
-                f"layer={self.layer!r}."
+                f"EditConfig.layer_pattern {self.layer_pattern!r} needs scores of layers, but layer={self.layer!r} has "
+                f"none. Use one of {scored}."
             )
         self._check_numbers()
         if not isinstance(self.covariance, str) or not self.covariance:
@@ -169,11 +180,11 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         self.__dict__["_is_checked"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option; a value that means nothing is refused, and the config stays as it was.
+        """Set an option. An invalid value raises ValueError and leaves the config unchanged.
 
-        With another `layer` what the selector filled in is gone, so that the next edit looks for the layer again.
+        A new `layer` clears what the selector filled in, so that the next edit selects the layer again.
         """
-        if not self.__dict__.get("_is_checked"):  # its own __init__
+        if not self.__dict__.get("_is_checked"):  # called by __init__
             object.__setattr__(self, name, value)
             return
         changed = copy.copy(self)
@@ -195,16 +206,17 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         self.options = dict(self.options)
         if self.method not in EDITORS:
             raise UnknownNameError(
-                f"Unknown method {self.method!r} in EditConfig: use one of {EDITORS.names()}, or install the package "
+                f"Unknown method {self.method!r} in EditConfig. Use one of {EDITORS.names()}, or install the package "
                 f"that has it (entry point {EDITORS.group!r})."
             )
         self.editor.check_options(self.options)
-        if isinstance(self, self.editor.options):  # its options are keywords here: they have one place
+        if isinstance(self, self.editor.options):  # built-in options are stored as keywords only
             for name in list(self.options):
                 setattr(self, name, self.options.pop(name))
         if self.covariance == "identity" and not self.editor.takes_identity:
             raise ValueError(
-                f"The editor {self.method!r} needs key statistics: EditConfig.covariance cannot be 'identity'."
+                f"The editor {self.method!r} needs key statistics, but EditConfig.covariance is 'identity'. Set it to "
+                "a source of text."
             )
 
     def _check_proxy(self) -> None:
@@ -218,7 +230,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             is_shared = self.layer.startswith(HUB_LAYER) and self.layer != HUB_LAYER
             if not is_shared and self.layer not in SELECTORS:
                 raise UnknownNameError(
-                    f"Unknown layer {self.layer!r} in EditConfig: use one of {SELECTORS.names()}, 'hub:repo', a number "
+                    f"Unknown layer {self.layer!r} in EditConfig. Use one of {SELECTORS.names()}, 'hub:repo', a number "
                     f"or a list of numbers, or install the package that has it (entry point {SELECTORS.group!r})."
                 )
             if self.target_layer is not None:
@@ -244,75 +256,75 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         """The editor that `method` names.
 
         Raises:
-            ValueError: There is none: the package that has it is not installed.
+            ValueError: The package that has it is not installed.
         """
         return EDITORS.get(self.method)
 
     @property
     def has_editor(self) -> bool:
-        """Whether the package that has the editor is installed, and can be loaded."""
+        """Whether the package that has the editor is installed and can be loaded."""
         return EDITORS.find(self.method) is not None
 
     @property
     def selector(self) -> Selector | None:
-        """The layer selector that `layer` names; None for numbers, and for what is read from the Hub."""
+        """The layer selector that `layer` names; None for numbers and for golden layers from the Hub."""
         if not isinstance(self.layer, str) or self.layer.startswith(HUB_LAYER):
             return None
         return SELECTORS.get(self.layer)
 
     @property
     def is_scored(self) -> bool:
-        """Whether the layer selector gives every layer a score."""
+        """Whether the layer selector returns a score for each layer."""
         return self.selector is not None and self.selector.is_scored
 
     @property
     def fence(self) -> float:
-        """Width of the fence that layer scores must lie within: LGA's Tukey filter, none for other selectors."""
+        """Width of the outlier fence of the layer scores: `tukey_kappa` for LGA, infinity for other selectors."""
         selector = SELECTORS.find(self.layer) if isinstance(self.layer, str) else None
         return self.tukey_kappa if selector is not None and selector.fence else math.inf
 
     @property
     def editor_options(self) -> dict[str, Any]:
-        """The options of the editor, by name, as they are set; None where a default depends on the units in use."""
+        """The values of the editor's options, by name; None for a default that depends on the units in use."""
         if isinstance(self, self.editor.options):
             return {name: getattr(self, name) for name in self.editor.fields}
         return {**vars(self.editor.options()), **self.options} if self.editor.fields else {}
 
     def constant(self, name: str) -> Any:
-        """Return an option of the editor: what is set, or its default by the units in use."""
+        """Return the value of an editor's option, or its default in the units in use."""
         value = self.editor_options[name]
         return default_of(self.editor.fields[name], self.relative_constants) if value is None else value
 
     def resolve(self, problem: Any) -> Any:
-        """Return the options of the editor as its maths reads them, in the units of a problem."""
+        """Return the options of the editor as its maths reads them, with the units of a problem multiplied out."""
         return self.editor.resolve(self.editor_options, self.relative_constants, problem)
 
     def solve(self, problem: Problem) -> LowRankDelta | Tensor:
-        """Return what the editor makes of a problem with the options of this config: factors, or a dense change."""
+        """Return the editor's solution of a problem with the options of this config: factors, or a dense change."""
         problem = replace(problem, options=self.resolve(problem))
         return problem.folded(self.editor.solve(problem))
 
     @property
     def has_units(self) -> bool:
-        """Whether a constant of the editor is measured against the model at hand."""
+        """Whether an option of the editor has a unit that is measured on the model."""
         return any(is_relative(entry) and entry.metadata["unit"] for entry in self.editor.fields.values())
 
     @property
     def target_layers(self) -> list[int]:
-        """The layers that are edited, ascending; empty until the selector has run."""
+        """The layers to edit, ascending; empty until the selector has run."""
         layers = self.target_layer if self.target_layer is not None else self.layer
         if isinstance(layers, str):
             return []
         return [layers] if isinstance(layers, int) else sorted(layers)
 
     def without_sources(self) -> EditConfig:
-        """Return a copy that names no file, dataset or repository, so that its author does not choose what is read.
+        """Return a copy without names of files, datasets or repositories, so that a stranger's config reads none.
 
-        Texts are sampled from the model, layers are compared on the packaged facts, and golden layers that came from
-        the Hub are given by their numbers.
+        The copy samples texts from the model, compares layers on the packaged facts, and has the numbers of golden
+        layers that came from the Hub.
         """
         config = copy.deepcopy(self)
-        values = vars(config)  # as they are, whatever is installed
+        values = vars(config)  # without the checks, which need the editor to be installed
         if self.covariance not in ("sampled", "identity"):
             values["covariance"] = "sampled"
         values["proxy"] = None
@@ -321,7 +333,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as JSON has it."""
+        """Return the config as JSON values."""
         record = asdict(self)
         if isinstance(self.proxy, list):
             record["proxy"] = [request.to_dict() for request in self.proxy]
@@ -331,15 +343,15 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditConfig:
-        """Read what `to_dict` returned.
+        """Read a config from the record that `to_dict` returned.
 
         Raises:
-            ValueError: An option is unknown, or a value means nothing.
+            ValueError: An option is unknown, or its value is invalid.
             UnknownNameError: The package that has the editor or the layer selector is not installed.
         """
         known = [entry.name for entry in fields(cls)]
         if unknown := sorted(set(record) - set(known)):
-            raise ValueError(f"Unknown options {unknown} in EditConfig; it has {known}.")
+            raise ValueError(f"Unknown options {unknown} in EditConfig. Its options are {known}.")
         values = dict(record)
         if values.get("tukey_kappa") == "inf":
             values["tukey_kappa"] = math.inf
@@ -347,12 +359,12 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> EditConfig:
-        """Read a saved config, whose editor or layer selector may be of a package that is not there.
+        """Read a saved config, even if the package of its editor or layer selector is not installed.
 
-        What was saved can be looked at and used. What needs the missing part (`editor`, `selector`) raises.
+        The saved values can be read. Only `editor` and `selector`, and what uses them, raise an error then.
 
         Raises:
-            ValueError: An option is unknown, or a value means nothing.
+            ValueError: An option is unknown, or its value is invalid.
         """
         registries: dict[str, Registry[Any]] = {"method": EDITORS, "layer": SELECTORS}
         missing: dict[str, Any] = {
@@ -372,16 +384,16 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
 
 
 def _plain(value: Any) -> Any:
-    """Return a path as a text and a number of numpy as Python's: what JSON has."""
+    """Return a path as a string and a NumPy number as a Python number, as JSON needs them."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str], otherwise: str | None = None) -> None:
+def _check_choice(name: str, value: str, choices: Sequence[str], alternative: str | None = None) -> None:
     if value not in choices:
-        more = f", or {otherwise}" if otherwise else ""
-        raise ValueError(f"Unknown {name} {value!r} in EditConfig: use one of {list(choices)}{more}.")
+        more = f", or {alternative}" if alternative else ""
+        raise ValueError(f"Unknown {name} {value!r} in EditConfig. Use one of {list(choices)}{more}.")
 
 
 def _check_texts(name: str, value: Any) -> None:
@@ -397,21 +409,39 @@ def _scores(scores: Any) -> list[Any]:
 
 
 def _layer_numbers(layer: Any, name: str = "layer") -> int | list[int]:
-    given = layer.tolist() if hasattr(layer, "tolist") else layer  # an array, or one of its numbers
-    numbers = [_whole(number) for number in (given if isinstance(given, list | tuple | range) else [given])]
-    known = [number for number in numbers if number is not None and number >= 0]
-    if not known or len(known) != len(numbers):
+    plain = layer.tolist() if hasattr(layer, "tolist") else layer  # an array or a tensor
+    numbers = [_whole(number) for number in (plain if isinstance(plain, list | tuple | range) else [plain])]
+    valid = [number for number in numbers if number is not None and number >= 0]
+    if not valid or len(valid) != len(numbers):
         raise ValueError(
-            f"EditConfig.{name} must be a layer's number or a list of them, counted from 0, got {layer!r}."
+            f"EditConfig.{name} must be the number of a layer, counted from 0, or a list of numbers, got {layer!r}."
         )
-    if len(set(known)) != len(known):
-        raise ValueError(f"EditConfig.{name} names a layer twice: {layer!r}.")
-    return known[0] if len(known) == 1 else sorted(known)
+    if len(set(valid)) != len(valid):
+        raise ValueError(f"EditConfig.{name} has a layer twice: {layer!r}. Give each layer once.")
+    return valid[0] if len(valid) == 1 else sorted(valid)
 
 
 def _whole(number: Any) -> int | None:
-    """Return a whole number of any kind, such as numpy's, as Python's; None for all else."""
+    """Return a whole number of any type, such as NumPy's, as an int, and None for anything else."""
     try:
         return None if isinstance(number, bool) else operator.index(number)
     except TypeError:
         return None
+
+
+def __getattr__(name: str) -> Any:
+    """Return what was a constant here, until the next version."""
+    if name in ("METHODS", "TRAINED"):
+        editors = EDITORS.available()
+        values = [editor.name for editor in editors if name == "METHODS" or editor.learns != "values"]
+    elif name in ("LAYER_SELECTORS", "SCORED_SELECTORS"):
+        selectors = SELECTORS.available()
+        values = [selector.name for selector in selectors if name == "LAYER_SELECTORS" or selector.is_scored]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"goldenedit.config.{name} is gone: use goldenedit.editors.EDITORS and goldenedit.layer_selection.SELECTORS.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return tuple(values)

@@ -1,4 +1,4 @@
-"""What every layer selector is and returns: scores, the layers chosen, and what it cost."""
+"""Layer selectors and what they return: scores, the chosen layers, and their cost."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from torch import Tensor
 from goldenedit.cost import Cost
 from goldenedit.registry import Registry
 
-HUB_LAYER = "hub:"  # before the name of a repository with golden layers
+HUB_LAYER = "hub:"  # prefix of the name of a repository with golden layers
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Selector:
-    """A layer selector: its function, and what the rest of the library must know of it.
+    """A layer selector: its function, and what the library must know to call it.
 
     Attributes:
-        name: Its name in `EditConfig.layer`.
-        function: From `(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig)` to the scores of the
-            layers, `(num_layers,)` with NaN where a layer has none; with `is_scored=False` to a list of layers.
-        paper: Where it was published.
-        fence: Whether layers whose scores are outliers are left out (`EditConfig.tukey_kappa`).
-        depends_on: What the scores depend on beside model and facts, by which they are cached: names of fields of
-            EditConfig, `"covariance"` for those of the key statistics, and `"edit"` for all that an edit depends on.
-        is_scored: Whether it gives every layer a score.
-        needs_facts: Whether it looks at facts.
+        name: The value of `EditConfig.layer` that selects it.
+        function: Takes `(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig)` and returns the scores
+            of all layers, `(num_layers,)`, with NaN for layers without a score. With `is_scored=False` it returns a
+            list of layers.
+        paper: Paper and section.
+        fence: Whether layers with outlier scores are never chosen (see `EditConfig.tukey_kappa`).
+        depends_on: What the scores depend on beside model and facts, as part of their cache key. Words are fields of
+            EditConfig, `"covariance"` for the options of the key statistics, or `"edit"` for all options of an edit.
+        is_scored: Whether it returns a score for each layer.
+        needs_facts: Whether it reads facts.
         is_shared: Whether the processes of a launcher share its work.
-        version: Version of its algorithm: scores that another version cached are not used.
+        version: Version of its algorithm. Scores cached by another version are not used.
     """
 
     name: str
@@ -47,14 +48,16 @@ class Selector:
 
     def __post_init__(self) -> None:
         if isinstance(self.depends_on, str):
-            raise TypeError(f"The layer selector {self.name!r} depends on a tuple of words, not {self.depends_on!r}.")
+            raise TypeError(
+                f"depends_on of the layer selector {self.name!r} must be a tuple of words, got {self.depends_on!r}."
+            )
 
 
 SELECTORS: Registry[Selector] = Registry("layer selector", "goldenedit.layer_selection", "goldenedit.layer_selectors")
 
 
 def selector(name: str, **record: Any) -> Callable[[Function], Function]:
-    """Register a function as the layer selector of a name; the other arguments are those of `Selector`.
+    """Register a function as the layer selector `name`. The other keyword arguments are those of `Selector`.
 
     Example:
         ```python
@@ -66,7 +69,7 @@ def selector(name: str, **record: Any) -> Callable[[Function], Function]:
         ```
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: Another layer selector has this name.
     """
 
     def register(function: Function) -> Function:
@@ -78,17 +81,16 @@ def selector(name: str, **record: Any) -> Callable[[Function], Function]:
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """A layer selector's answer.
+    """The result of a layer selector.
 
     Attributes:
-        selector: Its name.
-        scores: Score of each layer, None where it has none; None for selectors without scores.
+        selector: The selector's name.
+        scores: Score of each layer, None for a layer without a score; None for selectors without scores.
         layers: The layers to edit.
-        facts: Number of facts that were looked at.
-        cost: Seconds and floating-point operations that the scores took when they were computed, without key
-            statistics, which are kept for edits too.
-        forward_equivalents: The same operations in plain forwards of the model over the facts, each with its new
-            answer: what a fact costs, in forwards.
+        facts: Number of facts that the selector read.
+        cost: Seconds and floating-point operations of the computation of the scores. Key statistics do not count,
+            because edits need them too.
+        forward_equivalents: Number of plain forwards with the same cost in operations, per fact with its new answer.
     """
 
     selector: str
@@ -99,52 +101,55 @@ class LayerSelection:
     forward_equivalents: float = 0.0
 
     def score_tensor(self) -> Tensor:
-        """Return the scores, `(num_layers,)` float64, NaN where a layer has none."""
+        """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
         return score_tensor(self.scores)
 
     def within_fence(self, kappa: float) -> Tensor:
-        """Return which layers may be chosen: with LGA those within the Tukey filter, else those with a score."""
-        known = SELECTORS.find(self.selector)
-        return tukey_filter(self.score_tensor(), kappa if known is not None and known.fence else math.inf)
+        """Return which layers may be chosen: for LGA those that pass the Tukey filter, else those with a score."""
+        record = SELECTORS.find(self.selector)
+        return tukey_filter(self.score_tensor(), kappa if record is not None and record.fence else math.inf)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the selection as JSON has it."""
+        """Return the selection as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:
-        """Read what `to_dict` returned."""
+        """Read a selection from the record that `to_dict` returned."""
         return cls(**{**record, "cost": Cost(**record["cost"])})
 
 
 def score_tensor(scores: Sequence[float | None] | None) -> Tensor:
-    """Return scores as JSON has them as a float64 tensor, NaN for None."""
+    """Return a list of scores as a float64 tensor, with NaN for None."""
     return torch.tensor([math.nan if score is None else score for score in scores or []], dtype=torch.float64)
 
 
 def tukey_filter(scores: Tensor, kappa: float = 1.0) -> Tensor:
-    """Return which scores lie in `[Q1 - kappa * IQR, Q3 + kappa * IQR]`, with linear quantiles; NaN never does.
+    """Return which scores lie in `[Q1 - kappa * IQR, Q3 + kappa * IQR]`, with linear quantiles. NaN never does.
 
-    Layers with massive activations score far above all others and are never the best to edit: the filter drops them.
+    Layers with massive activations have far higher scores than all others, but are never the best to edit.
 
     Args:
-        kappa: Width of the fence in interquartile ranges; infinity keeps every layer.
+        scores: `(num_layers,)`.
+        kappa: Width of the fence in interquartile ranges. Infinity keeps all layers with a score.
     """
-    known = scores[~scores.isnan()]
     if kappa == float("inf"):
         return ~scores.isnan()
+    known = scores[~scores.isnan()]
     q1, q3 = torch.quantile(known, torch.tensor([0.25, 0.75], dtype=known.dtype))
     fence = kappa * (q3 - q1)
     return (scores >= q1 - fence) & (scores <= q3 + fence)
 
 
 def golden_layer(scores: Tensor, kappa: float = 1.0) -> int:
-    """Return the layer of the largest score that passes the Tukey filter.
+    """Return the layer with the largest finite score that passes the Tukey filter.
 
     Raises:
-        ValueError: No score does: there is none, or none is finite.
+        ValueError: There is no such score.
     """
-    passed = tukey_filter(scores, kappa) & scores.isfinite()
-    if not passed.any():
-        raise ValueError("No layer has a finite score: load the model in float32 or bfloat16, or name the layer.")
-    return int(scores.masked_fill(~passed, -torch.inf).argmax())
+    is_eligible = tukey_filter(scores, kappa) & scores.isfinite()
+    if not is_eligible.any():
+        raise ValueError(
+            "No layer has a finite score. Load the model in float32 or bfloat16, or set EditConfig.layer to a number."
+        )
+    return int(scores.masked_fill(~is_eligible, -torch.inf).argmax())

@@ -1,4 +1,4 @@
-"""Figures, drawn by matplotlib without a screen."""
+"""Figures with matplotlib, which need no screen."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from goldenedit.layer_scores import LayerSelection
 
 
 def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:
-    """Save bar charts of the scores of layer selectors, one below the other; the layers chosen are gold.
+    """Save bar charts of the scores of layer selectors, one below the other. Chosen layers are gold.
 
     Args:
-        kappa: Width of LGA's fence; layers outside it are grey and cut off.
+        selections: Layer selections. Those without scores are skipped.
+        path: The file to save.
+        title: Title of the figure.
+        kappa: Width of LGA's outlier fence. Layers outside it are gray, and their bars are cut off.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    shown = [selection for selection in selections if selection.scores is not None]
-    figure = _figure(8, 1 + 2.2 * max(len(shown), 1))
+    scored = [selection for selection in selections if selection.scores is not None]
+    figure = _figure(8, 1 + 2.2 * max(len(scored), 1))
     figure.suptitle(title)
-    rows = figure.subplots(max(len(shown), 1), squeeze=False)[:, 0]
-    for axes, selection in zip(rows, shown, strict=False):
-        scores, passed = selection.score_tensor(), selection.within_fence(kappa)
-        colors = ["tab:blue" if inside else "lightgrey" for inside in passed.tolist()]
+    rows = figure.subplots(max(len(scored), 1), squeeze=False)[:, 0]
+    for axes, selection in zip(rows, scored, strict=False):
+        scores, is_inside = selection.score_tensor(), selection.within_fence(kappa)
+        colors = ["tab:blue" if inside else "lightgrey" for inside in is_inside.tolist()]
         for layer in selection.layers:
             colors[layer] = "goldenrod"
         axes.bar(range(len(scores)), scores.nan_to_num(0.0).tolist(), color=colors)
-        kept = scores[passed]
-        low, high = min(0.0, 1.1 * kept.min().item()), max(0.0, 1.1 * kept.max().item())
+        inside_scores = scores[is_inside]
+        low, high = min(0.0, 1.1 * inside_scores.min().item()), max(0.0, 1.1 * inside_scores.max().item())
         axes.set_ylim(low, high if high > low else 1.0)
         axes.set(xlabel="layer", ylabel=selection.selector)
     figure.savefig(path, dpi=150)
 
 
 def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
-    """Save S of a benchmark's edits as a heat map: a row for each dataset and editor, a column for each layer.
+    """Save S of a benchmark's edits as a heat map, with a row for each dataset and editor and a column for each layer.
 
-    The best layer of each row has a star, the golden layer of the proxy facts a ring.
+    A star marks the best layer of each row, and a ring the golden layer of the proxy facts.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -62,7 +65,7 @@ def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
-    """Save each selector's scores against S by brute force, a point for each layer, a color for each dataset.
+    """Save scatter plots of selectors' scores against S by brute force: one point per layer, one color per dataset.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -70,7 +73,9 @@ def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
     method = summary["curves"][0]["method"]
     curves = [curve for curve in summary["curves"] if curve["method"] == method]
     scored = [
-        one for one in summary["selections"] if one["scores"] is not None and one["proxy"] == curves[0]["dataset"]
+        selection
+        for selection in summary["selections"]
+        if selection["scores"] is not None and selection["proxy"] == curves[0]["dataset"]
     ]
     figure = _figure(12, 3 * ((len(scored) + 3) // 4))
     panels = figure.subplots((len(scored) + 3) // 4, 4, squeeze=False).flatten()
@@ -94,5 +99,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Figures need matplotlib: pip install 'goldenedit[plot]'.") from error
+        raise ModuleNotFoundError(
+            "Figures need matplotlib, which is not installed. Run pip install 'goldenedit[plot]'."
+        ) from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""Named parts that other packages may add to: editors and layer selectors, found by entry points."""
+"""Registries of editors and layer selectors, which other packages extend by entry points."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class Named(Protocol):
-    """What a registry holds."""
+    """A record of a registry."""
 
     @property
     def name(self) -> str:
-        """The name that users give in a config."""
+        """The name that selects the record in a config."""
 
 
 Record = TypeVar("Record", bound=Named)
 
 
 class Registry(Generic[Record]):
-    """Records by name: those of this package's own modules, and those that installed packages declare.
+    """Records by name, from the modules of this package and from installed packages.
 
-    Nothing is imported before a name is asked for. A module adds its records when it is imported; an entry point names
-    such a module (`my_package.my_editor`) or something in it, and its own name is that of a record.
+    Nothing is imported until a name is looked up. A module adds its records when it is imported. The name of an entry
+    point is the name of a record, and its value is the module (`my_package.my_editor`) or an object in it.
 
     Args:
-        kind: What a record is, for messages: `"editor"`.
-        package: The package whose modules hold the built-in records.
+        kind: The kind of record in messages, such as `"editor"`.
+        package: The package whose modules add the built-in records.
         group: The group of entry points.
     """
 
@@ -48,7 +48,7 @@ class Registry(Generic[Record]):
         """Add a record.
 
         Raises:
-            ValueError: The name is taken by another one, or not plain.
+            ValueError: Another record has this name, or the name has characters that are not allowed.
         """
         name = record.name
         if (
@@ -56,20 +56,20 @@ class Registry(Generic[Record]):
             or name != name.strip().lower()
             or any(character.isspace() or character in ":,/" for character in name)
         ):
-            raise ValueError(f"{name!r} cannot name {self._a_kind}: use lowercase letters, digits, '-', '_' and '.'.")
-        there = self._records.get(name)
-        if there is not None and _origin(there) != _origin(record):
+            raise ValueError(f"{name!r} cannot name {self._a_kind}. Use lowercase letters, digits, '-', '_' and '.'.")
+        existing = self._records.get(name)
+        if existing is not None and _origin(existing) != _origin(record):
             raise ValueError(
-                f"There is {self._a_kind} {name!r} already, from {_origin(there)}: choose another name than "
-                f"{_origin(record)} does."
+                f"The {self.kind} {name!r} already exists in {_origin(existing)}. Use another name in "
+                f"{_origin(record)}."
             )
         self._records[name] = record
 
     def get(self, name: str) -> Record:
-        """Return the record of a name; an installed package that has it is imported now.
+        """Return the record of a name. If an installed package declares it, its module is imported first.
 
         Raises:
-            UnknownNameError: There is none.
+            UnknownNameError: No record has this name.
             ValueError: The package that declares it cannot be imported, or does not add it.
         """
         self._load_builtin()
@@ -81,31 +81,32 @@ class Registry(Generic[Record]):
                 )
             try:
                 entry.load()
-            except Exception as error:  # whatever a stranger's module raises, the name of the package says whom to ask
+            except Exception as error:  # whatever the module raises, the message must name its package
                 raise ValueError(
-                    f"The {self.kind} {name!r} of {entry.value} cannot be loaded ({type(error).__name__}: {error})."
+                    f"The {self.kind} {name!r} of {entry.value} cannot be loaded ({type(error).__name__}: {error}). "
+                    "Update or uninstall its package."
                 ) from error
             if name not in self._records:
                 raise ValueError(
-                    f"{entry.value} declares the {self.kind} {name!r} as an entry point, but does not add it: its "
-                    f"decorator must have the same name."
+                    f"{entry.value} declares the {self.kind} {name!r} as an entry point, but does not add it. Its "
+                    "decorator must have the same name."
                 )
         if name not in self._records:
             raise UnknownNameError(
-                f"Unknown {self.kind} {name!r}: use one of {self.names()}, or install the package that has it "
+                f"Unknown {self.kind} {name!r}. Use one of {self.names()}, or install the package that has it "
                 f"(entry point {self.group!r})."
             )
         return self._records[name]
 
     def find(self, name: str) -> Record | None:
-        """Return the record of a name, None where no package has it or the one that has it cannot be loaded."""
+        """Return the record of a name, or None if no package has it or its package cannot be loaded."""
         try:
             return self.get(name)
         except ValueError:
             return None
 
     def available(self) -> list[Record]:
-        """Return all records, in the order of their names; a warning tells of those that cannot be loaded."""
+        """Return all records in the order of `names`. Those that cannot be loaded are logged as warnings."""
         records = []
         for name in self.names():
             try:
@@ -115,13 +116,13 @@ class Registry(Generic[Record]):
         return records
 
     def names(self) -> list[str]:
-        """Return all names, those of the built-in records first, in the order of their modules."""
+        """Return all names: first those of the built-in records in the order of their modules, then all others."""
         self._load_builtin()
         return list(dict.fromkeys([*self._records, *sorted(self._declared())]))
 
     def __contains__(self, name: object) -> bool:
         self._load_builtin()
-        return name in self._records or name in self._declared()  # looking through all packages takes a while
+        return name in self._records or name in self._declared()  # last, because searching all packages is slow
 
     @property
     def _a_kind(self) -> str:
@@ -135,7 +136,7 @@ class Registry(Generic[Record]):
             self._is_loaded = True
 
     def _declared(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
-        """Return the entry points by name; a package that is found twice declares the same."""
+        """Return the entry points by name. A package that is listed twice declares the same value twice."""
         declared: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
         for entry in importlib.metadata.entry_points(group=self.group):
             declared.setdefault(entry.name, {}).setdefault(entry.value, entry)
@@ -143,15 +144,15 @@ class Registry(Generic[Record]):
 
 
 def is_plain(name: str) -> bool:
-    """Tell whether a text can name an editor or a layer selector."""
+    """Return whether a text can name an editor or a layer selector."""
     return _NAME.fullmatch(name) is not None
 
 
 class UnknownNameError(ValueError):
-    """No built-in part and no installed package has this name."""
+    """No built-in record and no installed package has this name."""
 
 
 def _origin(record: Named) -> str:
-    """Return where a record was defined, so that a module may be imported anew."""
+    """Return the place where a record is defined. A module may be imported again and define it once more."""
     function = getattr(record, "function", record)
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"

@@ -211,12 +211,12 @@ def test_what_cannot_be_done_to_experts_is_refused_with_the_way_out(options, tok
 def test_a_second_moment_of_wide_experts_is_refused_with_the_way_out(tokenizer, monkeypatch):
     monkeypatch.setattr(statistics, "_WIDEST_EXPERTS", EXPERTS * MLP_WIDTH - 1)
     model = edited(tokenizer, covariance="sampled")
-    with pytest.raises(ValueError, match=r"256 wide together.*covariance='identity'"):
+    with pytest.raises(ValueError, match=r"256 dimensions together.*covariance='identity'"):
         model.edit(FACTS[0])
     model.edit_config.target_layer = None  # and before a layer is chosen, where all layers are such
     with (
         mock.patch.object(model.get_base_model(), "forward", side_effect=AssertionError("ran")),
-        pytest.raises(ValueError, match="256 wide together"),
+        pytest.raises(ValueError, match="256 dimensions together"),
     ):
         model.select_layer()
     model.edit_config.target_layer = 1

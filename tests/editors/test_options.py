@@ -66,9 +66,9 @@ def test_defaults_are_told_apart():
         ("ridge", 0.0, "a number above 0.0"),
         ("ridge", "1", "a number"),
         ("share", -1e-9, "a number of at least 0.0"),
-        ("spare", 1, "like its default, True"),
-        ("spare", None, "like its default, True"),
-        ("kind", 1, "like its default, 'plain'"),
+        ("spare", 1, "of the type of its default True"),
+        ("spare", None, "of the type of its default True"),
+        ("kind", 1, "of the type of its default 'plain'"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(name, value, wanted):
@@ -88,7 +88,7 @@ def function(problem):
 def test_an_editor_refuses_what_its_options_do_not_have_or_take():
     record = Editor("mine", function, options=Options)
     record.check_options({"count": 4})
-    with pytest.raises(ValueError, match=r"editor 'mine' has no option 'cuont'; its options are .*'count'"):
+    with pytest.raises(ValueError, match=r"editor 'mine' has no option 'cuont'\. Its options are .*'count'"):
         record.check_options({"cuont": 4})
     with pytest.raises(ValueError, match=r"EditConfig\(method='mine'\)\.options\.count must be a whole number"):
         record.check_options({"count": 0})
@@ -106,18 +106,20 @@ def test_what_options_themselves_refuse_is_told_with_the_editor():
 
     record = Editor("mine", function, options=Ordered)
     record.check_options({"low": 0.5})
-    with pytest.raises(ValueError, match="editor 'mine' are refused: low is above high"):
+    with pytest.raises(ValueError, match=r"editor 'mine' refuses the options .*: low is above high"):
         record.check_options({"low": 2.0})
 
 
 def test_an_editor_that_trains_must_have_the_options_of_training():
-    with pytest.raises(ValueError, match="'mine' trains: its options must extend TrainingOptions"):
+    with pytest.raises(ValueError, match="'mine', which trains, must extend TrainingOptions"):
         Editor("mine", function, options=Options, learns="training")
     assert Editor("mine", function, options=TrainingOptions, learns="training").fields["finetune_steps"].default == 25
 
 
 def test_an_editor_cannot_read_what_there_is_not():
-    with pytest.raises(ValueError, match=r"'mine' reads \['moon'\], which is none of .*'covariance'"):
+    with pytest.raises(
+        ValueError, match=r"reads of the editor 'mine' must be .*'covariance'.* got \('covariance', 'moon'\)"
+    ):
         Editor("mine", function, reads=("covariance", "moon"))
 
 

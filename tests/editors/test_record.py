@@ -47,10 +47,10 @@ def test_what_is_no_change_is_refused_by_the_name_of_the_editor():
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ({"reads": "covariance"}, r"reads .* tuple .* not 'covariance'"),
-        ({"reads": ("statistics",)}, r"reads .* not \('statistics',\)"),
-        ({"vectors": ("mlp", "norm")}, r"vectors .* not \('mlp', 'norm'\)"),
-        ({"learns": "value"}, r"learns from one of .* not 'value'"),
+        ({"reads": "covariance"}, r"reads .* tuple .* got 'covariance'"),
+        ({"reads": ("statistics",)}, r"reads .* got \('statistics',\)"),
+        ({"vectors": ("mlp", "norm")}, r"vectors .* got \('mlp', 'norm'\)"),
+        ({"learns": "value"}, r"learns .* must be one of .* got 'value'"),
         ({"learns": "training", "options": Options}, "must extend TrainingOptions"),
         ({"options": dict}, "a dataclass whose fields all have defaults"),
         ({"options": Incomplete}, "a dataclass whose fields all have defaults"),
@@ -81,5 +81,5 @@ def test_options_of_a_bare_problem_are_plain_numbers():
     ids=["solve", "spectrum", "eigenvalue", "trace"],
 )
 def test_statistics_that_an_editor_does_not_declare_are_refused(use):
-    with pytest.raises(ValueError, match="add 'covariance' to reads="):
+    with pytest.raises(ValueError, match="Add 'covariance' to reads="):
         use(problem(statistics=UnreadStatistics()))

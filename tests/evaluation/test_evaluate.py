@@ -79,7 +79,7 @@ def test_an_answer_is_found_in_what_the_model_writes_by_itself(tokenizer):
     said = tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix(prompt).split()[0]
     requests = [replace(FACTS[0], target_new=said), FACTS[1]]
     seen = observe(LanguageModel(model, tokenizer), requests, generation=True)
-    assert seen.written[prompt].strip().startswith(said)
+    assert seen.texts[prompt].strip().startswith(said)
     assert measure(requests, seen, seen)["generation"].scores.rewrite == 0.5
 
 

@@ -179,7 +179,7 @@ def test_a_layer_where_an_editor_fails_is_left_out_and_told(model, store, monkey
 
     fail_at(1)
     assert sorted(run(model, store)) == [("r-rome", 0), ("r-rome", 2)]
-    assert "Layer 1 is left out for r-rome: there is no null space" in caplog.text
+    assert "Layer 1 is skipped for r-rome: there is no null space" in caplog.text
     fail_at(0, 1, 2)
     with pytest.raises(ValueError, match="null space"):
         run(model, store, config=replace(CONFIG, steps=3))

@@ -96,5 +96,5 @@ def test_the_same_seed_gives_the_same_scores_and_no_hook_is_left(tokenizer):
 
 def test_no_facts_raise(tokenizer):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="at least one fact"):
+    with pytest.raises(ValueError, match="got no facts"):
         causal_tracing_scores(LanguageModel(model, tokenizer), [])

@@ -15,16 +15,10 @@ from goldenedit.editing.keys import subject_keys
 from goldenedit.editors import FactKeys, KeyStatistics, TrainingOptions, editor
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import key_response_scores
-from goldenedit.layer_selection.key_response import (
-    MARGIN,
-    OVERSHOOT,
-    PROPERTIES,
-    Response,
-    detector,
-    other_prompts,
-    respond,
-    score_of,
-)
+from goldenedit.layer_selection.detectors import detector
+from goldenedit.layer_selection.key_response import score_of
+from goldenedit.layer_selection.prompts import PROPERTIES, other_prompts
+from goldenedit.layer_selection.response import MARGIN, OVERSHOOT, Response, respond
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import encode
@@ -199,7 +193,7 @@ def test_what_facts_lack_is_what_the_model_says(tokenizer):
 def test_facts_that_say_nothing_are_refused(tokenizer):
     chat = ChatText(FACT.text, subject_start=0, context_start=0)
     alone = replace(FACT, prompt=chat, paraphrases=(), neighborhood=())
-    with pytest.raises(ValueError, match="needs facts with neighbors or locality"):
+    with pytest.raises(ValueError, match="No proxy fact has neighbors or locality"):
         scores(tiny_model("llama"), tokenizer, [alone])
 
 
@@ -244,7 +238,7 @@ def test_a_fact_whose_new_answer_the_model_gives_already_is_passed_by(tokenizer)
     torch.testing.assert_close(
         scores(model, tokenizer, [there, FACT]), scores(model, tokenizer, [FACT]), equal_nan=True
     )
-    with pytest.raises(ValueError, match="whose new answer is not what the model says"):
+    with pytest.raises(ValueError, match="the model gives the new answers already"):
         scores(model, tokenizer, [there])
 
 

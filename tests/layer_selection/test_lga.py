@@ -128,13 +128,13 @@ def test_facts_without_an_old_answer_are_scored_against_the_greedy_one(tokenizer
 def test_a_model_without_an_answer_asks_for_the_old_one(tokenizer):
     model = tiny_model("llama")
     model.lm_head.weight.data.zero_()  # all logits equal: the greedy token is the first, a special one
-    with pytest.raises(ValueError, match=r"no answer to 'The Eiffel Tower .*give the fact a target_true"):
+    with pytest.raises(ValueError, match=r"no answer to 'The Eiffel Tower .*Set target_true"):
         greedy_answer(LanguageModel(model, tokenizer), FACTS[0].text)
 
 
 def test_no_facts_raise(tokenizer):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="at least one fact"):
+    with pytest.raises(ValueError, match="got no facts"):
         lga_scores(LanguageModel(model, tokenizer), [])
 
 

@@ -150,10 +150,10 @@ def test_contexts_stand_before_the_words_of_the_message(chat):
 @pytest.mark.parametrize(
     ("template", "messages", "error"),
     [
-        (None, [QUESTION], "no chat template .* set tokenizer.chat_template"),
+        (None, [QUESTION], "no chat template.* Set tokenizer.chat_template"),
         (TEMPLATE, [{**QUESTION, "role": "tool"}], "refuses messages of .'tool'.: no tools here"),
-        (TEMPLATE.replace("trim", "upper"), [QUESTION], "does not leave the message .* prompt="),
-        ("{{ messages[0]['role'] }}", [QUESTION], "does not leave the message"),
+        (TEMPLATE.replace("trim", "upper"), [QUESTION], "changes the message .* prompt="),
+        ("{{ messages[0]['role'] }}", [QUESTION], "changes the message"),
     ],
 )
 def test_a_chat_that_cannot_be_rendered_changes_nothing(model, chat, template, messages, error):

@@ -80,7 +80,7 @@ def test_texts_are_cut_where_the_model_s_context_ends(tokenizer):
 
 def test_no_text_raises(tokenizer):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="text for key statistics has no tokens"):
         second_moments(LanguageModel(model, tokenizer), ["", "I"], [0], MANY)
 
 

@@ -62,7 +62,7 @@ def fact(request, kind):
 @pytest.mark.parametrize(("kind", "name"), MELTING)
 def test_an_answer_that_cannot_be_told_from_its_prompt_raises(kind, name):
     prompt, _, answer, _ = FACTS[name]
-    with pytest.raises(ValueError, match=r"melts into one token .* end the prompt at another place"):
+    with pytest.raises(ValueError, match=r"merges the start of the answer .* End the prompt at a token boundary"):
         encode(zoo_tokenizer(kind), prompt, answer)
 
 

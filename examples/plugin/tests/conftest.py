@@ -1,4 +1,4 @@
-"""A model and a tokenizer small enough to be made for each test: nothing is downloaded."""
+"""A model and a tokenizer that are small enough to be built for each test: nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Is the golden layer near the best one? Brute force on test facts, and every selector measured by it.
+"""How close is the golden layer to the best layer? All selectors are compared with brute force on test facts.
 
-For each model, dataset and editor, test facts are edited at every layer. A selector's *regret* is what its layer loses
-against the best one, `1 - S(chosen) / S(best)`. Editors of batches insert test facts as batches. Selectors see proxy
-facts alone: the packaged set, of which some are edited at every layer too, and, for LGA and `auto`, others of the
-dataset.
+For each model, dataset and editor, test facts are edited at every layer. The *regret* of a selector is the loss of its
+layer against the best one, `1 - S(chosen) / S(best)`. Editors that are made for batches insert test facts as batches.
+Selectors see only proxy facts: those of the packaged set, some of which are also edited at every layer, and, for LGA
+and `auto`, other facts of the dataset.
 
-All of it is in JSON: cells as they come, so that a run that was stopped goes on, and a summary for each model.
+The results are JSON files: cells, which are stored at once so that an interrupted run continues, and a summary for each
+model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from goldenedit.config import LGA_LOSSES, EditConfig
 from goldenedit.cost import Cost
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, sweep
-from goldenedit.layer_selection.brute_force import Cell, is_comparable, tells_locality
+from goldenedit.layer_selection.brute_force import is_comparable, tells_locality
+from goldenedit.layer_selection.cells import Cell
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.flops import forward_flops
@@ -32,27 +34,28 @@ from goldenedit.parallel import processes_of
 from goldenedit.requests import EditRequest, load_requests, proxy_facts
 
 PACKAGED = "packaged"
-_OWN = {"method", "layer", "layer_pattern", "pattern_layers", "proxy", "lga_loss", "tukey_kappa"}
-_BLOCK = 64  # facts that are looked at in one go
+_CHOSEN_BY_BENCHMARK = {"method", "layer", "layer_pattern", "pattern_layers", "proxy", "lga_loss", "tukey_kappa"}
+_BLOCK = 64  # facts that are measured together
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """The setting of a benchmark.
 
     Attributes:
-        datasets: Names and sources of the test facts: files, or datasets of the Hub.
+        datasets: Sources of the test facts by name: files, or datasets of the Hub.
         methods: Editors.
-        test: Test facts of each dataset, from its front.
-        proxy: Facts of the packaged set that brute force looks for the golden layer on.
-        dataset_proxy: Facts of each dataset, from its end, that LGA and `auto` see.
-        traced: Facts of the packaged set that causal tracing sees.
-        chunk: Facts of a cell; values are optimized side by side in it.
-        neighbors: Neighborhood prompts of each fact.
+        test: Number of test facts of each dataset, from its start.
+        proxy: Number of packaged facts that brute force edits to find the golden layer.
+        dataset_proxy: Number of proxy facts of each dataset, from its end, for LGA and `auto`.
+        traced: Number of packaged facts for causal tracing.
+        chunk: Facts per cell. Their values are optimized in one batch.
+        neighbors: Number of neighborhood prompts of each fact.
         options: Further options of `EditConfig`.
 
     Raises:
-        ValueError: A number is too small, a name is taken, or an option is unknown or not open here.
+        ValueError: A number is too small, a dataset has the reserved name, or an option is unknown or set by the
+            benchmark itself.
     """
 
     datasets: Mapping[str, str]
@@ -67,11 +70,11 @@ class Setting:
 
     def __post_init__(self) -> None:
         if min(self.test, self.proxy, self.chunk, self.traced) < 1:
-            raise ValueError("The benchmark needs at least one fact of each kind: raise test, proxy, chunk and traced.")
+            raise ValueError("The benchmark needs at least one fact of each kind. Raise test, proxy, chunk and traced.")
         if PACKAGED in self.datasets:
-            raise ValueError(f"{PACKAGED!r} is the packaged proxy set: call the dataset otherwise.")
-        if taken := sorted(_OWN & set(self.options)):
-            raise ValueError(f"The benchmark chooses {taken} itself: leave them out.")
+            raise ValueError(f"{PACKAGED!r} is the name of the packaged proxy set. Give the dataset another name.")
+        if reserved := sorted(_CHOSEN_BY_BENCHMARK & set(self.options)):
+            raise ValueError(f"The benchmark sets the options {reserved} itself. Remove them.")
         for method in self.methods:
             self.config(method)
 
@@ -82,7 +85,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Curve:
-    """Brute force of one editor on the facts of one dataset: what became of each fact at each layer, and the cost."""
+    """Brute force of one editor on the facts of one dataset: the outcomes of all facts by layer, and the cost."""
 
     outcomes: dict[int, list[Outcome]]
     cost: Cost
@@ -96,13 +99,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that was found on one model.
+    """All results on one model.
 
     Attributes:
         model: Its name in the report.
         num_layers: Number of its decoder layers.
-        curves: By dataset and editor; the packaged proxy facts are the dataset `PACKAGED`.
-        selections: By the dataset whose proxy facts were seen, and the selector's name.
+        curves: By dataset and editor. The packaged proxy facts are the dataset `PACKAGED`.
+        selections: By the dataset of the proxy facts, and the selector's name.
     """
 
     model: str
@@ -117,12 +120,16 @@ def measure_model(
     setting: Setting,
     output: Path,
 ) -> Measurement:
-    """Run the benchmark on one model, in this process or in all that have it, and return all that was found.
+    """Run the benchmark on one model, in this process or in all that hold the model.
 
     Args:
         model: The model, without edits.
-        name: What the model is called in the report.
+        name: Name of the model in the report.
+        setting: Datasets, editors and numbers of facts.
         output: Folder of the cells.
+
+    Raises:
+        ValueError: No fact of a dataset can be used, or a dataset mixes two kinds of facts.
     """
     splits = {PACKAGED: usable_facts(model, proxy_facts(), setting.proxy)}
     proxies: dict[str, list[EditRequest]] = {}
@@ -136,24 +143,24 @@ def measure_model(
     for dataset, facts in splits.items():
         if not facts:
             raise ValueError(
-                f"No fact of {dataset!r} can be used: they need locality, or paraphrases and neighbors with an old "
-                "answer that the model prefers."
+                f"No fact of {dataset!r} can be used. Facts need locality, or paraphrases, neighbors and an old answer "
+                "that the model prefers."
             )
         if len({is_comparable(fact) for fact in facts}) > 1:
             raise ValueError(
-                f"Facts of {dataset!r} are of two kinds, with neighbors and with locality: make two datasets of them."
+                f"Facts of {dataset!r} are of two kinds, with neighbors and with locality. Make two datasets of them."
             )
     curves = _sweep_all(model, name, setting, splits, output)
     return Measurement(name, model.architecture.num_layers, curves, _select_all(model, setting, proxies))
 
 
 def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
-    """Return the first `count` facts that scores say something of, each prompt once.
+    """Return the first `count` facts that can be scored, each prompt once.
 
-    They can be tokenized and have prompts whose answers must stay; where new and old answer are compared on neighbors,
-    the model prefers the old one (`known_facts`).
+    Such facts can be tokenized and have prompts whose answers must stay. If new and old answer are compared on
+    neighbors, the model must prefer the old one (see `known_facts`).
     """
-    found: list[EditRequest] = []
+    usable: list[EditRequest] = []
     seen: set[tuple[str, str]] = set()
     for start in range(0, len(requests), _BLOCK):
         fitting = []
@@ -164,13 +171,14 @@ def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) 
             seen.add(prompt)
         compared = [request for request in fitting if is_comparable(request)]
         known = {id(compared[index]) for index in known_facts(model.lm, compared)}
-        found += [request for request in fitting if not is_comparable(request) or id(request) in known]
-        if len(found) >= count:
+        usable += [request for request in fitting if not is_comparable(request) or id(request) in known]
+        if len(usable) >= count:
             break
-    return found[:count]
+    return usable[:count]
 
 
 def _fits(model: EditModel, request: EditRequest) -> bool:
+    """Return whether all prompts of a fact can be tokenized with their answers."""
     longest = context_length(model.get_base_model().config)
     answers = [answer for answer in (request.target_new, request.target_true) if answer is not None]
     pairs = [
@@ -195,7 +203,7 @@ def _sweep_all(
     splits: Mapping[str, Sequence[EditRequest]],
     output: Path,
 ) -> dict[tuple[str, str], Curve]:
-    """Edit the facts of every split at every layer; cells that are in the folder are taken from there."""
+    """Edit the facts of every split at every layer. Cells that are stored in the folder are reused."""
     base, config = model.get_base_model(), setting.config(setting.methods[0])
     store = CellStore(output / f"cells-{processes_of(base).index}.jsonl", output.glob("cells-*.jsonl"))
     layers = sorted(model.architecture.down_projections)
@@ -205,18 +213,18 @@ def _sweep_all(
         cells: list[Cell] = []
         for start in range(0, len(facts), setting.chunk):
             about = {"model": name, "dataset": dataset, "facts": f"{start} to {start + setting.chunk}"}
-            options = SweepOptions(setting.methods, layers, True, setting.neighbors, about)
-            found = sweep(model.lm, facts[start : start + setting.chunk], config, store, options)
-            cells += found.values()
+            options = SweepOptions(setting.methods, layers, in_batches=True, neighbors=setting.neighbors, about=about)
+            cells += sweep(model.lm, facts[start : start + setting.chunk], config, store, options).values()
         for method in setting.methods:
-            own = [cell for cell in cells if cell.method == method]
+            of_method = [cell for cell in cells if cell.method == method]
             outcomes = {
-                layer: [outcome for cell in own if cell.layer == layer for outcome in cell.outcomes] for layer in layers
+                layer: [outcome for cell in of_method if cell.layer == layer for outcome in cell.outcomes]
+                for layer in layers
             }
             outcomes = {layer: of_facts for layer, of_facts in outcomes.items() if len(of_facts) == len(facts)}
             if not outcomes:
                 continue
-            cost = sum((cell.cost for cell in own), Cost())
+            cost = sum((cell.cost for cell in of_method), Cost())
             curves[dataset, method] = Curve(outcomes, cost, cost.flops / plain)
     return curves
 
@@ -224,16 +232,16 @@ def _sweep_all(
 def _select_all(
     model: EditModel, setting: Setting, proxies: Mapping[str, list[EditRequest]]
 ) -> dict[tuple[str, str], LayerSelection]:
-    """Run every selector on the packaged proxy facts, LGA and `auto` on those of the datasets too.
+    """Run all selectors on the packaged proxy facts, and LGA and `auto` also on the proxy facts of each dataset.
 
-    Those that depend on the editor are run for the first one.
+    Selectors that depend on the editor run for the first one.
     """
-    found: dict[tuple[str, str], LayerSelection] = {}
+    selections: dict[tuple[str, str], LayerSelection] = {}
 
     def run(dataset: str, name: str, architecture: Architecture, **options: Any) -> None:
         config = replace(setting.config(setting.methods[0]), **options)
         lm = LanguageModel(model.lm.model, model.tokenizer, architecture, model.lm.weights)
-        found[dataset, name] = find_layers(lm, config)
+        selections[dataset, name] = find_layers(lm, config)
 
     whole = model.architecture
     down = replace(whole, mlp_linears={layer: (path,) for layer, path in whole.down_projections.items()})
@@ -249,7 +257,7 @@ def _select_all(
     run(PACKAGED, "selectivity", whole, layer="selectivity")
     run(PACKAGED, "causal_tracing", whole, layer="causal_tracing", proxy_size=setting.traced)
     layers = sorted(whole.down_projections)
-    found[PACKAGED, "middle"] = LayerSelection("middle", None, [layers[len(layers) // 2]])
-    with suppress(ValueError):  # nothing is published for most models
+    selections[PACKAGED, "middle"] = LayerSelection("middle", None, [layers[len(layers) // 2]])
+    with suppress(ValueError):  # no layer is published for most models
         run(PACKAGED, "published", whole, layer="published")
-    return found
+    return selections

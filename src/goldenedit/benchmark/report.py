@@ -1,4 +1,4 @@
-"""From a measurement of golden layers to figures that can be read: a summary in JSON, and a report in Markdown."""
+"""Reports of golden-layer measurements: a summary in JSON, and a report in Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Summary = dict[str, Any]
 
 
 def summarize(measurement: Measurement) -> Summary:
-    """Return scores by layer, per-sample optimum, and every selector's regret and rank correlation, for JSON."""
+    """Return scores by layer, the optimum per sample, and selectors' regret and rank correlation, as JSON values."""
     tested = {key: curve for key, curve in measurement.curves.items() if key[0] != PACKAGED}
     methods = list(dict.fromkeys(method for _, method in tested))
     golden = {
@@ -34,12 +34,16 @@ def summarize(measurement: Measurement) -> Summary:
     ]
     for method in golden:
         curve = measurement.curves[PACKAGED, method]
-        known = [golden[method].get(layer) for layer in range(measurement.num_layers)]
         brute = LayerSelection(
-            "sweep", known, [_best(golden[method])], curve.facts, curve.cost, curve.forward_equivalents
+            selector="sweep",
+            scores=[golden[method].get(layer) for layer in range(measurement.num_layers)],
+            layers=[_best(golden[method])],
+            facts=curve.facts,
+            cost=curve.cost,
+            forward_equivalents=curve.forward_equivalents,
         )
-        own = {key: one for key, one in tested.items() if key[1] == method}
-        selections.append(_selection(PACKAGED, brute, f"brute force of {method}", own, draws))
+        of_method = {key: curve for key, curve in tested.items() if key[1] == method}
+        selections.append(_selection(PACKAGED, brute, f"brute force of {method}", of_method, draws))
     return {
         "model": measurement.model,
         "num_layers": measurement.num_layers,
@@ -54,7 +58,7 @@ def summarize(measurement: Measurement) -> Summary:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, ties sharing their mean rank; None where a side does not vary.
+    """Return Spearman's rank correlation, with mean ranks for ties; None if one side is constant.
 
     Example:
         ```python
@@ -84,9 +88,9 @@ def _best(scores: Mapping[int, float]) -> int:
 
 
 def _interval(facts: int, statistic: Callable[[list[int]], float]) -> Interval:
-    """Return the 95% bootstrap interval of a statistic of facts, given by their indices."""
-    draw = random.Random(0)
-    return quantile_interval([statistic(draw.choices(range(facts), k=facts)) for _ in range(_RESAMPLES)])
+    """Return the 95% bootstrap interval of a statistic, which takes the indices of facts."""
+    generator = random.Random(0)
+    return quantile_interval([statistic(generator.choices(range(facts), k=facts)) for _ in range(_RESAMPLES)])
 
 
 def _score_at(outcomes: Sequence[Outcome]) -> Callable[[list[int]], float]:
@@ -94,14 +98,17 @@ def _score_at(outcomes: Sequence[Outcome]) -> Callable[[list[int]], float]:
 
 
 def _curve(dataset: str, method: str, curve: Curve, golden: int | None) -> Summary:
-    """Return the scores by layer, the best layer for each fact, and those of the golden layer of the proxy facts."""
+    """Return scores by layer, with the best layer for each fact and the golden layer of the proxy facts."""
     scores = _layer_scores(curve)
-    own_best = [
+    best_outcomes = [
         max(curve.outcomes.values(), key=lambda outcomes, fact=fact: outcomes[fact].score)[fact]  # type: ignore[misc]
         for fact in range(curve.facts)
     ]
-    matched = {layer: token_match_scores([one.matches for one in found]) for layer, found in curve.outcomes.items()}
-    found: Summary = {
+    matched = {
+        layer: token_match_scores([outcome.matches for outcome in outcomes])
+        for layer, outcomes in curve.outcomes.items()
+    }
+    summary: Summary = {
         "dataset": dataset,
         "method": method,
         "n": curve.facts,
@@ -111,30 +118,33 @@ def _curve(dataset: str, method: str, curve: Curve, golden: int | None) -> Summa
         "rephrase": [matched[layer].rephrase for layer in scores],
         "best": _best(scores),
         "held_out_best": _held_out_best(curve),
-        "per_sample": {"score": edit_score(own_best), "interval": _interval(curve.facts, _score_at(own_best))},
+        "per_sample": {
+            "score": edit_score(best_outcomes),
+            "interval": _interval(curve.facts, _score_at(best_outcomes)),
+        },
         "seconds": curve.cost.seconds,
         "forward_equivalents": curve.forward_equivalents,
     }
     if golden is not None:
-        own = curve.outcomes.get(golden)
-        interval = (0.0, 0.0) if own is None else _interval(curve.facts, _score_at(own))
-        found["golden"] = {"layer": golden, "score": scores.get(golden, 0.0), "interval": interval}
-    return found
+        outcomes = curve.outcomes.get(golden)
+        interval = (0.0, 0.0) if outcomes is None else _interval(curve.facts, _score_at(outcomes))
+        summary["golden"] = {"layer": golden, "score": scores.get(golden, 0.0), "interval": interval}
+    return summary
 
 
 def _held_out_best(curve: Curve) -> float:
-    """Return S when each fact is edited at the layer that is best for the others: what brute force finds without luck.
+    """Return S if each fact is edited at the layer that is best for the other facts.
 
-    The best of many layers is best by luck in part.
+    The score of the best of many layers is too high, because the layer was chosen on the same facts.
     """
     if curve.facts < 2:
         return max(_layer_scores(curve).values())
-    found = []
+    outcomes_of_facts = []
     for fact in range(curve.facts):
         others = [other for other in range(curve.facts) if other != fact]
         best = max(curve.outcomes.values(), key=lambda outcomes, others=others: _score_at(outcomes)(others))  # type: ignore[misc]
-        found.append(best[fact])
-    return edit_score(found)
+        outcomes_of_facts.append(best[fact])
+    return edit_score(outcomes_of_facts)
 
 
 def _selection(
@@ -144,11 +154,11 @@ def _selection(
     tested: Mapping[tuple[str, str], Curve],
     draws: Mapping[tuple[str, str], Sequence[dict[int, float]]],
 ) -> Summary:
-    """Return what a selector chose, what it cost, and how its layer does on the test facts.
+    """Return the layer of a selector, its cost, and its scores on the test facts.
 
-    A selector that saw a dataset's proxy facts is tested on that dataset alone.
+    A selector that read the proxy facts of a dataset is tested on that dataset only.
     """
-    layer = selection.layers[-1]  # of a window, the one that it is about
+    layer = selection.layers[-1]  # a window ends at the golden layer
     return {
         "selector": name,
         "proxy": proxy,
@@ -166,41 +176,44 @@ def _selection(
 
 
 def _resampled(curve: Curve) -> list[dict[int, float]]:
-    """Return the scores by layer on facts drawn anew, with replacement."""
-    draw = random.Random(0)
-    drawn = [draw.choices(range(curve.facts), k=curve.facts) for _ in range(_RESAMPLES)]
-    return [{layer: _score_at(outcomes)(facts) for layer, outcomes in curve.outcomes.items()} for facts in drawn]
+    """Return the scores by layer on facts that are resampled with replacement."""
+    generator = random.Random(0)
+    samples = [generator.choices(range(curve.facts), k=curve.facts) for _ in range(_RESAMPLES)]
+    return [{layer: _score_at(outcomes)(facts) for layer, outcomes in curve.outcomes.items()} for facts in samples]
 
 
 def _regret(score: float, best: float) -> float | None:
-    """Return what is lost against the best, None where no layer has a score."""
+    """Return the relative loss against the best score, or None if all scores are 0."""
     return 1 - score / best if best > 0 else None
 
 
 def _test(
     layer: int, predicted: Sequence[float | None] | None, curve: Curve, draws: Sequence[dict[int, float]]
 ) -> Summary:
+    """Return how a layer, and the predicted scores of all layers, do on the facts of a curve."""
     scores = _layer_scores(curve)
-    drawn = [_regret(draw.get(layer, 0.0), max(draw.values())) for draw in draws]
-    regrets = [regret for regret in drawn if regret is not None]
-    pairs = [] if predicted is None else [(predicted[one], scores[one]) for one in scores]
-    known = [(guess, score) for guess, score in pairs if guess is not None]
-    chosen = curve.outcomes.get(layer)
-    matched = None if chosen is None else token_match_scores([one.matches for one in chosen])
+    drawn_regrets = [_regret(draw.get(layer, 0.0), max(draw.values())) for draw in draws]
+    regrets = [regret for regret in drawn_regrets if regret is not None]
+    pairs = [] if predicted is None else [(predicted[index], score) for index, score in scores.items()]
+    predictions = [prediction for prediction, _ in pairs if prediction is not None]
+    measured = [score for prediction, score in pairs if prediction is not None]
+    outcomes = curve.outcomes.get(layer)
+    matched = None if outcomes is None else token_match_scores([outcome.matches for outcome in outcomes])
     return {
         "score": scores.get(layer, 0.0),
         "regret": _regret(scores.get(layer, 0.0), max(scores.values())),
         "interval": quantile_interval(regrets) if regrets else None,
-        "rank_correlation": rank_correlation(*zip(*known, strict=True)) if known else None,
+        "rank_correlation": rank_correlation(predictions, measured) if predictions else None,
         "rewrite": matched and matched.rewrite,
         "rephrase": matched and matched.rephrase,
     }
 
 
 def render(summaries: Sequence[Summary], figures: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Return the report of some models in Markdown.
+    """Return the report on models in Markdown.
 
     Args:
+        summaries: Summaries of `summarize`.
         figures: File names of each model's figures.
     """
     lines = ["# Golden layers", "", _EXPLANATION]
@@ -219,14 +232,14 @@ def render(summaries: Sequence[Summary], figures: Mapping[str, Sequence[str]] | 
 
 
 _EXPLANATION = """\
-S of CounterFact is the harmonic mean of ES, PS and NS; of the other datasets that of token match on rewrite, rephrase
-(where there is one) and locality. Regret is 1 - S(layer) / S(best layer of the test facts); with few facts the best of
-many layers is so by luck in part: *best layer of the other test facts*, each fact at the layer that is best for the
-rest, is what brute force loses without luck. `lga sequence` is what `layer="lga"` does: loss over the sequence, MLP
-weights, with the filter. Selectors see the packaged proxy facts; those marked *own* see other facts of the dataset they
-are tested on, and have a layer for each, in the order of the columns. Selectors that depend on the editor were run for
-the first one. Intervals are 95%, by bootstrap over facts. Forward-equivalents are plain forwards for each fact; seconds
-are those of when a figure was first computed."""
+S of CounterFact is the harmonic mean of ES, PS and NS. For the other datasets it is the harmonic mean of token match on
+rewrite, rephrase (if there is one) and locality. Regret is 1 - S(layer) / S(best layer of the test facts). With few
+facts, S of the best of many layers is too high, because the layer is chosen on the same facts. The row *best layer of
+the other test facts* corrects this: each fact is edited at the layer that is best for the other facts. `lga sequence`
+is the selector of `layer="lga"`: loss over the sequence, MLP weights, with the filter. Selectors read the packaged
+proxy facts. Those marked *own* read other facts of the dataset that they are tested on, and choose a layer for each
+dataset, in the order of the columns. Selectors that depend on the editor ran for the first one. Intervals are 95%, by
+bootstrap over facts. Forward-equivalents are plain forwards per fact. Seconds are those of the first computation."""
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -243,30 +256,33 @@ def _spread(interval: Interval) -> str:
 
 
 def _regret_table(summary: Summary) -> str:
-    columns = list(dict.fromkeys((one["dataset"], one["method"]) for one in summary["random"]))
+    columns = list(dict.fromkeys((chance["dataset"], chance["method"]) for chance in summary["random"]))
     methods = list(dict.fromkeys(method for _, method in columns))
     datasets = list(dict.fromkeys(dataset for dataset, _ in columns))
-    groups: dict[tuple[str, bool], list[Summary]] = {}  # what saw facts of each dataset is one row
+    groups: dict[tuple[str, bool], list[Summary]] = {}  # selectors with proxy facts of each dataset share a row
     for selection in summary["selections"]:
         groups.setdefault((selection["selector"], selection["proxy"] == PACKAGED), []).append(selection)
     rows = []
     for (name, is_packaged), members in groups.items():
-        tests = {(one["dataset"], one["method"]): one for member in members for one in member["tests"]}
+        tests = {(test["dataset"], test["method"]): test for member in members for test in member["tests"]}
         layers = {member["proxy"]: str(member["layer"]) for member in members}
         rows.append(
             [
                 name if is_packaged else f"{name}, own",
                 layers[PACKAGED] if is_packaged else ", ".join(layers.get(dataset, "none") for dataset in datasets),
-                *(_mean(tests[key]["regret"] for key in columns if key in tests and key[1] == one) for one in methods),
-                _mean(one["rank_correlation"] for one in tests.values()),
+                *(
+                    _mean(tests[key]["regret"] for key in columns if key in tests and key[1] == method)
+                    for method in methods
+                ),
+                _mean(test["rank_correlation"] for test in tests.values()),
                 *(_number(tests[key]["regret"]) if key in tests else "" for key in columns),
             ]
         )
-    chance = {(one["dataset"], one["method"]): one["regret"] for one in summary["random"]}
-    tested = {(one["dataset"], one["method"]): one for one in summary["curves"]}
-    held_out = {key: _regret(tested[key]["held_out_best"], max(tested[key]["scores"])) for key in columns}
-    for name, regrets in (("any layer, mean", chance), ("best layer of the other test facts", held_out)):
-        means = [_mean(value for (_, method), value in regrets.items() if method == one) for one in methods]
+    by_chance = {(chance["dataset"], chance["method"]): chance["regret"] for chance in summary["random"]}
+    curves = {(curve["dataset"], curve["method"]): curve for curve in summary["curves"]}
+    held_out = {key: _regret(curves[key]["held_out_best"], max(curves[key]["scores"])) for key in columns}
+    for name, regrets in (("any layer, mean", by_chance), ("best layer of the other test facts", held_out)):
+        means = [_mean(regret for (_, editor), regret in regrets.items() if editor == method) for method in methods]
         rows.append([name, "", *means, "", *(_number(regrets[key]) for key in columns)])
     header = ["selector", "layer", *(f"mean, {method}" for method in methods), "Spearman, mean"]
     return _table([*header, *(f"{dataset}, {method}" for dataset, method in columns)], rows)
@@ -300,18 +316,19 @@ def _golden_table(summary: Summary) -> str:
 
 
 def _tracing_table(summary: Summary) -> str:
-    by_name = {one["selector"]: one for one in summary["selections"] if one["proxy"] == PACKAGED}
-    traced = {(one["dataset"], one["method"]): one for one in by_name["causal_tracing"]["tests"]}
+    packaged = [selection for selection in summary["selections"] if selection["proxy"] == PACKAGED]
+    tests = {selection["selector"]: selection["tests"] for selection in packaged}
+    traced = {(test["dataset"], test["method"]): test for test in tests["causal_tracing"]}
     rows = []
     for name in ("auto", "lga sequence"):
-        for one in by_name[name]["tests"]:
-            other = traced[one["dataset"], one["method"]]
-            cells = [name, one["dataset"], one["method"]]
-            for part in ("rewrite", "rephrase"):
-                if one[part] is None:
+        for test in tests[name]:
+            baseline = traced[test["dataset"], test["method"]]
+            cells = [name, test["dataset"], test["method"]]
+            for kind in ("rewrite", "rephrase"):
+                if test[kind] is None:
                     cells += ["", ""]
                 else:
-                    cells += [f"{100 * one[part]:.1f}", f"{100 * (one[part] - other[part]):+.1f}"]
+                    cells += [f"{100 * test[kind]:.1f}", f"{100 * (test[kind] - baseline[kind]):+.1f}"]
             rows.append(cells)
     return _table(["selector", "dataset", "editor", "rewrite", "points won", "rephrase", "points won"], rows)
 
@@ -323,12 +340,12 @@ def _cost_table(summary: Summary) -> str:
     seconds = sum(curve["seconds"] for curve in brute) / facts
     rows = [[f"brute force, {brute[0]['method']}", f"{forwards:.0f}", f"{seconds:.2f}", "1", "1"]]
     for selection in summary["selections"]:
-        own, facts = selection["forward_equivalents"], selection["facts"]
-        if own and selection["proxy"] == PACKAGED and not selection["selector"].startswith("brute"):
-            each = selection["seconds"] / facts
-            ratios = [f"{forwards / own:.0f}", f"{seconds / each:.0f}"]
-            rows.append([selection["selector"], f"{own:.1f}", f"{each:.3f}", *ratios])
-    header = ["selector", "forward-equivalents a fact", "seconds a fact", "times cheaper in operations"]
+        cost, facts = selection["forward_equivalents"], selection["facts"]
+        if cost and selection["proxy"] == PACKAGED and not selection["selector"].startswith("brute"):
+            fact_seconds = selection["seconds"] / facts
+            ratios = [f"{forwards / cost:.0f}", f"{seconds / fact_seconds:.0f}"]
+            rows.append([selection["selector"], f"{cost:.1f}", f"{fact_seconds:.3f}", *ratios])
+    header = ["selector", "forward-equivalents per fact", "seconds per fact", "times cheaper in operations"]
     return _table([*header, "times cheaper in seconds"], rows)
 
 

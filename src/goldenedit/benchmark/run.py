@@ -1,4 +1,4 @@
-"""Run the golden-layers benchmark, in one process or several, and write what it found."""
+"""Run the golden-layers benchmark in one process or several, and write its summaries and report."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ Loader = Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, output: Path, console: Console) -> None:
-    """Measure models one after the other; the report covers all summaries in the folder, those of other runs too.
+    """Measure models one after the other. The report covers all summaries in the folder, including those of other runs.
 
     Raises:
         ValueError: A dataset or a model cannot be read.
     """
     from accelerate import PartialState
 
-    called = {name: Path(name).name or "model" for name in models}
-    if len(set(called.values())) < len(models):
-        raise ValueError(f"Two of the models {list(models)} have one name: measure them into folders of their own.")
+    short_names = {name: Path(name).name or "model" for name in models}
+    if len(set(short_names.values())) < len(models):
+        raise ValueError(f"Two of the models {list(models)} have the same name. Use a separate folder for each.")
     processes, _ = join_processes()
     state = PartialState()
-    for name, short in called.items():
-        with processes.together():  # at the end of which each waits for the others
+    for name, short_name in short_names.items():
+        with processes.together():  # each process waits for the others at its end
             base, tokenizer = load(name)
             base.to(state.device)
             config = EditConfig(layer="random", target_modules=setting.config(setting.methods[0]).target_modules)
-            found = measure_model(EditModel(base, config, tokenizer), short, setting, output)
-            del base  # before the next one takes its place
+            measurement = measure_model(EditModel(base, config, tokenizer), short_name, setting, output)
+            del base  # frees its memory before the next model is loaded
             if state.is_main_process:
-                text = json.dumps(summarize(found), indent=1) + "\n"
-                write_atomically(output / f"{short}.summary.json", text.encode())
+                text = json.dumps(summarize(measurement), indent=1) + "\n"
+                write_atomically(output / f"{short_name}.summary.json", text.encode())
                 write_report(output)
-                console.print(f"Report in {output / 'report.md'}")
+                console.print(f"Wrote the report to {output / 'report.md'}")
 
 
 def write_report(output: Path) -> None:
-    """Write the report, and its figures where matplotlib is installed, of all summaries in a folder."""
+    """Write a report of all summaries in a folder, with figures if matplotlib is installed."""
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*.summary.json"))]
     figures: dict[str, list[str]] = {}
     if find_spec("matplotlib") is not None:

@@ -1,1 +1,1 @@
-"""From facts to keys, values and key statistics."""
+"""From facts to keys, values and the deltas of an edit."""

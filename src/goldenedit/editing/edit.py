@@ -1,4 +1,4 @@
-"""One batch of facts, from requests to deltas: the way of the data, nothing of it written into the model."""
+"""One batch of facts, from requests to deltas. Nothing here writes to the model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from goldenedit.requests import EditRequest
 
 @dataclass(frozen=True)
 class Changes:
-    """What an editor made of a batch of facts.
+    """The result of an editor on a batch of facts.
 
     Attributes:
-        deltas: Change of each edited module, by its path.
-        probability_before: Probability of each new answer before (geometric mean over its tokens).
+        deltas: Change of each edited module, by module path.
+        probability_before: Probability of each new answer before the edit (geometric mean over its tokens).
         steps: Optimizer steps of each fact.
-        state: What the editor remembers for later edits.
-        relative_error: What storing a dense change as one of low rank costs, in the Frobenius norm.
+        state: What the editor keeps for later edits.
+        relative_error: Largest relative error, in the Frobenius norm, of storing a dense change with low rank.
     """
 
     deltas: dict[str, LowRankDelta]
@@ -42,14 +42,14 @@ class Changes:
 
 @dataclass(frozen=True)
 class PreparedFacts:
-    """Facts with their values and keys at some layers, from which the deltas of any of them follow by any editor.
+    """Facts with optimized values and keys at some layers. Editors turn any subset of them into deltas.
 
     Attributes:
-        lm: The model that they were found in.
+        lm: The model.
         requests: The facts.
-        layers: The layers that are edited, ascending.
-        values: What the value optimization found.
-        vectors: Whose outputs were optimized, see `Editor.vectors`.
+        layers: The layers to edit, ascending.
+        values: Results of the value optimization.
+        vectors: The modules whose outputs were optimized, see `Editor.vectors`.
     """
 
     lm: LanguageModel
@@ -61,14 +61,14 @@ class PreparedFacts:
     _keys: dict[tuple[object, ...], dict[int, list[FactKeys]]] = field(default_factory=dict, repr=False)
 
     def keys(self, config: EditConfig) -> dict[int, list[FactKeys]]:
-        """Return what the configured editor reads of each fact's keys, by layer; computed once for these constants."""
-        of_contrast = (contrast_count(config), config.contrast_weight, config.seed)
-        constants = (*of_contrast, "anchor" in config.editor.reads, config.anchor_bare_prompt)
-        if of_contrast not in self._contrasts:
+        """Return the keys of each fact as the configured editor reads them, by layer. Results are cached."""
+        contrast_constants = (contrast_count(config), config.contrast_weight, config.seed)
+        constants = (*contrast_constants, "anchor" in config.editor.reads, config.anchor_bare_prompt)
+        if contrast_constants not in self._contrasts:
             with phase("contrast keys"):
-                self._contrasts[of_contrast] = weighed_contrasts(self.lm, self.requests, self.layers, config)
+                self._contrasts[contrast_constants] = weighed_contrasts(self.lm, self.requests, self.layers, config)
         if constants not in self._keys:
-            contrasts = self._contrasts[of_contrast]
+            contrasts = self._contrasts[contrast_constants]
             self._keys[constants] = with_contrasts(self.layers, self.values.keys, contrasts, config)
         return self._keys[constants]
 
@@ -79,30 +79,32 @@ class PreparedFacts:
         remembered: Mapping[str, Tensor] | None = None,
         chosen: Sequence[int] | None = None,
     ) -> Changes:
-        """Return the change that inserts the facts `chosen`, by default all of them.
+        """Return the changes that insert facts.
 
         Args:
             config: The editor and its constants.
             statistics: Key statistics, by layer.
-            remembered: State of the edits made before.
-            chosen: Indices of facts.
+            remembered: State of earlier edits.
+            chosen: Indices of the facts to insert; all by default.
 
         Raises:
-            ValueError: The values were optimized for another kind of editor, or its delta has a wrong shape, or a
-                factor is not finite; the message names the fact.
+            ValueError: The values were optimized for another kind of editor, the change has a wrong shape, or it is
+                not finite. The message names the fact.
         """
         editor = config.editor
         if editor.vectors != self.vectors:
-            raise ValueError(f"These values were not optimized for the editor {config.method!r}: prepare them for it.")
+            raise ValueError(
+                f"The values were not optimized for the editor {config.method!r}. Call prepare_facts with its config."
+            )
         chosen = range(len(self.requests)) if chosen is None else chosen
         deltas, state, errors = {}, {}, []
         for index, (layer, keys) in enumerate(self.keys(config).items()):
             path = self.lm.architecture.down_projections[layer]
             previous = (remembered or {}).get(f"keys/{path}") if editor.remembers_keys else None
             residuals = self.values.delta[list(chosen), index].T
-            problem = Problem([keys[fact] for fact in chosen], residuals, statistics[layer], None, previous)
+            problem = Problem([keys[fact] for fact in chosen], residuals, statistics[layer], previous=previous)
             change = config.solve(problem)
-            self._check(change, config, layer, [self.requests[fact] for fact in chosen])
+            self._check_change(change, config, layer, [self.requests[fact] for fact in chosen])
             delta, error = stored(self.lm, change, layer, config)
             deltas[path] = delta
             errors.append(error)
@@ -111,48 +113,48 @@ class PreparedFacts:
         before = [self.values.target_probability[fact] for fact in chosen]
         return Changes(deltas, before, [self.values.steps[fact] for fact in chosen], state, max(errors))
 
-    def _check(
+    def _check_change(
         self, change: LowRankDelta | Tensor, config: EditConfig, layer: int, requests: Sequence[EditRequest]
     ) -> None:
-        """Raise ValueError where a change is of another shape than the matrix, or not finite."""
+        """Raise ValueError if a change does not have the shape of the matrix, or is not finite."""
         check_shape(self.lm, change, config, layer)
         if isinstance(change, Tensor):
-            bad = torch.stack([~change.isfinite().all()])
+            not_finite = torch.stack([~change.isfinite().all()])
         else:
-            bad = ~(change.A.isfinite().all(1) & change.B.isfinite().all(0))
-        if bad.any():
-            about = repr(requests[int(torch.argmax(bad.int()))].subject) if len(bad) == len(requests) else "the batch"
-            remedy = "raise EditConfig.ridge" if "ridge" in config.editor.reads else "look at the editor's constants"
-            raise ValueError(f"The edit of {about} at layer {layer} is not finite: {remedy}.")
+            not_finite = ~(change.A.isfinite().all(1) & change.B.isfinite().all(0))
+        if not_finite.any():
+            is_by_fact = len(not_finite) == len(requests)
+            fact = repr(requests[int(torch.argmax(not_finite.int()))].subject) if is_by_fact else "the batch"
+            remedy = "Raise EditConfig.ridge" if "ridge" in config.editor.reads else "Check the editor's constants"
+            raise ValueError(f"The edit of {fact} at layer {layer} is not finite. {remedy}.")
 
 
 def check_shape(lm: LanguageModel, change: LowRankDelta | Tensor, config: EditConfig, layer: int) -> None:
-    """Raise ValueError where an editor returned a change of another shape than the matrix of the layer."""
+    """Raise ValueError if a change does not have the shape of the matrix of its layer."""
     shape = lm.architecture.shape(lm.model, layer)
-    found = tuple(change.shape) if isinstance(change, Tensor) else (change.B.shape[0], change.A.shape[1])
-    if found != shape:
+    change_shape = tuple(change.shape) if isinstance(change, Tensor) else (change.B.shape[0], change.A.shape[1])
+    if change_shape != shape:
         raise ValueError(
-            f"The editor {config.method!r} returned a change of shape {found} for a matrix of shape {shape}, "
-            "(d_out, d_in)."
+            f"The editor {config.method!r} returned a change of shape {change_shape} for a matrix of shape {shape}. "
+            "Return (d_out, d_in)."
         )
 
 
 def check_editable(lm: LanguageModel, config: EditConfig, layers: Sequence[int]) -> None:
-    """Raise ValueError where the configured editor cannot change one of the layers."""
+    """Raise ValueError if the configured editor cannot change one of the layers."""
     if "attention" in config.editor.vectors:
         for layer in layers:
             lm.architecture.attention_output(lm.model, layer)
     if fused := [layer for layer in layers if layer in lm.architecture.experts]:
-        what = f"Layer {fused[0]} keeps its experts as one parameter ({lm.architecture.down_projections[fused[0]]})"
+        problem = f"Layer {fused[0]} keeps its experts as one parameter ({lm.architecture.down_projections[fused[0]]})"
         if config.editor.learns != "values":
             raise ValueError(
-                f"{what}, which EditConfig.method {config.method!r} cannot train: use an editor that inserts values "
+                f"{problem}, which EditConfig.method {config.method!r} cannot train. Use an editor that inserts values "
                 "under keys, such as 'r-rome'."
             )
         if config.regularizer is not None:
             raise ValueError(
-                f"{what}, which EditConfig.regularizer {config.regularizer!r} cannot compare a change with: set it to "
-                "None."
+                f"{problem}, which EditConfig.regularizer {config.regularizer!r} does not support. Set it to None."
             )
         if config.covariance != "identity":
             check_widths(lm, fused)
@@ -161,10 +163,13 @@ def check_editable(lm: LanguageModel, config: EditConfig, layers: Sequence[int])
 def stored(
     lm: LanguageModel, change: LowRankDelta | Tensor, layer: int, config: EditConfig
 ) -> tuple[LowRankDelta, float]:
-    """Apply the config's regularizer; return what is stored, factors of equal norms, and the relative error of that.
+    """Apply the config's regularizer to a change, and return the factors to store with their relative error.
 
     Args:
         change: Factors, or a dense change `(d_out, d_in)`.
+
+    Returns:
+        Factors of equal norms, and the relative error of storing a dense change with low rank.
     """
     if config.regularizer is not None:
         weight = lm.architecture.weight(lm.model, layer).cpu()
@@ -181,37 +186,40 @@ def stored(
 def prepare_facts(
     lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, contexts: Sequence[str]
 ) -> PreparedFacts:
-    """Find the values that make the model answer each request, and the keys they are inserted under.
+    """Optimize the values that make the model give each new answer, and find the keys to insert them under.
+
+    Args:
+        contexts: Prefixes of each prompt, the first of them empty.
 
     Raises:
-        ValueError: A request cannot be served; the message names it.
+        ValueError: A request cannot be served. The message names it.
     """
     layers = config.target_layers
     options = ValueOptions(
-        config.steps,
-        config.lr,
-        config.kl_factor,
-        config.weight_decay,
-        config.clamp,
-        config.stop_loss,
-        config.editor.vectors,
+        steps=config.steps,
+        lr=config.lr,
+        kl_factor=config.kl_factor,
+        weight_decay=config.weight_decay,
+        clamp=config.clamp,
+        stop_loss=config.stop_loss,
+        vectors=config.editor.vectors,
     )
     if isinstance(config.batch_size, int):
         batch_size = config.batch_size
     else:
-        batch_size = _facts_at_once(lm, requests, layers, contexts)
+        batch_size = _batch_size(lm, requests, layers, contexts)
     with phase("values"):
         values = optimize_values(lm, requests, layers, contexts, options, batch_size)
     facts = PreparedFacts(lm, requests, layers, values, config.editor.vectors)
-    facts.keys(config)  # runs the model, which solving does not
+    facts.keys(config)  # runs the model now; solving does not run it
     return facts
 
 
-def _facts_at_once(
+def _batch_size(
     lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], contexts: Sequence[str]
 ) -> int:
-    longest = max(contexts, key=len)
-    rows = [encode_request(lm.tokenizer, request, request.target_new, longest) for request in requests]
+    longest_context = max(contexts, key=len)
+    rows = [encode_request(lm.tokenizer, request, request.target_new, longest_context) for request in requests]
     return facts_at_once(
         lm.model,
         layers=lm.architecture.num_layers - layers[0],

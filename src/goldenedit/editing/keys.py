@@ -1,4 +1,4 @@
-"""Keys of a fact: what enters the edited down projection at the last token of its subject."""
+"""Keys of a fact: the inputs of the edited down projection at the last token of the subject."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def fact_keys(
     keys: Sequence[Tensor],
     config: EditConfig,
 ) -> dict[int, list[FactKeys]]:
-    """Return what the configured editor reads of each fact's keys, by layer.
+    """Return the keys of each fact as the configured editor reads them, by layer.
 
     Args:
         layers: The layers, ascending.
-        keys: By layer `(N, contexts, d_in)`, keys of each fact in each context, that of the bare prompt first.
-        config: What is read beside the keys: anchors and contrast keys.
+        keys: By layer `(N, contexts, d_in)`, keys of each fact in each context, with the bare prompt's key first.
+        config: Says which anchors and contrast keys the editor reads.
     """
     return with_contrasts(layers, keys, weighed_contrasts(lm, requests, layers, config), config)
 
 
 def contrast_count(config: EditConfig) -> int:
-    """Return how many contrast keys of each fact the configured editor reads."""
+    """Return the number of contrast keys per fact that the configured editor reads."""
     return config.contrast if "contrast" in config.editor.reads and config.contrast_weight > 0 else 0
 
 
 def weighed_contrasts(
     lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], config: EditConfig
 ) -> list[list[Tensor] | None]:
-    """Return the contrast keys that the configured editor reads, by fact and layer, with their weight beside text."""
+    """Return the contrast keys that the configured editor reads, by fact and layer, scaled by their weight."""
     return [
         None if keys is None else [relative_contrast(of_layer, config.contrast_weight) for of_layer in keys]
         for keys in contrast_keys(lm, requests, layers, contrast_count(config), config.seed)
@@ -53,16 +53,16 @@ def weighed_contrasts(
 def with_contrasts(
     layers: Sequence[int], keys: Sequence[Tensor], contrasts: Sequence[list[Tensor] | None], config: EditConfig
 ) -> dict[int, list[FactKeys]]:
-    """Return what the configured editor reads of each fact's keys, by layer; arguments as in `fact_keys`.
+    """Return the keys of each fact as the configured editor reads them, by layer. Arguments are as in `fact_keys`.
 
     Args:
         contrasts: By fact and layer, from `weighed_contrasts`.
     """
-    # In one context alone the bare key is the mean.
+    # With a single context the bare key equals the mean.
     anchor = "anchor" in config.editor.reads and config.anchor_bare_prompt and keys[0].shape[1] > 1
     return {
         layer: [
-            # A copy, so that keeping the facts does not keep the keys of all contexts.
+            # A copy, because a view would keep the keys of all contexts in memory.
             FactKeys(of_fact[0].clone(), of_fact.mean(0), None if contrast is None else contrast[index], anchor)
             for of_fact, contrast in zip(of_layer, contrasts, strict=True)
         ]
@@ -81,32 +81,36 @@ def contrast_keys(
 ) -> list[list[Tensor] | None]:
     """Return keys of invented subjects that end in the same token as each request's subject, by layer `(d_in, count)`.
 
-    In early layers the key of "Battambang Province" is mostly that of "Province", so an edit of one province answers to
-    all of them. The beginnings of other subjects before the same last token show which part of the key is the token's
-    and which the subject's. Subjects of one token have none.
+    In early layers the key of "Battambang Province" is close to that of "Province" alone, so that an edit of one
+    province changes all of them. Beginnings of other subjects before the same last token show which part of the key
+    belongs to the token and which to the subject.
 
     Args:
-        layers: The layers whose keys are wanted, ascending; the model runs no further than the last.
-        count: Invented subjects for each request.
-        batch_size: Requests a forward.
+        layers: The layers, ascending. A forward stops at the last of them.
+        count: Invented subjects per request.
+        seed: Seed of the choice of beginnings.
+        batch_size: Requests per forward.
+
+    Returns:
+        For each request its keys by layer; None if its subject is a single token.
     """
-    own = [
+    subject_ids = [
         subject_tokens(lm.tokenizer, request.text, request.subject_start, request.subject_end) for request in requests
     ]
-    many = [index for index, ids in enumerate(own) if len(ids) > 1]
-    found: list[list[Tensor] | None] = [None] * len(requests)
+    of_many_tokens = [index for index, ids in enumerate(subject_ids) if len(ids) > 1]
+    contrasts: list[list[Tensor] | None] = [None] * len(requests)
     beginnings = _beginnings(lm.tokenizer, count, seed)
-    if not beginnings or not many:
-        return found
+    if not beginnings or not of_many_tokens:
+        return contrasts
     with evaluating(lm.model):
-        for start in range(0, len(many), batch_size):
-            group = many[start : start + batch_size]
-            rows = [[*beginning, own[index][-1]] for index in group for beginning in beginnings]
+        for start in range(0, len(of_many_tokens), batch_size):
+            group = of_many_tokens[start : start + batch_size]
+            rows = [[*beginning, subject_ids[index][-1]] for index in group for beginning in beginnings]
             keys = _last_keys(lm, rows, layers)
-            for row, index in enumerate(group):
-                own_rows = slice(row * len(beginnings), (row + 1) * len(beginnings))
-                found[index] = [of_layer[own_rows].T for of_layer in keys]
-    return found
+            for place, index in enumerate(group):
+                of_request = slice(place * len(beginnings), (place + 1) * len(beginnings))
+                contrasts[index] = [of_layer[of_request].T for of_layer in keys]
+    return contrasts
 
 
 def subject_keys(
@@ -118,11 +122,10 @@ def subject_keys(
     """Return the key of each request at its bare prompt, by layer `(N, d_in)` float32.
 
     Args:
-        layers: The layers whose keys are wanted, ascending.
-        batch_size: Requests a forward.
+        layers: The layers, ascending.
+        batch_size: Requests per forward.
     """
-    found = context_keys(lm, requests, layers, [""], batch_size)
-    return [of_layer[:, 0] for of_layer in found]
+    return [of_layer[:, 0] for of_layer in context_keys(lm, requests, layers, [""], batch_size)]
 
 
 @torch.no_grad()
@@ -133,12 +136,12 @@ def context_keys(
     contexts: Sequence[str],
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """Return the key of each request behind each prefix, by layer `(N, contexts, d_in)` float32.
+    """Return the key of each request after each prefix, by layer `(N, contexts, d_in)` float32.
 
     Args:
-        layers: The layers whose keys are wanted, ascending.
-        contexts: Prefixes to each prompt.
-        batch_size: Rows a forward.
+        layers: The layers, ascending.
+        contexts: Prefixes of each prompt.
+        batch_size: Rows per forward.
     """
     longest = lm.max_length
     rows = [
@@ -149,12 +152,13 @@ def context_keys(
     ids = [list(row.input_ids[: row.subject + 1]) for row in rows]
     groups = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
     with evaluating(lm.model):
-        found = [_last_keys(lm, group, layers) for group in groups]
-    return [torch.cat(parts).unflatten(0, (len(requests), len(contexts))) for parts in zip(*found, strict=True)]
+        keys = [_last_keys(lm, group, layers) for group in groups]
+    by_layer = zip(*keys, strict=True)
+    return [torch.cat(of_layer).unflatten(0, (len(requests), len(contexts))) for of_layer in by_layer]
 
 
 def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
-    """Return tokens of `count` other subjects without their last, as they begin a text and as they go on in one."""
+    """Return the tokens of `count` proxy subjects without the last token, half of them as at the start of a text."""
     start = _special_start(tokenizer)
     subjects = sorted({fact.subject for fact in proxy_facts()})
     plain = [
@@ -184,7 +188,7 @@ def _last_keys(lm: LanguageModel, rows: list[list[int]], layers: Sequence[int]) 
 
 
 def _special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text."""
+    """Return the special tokens that the tokenizer adds before a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     return list(ids[: ids.index(plain[0])]) if plain and plain[0] in ids else []

@@ -1,4 +1,4 @@
-"""Batches for editors that need no values under keys, but gradients at the answers, or training of their own."""
+"""Batches for editors that learn from gradients at the answers, or by training, instead of from values under keys."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
-_Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps, state
+_Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps and state
 
 
 @outside_inference_mode()
 def learn_facts(
     lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
 ) -> Changes:
-    """Find the change of an editor that learns from gradients, or by training.
+    """Return the changes of an editor that learns from gradients or by training.
 
     Args:
-        remembered: State of the edits made before.
+        remembered: State of earlier edits.
 
     Raises:
-        ValueError: A request cannot be served, or the loss leaves the finite numbers.
+        ValueError: A request cannot be served, or the loss is not finite.
     """
     before = likelihoods(lm, [(request.text, request.target_new) for request in requests])
     if config.editor.learns == "gradients":
@@ -54,19 +54,25 @@ def _from_gradients(
 ) -> _Learned:
     answers = answer_gradients(lm, requests, config.target_layers)
     features: dict[str, list[Tensor]] = {}
-    names = {layer: "moments/{}x{}".format(*lm.architecture.shape(lm.model, layer)) for layer in answers}
-    for layer, (inputs, _, slopes) in answers.items():  # modules of one shape share their moments
-        features.setdefault(names[layer], []).append(torch.cat([inputs, slopes], 1))
-    own = {name: RunningMoments.of(torch.cat(parts)) for name, parts in features.items()}
+    names = {layer: _moments_name(lm, layer) for layer in answers}
+    for layer, (inputs, _, gradients) in answers.items():
+        features.setdefault(names[layer], []).append(torch.cat([inputs, gradients], 1))
+    batch_moments = {name: RunningMoments.of(torch.cat(rows)) for name, rows in features.items()}
     moments = {
         name: of_batch + RunningMoments.from_columns(remembered[name]) if name in remembered else of_batch
-        for name, of_batch in own.items()
+        for name, of_batch in batch_moments.items()
     }
     changes: dict[int, LowRankDelta | Tensor] = {}
-    for layer, (inputs, outputs, slopes) in answers.items():
-        problem = GradientProblem(inputs, outputs, slopes, moments[names[layer]])
+    for layer, (inputs, outputs, gradients) in answers.items():
+        problem = GradientProblem(inputs, outputs, gradients, moments[names[layer]])
         changes[layer] = config.editor.solve(replace(problem, options=config.resolve(problem)))
-    return changes, 1, {name: of_batch.columns() for name, of_batch in own.items()}
+    return changes, 1, {name: of_batch.columns() for name, of_batch in batch_moments.items()}
+
+
+def _moments_name(lm: LanguageModel, layer: int) -> str:
+    """Return the name of a layer's moments in the state. Modules of equal shape share theirs."""
+    d_out, d_in = lm.architecture.shape(lm.model, layer)
+    return f"moments/{d_out}x{d_in}"
 
 
 def _by_training(lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig) -> _Learned:
@@ -78,6 +84,11 @@ def _by_training(lm: LanguageModel, requests: Sequence[EditRequest], config: Edi
         problem = replace(problem, options=config.resolve(problem))
         changes[layer] = config.editor.function(problem)
     options = problem.options
-    training = Training(config.editor.loss, options.finetune_steps, options.finetune_lr, options.finetune_stop_loss)
+    training = Training(
+        loss=config.editor.loss,
+        steps=options.finetune_steps,
+        lr=options.finetune_lr,
+        stop_loss=options.finetune_stop_loss,
+    )
     steps = train(lm, requests, changes, training)
     return {layer: change.change() for layer, change in changes.items()}, steps, {}

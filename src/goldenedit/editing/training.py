@@ -1,4 +1,4 @@
-"""Train a change of down projections on facts, beside weights that stay frozen: what FT-L, FT-M and LoRA share."""
+"""Training of changes beside frozen down projections, which FT-L, FT-M and LoRA share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from goldenedit.requests import EditRequest
 
 @dataclass(frozen=True)
 class Training:
-    """How a change is trained.
+    """Options of the training of a change.
 
     Attributes:
-        loss: `masked`: cross entropy of the answer's tokens, each behind those before it; `last`: of all of them at the
-            last token of the prompt.
-        steps: Most steps of Adam.
+        loss: `masked`: cross entropy of each token of the answer after the tokens before it. `last`: cross entropy of
+            all tokens of the answer at the last token of the prompt.
+        steps: Largest number of steps of Adam.
         lr: Learning rate.
-        stop_loss: The mean loss below which training ends.
+        stop_loss: Training stops when the mean loss is below this.
     """
 
     loss: AnswerLoss
@@ -38,19 +38,19 @@ class Training:
 
 
 class Change(Protocol):
-    """What is trained: a function of the module's input that is added to its output, with parameters of its own."""
+    """A trained function of a module's input, which is added to the module's output."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return what is trained."""
+        """Return the parameters to train."""
 
     def to(self, device: torch.device) -> Any:
-        """Move what is trained."""
+        """Move the parameters to a device."""
 
     def constrain(self) -> None:
-        """Project the parameters onto what is allowed, after each step."""
+        """Project the parameters onto the allowed set, after each step."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return what is added, `(..., d_out)`."""
+        """Return what is added to the module's output, `(..., d_out)`."""
 
 
 def train(
@@ -60,15 +60,15 @@ def train(
     options: Training,
     batch_size: int = 16,
 ) -> int:
-    """Train the changes of some layers by Adam on all requests together, and return the number of steps taken.
+    """Train the changes of layers with Adam on all requests together, and return the number of steps taken.
 
     Args:
-        changes: What is added to the down projection of each layer.
-        options: The loss, and when to stop.
-        batch_size: Requests a forward; the gradients of all are added up before a step.
+        changes: Change of the down projection of each layer.
+        options: Loss, learning rate and stopping rule.
+        batch_size: Requests per forward. Each step uses the summed gradients of all requests.
 
     Raises:
-        ValueError: A request cannot be tokenized, or the loss leaves the finite numbers.
+        ValueError: A request cannot be tokenized, or the loss is not finite.
     """
     longest = lm.max_length
     rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
@@ -88,12 +88,12 @@ def train(
             total = 0.0
             sums = [torch.zeros_like(parameter) for parameter in parameters]
             for group in groups:
-                found = answer_nll(lm, group, options.loss).sum() / len(rows)
-                for held, gradient in zip(sums, torch.autograd.grad(found, parameters), strict=True):
-                    held += gradient
-                total += found.item()
+                loss = answer_nll(lm, group, options.loss).sum() / len(rows)
+                for gradient_sum, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                    gradient_sum += gradient
+                total += loss.item()
             if not torch.tensor(total).isfinite():
-                raise ValueError(f"The training loss is not finite at step {step}: lower EditConfig.finetune_lr.")
+                raise ValueError(f"The training loss is not finite at step {step}. Lower EditConfig.finetune_lr.")
             if total < options.stop_loss:
                 return step
             for parameter, gradient in zip(parameters, sums, strict=True):
@@ -110,13 +110,13 @@ def answer_nll(lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss) -> Tens
     device = lm.device
     batch = pad(rows, lm.padding_id, device)
     positions = batch.read_positions
-    if loss == "last":  # the first token of an answer is predicted at the last of its prompt
+    if loss == "last":  # the prompt's last token is the one before the answer's first
         positions = torch.tensor([row.target[0] - 1 for row in rows], device=device)[batch.read_rows]
     with reading_logits(lm.model, batch.read_rows, positions) as logits_of:
         output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         logits = logits_of(output).float()
-    wanted = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)
-    token_nll = nn.functional.cross_entropy(logits, wanted, reduction="none")
+    targets = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)
+    token_nll = nn.functional.cross_entropy(logits, targets, reduction="none")
     owners = batch.read_rows.to(logits.device)
     lengths = torch.bincount(owners, minlength=len(rows))
     return token_nll.new_zeros(len(rows)).index_add(0, owners, token_nll) / lengths
@@ -128,18 +128,19 @@ def answer_gradients(
     layers: Sequence[int],
     batch_size: int = 16,
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Return what enters and leaves each layer's down projection where answers are predicted, and the gradient there.
+    """Return inputs, outputs and gradients of each layer's down projection at the tokens that predict the answers.
 
     Args:
         layers: The layers, ascending.
+        batch_size: Requests per forward.
 
     Returns:
-        By layer `(inputs (n, d_in), outputs (n, d_out), gradients (n, d_out))` float32, a row for each token of each
-        answer; the gradient is by the outputs, of the answers' summed mean cross entropy.
+        By layer `(inputs (n, d_in), outputs (n, d_out), gradients (n, d_out))` float32, one row per token of each
+        answer. The gradients are of the sum of the answers' mean cross entropies, with respect to the outputs.
     """
     longest = lm.max_length
     rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
-    found: dict[int, list[list[Tensor]]] = {layer: [] for layer in layers}
+    of_groups: dict[int, list[list[Tensor]]] = {layer: [] for layer in layers}
     with evaluating(lm.model), torch.enable_grad():
         for start in range(0, len(rows), batch_size):
             group = rows[start : start + batch_size]
@@ -154,23 +155,25 @@ def answer_gradients(
             for layer, gradient in zip(layers, gradients, strict=True):
                 of_group = []
                 for tensor in (*roots[layer], gradient):
-                    at = tuple(torch.tensor(reads, device=tensor.device).T)
-                    of_group.append(tensor.detach().view(len(group), -1, tensor.shape[-1])[at].float().cpu())
-                found[layer].append(of_group)
-    return {
-        layer: (torch.cat(inputs), torch.cat(outputs), torch.cat(slopes))
-        for layer, (inputs, outputs, slopes) in ((layer, zip(*parts, strict=True)) for layer, parts in found.items())
-    }
+                    group_rows, positions = torch.tensor(reads, device=tensor.device).T
+                    by_row = tensor.detach().view(len(group), -1, tensor.shape[-1])
+                    of_group.append(by_row[group_rows, positions].float().cpu())
+                of_groups[layer].append(of_group)
+    answers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for layer, parts in of_groups.items():
+        inputs, outputs, output_gradients = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        answers[layer] = (inputs, outputs, output_gradients)
+    return answers
 
 
 def _root(roots: dict[int, tuple[Tensor, Tensor]], layer: int) -> Callable[..., Tensor]:
-    """Return a hook that keeps input and output, and puts an output in place that the gradient ends at."""
+    """Return a hook that stores a module's input and output, so that gradients of the output can be computed."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        # The path to earlier roots stays: their gradients go through this module.
-        kept = output + torch.zeros_like(output, requires_grad=True)
-        roots[layer] = (hidden_argument(args, kwargs).detach(), kept)
-        return kept.clone()  # some models add to the output of a projection in place
+        # Added, not detached: the gradients of earlier layers go through this module.
+        root = output + torch.zeros_like(output, requires_grad=True)
+        roots[layer] = (hidden_argument(args, kwargs).detach(), root)
+        return root.clone()  # some models add to the output of a projection in place
 
     return replace
 

@@ -1,17 +1,17 @@
-"""The value optimization that ROME, R-ROME, MEMIT, EMMET, PMET and AlphaEdit share, for many facts side by side.
+"""The value optimization that ROME, R-ROME, MEMIT, EMMET, PMET and AlphaEdit share, for many facts in one batch.
 
-Meng et al. 2022 (arXiv 2202.05262), equation 4: find the vector `delta` that, added to the value at the last token of
-the subject, makes the model answer the new target and leaves what it says the subject *is* as it was:
+Meng et al. 2022 (arXiv 2202.05262), equation 4: find a vector `delta` to add to the value at the last token of the
+subject. With it the model gives the new answer, and what it says the subject *is* stays the same:
 
     loss = mean over contexts NLL(target | context + prompt)
          + kl_factor * KL(p_edited("{subject} is a") || p_original)
          + weight_decay * ||delta|| / ||v0||^2
 
-`||v0||` is the mean over contexts: at the very start of a sequence a subject's value is often unlike itself. A fact is
-finished once the first term is small: the others do not vanish, and would keep a finished fact moving.
+`||v0||` is the mean over contexts, because a subject's value at the very start of a sequence is often unusual. A fact
+is finished once the first term is small: the other terms do not vanish, and would keep changing a finished fact.
 
-PMET (Li et al. 2024, arXiv 2308.08742) optimizes a vector on the attention's output beside it, and drops
-that one: what the attention can say of the fact need not go into the MLP.
+PMET (Li et al. 2024, arXiv 2308.08742) also optimizes a vector on the output of attention, and does not store it: what
+attention contributes to the answer need not go into the MLP.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValueOptions:
-    """Constants of the optimization; see `EditConfig` for what each does, and `Editor.vectors`."""
+    """Constants of the optimization, see `EditConfig` and `Editor.vectors`."""
 
     steps: int
     lr: float
@@ -51,14 +51,14 @@ class ValueOptions:
 
 @dataclass(frozen=True)
 class Values:
-    """What the optimization found for N facts at m layers.
+    """Results of the optimization for N facts at m layers.
 
     Attributes:
-        delta: `(N, m, d_model)` float32, to be added to the values.
-        keys: By layer `(N, contexts, d_in)` float32, keys in each context, that of the bare prompt first.
+        delta: `(N, m, d_model)` float32, the vectors to add to the values.
+        keys: By layer `(N, contexts, d_in)` float32, keys in each context, with the bare prompt's key first.
         steps: Optimizer steps of each fact.
         target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
-        replay: The way the model was run again: `packed`, `suffix`, `layers` or `whole`.
+        replay: How the model was run again: `packed`, `suffix`, `layers` or `whole`.
     """
 
     delta: Tensor
@@ -77,51 +77,53 @@ def optimize_values(
     options: ValueOptions,
     batch_size: int = 8,
 ) -> Values:
-    """Optimize the values of all requests, up to `batch_size` side by side; each is independent of the others.
+    """Optimize the values of all requests, up to `batch_size` of them in one batch. The requests stay independent.
 
     Args:
-        layers: The layers that are edited, ascending. With several, their deltas are optimized together.
-        contexts: Prefixes to each prompt, the first of them empty.
-        options: Constants; with vectors of attention its outputs are optimized as well, and the values of the MLPs
-            alone are returned (PMET).
+        layers: The layers to edit, ascending. The deltas of several layers are optimized together.
+        contexts: Prefixes of each prompt, the first of them empty.
+        options: Constants. If `vectors` names attention, its outputs are optimized too, and only the values of the
+            MLPs are returned (PMET).
+        batch_size: Largest number of requests of a batch.
 
     Raises:
-        ValueError: A request cannot be tokenized as it must be, or its optimization leaves the finite numbers.
+        ValueError: A request cannot be tokenized, or its loss is not finite.
     """
-    # Everything is tokenized before anything runs: a bad request costs nothing.
+    # All requests are tokenized before the model runs, so that a bad request costs no time.
     rows = fact_rows(lm.tokenizer, requests, contexts, lm.max_length)
-    lengths = [max(max(row.reads) + 1 - row.subject for row in own) for own in rows]
+    lengths = [max(max(row.reads) + 1 - row.subject for row in of_request) for of_request in rows]
     order = sorted(range(len(requests)), key=lengths.__getitem__)
 
-    def split(facts: list[int], padded: bool) -> list[list[int]]:
-        of_length = [lengths[index] for index in facts]
-        slices = groups_by_length(of_length, len(contexts) + 1, batch_size, lm.device, padded)
-        return [facts[some] for some in slices]
+    def split(indices: list[int], padded: bool) -> list[list[int]]:
+        sorted_lengths = [lengths[index] for index in indices]
+        slices = groups_by_length(sorted_lengths, len(contexts) + 1, batch_size, lm.device, padded)
+        return [indices[members] for members in slices]
 
     results: list[Values] = []
     with (
         evaluating(lm.model),
-        torch.enable_grad(),  # the caller may have switched it off
+        torch.enable_grad(),  # the caller may have disabled gradients
         tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
     ):
         padded = not may_pack(lm.model)
         groups = split(order, padded)
         while groups:
-            some = groups.pop(0)
-            group = _Group(lm, [requests[index] for index in some], [rows[index] for index in some])
+            members = groups.pop(0)
+            group = _Group(lm, [requests[index] for index in members], [rows[index] for index in members])
             results.append(_optimize(lm, group, layers, options))
-            progress.update(len(some))
-            if padded != (results[-1].replay != "packed"):  # not what was thought
+            progress.update(len(members))
+            if padded != (results[-1].replay != "packed"):  # the replay does not pack as expected: split the rest again
                 padded = not padded
                 groups = split([index for later in groups for index in later], padded)
     steps = [step for result in results for step in result.steps]
     probabilities = [value for result in results for value in result.target_probability]
-    back = sorted(range(len(order)), key=order.__getitem__)
+    ranks = sorted(range(len(order)), key=order.__getitem__)  # back to the order of the requests
+    keys_by_layer = zip(*(result.keys for result in results), strict=True)
     return Values(
-        torch.cat([result.delta for result in results])[back],
-        [torch.cat(parts)[back] for parts in zip(*(result.keys for result in results), strict=True)],
-        steps=[steps[index] for index in back],
-        target_probability=[probabilities[index] for index in back],
+        delta=torch.cat([result.delta for result in results])[ranks],
+        keys=[torch.cat(of_layer)[ranks] for of_layer in keys_by_layer],
+        steps=[steps[index] for index in ranks],
+        target_probability=[probabilities[index] for index in ranks],
         replay=results[0].replay,
     )
 
@@ -132,7 +134,7 @@ def fact_rows(
     contexts: Sequence[str],
     max_length: int | None,
 ) -> list[list[Row]]:
-    """Return the rows of each request: one a context, then the row `"{subject} is a"`."""
+    """Return the rows of each request: one per context, then the row `"{subject} is a"`."""
     return [
         [
             *(encode_request(tokenizer, request, request.target_new, prefix, max_length) for prefix in contexts),
@@ -143,7 +145,7 @@ def fact_rows(
 
 
 class _Group:
-    """The rows of requests that are optimized side by side, as `fact_rows` has them."""
+    """The rows of requests that are optimized in one batch, from `fact_rows`."""
 
     def __init__(
         self,
@@ -154,17 +156,17 @@ class _Group:
         self.requests = requests
         self.rows_each = len(rows[0])
         device = lm.device
-        every = [row for own in rows for row in own]
-        self.batch = pad(every, lm.padding_id, device)
-        self.targets = target_ids(every, device)
+        flat_rows = [row for of_request in rows for row in of_request]
+        self.batch = pad(flat_rows, lm.padding_id, device)
+        self.targets = target_ids(flat_rows, device)
 
     def rows_of(self, members: Tensor) -> Tensor:
-        """Return the rows of the requests `members`."""
-        each = torch.arange(self.rows_each, device=members.device)
-        return (members[:, None] * self.rows_each + each).reshape(-1)
+        """Return the indices of the rows of the requests `members`."""
+        offsets = torch.arange(self.rows_each, device=members.device)
+        return (members[:, None] * self.rows_each + offsets).reshape(-1)
 
     def nll(self, batch: Batch, targets: Tensor, log_probs: Tensor) -> Tensor:
-        """Return the NLL of the target in each row of context, mean over its tokens, `(requests, contexts)`."""
+        """Return the mean NLL of the target's tokens in each context, `(requests, contexts)`."""
         token_nll = -log_probs.gather(1, targets[:, None])[:, 0]
         count = len(batch.input_ids)
         sums = token_nll.new_zeros(count).index_add(0, batch.read_rows, token_nll)
@@ -172,7 +174,7 @@ class _Group:
         return (sums / lengths).view(-1, self.rows_each)[:, :-1]
 
     def is_essence(self, batch: Batch) -> Tensor:
-        """Return which of the logits read belong to the rows `"{subject} is a"`."""
+        """Return which of the logits belong to the rows `"{subject} is a"`."""
         return batch.read_rows % self.rows_each == self.rows_each - 1
 
 
@@ -182,6 +184,7 @@ def _optimize(
     layers: Sequence[int],
     options: ValueOptions,
 ) -> Values:
+    """Optimize the values of one batch."""
     sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
     if "attention" in options.vectors:
         sites += [lm.architecture.attention_output(lm.model, layer) for layer in layers]
@@ -190,33 +193,33 @@ def _optimize(
     )
     replay = Replayer(lm.model, lm.architecture, layers[0])
 
-    count, each = len(group.requests), group.rows_each
+    count, rows_each = len(group.requests), group.rows_each
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
-    v0_norm = values.view(count, each, len(sites), -1)[:, :-1].norm(dim=-1).mean(1)  # (N, sites)
+    v0_norm = values.view(count, rows_each, len(sites), -1)[:, :-1].norm(dim=-1).mean(1)  # (N, sites)
     log_probs = whole.logits.float().log_softmax(-1)
     with torch.no_grad():
         bare_nll = group.nll(group.batch, group.targets, log_probs)[:, 0]
-    essence = log_probs[group.is_essence(group.batch)]  # (N, V): what the model says each subject is
+    essence = log_probs[group.is_essence(group.batch)]  # (N, V), after "{subject} is a"
 
-    delta = torch.zeros_like(values[::each]).requires_grad_()
+    delta = torch.zeros_like(values[::rows_each]).requires_grad_()
     optimizer = torch.optim.Adam([delta], lr=options.lr)
     active = torch.ones(count, dtype=torch.bool, device=delta.device)
     steps = [0] * count
     captured, targets, members = whole, group.targets, active.nonzero()[:, 0]
 
     for step in range(options.steps):
-        if len(members) != int(active.sum()):  # finished facts cost nothing more
+        if len(members) != int(active.sum()):  # finished facts are not run again
             members = active.nonzero()[:, 0]
             rows = group.rows_of(members)
             captured = whole.select(rows)
             targets = group.targets[group.batch.select(rows)[1]]
 
-        run = partial(_edited, replay, captured, sites, delta[members], each)
-        # The first step adds nothing yet, so it must say what was captured.
+        run = partial(_edited, replay, captured, sites, delta[members], rows_each)
+        # The first step adds zeros, so its logits must equal the captured ones.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
         nll = group.nll(captured.batch, targets, log_probs).mean(1)
-        now = log_probs[group.is_essence(captured.batch)]
-        kl = (now.exp() * (now - essence[members])).sum(-1)
+        edited = log_probs[group.is_essence(captured.batch)]
+        kl = (edited.exp() * (edited - essence[members])).sum(-1)
         decay = (delta[members].norm(dim=-1) / v0_norm[members] ** 2).sum(-1)
         loss = nll + options.kl_factor * kl + options.weight_decay * decay
         if not loss.isfinite().all():
@@ -236,32 +239,32 @@ def _optimize(
         with torch.no_grad():
             norm = delta.norm(dim=-1)
             delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
-            delta[~active] = before[~active]  # Adam's momentum would move a finished fact on
+            delta[~active] = before[~active]  # Adam's momentum would still change finished facts
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1
-    delta = delta.detach()[:, : len(layers)]  # what the attention says is not stored
+    delta = delta.detach()[:, : len(layers)]  # vectors of attention are not stored
     keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group)
     return Values(
-        delta.float().cpu(),
-        [of_layer.view(count, each, -1)[:, :-1].float().cpu() for of_layer in keys],
-        steps,
-        (-bare_nll).exp().tolist(),
-        replay.way,
+        delta=delta.float().cpu(),
+        keys=[of_layer.view(count, rows_each, -1)[:, :-1].float().cpu() for of_layer in keys],
+        steps=steps,
+        target_probability=(-bare_nll).exp().tolist(),
+        replay=replay.way,
     )
 
 
 def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
     """Return a recorded tensor, `(B, T, d)` or `(B * T, d)`, at the subject's last token, `(B, d)` float32.
 
-    It is where the tokens are: layers may be on several devices.
+    The result is on the device of the batch, because layers may be on several devices.
     """
     rows = torch.arange(len(batch.subject), device=tensor.device)
-    found = tensor.view(len(rows), -1, tensor.shape[-1])[rows, batch.subject.to(tensor.device)]
-    return found.float().to(batch.subject.device)
+    at_subject = tensor.view(len(rows), -1, tensor.shape[-1])[rows, batch.subject.to(tensor.device)]
+    return at_subject.float().to(batch.subject.device)
 
 
 def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, rows_each: int) -> Tensor:
-    """Return the logits with `delta` `(n, sites, d_model)` added to what the sites say of the captured rows."""
+    """Return the logits of captured rows with `delta`, `(n, sites, d_model)`, added to the outputs of the sites."""
     tokens = replay.subjects(captured.batch)
     additions = {site: (tokens, delta[:, index].repeat_interleave(rows_each, 0)) for index, site in enumerate(sites)}
     with adding(additions):
@@ -277,7 +280,7 @@ def _keys(
     delta: Tensor,
     group: _Group,
 ) -> list[Tensor]:
-    """Return the keys of every row, by layer `(B, d_in)`, with the deltas in place: earlier ones move later keys."""
+    """Return the keys of all rows, by layer `(B, d_in)`, with the deltas added: those of a layer change later keys."""
     record, tokens = whole.record, group.batch.flat_subject
     if len(sites) > 1:
         with recording({str(index): site for index, site in enumerate(sites)}) as record:
@@ -285,6 +288,6 @@ def _keys(
         tokens = replay.subjects(whole.batch)
     keys = []
     for index, layer in enumerate(layers):
-        found = replay.architecture.keys(replay.model, layer, record.calls[str(index)], tokens)
-        keys.append(found.to(tokens.device))  # layers may be on several devices
+        of_layer = replay.architecture.keys(replay.model, layer, record.calls[str(index)], tokens)
+        keys.append(of_layer.to(tokens.device))  # layers may be on several devices
     return keys

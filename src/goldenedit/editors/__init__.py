@@ -1,8 +1,8 @@
-"""Editors: maths that turns keys, residuals and key statistics into a low-rank delta, a file for each.
+"""Editors: the maths that turns keys, residuals and key statistics into a low-rank delta, one file per method.
 
-An editor is one function with a decorator (see `editor`), which `EditConfig(method=...)` finds by its name: those of
-this folder, and those of installed packages with an entry point in the group `goldenedit.editors`. This folder knows no
-model, no tokenizer and no file, and imports nothing but torch. `docs/extending.md` adds an editor, step by step.
+An editor is one function with a decorator (see `editor`). `EditConfig(method=...)` finds it by its name, in this folder
+and in installed packages with an entry point in the group `goldenedit.editors`. Editors use no model, no tokenizer and
+no file, and import only torch. `docs/extending.md` adds an editor, step by step.
 """
 
 from goldenedit.editors.delta import LowRankDelta

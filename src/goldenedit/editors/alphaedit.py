@@ -1,4 +1,4 @@
-"""AlphaEdit: an update in the null space of what the model knows, and of the edits made before.
+"""AlphaEdit: an update in the null space of the keys of other text, which also preserves earlier edits.
 
 Fang et al. 2025, AlphaEdit: Null-Space Constrained Knowledge Editing (arXiv 2410.02355), equation 14.
 """
@@ -25,15 +25,15 @@ class AlphaEditOptions:
         3.0,
         published=0.02,
         unit="mean eigenvalue",
-        help="AlphaEdit: largest eigenvalue of the null space, in units of the mean one; None for 3, or as published "
-        "0.02.",
+        help="Largest eigenvalue of the null space, in units of the mean eigenvalue. None means 3 or, with "
+        "relative_constants=False, the published 0.02.",
     )
     null_space_ridge: float | None = relative(
         0.2,
         published=10.0,
         unit="key energy",
-        help="AlphaEdit: weight of the size of the update, in units of the facts' key energy; None for 0.2, or as "
-        "published 10.",
+        help="Penalty on the size of the update, in units of the facts' mean squared key length. None means 0.2 or, "
+        "with relative_constants=False, the published 10.",
     )
 
 
@@ -48,21 +48,22 @@ class AlphaEditOptions:
     published="memit",
 )
 def alphaedit(problem: Problem) -> LowRankDelta:
-    """Return `Delta = R K^T P ((K K^T + K_p K_p^T) P + ridge I)^-1` with `P = U U^T`; keys outside of `U` see nothing.
+    """Return `Delta = R K^T P ((K K^T + K_p K_p^T) P + ridge I)^-1`, with the projection `P = U U^T`.
 
-    In the coordinates of `U` the system is symmetric: `Delta = R K^T U (U^T (K K^T + K_p K_p^T) U + ridge I)^-1 U^T`,
-    with `K_p` the keys of the edits made before.
+    `U` is a basis of the null space: outputs for keys orthogonal to it stay the same. `K_p` are the keys of earlier
+    edits. In the coordinates of `U` the system is symmetric:
+    `Delta = R K^T U (U^T (K K^T + K_p K_p^T) U + ridge I)^-1 U^T`.
 
     Raises:
-        ValueError: There is no null space below the threshold.
+        ValueError: No eigenvalue is below the threshold.
     """
     U = null_space(problem.text_statistics, problem.options.null_space_threshold)
     K = U.T @ problem.keys.double()
-    seen = K @ K.T + problem.options.null_space_ridge * torch.eye(len(K), dtype=K.dtype, device=K.device)
+    gram = K @ K.T + problem.options.null_space_ridge * torch.eye(len(K), dtype=K.dtype, device=K.device)
     if problem.previous is not None:
-        P = U.T @ problem.previous.double()
-        seen += P @ P.T
-    A = torch.cholesky_solve(K, torch.linalg.cholesky(seen)).T @ U.T
+        K_p = U.T @ problem.previous.double()
+        gram += K_p @ K_p.T
+    A = torch.cholesky_solve(K, torch.linalg.cholesky(gram)).T @ U.T
     return LowRankDelta(A.float(), problem.residuals.float())
 
 
@@ -71,7 +72,7 @@ def null_space(statistics: KeyStatistics, threshold: float) -> Tensor:
 
     Args:
         statistics: Second moment of keys, `C`.
-        threshold: Eigenvalues of `C` below it count as none.
+        threshold: Eigenvectors of `C` whose eigenvalues are below this span the null space.
 
     Raises:
         ValueError: No eigenvalue is below the threshold.
@@ -80,7 +81,7 @@ def null_space(statistics: KeyStatistics, threshold: float) -> Tensor:
     basis = vectors[:, values < threshold]
     if basis.shape[1] == 0:
         raise ValueError(
-            f"The smallest eigenvalue of the key statistics is {values[0]:.2e}: there is no null space below "
-            f"{threshold:.2e}. Raise EditConfig.null_space_threshold."
+            f"The key statistics have no eigenvalue below {threshold:.2e}, so there is no null space; the smallest is "
+            f"{values[0]:.2e}. Raise EditConfig.null_space_threshold."
         )
     return basis

@@ -1,4 +1,4 @@
-"""The change of one weight matrix as two thin factors."""
+"""The change of a weight matrix as two low-rank factors."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-VLLM_RANK = 512  # the largest rank of an adapter that vLLM takes
+VLLM_RANK = 512  # the largest rank of an adapter that vLLM loads
 
 
 @dataclass(frozen=True)
 class LowRankDelta:
     """`Delta = B @ A`, in the orientation of nn.Linear: `(d_out, d_in)`.
 
-    Factors of different precision, such as one that was solved for in float64, become float32.
+    If the factors have different precisions, both become float32.
 
     Attributes:
         A: `(r, d_in)`, LoRA's `lora_A.weight`.
         B: `(d_out, r)`, LoRA's `lora_B.weight`.
-        experts: The number of matrices of equal width that are changed side by side: those of a mixture's fused
-            experts, 1 for all others.
+        experts: Number of matrices of equal width that `A` spans side by side: the fused experts of a mixture; 1 for
+            all other modules.
     """
 
     A: Tensor
@@ -29,16 +29,20 @@ class LowRankDelta:
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
-            raise ValueError(f"Factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply.")
+            raise ValueError(
+                f"The factors B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply. Give them one rank."
+            )
         if self.A.shape[1] % self.experts:
-            raise ValueError(f"Factor A {tuple(self.A.shape)} cannot be split among {self.experts} experts.")
+            raise ValueError(
+                f"The factor A {tuple(self.A.shape)} cannot be split among {self.experts} experts of equal width."
+            )
         if self.A.dtype != self.B.dtype:
             object.__setattr__(self, "A", self.A.float())  # the dataclass is frozen
             object.__setattr__(self, "B", self.B.float())
 
     @property
     def rank(self) -> int:
-        """Number of columns of B."""
+        """The rank of the factors: the number of columns of B."""
         return self.A.shape[0]
 
     def dense(self) -> Tensor:
@@ -46,7 +50,7 @@ class LowRankDelta:
         return self.B @ self.A
 
     def padded(self, rank: int, offset: int = 0) -> LowRankDelta:
-        """Return the same delta with factors of rank `rank`, its own from `offset` on and zeros elsewhere."""
+        """Return the same delta with factors of rank `rank`: its own factors start at `offset`, the rest is zeros."""
         A = self.A.new_zeros(rank, self.A.shape[1])
         B = self.B.new_zeros(self.B.shape[0], rank)
         A[offset : offset + self.rank] = self.A
@@ -54,15 +58,15 @@ class LowRankDelta:
         return replace(self, A=A, B=B)
 
     def beside(self, other: LowRankDelta) -> LowRankDelta:
-        """Return the sum of two deltas, the factors of each as they are."""
+        """Return the sum of two deltas, with the factors of both side by side."""
         return replace(self, A=torch.cat([self.A, other.A]), B=torch.cat([self.B, other.B], 1))
 
     def part(self, start: int, stop: int) -> LowRankDelta:
-        """Return the delta of the ranks `start:stop` alone."""
+        """Return the delta of the ranks `start:stop` only."""
         return replace(self, A=self.A[start:stop].contiguous(), B=self.B[:, start:stop].contiguous())
 
     def balanced(self) -> LowRankDelta:
-        """Return the same delta with equal norms of each column of B and row of A, which half precision keeps best."""
+        """Return the same delta with equal norms of each column of B and its row of A, best in half precision."""
         a, b = self.A.norm(dim=1), self.B.norm(dim=0)
         scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-30)).sqrt(), torch.ones_like(a))
         return replace(self, A=self.A * scale[:, None], B=self.B / scale)
@@ -82,15 +86,15 @@ class LowRankDelta:
 
     @property
     def paying_rank(self) -> int:
-        """The largest rank whose factors are no larger than the dense matrix, and that vLLM loads."""
+        """The largest rank at which the factors are no larger than the dense matrix and vLLM loads them."""
         d_out, d_in = self.B.shape[0], self.A.shape[1] // self.experts
         return max(1, min(d_out * d_in // (d_out + d_in), VLLM_RANK))
 
     def reduced(self, rank: int) -> tuple[LowRankDelta, float]:
-        """Return the delta of at most `rank`, and the relative error of that.
+        """Return the delta with at most `rank` ranks, and its relative error in the Frobenius norm.
 
-        A delta that is within the rank keeps its own factors; of others the largest singular values stay, balanced.
-        The error is that of the Frobenius norm.
+        A delta of at most that rank keeps its factors. Otherwise the largest singular values are kept, with balanced
+        factors.
         """
         if self.rank <= rank:
             return self, 0.0
@@ -99,42 +103,42 @@ class LowRankDelta:
         return replace(self, A=V[:rank].float(), B=(U[:, :rank] * s[:rank]).float()).balanced(), error
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Return `lora_A.weight` and `lora_B.weight` as PEFT keeps them.
+        """Return `lora_A.weight` and `lora_B.weight` in PEFT's layout.
 
-        Those of fused experts are `(experts * r, d_ff)`, ordered by expert and then rank, and `(d_out, r * experts)`,
-        by rank and then expert.
+        For fused experts they are `(experts * r, d_ff)`, ordered by expert and then rank, and `(d_out, r * experts)`,
+        ordered by rank and then expert.
         """
         A = self.A.unflatten(1, (self.experts, -1)).transpose(0, 1).flatten(0, 1)
         return A, self.B.repeat_interleave(self.experts, 1)
 
     @classmethod
     def from_stored(cls, A: Tensor, B: Tensor, rank: int) -> LowRankDelta:
-        """Return the delta whose factors PEFT keeps as `A` and `B`.
+        """Return the delta of factors `A` and `B` in PEFT's layout.
 
         Raises:
-            ValueError: The factors are not of that rank, or not one change of what all experts say together.
+            ValueError: The factors do not have this rank, or `B` differs between experts.
         """
         if A.ndim != 2 or B.ndim != 2 or rank < 1 or A.shape[0] % rank or len(A) < rank or A.shape[0] != B.shape[1]:
-            raise ValueError(f"Factors B {tuple(B.shape)} and A {tuple(A.shape)} are none of rank {rank}.")
+            raise ValueError(f"The factors B {tuple(B.shape)} and A {tuple(A.shape)} do not have rank {rank}.")
         experts = len(A) // rank
         of_experts = B.unflatten(1, (rank, experts))
         first = of_experts[..., :1].expand_as(of_experts)
         if not torch.allclose(of_experts, first, rtol=0, atol=0, equal_nan=True):
-            raise ValueError("Factor B differs between experts.")
+            raise ValueError("The factor B differs between experts. An edit needs one B for all experts.")
         A = A.unflatten(0, (experts, rank)).transpose(0, 1).flatten(1)
         return cls(A.contiguous(), of_experts[..., 0].contiguous(), experts)
 
     @classmethod
     def from_dense(cls, dense: Tensor, tolerance: float = 0.0) -> tuple[LowRankDelta, float]:
-        """Return the delta of least rank within `tolerance` of a dense change, and the relative error that is left.
+        """Return the delta of smallest rank within `tolerance` of a dense change, and its relative error.
 
         Args:
             dense: `(d_out, d_in)`.
-            tolerance: Largest error in the Frobenius norm, relative to that of `dense`; 0 keeps all.
+            tolerance: Largest error in the Frobenius norm, relative to the norm of `dense`; 0 keeps all ranks.
         """
         U, s, V = torch.linalg.svd(dense.double(), full_matrices=False)
-        left = s.square().flip(0).cumsum(0).flip(0)  # energy of the values from each on
-        total = left[0].clamp_min(torch.finfo(left.dtype).tiny)
-        rank = max(1, int((left > tolerance**2 * total).sum()))
-        error = (left[rank] / total).sqrt().item() if rank < len(s) else 0.0
+        tails = s.square().flip(0).cumsum(0).flip(0)  # energy of each singular value and all smaller ones
+        total = tails[0].clamp_min(torch.finfo(tails.dtype).tiny)
+        rank = max(1, int((tails > tolerance**2 * total).sum()))
+        error = (tails[rank] / total).sqrt().item() if rank < len(s) else 0.0
         return cls(V[:rank].float(), (U[:, :rank] * s[:rank]).float()).balanced(), error

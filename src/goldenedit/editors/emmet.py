@@ -20,7 +20,9 @@ class EmmetOptions:
     """Constants of EMMET."""
 
     gram_ridge: float = option(
-        0.01, least=0.0, help="EMMET: ridge of K^T C^-1 K in units of its diagonal; 0 inserts exactly."
+        0.01,
+        least=0.0,
+        help="Ridge on K^T C^-1 K, relative to its diagonal. 0 inserts every fact exactly.",
     )
 
 
@@ -33,10 +35,10 @@ class EmmetOptions:
     published="rome",
 )
 def emmet(problem: Problem) -> LowRankDelta:
-    """Return `Delta = R (K^T C^-1 K)^-1 K^T C^-1`, the least `tr(Delta C Delta^T)` of all with `Delta K = R`.
+    """Return `Delta = R (K^T C^-1 K)^-1 K^T C^-1`, the minimum of `tr(Delta C Delta^T)` subject to `Delta K = R`.
 
-    A factor before `C` changes nothing. The ridge is added to the diagonal of `K^T C^-1 K`, in units of each of its
-    entries: keys that are all but the same ask for more than the model can give.
+    The scale of `C` does not matter. The ridge is added to the diagonal of `K^T C^-1 K`, relative to each entry:
+    without it, nearly equal keys with different residuals would make the update very large.
     """
     K = problem.keys.double()
     CK = problem.statistics.solve(K)

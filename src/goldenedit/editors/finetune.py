@@ -1,10 +1,10 @@
-"""FT-L and FT-M: plain gradient steps on the edited matrix, the baselines of the field, and a LoRA beside it.
+"""FT-L and FT-M, which train the edited matrix and are the field's baselines, and LoRA, which trains two factors.
 
-FT-L: Zhu et al. 2020, Modifying Memories in Transformer Models (arXiv 2012.00363), as ROME's authors ran it: the matrix
-stays within `epsilon` of what it was, and every token of the answer is asked for at the prompt's last token.
-FT-M: Zhang et al. 2024, A Comprehensive Study of Knowledge Editing (arXiv 2401.01286): cross entropy of the answer's
-tokens, each behind those before it.
-LoRA: Hu et al. 2021 (arXiv 2106.09685): the same loss, a change of low rank that starts at zero.
+FT-L: Zhu et al. 2020, Modifying Memories in Transformer Models (arXiv 2012.00363), as ROME's authors ran it: each
+weight stays within `epsilon` of its old value, and all answer tokens are predicted at the prompt's last token.
+FT-M: Zhang et al. 2024, A Comprehensive Study of Knowledge Editing (arXiv 2401.01286): cross entropy of each token of
+the answer after the tokens before it.
+LoRA: Hu et al. 2021 (arXiv 2106.09685): the same loss, with a low-rank change that starts at zero.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class ClippedOptions(TrainingOptions):
     """Constants of FT-L."""
 
     finetune_epsilon: float | None = relative(
-        0.02, published=5e-4, help="FT-L: largest change of a weight; None for 0.02, or as published 5e-4."
+        0.02,
+        published=5e-4,
+        help="Largest change of a weight. None means 0.02 or, with relative_constants=False, the published 5e-4.",
     )
 
 
@@ -33,7 +35,7 @@ class ClippedOptions(TrainingOptions):
 class LoraOptions(TrainingOptions):
     """Constants of LoRA."""
 
-    lora_rank: int = option(8, least=1, whole=True, help="LoRA: rank.")
+    lora_rank: int = option(8, least=1, whole=True, help="Rank of the trained factors.")
 
 
 @editor(
@@ -46,7 +48,7 @@ class LoraOptions(TrainingOptions):
     published="ft",
 )
 def ft_l(problem: TrainingProblem) -> DenseChange:
-    """Return the change that FT-L trains: all entries, clipped."""
+    """Return the change that FT-L trains: all entries, within `[-epsilon, epsilon]`."""
     return DenseChange(problem.d_in, problem.d_out, problem.options.finetune_epsilon)
 
 
@@ -70,7 +72,7 @@ def lora(problem: TrainingProblem) -> LowRankChange:
 
 
 class DenseChange(nn.Module):
-    """A change of all entries of a matrix, kept within `[-epsilon, epsilon]` where that is given."""
+    """A change of all entries of a matrix, within `[-epsilon, epsilon]` if an epsilon is given."""
 
     def __init__(self, d_in: int, d_out: int, epsilon: float | None = None) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class DenseChange(nn.Module):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Project onto the box."""
+        """Clamp all entries to `[-epsilon, epsilon]`."""
         if self.epsilon is not None:
             self.weight.clamp_(-self.epsilon, self.epsilon)
 
@@ -93,7 +95,7 @@ class DenseChange(nn.Module):
 
 
 class LowRankChange(nn.Module):
-    """A change `B A` of rank `r`: `A` drawn as PEFT draws it, `B` zero."""
+    """A change `B A` of rank `r`, initialized as in PEFT: `A` at random, `B` with zeros."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ class LowRankChange(nn.Module):
         return nn.functional.linear(nn.functional.linear(inputs, self.A), self.B)
 
     def constrain(self) -> None:
-        """There is no constraint but the rank."""
+        """Do nothing: the rank is the only constraint."""
 
     def change(self) -> LowRankDelta:
         """Return the factors."""

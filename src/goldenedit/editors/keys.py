@@ -1,4 +1,4 @@
-"""Keys of one fact, as editors are given them."""
+"""Keys of one fact, as editors read them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class FactKeys:
     Attributes:
         bare: `(d_in,)`, key at the bare prompt, `k`.
         mean: `(d_in,)`, key averaged over contexts, `k*`.
-        contrast: `(d_in, c)`, keys of other subjects that end in the same token, scaled by the weight they have beside
-            the other text; None where there are none.
-        anchor_bare: Whether the edit must answer to `bare` as it does to `mean`.
+        contrast: `(d_in, c)`, keys of other subjects that end in the same token, scaled by their weight relative to
+            other text; None without contrast keys.
+        anchor_bare: Whether the edit must map `bare` to the same value as `mean`.
     """
 
     bare: Tensor

@@ -1,12 +1,12 @@
-"""MEMIT: the least-squares update that stores many facts at once; and PMET, which asks it for other values.
+"""MEMIT: the least-squares update that stores many facts at once. PMET: the same update with other values.
 
-MEMIT: Meng et al. 2023, Mass-Editing Memory in a Transformer (arXiv 2210.07229), equation 14. On several layers the
-paper spreads one residual over them; here each layer has one of its own, optimized together with those of the others.
+MEMIT: Meng et al. 2023, Mass-Editing Memory in a Transformer (arXiv 2210.07229), equation 14. With several layers, the
+paper spreads one residual over them. Here each layer has its own residual, and all are optimized together.
 
-PMET: Li et al. 2024, PMET: Precise Model Editing in a Transformer (arXiv 2308.08742). The vectors on the outputs of
-attention and MLP are optimized together, and only the MLP's is stored: `R` holds less than MEMIT's, which speaks for
-the attention as well. Its square root of the layers that are left, in place of their number, concerns one residual
-spread over several layers.
+PMET: Li et al. 2024, PMET: Precise Model Editing in a Transformer (arXiv 2308.08742). Vectors on the outputs of
+attention and MLP are optimized together, and only the MLP's vector is stored. So `R` holds less than in MEMIT, where
+the MLP's vector also contributes attention's part of the answer. PMET's other change, which divides a residual by the
+square root of the number of remaining layers, does not apply here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class MemitOptions:
         published=15_000.0,
         unit="key energy per trace",
         least=0.0,
-        help="MEMIT, PMET: weight of the covariance, lambda, in units of the facts' key energy over the covariance's "
-        "trace; None for 1, or as published 15000 (their GPT-2 XL: 20000).",
+        help="Weight of the covariance, lambda. At 1, text and facts count alike. None means 1 or, with "
+        "relative_constants=False, the published 15000 (for GPT-2 XL they used 20000).",
     )
 
 
@@ -46,7 +46,7 @@ class MemitOptions:
 def memit(problem: Problem) -> LowRankDelta:
     """Return `Delta = R K^T (lambda C + K K^T)^-1`, the minimum of `||Delta K - R||^2 + lambda tr(Delta C Delta^T)`.
 
-    By the Woodbury identity `K^T (lambda C + K K^T)^-1 = (lambda I + K^T C^-1 K)^-1 K^T C^-1`: an N x N system.
+    By the Woodbury identity `K^T (lambda C + K K^T)^-1 = (lambda I + K^T C^-1 K)^-1 K^T C^-1`, an N x N system.
     """
     K = problem.keys.double()
     CK = problem.statistics.solve(K)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Count, mean and summed squared deviations of the features seen, `(d,)` each, float64; those of parts add up."""
+    """Count, mean `(d,)` and summed squared deviations `(d,)` of features, in float64. Moments can be added."""
 
     count: float
     mean: Tensor
@@ -24,7 +24,7 @@ class RunningMoments:
         return cls(len(rows), mean, (rows - mean).square().sum(0))
 
     def __add__(self, other: RunningMoments) -> RunningMoments:
-        """Return the moments of the rows of both (Chan et al. 1979)."""
+        """Return the moments of the rows of both sets (Chan et al. 1979)."""
         count = self.count + other.count
         shift = other.mean - self.mean
         squares = self.squares + other.squares + shift.square() * (self.count * other.count / count)
@@ -36,11 +36,11 @@ class RunningMoments:
 
     @classmethod
     def from_columns(cls, columns: Tensor) -> RunningMoments:
-        """Return the moments of all parts whose `columns` stand side by side, `(d, 3 m)`."""
-        parts = [cls(part[0, 0].item(), part[:, 1], part[:, 2]) for part in columns.double().split(3, 1)]
-        return sum(parts[1:], parts[0])
+        """Return the summed moments of m sets from their concatenated `columns`, `(d, 3 m)`."""
+        moments = [cls(of_set[0, 0].item(), of_set[:, 1], of_set[:, 2]) for of_set in columns.double().split(3, 1)]
+        return sum(moments[1:], moments[0])
 
     def normalized(self, features: Tensor) -> Tensor:
-        """Return `(features - mean) / std`, `(n, d)`; a feature that never changes becomes 0."""
+        """Return `(features - mean) / std`, `(n, d)`. A constant feature becomes 0."""
         std = (self.squares / max(self.count - 1, 1)).sqrt()
         return torch.where(std > 0, (features.double() - self.mean) / std.clamp_min(1e-30), 0.0)

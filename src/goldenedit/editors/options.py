@@ -1,4 +1,4 @@
-"""Options of an editor: fields of a dataclass with a help, bounds, and units that fit every model."""
+"""Options of an editor: dataclass fields with a help text, bounds, and units that suit every model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def option(
     """Return a field of an options dataclass.
 
     Args:
-        default: Its value where a user gives none.
-        help: What it does, in one sentence.
-        least: The smallest number that it may be.
-        above: A number that it must be above.
-        whole: Whether it must be a whole number.
+        default: The default value.
+        help: What the option does, in one sentence.
+        least: Smallest allowed number.
+        above: Number that the value must be greater than.
+        whole: Whether the value must be a whole number.
 
     Example:
         ```python
@@ -45,17 +45,18 @@ def relative(
     above: float = 0.0,
     least: float | None = None,
 ) -> Any:
-    """Return a field whose default means the same for every model, beside the paper's own number.
+    """Return a field whose default means the same for every model, next to the number that the paper published.
 
-    `EditConfig(relative_constants=True)`, the default, gives the editor `default` or what the user set, in units of the
-    model at hand; `False` gives it `published` or what the user set, as it is.
+    With `EditConfig(relative_constants=True)`, which is the default, the editor reads the user's value or `default`,
+    multiplied by a unit measured on the model. With `False` it reads the user's value or `published` without a unit.
 
     Args:
         default: The default, in units.
-        published: The default of the paper's code, without units; by default the same number.
-        help: What it does, in one sentence.
-        unit: A unit that the problem knows (see `Problem.unit`); None for a plain number.
-        least: The smallest number that it may be; None for any above 0.
+        published: The default of the paper's code, without units. If omitted, it equals `default`.
+        help: What the option does, in one sentence.
+        unit: Name of a unit (see `Problem.unit`); None for a plain number.
+        above: Number that the value must be greater than, unless `least` is given.
+        least: Smallest allowed number.
     """
     bounds = {"least": least, "above": None if least is not None else above, "whole": False}
     published = default if published is None else published
@@ -65,22 +66,22 @@ def relative(
 
 
 def is_relative(entry: Field[Any]) -> bool:
-    """Tell a field made by `relative` from other fields."""
+    """Return whether a field was made by `relative`."""
     return "published" in entry.metadata
 
 
 def default_of(entry: Field[Any], relative_constants: bool) -> Any:
-    """Return what a field is where the user sets nothing: for one made by `relative`, by the units in use."""
+    """Return the default of a field; for one made by `relative`, the default that goes with the units in use."""
     if is_relative(entry):
         return entry.metadata["default" if relative_constants else "published"]
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def resolved(options: Options, relative_constants: bool, unit: Callable[[str], float]) -> Options:
-    """Return options as the maths reads them: defaults filled in, and units multiplied out.
+    """Return options as the maths reads them, with defaults filled in and units multiplied out.
 
     Args:
-        unit: Returns the size of a unit by its name.
+        unit: Returns the size of a unit from its name.
     """
     values = {}
     entries: tuple[Field[Any], ...] = fields(options)  # type: ignore[arg-type]
@@ -95,20 +96,24 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
 
 @dataclass(kw_only=True)
 class TrainingOptions:
-    """Constants of training, which every editor that trains has; defaults measured best on development facts."""
+    """Constants of every editor that trains. The defaults were the best on development facts."""
 
-    finetune_steps: int = option(25, least=1, whole=True, help="FT-L, FT-M, LoRA: most steps of Adam.")
+    finetune_steps: int = option(25, least=1, whole=True, help="Largest number of steps of Adam.")
     finetune_lr: float | None = relative(
-        5e-3, published=5e-4, help="FT-L, FT-M, LoRA: learning rate; None for 5e-3, or as published 5e-4."
+        5e-3,
+        published=5e-4,
+        help="Learning rate. None means 5e-3 or, with relative_constants=False, the published 5e-4.",
     )
-    finetune_stop_loss: float = option(0.01, least=0.0, help="FT-L, FT-M, LoRA: loss to stop below.")
+    finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")
 
 
 def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:
-    """Raise ValueError where a value of an option is out of its bounds, or not of its default's kind.
+    """Raise ValueError if the value of an option is out of bounds, or of another type than the default.
 
     Args:
-        where: What the options are of, before a dot and their name.
+        where: Name of the config, which error messages put before a dot and the option's name.
+        entries: Fields by name.
+        values: Values to check, by name.
     """
     for name, value in values.items():
         entry = entries[name]
@@ -123,7 +128,7 @@ def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[
                 optional=entry.default is None,
             )
         elif entry.default is not MISSING and entry.default is not None and not _is_alike(value, entry.default):
-            raise ValueError(f"{where}.{name} must be like its default, {entry.default!r}, got {value!r}.")
+            raise ValueError(f"{where}.{name} must be of the type of its default {entry.default!r}, got {value!r}.")
 
 
 def _is_alike(value: Any, default: Any) -> bool:
@@ -142,14 +147,14 @@ def check_number(
     infinite: bool = False,
     optional: bool = False,
 ) -> None:
-    """Raise ValueError where a value is not a number within these bounds; the message names it by `name`."""
+    """Raise ValueError if a value is not a number within the bounds. The message calls it `name`."""
     if optional and value is None:
         return
     kinds = (int,) if whole else (int, float)
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    # Not math.isfinite, which raises OverflowError on large ints.
-    number = number and (abs(value) <= sys.float_info.max or (infinite and value == float("inf")))
-    if not number or (least is not None and value < least) or (above is not None and value <= above):
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    # math.isfinite raises OverflowError on large ints.
+    is_number = is_number and (abs(value) <= sys.float_info.max or (infinite and value == float("inf")))
+    if not is_number or (least is not None and value < least) or (above is not None and value <= above):
         kind = "a whole number" if whole else "a number"
         bound = f"above {above}" if above is not None else f"of at least {least}"
         raise ValueError(f"{name} must be {kind} {bound}, got {value!r}.")

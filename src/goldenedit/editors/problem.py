@@ -1,4 +1,4 @@
-"""What an editor is asked: which keys must answer with which residuals, beside which other text."""
+"""The problem that an editor solves: keys, residuals, and statistics of the text that must not change."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from goldenedit.editors.statistics import KeyStatistics
 
 @dataclass(frozen=True)
 class Problem:
-    """What an editor that inserts values under keys is asked at one layer.
+    """The problem at one layer of an editor that inserts values under keys.
 
-    A paper's `Delta K = R` is `problem.keys` and `problem.residuals`, of equal width. A fact whose edit must answer to
-    more than one key has a column for each; whoever called the editor folds them back into one.
+    In a paper's `Delta K = R`, `K` is `problem.keys` and `R` is `problem.residuals`, of equal width. A fact with two
+    keys has a column for each. The library folds the columns of a fact back into one (see `folded`).
 
     Attributes:
-        facts: Keys of the N facts, for editors that treat a fact's keys differently.
-        fact_residuals: `(d_out, N)`, what is missing to the wanted value of each fact.
+        facts: Keys of the N facts, for editors that treat the keys of one fact differently.
+        fact_residuals: `(d_out, N)`, the difference between the new value and the current value of each fact.
         text_statistics: Second moment of the keys of other text, without contrast keys.
-        options: The editor's options, as its maths reads them: an instance of its options dataclass.
-        previous: `(d_in, M)`, keys of earlier edits, for editors that spare them; None where there are none.
+        options: The editor's options as its maths reads them, an instance of its options dataclass.
+        previous: `(d_in, P)`, keys of earlier edits, for editors that preserve them; None without earlier edits.
     """
 
     facts: Sequence[FactKeys]
@@ -47,13 +47,14 @@ class Problem:
         options: Any = None,
         previous: Tensor | None = None,
     ) -> Problem:
-        """Return the problem of plain matrices, as a test of an editor poses it.
+        """Return a problem of plain matrices, for tests of editors.
 
         Args:
-            keys: `(d_in, N)`, a key for each fact.
+            keys: `(d_in, N)`, one key per fact.
             residuals: `(d_out, N)`.
-            statistics: Second moment of other text; the identity by default.
-            options: The editor's options as its maths reads them, without units; what is None is as published.
+            statistics: Second moment of other text. Defaults to the identity.
+            options: The editor's options without units. Values that are None become the published ones.
+            previous: `(d_in, P)`, keys of earlier edits.
         """
         facts = [FactKeys(key, key) for key in keys.T]
         problem = cls(facts, residuals, KeyStatistics(None) if statistics is None else statistics, options, previous)
@@ -61,27 +62,27 @@ class Problem:
 
     @cached_property
     def owners(self) -> Tensor:
-        """Index of the fact of each column of `keys`: every fact, then those that are anchored at their bare key."""
+        """`(M,)`, the fact of each column of `keys`: all facts, then those that are also anchored at their bare key."""
         anchored = [index for index, fact in enumerate(self.facts) if fact.anchor_bare]
         return torch.tensor([*range(len(self.facts)), *anchored])
 
     @cached_property
     def keys(self) -> Tensor:
-        """`(d_in, M)`, the keys that must be answered to, `K`."""
+        """`K`, `(d_in, M)`: the keys to insert residuals under."""
         bare = [fact.bare for fact in self.facts if fact.anchor_bare]
         return torch.stack([*(fact.mean for fact in self.facts), *bare], 1)
 
     @cached_property
     def residuals(self) -> Tensor:
-        """`(d_out, M)`, what each key must be answered with, `R`."""
+        """`R`, `(d_out, M)`: the residual of each key."""
         return self.fact_residuals[:, self.owners]
 
     @cached_property
     def statistics(self) -> KeyStatistics:
-        """The second moment of other text, `C`, with the contrast keys of all facts among it, each weighed as alone.
+        """`C`: the second moment of other text plus the contrast keys of all facts, each with its full weight.
 
-        With many facts they outweigh the text. On SmolLM2 and 40 facts that is the better prior: NS 0.795 with the
-        full weight of each, 0.765 with the weight of one fact's for all of them together.
+        With many facts the contrast keys outweigh the text, and that works better: on SmolLM2 with 40 facts NS is 0.795
+        with the full weight for each fact, and 0.765 if all facts share the weight of one.
         """
         contrasts = [fact.contrast for fact in self.facts if fact.contrast is not None]
         return self.text_statistics.with_contrast(torch.cat(contrasts, 1)) if contrasts else self.text_statistics
@@ -90,11 +91,11 @@ class Problem:
         """Return the size of a unit that options are measured in (see `relative`).
 
         - `"key energy"`: the mean squared length of the keys.
-        - `"key energy per trace"`: the same, over the trace of `C`: weighs text against facts.
+        - `"key energy per trace"`: the key energy divided by the trace of `C`, to weigh text against facts.
         - `"mean eigenvalue"`: the mean eigenvalue of `C`.
 
         Raises:
-            ValueError: There is no such unit.
+            ValueError: The unit is unknown.
         """
         if name == "mean eigenvalue":
             return self.text_statistics.spectrum[0].mean().item()
@@ -106,9 +107,9 @@ class Problem:
         raise ValueError(f"Unknown unit {name!r}: use 'key energy', 'key energy per trace' or 'mean eigenvalue'.")
 
     def folded(self, delta: LowRankDelta | Tensor) -> LowRankDelta | Tensor:
-        """Return the same delta of rank N, where it has rank M with a column of `B` for each key.
+        """Return a delta of rank N from one of rank M whose `B` is `residuals`. Other changes are returned unchanged.
 
-        The columns of one fact's keys are equal, so its rows of `A` add up. Other changes are returned as they are.
+        The keys of one fact have equal columns in `B`, so their rows of `A` are summed.
         """
         count = len(self.facts)
         if not isinstance(delta, LowRankDelta) or not torch.equal(delta.B, self.residuals.float()):
@@ -119,14 +120,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class GradientProblem:
-    """What an editor that reads gradients is asked at one layer; a row for each token of each answer.
+    """The problem at one layer of an editor that reads gradients, with one row per token of each answer.
 
     Attributes:
-        inputs: `(n, d_in)`, what enters the map.
-        outputs: `(n, d_out)`, what leaves it.
-        gradients: `(n, d_out)`, gradients of the answers' loss by the outputs.
-        moments: Moments of `[inputs; gradients]` over all edits so far, these included.
-        options: The editor's options, as its maths reads them.
+        inputs: `(n, d_in)`, inputs of the edited matrix.
+        outputs: `(n, d_out)`, its outputs.
+        gradients: `(n, d_out)`, gradients of the answers' loss with respect to the outputs.
+        moments: Moments of `[inputs; gradients]` over all edits so far, including this one.
+        options: The editor's options as its maths reads them.
     """
 
     inputs: Tensor
@@ -139,30 +140,30 @@ class GradientProblem:
         """Return the size of a unit that options are measured in (see `relative`).
 
         - `"input energy"`: the mean squared length of the inputs.
-        - `"output length"`: the mean length of the outputs, for steps along normalized features: those of a map are as
-          long as the roots of its widths, and their product is divided out.
+        - `"output length"`: the mean length of the outputs, divided by the length of a step along normalized inputs and
+          gradients, which is about `d_in * d_out^0.5`.
 
         Raises:
-            ValueError: There is no such unit.
+            ValueError: The unit is unknown.
         """
         if name == "input energy":
             return self.inputs.square().sum(1).mean().item()
         if name == "output length":
             d_in, d_out = self.inputs.shape[1], self.outputs.shape[1]
-            # ||h^||^2 is about d_in, and ||g^|| the root of d_out: the step is then as long as an output.
+            # ||h^||^2 is about d_in and ||g^|| about d_out^0.5, so that the step is as long as an output.
             return self.outputs.norm(dim=1).mean().item() / (d_in * d_out**0.5)
         raise ValueError(f"Unknown unit {name!r}: use 'input energy' or 'output length'.")
 
 
 @dataclass(frozen=True)
 class TrainingProblem:
-    """What an editor that trains a change is asked at one layer.
+    """The problem at one layer of an editor that trains a change.
 
     Attributes:
-        d_in: Width of the map's inputs.
+        d_in: Width of the inputs of the edited matrix.
         d_out: Width of its outputs.
-        generator: Draws first values, seeded by the config.
-        options: The editor's options, as its maths reads them.
+        generator: Random generator for initial values, seeded by the config.
+        options: The editor's options as its maths reads them.
     """
 
     d_in: int
@@ -171,5 +172,5 @@ class TrainingProblem:
     options: Any = None
 
     def unit(self, name: str) -> float:
-        """Raise ValueError: a trained change has no units of its own."""
-        raise ValueError(f"Unknown unit {name!r}: options of an editor that trains are plain numbers.")
+        """Raise ValueError, because options of trained changes have no units."""
+        raise ValueError(f"Unknown unit {name!r}: an editor that trains has no units. Use unit=None.")

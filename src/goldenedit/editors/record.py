@@ -1,4 +1,4 @@
-"""What is known of an editor beside its maths, in its own file: the record, the decorator and the registry."""
+"""The record of an editor, the decorator that registers it, and the registry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AnswerLoss = Literal["masked", "last"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 VECTORS = ("mlp", "attention")
 
-# Constants of EditConfig that an editor may read, by the words of `Editor.reads`.
+# Constants of EditConfig that an editor may read, by the words in `Editor.reads`.
 READABLE: dict[str, tuple[str, ...]] = {
     "covariance": ("covariance", "covariance_tokens"),
     "ridge": ("ridge",),
@@ -29,7 +29,7 @@ READABLE: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of an editor that has none."""
+    """Options of an editor without options."""
 
 
 def _has_no_default(entry: Field[Any]) -> bool:
@@ -38,24 +38,24 @@ def _has_no_default(entry: Field[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Editor:
-    """An editor: its maths, and what the rest of the library must know to ask it.
+    """An editor: its maths, and what the library must know to call it.
 
     Attributes:
-        name: Its name in `EditConfig.method`.
-        function: The maths: from a `Problem` to a `LowRankDelta`, or to a dense change `(d_out, d_in)`; with
-            `learns="gradients"` from a `GradientProblem`; with `learns="training"` from a `TrainingProblem` to the
-            change that is trained (see docs/extending.md).
-        paper: Where the formula stands.
-        options: Dataclass of its options; with `learns="training"` one that extends `TrainingOptions`.
-        learns: What it needs: optimized values under keys, gradients at the answers, or training of its own.
-        reads: Which constants of EditConfig it reads: words of `READABLE`. Nothing else is computed or shown.
-        takes_identity: Whether it works without key statistics, `covariance="identity"`.
-        vectors: Whose outputs are optimized for it; those of attention only help to find the MLP's.
-        remembers_keys: Whether later edits are given the keys of earlier ones, as `Problem.previous`.
-        inserts_batches: Whether it is made for many facts at once: benchmarks then insert them so.
-        loss: Of a trained editor: cross entropy of the answer's tokens, each behind those before it, or of all of them
-            at the prompt's last token.
-        published: Whose layers a paper's tables would take: `"rome"`, `"memit"` or `"ft"`; None where nothing is.
+        name: The value of `EditConfig.method` that selects it.
+        function: The maths. By default it turns a `Problem` into a `LowRankDelta` or a dense change `(d_out, d_in)`.
+            With `learns="gradients"` it takes a `GradientProblem` instead. With `learns="training"` it takes a
+            `TrainingProblem` and returns a change to train (see docs/extending.md).
+        paper: Paper and equation of the formula.
+        options: Dataclass of its options. With `learns="training"` it extends `TrainingOptions`.
+        learns: What the editor needs: optimized values under keys, gradients at the answers, or training.
+        reads: The constants of EditConfig that it reads, as words of `READABLE`. Others are neither computed nor shown.
+        takes_identity: Whether it works without key statistics, with `covariance="identity"`.
+        vectors: The modules whose outputs are optimized. Vectors of attention are never stored.
+        remembers_keys: Whether later edits read the keys of earlier edits, as `Problem.previous`.
+        inserts_batches: Whether it is made for many facts at once. Benchmarks then insert all facts in one batch.
+        loss: The loss of a trained editor. `"masked"`: cross entropy of each token of the answer after the tokens
+            before it. `"last"`: cross entropy of all its tokens at the prompt's last token.
+        published: Which published layers apply: those for `"rome"`, `"memit"` or `"ft"`; None if no paper names any.
     """
 
     name: str
@@ -75,41 +75,45 @@ class Editor:
         for attribute, choices in (("reads", tuple(READABLE)), ("vectors", VECTORS)):
             words = getattr(self, attribute)
             if isinstance(words, str) or not set(words) <= set(choices):
-                raise ValueError(f"{attribute} of the editor {self.name!r} is a tuple of {choices}, not {words!r}.")
+                raise ValueError(
+                    f"{attribute} of the editor {self.name!r} must be a tuple of words in {choices}, got {words!r}."
+                )
         if self.learns not in get_args(Learns):
-            raise ValueError(f"The editor {self.name!r} learns from one of {get_args(Learns)}, not {self.learns!r}.")
+            raise ValueError(
+                f"learns of the editor {self.name!r} must be one of {get_args(Learns)}, got {self.learns!r}."
+            )
         if not is_dataclass(self.options) or any(_has_no_default(entry) for entry in fields(self.options)):
-            raise ValueError(f"The options of the editor {self.name!r} are a dataclass whose fields all have defaults.")
+            raise ValueError(f"options of the editor {self.name!r} must be a dataclass whose fields all have defaults.")
         if self.learns == "training" and not issubclass(self.options, TrainingOptions):
-            raise ValueError(f"The editor {self.name!r} trains: its options must extend TrainingOptions.")
+            raise ValueError(f"options of the editor {self.name!r}, which trains, must extend TrainingOptions.")
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """The constants of EditConfig that it reads, by name."""
+        """Names of the constants of EditConfig that the editor reads."""
         return tuple(name for word in self.reads for name in READABLE[word])
 
     @property
     def fields(self) -> dict[str, Field[Any]]:
-        """Its options by name."""
+        """Fields of the options, by name."""
         return {entry.name: entry for entry in fields(self.options)}
 
     def check_options(self, values: Mapping[str, Any]) -> None:
-        """Raise ValueError where it has no such option, or a value is out of bounds."""
+        """Raise ValueError if an option is unknown or its value is out of bounds."""
         if unknown := sorted(set(values) - set(self.fields)):
             raise ValueError(
-                f"The editor {self.name!r} has no option {unknown[0]!r}; its options are {sorted(self.fields)}."
+                f"The editor {self.name!r} has no option {unknown[0]!r}. Its options are {sorted(self.fields)}."
             )
         check_fields(f"EditConfig(method={self.name!r}).options", self.fields, values)
         try:
             self.options(**values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"The options {dict(values)} of the editor {self.name!r} are refused: {error}") from error
+            raise ValueError(f"The editor {self.name!r} refuses the options {dict(values)}: {error}") from error
 
     def solve(self, problem: Any) -> LowRankDelta | Tensor:
-        """Return the change of weights that the maths makes of a problem, in float32.
+        """Return the change of weights that solves a problem, in float32.
 
         Raises:
-            TypeError: The maths returned neither factors nor a matrix.
+            TypeError: The function returned neither a LowRankDelta nor a tensor.
         """
         change = self.function(problem)
         if isinstance(change, LowRankDelta):
@@ -117,12 +121,12 @@ class Editor:
         if isinstance(change, Tensor):
             return change.float()
         raise TypeError(
-            f"The editor {self.name!r} returned {type(change).__name__}: return a LowRankDelta, or the change as a "
+            f"The editor {self.name!r} returned {type(change).__name__}. Return a LowRankDelta, or the change as a "
             "tensor (d_out, d_in)."
         )
 
     def resolve(self, values: Mapping[str, Any], relative_constants: bool, problem: Any) -> Any:
-        """Return the options as the maths reads them, from what a user set and the units of a problem."""
+        """Return the options as the maths reads them, from the user's values and the units of a problem."""
         return resolved(self.options(**values), relative_constants, problem.unit)
 
 
@@ -130,7 +134,7 @@ EDITORS: Registry[Editor] = Registry("editor", "goldenedit.editors", "goldenedit
 
 
 def editor(name: str, **record: Any) -> Callable[[Function], Function]:
-    """Register a function as the editor of a name; the other arguments are those of `Editor`.
+    """Register a function as the editor `name`. The other keyword arguments are those of `Editor`.
 
     Example:
         ```python
@@ -142,7 +146,7 @@ def editor(name: str, **record: Any) -> Callable[[Function], Function]:
         ```
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: Another editor has this name.
     """
 
     def register(function: Function) -> Function:

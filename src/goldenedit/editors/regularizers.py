@@ -1,4 +1,4 @@
-"""What some papers do to a finished update, so that a long sequence of them does not add up to harm.
+"""Regularizers of a finished update, which limit the damage of long sequences of edits.
 
 RECT: Gu et al. 2024, Model Editing Harms General Abilities (arXiv 2401.04700), equation 2.
 PRUNE: Ma et al. 2024, Perturbation-Restrained Sequential Model Editing (arXiv 2405.16821), equation 7.
@@ -12,20 +12,20 @@ from torch import Tensor
 from goldenedit.editors.delta import LowRankDelta
 
 
-def rect(dense: Tensor, weight: Tensor, kept: float = 0.4) -> Tensor:
-    """Return the update with only the share `kept` of its entries, those that change their weight most relatively.
+def rect(dense: Tensor, weight: Tensor, share: float = 0.4) -> Tensor:
+    """Return the update with only its largest entries relative to the weights; the others become 0.
 
     Args:
         dense: `(d_out, d_in)`, the update.
         weight: `(d_out, d_in)`, `W`.
+        share: Share of the entries to keep.
 
     Returns:
         `(d_out, d_in)`, no longer of low rank.
     """
-    change = (
-        (dense / weight.to(dense)).abs().nan_to_num(0.0, torch.inf)
-    )  # a change of 0 is infinite, none of it is none
-    count = round(kept * dense.numel())
+    # Of a weight of 0, a change is infinite, and no change is 0.
+    change = (dense / weight.to(dense)).abs().nan_to_num(0.0, torch.inf)
+    count = round(share * dense.numel())
     if count == 0:
         return torch.zeros_like(dense)
     least = change.flatten().kthvalue(dense.numel() - count + 1).values
@@ -33,7 +33,7 @@ def rect(dense: Tensor, weight: Tensor, kept: float = 0.4) -> Tensor:
 
 
 def prune(delta: LowRankDelta, weight: Tensor) -> LowRankDelta:
-    """Return the update with its singular values above the largest of `W`, `s_W`, made `ln s - ln s_W + s_W`.
+    """Return the update with each singular value `s` above the largest one of `W`, `s_W`, set to `ln s - ln s_W + s_W`.
 
     Args:
         weight: `(d_out, d_in)`, `W`.

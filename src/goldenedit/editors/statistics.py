@@ -1,6 +1,6 @@
-"""Key statistics as editors read them: the second moment `C = E[k k^T]` of what enters a down projection.
+"""Key statistics as editors read them: the second moment `C = E[k k^T]` of the inputs of a down projection.
 
-An edit is written along `C^-1 k*`: the direction that answers to the fact's key and least to everything else.
+An edit is written along `C^-1 k*`, the direction that responds to the fact's key and as little as possible to others.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """Second moment of the keys of one layer, made invertible by a ridge relative to its spectrum.
+    """Second moment of the keys of one layer, with a ridge that makes it invertible.
 
     Attributes:
         second_moment: `(d_in, d_in)`, uncentered `E[k k^T]`; None for the identity.
         ridge: Added to the diagonal, in units of the mean eigenvalue `trace(C) / d_in`.
-        contrast: `(d_in, c)`, keys that the identity holds as well, as `solve` takes them; None where there are none.
+        contrast: `(d_in, c)`, contrast keys to add to the identity, as in `solve`; None without them.
     """
 
     second_moment: Tensor | None
@@ -36,8 +36,8 @@ class KeyStatistics:
             return torch.linalg.cholesky(C + ridge)
         except RuntimeError as error:
             raise ValueError(
-                f"The key statistics cannot be inverted with ridge={self.ridge}: raise EditConfig.ridge, or take "
-                "more text (EditConfig.covariance_tokens)."
+                f"The key statistics cannot be inverted with ridge={self.ridge}. Raise EditConfig.ridge, or use more "
+                "text (EditConfig.covariance_tokens)."
             ) from error
 
     @cached_property
@@ -45,10 +45,10 @@ class KeyStatistics:
         """Eigenvalues of the second moment without its ridge, ascending, and its eigenvectors as columns, float64.
 
         Raises:
-            ValueError: There is none: the covariance is the identity.
+            ValueError: The statistics are the identity.
         """
         if self.second_moment is None:
-            raise ValueError("The identity has no null space: give EditConfig.covariance a source of text.")
+            raise ValueError("EditConfig.covariance 'identity' has no spectrum. Set it to a source of text.")
         values, vectors = torch.linalg.eigh(self.second_moment.double())
         return values, vectors
 
@@ -57,19 +57,19 @@ class KeyStatistics:
         return 1.0 if self.second_moment is None else self.second_moment.diagonal().double().mean().item()
 
     def trace(self, width: int) -> float:
-        """Return the trace of `C`, that of the identity of `width` where there is none."""
+        """Return the trace of `C`, or `width` for the identity."""
         return self._mean_eigenvalue * width
 
     def with_contrast(self, contrast: Tensor) -> KeyStatistics:
-        """Return statistics that hold `trace(C) D D^T` as well: what `solve` does with a contrast, for many facts."""
+        """Return statistics with `trace(C) D D^T` added, which `solve` adds for the contrast keys `D` of one fact."""
         width = len(contrast)
         if self.second_moment is None:
             contrast = contrast if self.contrast is None else torch.cat([self.contrast, contrast], 1)
-            if contrast.shape[1] < width:  # as it is: the keys of fused experts are too wide for a matrix
+            if contrast.shape[1] < width:  # fused experts are too wide for a dense matrix
                 return KeyStatistics(None, contrast=contrast)
         eye = torch.eye(width, dtype=torch.float64)
         D = contrast.double().cpu()
-        C = eye  # which needs no ridge
+        C = eye  # the identity needs no ridge
         if self.second_moment is not None:
             C = self.second_moment.double().cpu() + self.ridge * self._mean_eigenvalue * eye
         return KeyStatistics(C + self._mean_eigenvalue * width * D @ D.T)
@@ -79,19 +79,19 @@ class KeyStatistics:
 
         Args:
             keys: `(d_in, N)`.
-            contrast: `(d_in, c)` keys to stay silent on, in units of `trace(C)^0.5` (see `relative_contrast`): their
-                weight beside the other text is then the same for every model.
+            contrast: `(d_in, c)`, keys the edit should not respond to, in units of `trace(C)^0.5` (see
+                `relative_contrast`), so that their weight relative to other text is the same for every model.
 
         Raises:
             ValueError: The second moment is not positive definite, even with the ridge.
         """
         solved = self._solve(keys)
-        contrasts = [found for found in (self.contrast, contrast) if found is not None]
+        contrasts = [keys_to_add for keys_to_add in (self.contrast, contrast) if keys_to_add is not None]
         if not contrasts:
             return solved
         contrast = torch.cat(contrasts, 1)
         D = contrast.double() * (self._mean_eigenvalue * len(contrast)) ** 0.5
-        # Woodbury: c is small, and the factor of C serves all facts.
+        # Woodbury, because c is small and all facts share the factor of C.
         CD = self._solve(D)
         inner = torch.eye(D.shape[1], dtype=D.dtype, device=D.device) + D.T @ CD
         return solved - CD @ torch.linalg.solve(inner, CD.T @ keys.to(CD))
@@ -103,13 +103,15 @@ class KeyStatistics:
 
 
 class UnreadStatistics(KeyStatistics):
-    """What an editor is given that does not say that it reads key statistics: none are computed for it."""
+    """Placeholder for editors that do not declare that they read key statistics. None are computed for them."""
 
     def __init__(self) -> None:
         super().__init__(None)
 
     def _refuse(self) -> NoReturn:
-        raise ValueError("This editor does not read key statistics: add 'covariance' to reads= of its @editor(...).")
+        raise ValueError(
+            "This editor does not declare that it reads key statistics. Add 'covariance' to reads= of its @editor(...)."
+        )
 
     spectrum = property(_refuse)
     _mean_eigenvalue = property(_refuse)
@@ -124,5 +126,5 @@ class UnreadStatistics(KeyStatistics):
 
 
 def relative_contrast(contrast: Tensor, weight: float) -> Tensor:
-    """Scale `(d_in, c)` keys so that the mean of `D D^T` over them has `weight` times the trace of `C` in `solve`."""
+    """Scale contrast keys `D`, `(d_in, c)`, so that in `solve` they add `weight` times the trace of `C`."""
     return contrast.double() * (weight / contrast.double().square().sum()) ** 0.5

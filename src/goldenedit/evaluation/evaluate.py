@@ -1,4 +1,4 @@
-"""Measure a model on facts in every family of scores, all prompts in one go, batched by length."""
+"""Measure a model on facts in all families of scores, with one run over all prompts, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What edited and base model make of the same facts, by family: `probability`, `token_match`, `generation`."""
+    """Scores of edited and base model on the same facts, by family: `probability`, `token_match`, `generation`."""
 
     edited: dict[str, Measured]
     base: dict[str, Measured]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as JSON has them."""
+        """Return all scores as JSON values."""
         states = {"edited": self.edited, "base": self.base}
         return {
             state: {family: measured.to_dict() for family, measured in families.items()}
@@ -45,10 +45,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a model made of facts in one state: likelihoods of answers, and what it writes freely."""
+    """Outputs of a model on facts: likelihoods by prompt and answer, and generated texts by prompt."""
 
-    found: Mapping[Pair, Likelihood]
-    written: Mapping[str, str]
+    likelihoods: Mapping[Pair, Likelihood]
+    texts: Mapping[str, str]
 
 
 def observe(
@@ -57,16 +57,15 @@ def observe(
     generation: bool = False,
     neighbors: int | None = None,
 ) -> Observed:
-    """Run the model once over all that the scores of some facts need.
+    """Run the model once over everything that the scores of facts need.
 
     Args:
-        generation: Let the model write freely as well.
-        neighbors: Use the first so many neighborhood prompts of each fact; None for all.
+        generation: Whether to generate texts as well.
+        neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
     """
     pairs = _pairs(requests, neighbors)
-    found = likelihoods(lm, pairs)
-    written = _written(lm, requests) if generation else {}
-    return Observed(dict(zip(pairs, found, strict=True)), written)
+    by_pair = likelihoods(lm, pairs)
+    return Observed(dict(zip(pairs, by_pair, strict=True)), _generated(lm, requests) if generation else {})
 
 
 def observe_with_and_without(
@@ -77,90 +76,101 @@ def observe_with_and_without(
     generation: bool = False,
     neighbors: int | None = None,
 ) -> tuple[Observed, Observed]:
-    """Observe the model with its edits and without them; the layers before the edits run once for both.
+    """Observe the model with its edits and without them. The layers before the edits run only once.
 
     Args:
         start: First layer with an edit.
-        without_edits: Returns a context that switches the edits off.
-        generation: Let both write freely as well.
-        neighbors: Use the first so many neighborhood prompts of each fact; None for all.
+        without_edits: Returns a context in which the edits are off.
+        generation: Whether to generate texts as well.
+        neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
     """
     pairs = _pairs(requests, neighbors)
-    both = likelihoods_with_and_without(lm, pairs, start, without_edits)
-    written: list[dict[str, str]] = [{}, {}]
+    edited, base = likelihoods_with_and_without(lm, pairs, start, without_edits)
+    edited_texts: dict[str, str] = {}
+    base_texts: dict[str, str] = {}
     if generation:
-        written[0] = _written(lm, requests)
+        edited_texts = _generated(lm, requests)
         with without_edits():
-            written[1] = _written(lm, requests)
-    now, before = (
-        Observed(dict(zip(pairs, found, strict=True)), texts) for found, texts in zip(both, written, strict=True)
+            base_texts = _generated(lm, requests)
+    return (
+        Observed(dict(zip(pairs, edited, strict=True)), edited_texts),
+        Observed(dict(zip(pairs, base, strict=True)), base_texts),
     )
-    return now, before
 
 
 def _pairs(requests: Sequence[EditRequest], neighbors: int | None) -> list[Pair]:
-    """Return every prompt with every answer that the scores of some facts need."""
+    """Return all pairs of prompt and answer that the scores of facts need."""
     pairs: dict[Pair, None] = {}
     for request in requests:
-        pairs |= dict.fromkeys([*_matched(request), *request.locality])
+        pairs |= dict.fromkeys([*_edited_pairs(request), *request.locality])
         if request.target_true is not None:
             pairs |= dict.fromkeys(fact_pairs(request, neighbors))
     return list(pairs)
 
 
-def _written(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[str, str]:
-    """Return what the model writes freely after each prompt whose answer an edit should give."""
-    asked = list(dict.fromkeys(pair for request in requests for pair in _matched(request)))
-    length = max(len(encode(lm.tokenizer, *pair).target) for pair in asked)
-    prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
+def _generated(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[str, str]:
+    """Return the greedy continuation of each prompt whose answer an edit should give."""
+    pairs = list(dict.fromkeys(pair for request in requests for pair in _edited_pairs(request)))
+    length = max(len(encode(lm.tokenizer, prompt, answer).target) for prompt, answer in pairs)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
     texts = sample_continuations(lm, prompts, length + 1, seed=0, top_k=1)
     return {prompt: text.removeprefix(prompt) for prompt, text in zip(prompts, texts, strict=True)}
 
 
 def measure(
-    requests: Sequence[EditRequest], now: Observed, before: Observed, neighbors: int | None = None
+    requests: Sequence[EditRequest], after: Observed, before: Observed, neighbors: int | None = None
 ) -> dict[str, Measured]:
     """Return the scores of every family that the facts have prompts for.
 
     Args:
-        now: What the model to be scored made of them.
-        before: What the base model made of them, for locality.
+        after: Outputs of the model to score.
+        before: Outputs of the base model, for locality.
+        neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
     """
     compared = [request for request in requests if request.target_true is not None]
     families: dict[str, Measured] = {}
     if compared:
-        # Without the accuracy on paraphrases, which is a token match.
-        facts = [replace(likelihoods_of_fact(fact, now.found, neighbors), paraphrase_accuracy=()) for fact in compared]
+        facts = [
+            # Accuracy on paraphrases is a token match, another family.
+            replace(likelihoods_of_fact(request, after.likelihoods, neighbors), paraphrase_accuracy=())
+            for request in compared
+        ]
         families["probability"] = with_intervals(probability_scores, facts)
     families["token_match"] = with_intervals(
-        token_match_scores, [matches_of(request, now.found, before.found) for request in requests]
+        token_match_scores, [matches_of(request, after.likelihoods, before.likelihoods) for request in requests]
     )
-    if now.written:
+    if after.texts:
         families["generation"] = with_intervals(
-            generation_scores, [_generations(request, now.written) for request in requests]
+            generation_scores, [_generations(request, after.texts) for request in requests]
         )
     return families
 
 
-def _matched(request: EditRequest) -> list[Pair]:
-    """Return the prompts whose answers an edited model should give."""
-    own = [(prompt, request.target_new) for prompt in (request.text, *request.paraphrases)]
-    return [*own, *request.portability]
+def _edited_pairs(request: EditRequest) -> list[Pair]:
+    """Return the prompts that an edit should change, with the new answers."""
+    pairs = [(prompt, request.target_new) for prompt in (request.text, *request.paraphrases)]
+    return [*pairs, *request.portability]
 
 
-def matches_of(request: EditRequest, now: Mapping[Pair, Likelihood], before: Mapping[Pair, Likelihood]) -> FactMatches:
-    """Put together the token matches of one fact, from what the model makes of it now and made of it before."""
-    shares = [now[pair].accuracy for pair in _matched(request)]
+def matches_of(
+    request: EditRequest, after: Mapping[Pair, Likelihood], before: Mapping[Pair, Likelihood]
+) -> FactMatches:
+    """Return the token matches of one fact, from the likelihoods after and before the edit."""
+    shares = [after[pair].accuracy for pair in _edited_pairs(request)]
     split = 1 + len(request.paraphrases)
-    kept = [_share(now[pair].choices, before[pair].choices) for pair in request.locality]
-    return FactMatches(shares[0], shares[1:split], shares[split:], kept)
+    return FactMatches(
+        rewrite=shares[0],
+        rephrase=shares[1:split],
+        portability=shares[split:],
+        locality=[_share_equal(after[pair].choices, before[pair].choices) for pair in request.locality],
+    )
 
 
-def _share(now: Sequence[int], before: Sequence[int]) -> float:
-    return sum(one == other for one, other in zip(now, before, strict=True)) / len(before)
+def _share_equal(after: Sequence[int], before: Sequence[int]) -> float:
+    return sum(token == old for token, old in zip(after, before, strict=True)) / len(before)
 
 
-def _generations(request: EditRequest, written: Mapping[str, str]) -> FactGenerations:
-    said = [says(written[prompt], answer) for prompt, answer in _matched(request)]
+def _generations(request: EditRequest, texts: Mapping[str, str]) -> FactGenerations:
+    answered = [says(texts[prompt], answer) for prompt, answer in _edited_pairs(request)]
     split = 1 + len(request.paraphrases)
-    return FactGenerations(said[0], said[1:split], said[split:])
+    return FactGenerations(rewrite=answered[0], rephrase=answered[1:split], portability=answered[split:])

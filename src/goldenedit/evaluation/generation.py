@@ -1,6 +1,6 @@
-"""What an edited model writes when it runs freely: fluency as the entropy of n-grams.
+"""Fluency of generated text, as the entropy of its n-grams.
 
-Meng et al. 2022 (arXiv 2202.05262), section 3.4: a model that a bad edit has broken repeats itself.
+Meng et al. 2022 (arXiv 2202.05262), section 3.4: a model that is broken by a bad edit repeats itself.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from goldenedit.lm.sampling import sample_continuations
 
 
 def ngram_entropy(text: str) -> float:
-    """Return the entropy of a text's bigrams and trigrams in bits, weighted 1/3 and 2/3, 0 for a text without any.
+    """Return the entropy of a text's bigrams and trigrams in bits, weighted 1/3 and 2/3; 0 for a text without n-grams.
 
-    Shorter texts have less. ROME's code splits words a little differently, and its tables have a hundred times this.
+    Short texts have low entropy. ROME's code splits words slightly differently, and its tables multiply by 100.
 
     Example:
         ```python
@@ -33,7 +33,7 @@ def ngram_entropy(text: str) -> float:
 
 
 def _entropy(words: Sequence[str], size: int) -> float:
-    counts = Counter(zip(*(words[start:] for start in range(size)), strict=False))
+    counts = Counter(tuple(words[start : start + size]) for start in range(len(words) - size + 1))
     total = sum(counts.values())
     return -sum(count / total * math.log2(count / total) for count in counts.values()) if len(counts) > 1 else 0.0
 
@@ -44,9 +44,9 @@ def fluency(
     max_new_tokens: int = 100,
     seed: int = 0,
 ) -> float:
-    """Return the mean n-gram entropy of what the model continues the prompts with, the prompts included.
+    """Return the mean n-gram entropy of the prompts with their sampled continuations.
 
-    Tokens are drawn from the five likeliest, as in ROME's code.
+    Tokens are sampled from the five most likely ones, as in ROME's code.
     """
     texts = sample_continuations(lm, prompts, max_new_tokens, seed, top_k=5)
     return fmean(ngram_entropy(text) for text in texts)

@@ -1,12 +1,13 @@
-"""Scores of edits, as pure functions of what a model made of prompts; the families of the field, each under its name.
+"""Scores of edits in the three families of the field, as pure functions of a model's outputs.
 
-- *Probability* (CounterFact; Meng et al. 2022, arXiv 2202.05262, section 3.4): is the new answer likelier than the old?
-  NLLs are means over the answer's tokens, as in their code.
+- *Probability* (CounterFact; Meng et al. 2022, arXiv 2202.05262, section 3.4): is the new answer more likely than the
+  old? NLLs are means over the answer's tokens, as in their code.
 - *Token match* (zsRE, KnowEdit; Zhang et al. 2024, arXiv 2401.01286): share of the answer's tokens that are the model's
-  first choice, each behind the true ones before it; for locality, share of first choices that are as before the edit.
-- *Generation*: does the model, running freely, say the answer? Teacher forcing flatters editors (arXiv 2502.11177).
+  first choice after the answer's tokens before them; for locality, share of first choices that the edit did not change.
+- *Generation*: does the generated text begin with the answer? Teacher forcing overrates editors (arXiv 2502.11177).
 
-Figures of different families do not compare. In each, a fact counts once, whatever the number of its prompts.
+Scores of different families cannot be compared. In each family every fact has the same weight, whatever its number of
+prompts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Fact = TypeVar("Fact")
 
 @dataclass(frozen=True)
 class FactLikelihoods:
-    """NLLs `(new answer, old answer)` of one edited fact, and token accuracies of the new answer on paraphrases."""
+    """NLLs `(new answer, old answer)` on the prompts of one edited fact, and token accuracies on paraphrases."""
 
     rewrite: tuple[float, float]
     paraphrases: Sequence[tuple[float, float]]
@@ -35,12 +36,12 @@ class FactLikelihoods:
 
 @dataclass(frozen=True)
 class ProbabilityScores:
-    """Scores in [0, 1] over `n` facts; None where no fact has prompts of the kind.
+    """Scores in [0, 1] over `n` facts; None if no fact has prompts of the kind.
 
     Attributes:
-        efficacy: ES, share of edited prompts where the new answer is likelier than the old.
+        efficacy: ES, share of edited prompts where the new answer is more likely than the old.
         paraphrase: PS, the same on paraphrases.
-        neighborhood: NS, share of neighbors where the old answer, right for them, is still the likelier.
+        neighborhood: NS, share of neighbors where the old answer, which is right there, is still more likely.
         score: S, harmonic mean of the three.
         paraphrase_accuracy: Share of the new answer's tokens that are the first choice on paraphrases.
         n: Number of facts.
@@ -66,13 +67,13 @@ class FactMatches:
 
 @dataclass(frozen=True)
 class TokenMatchScores:
-    """Token match in [0, 1] over `n` facts; None where no fact has prompts of the kind.
+    """Token match in [0, 1] over `n` facts; None if no fact has prompts of the kind.
 
     Attributes:
         rewrite: Share of the new answer's tokens that are the first choice at the edited prompt.
         rephrase: The same on rephrased prompts.
         portability: The same for answers that follow from the new fact.
-        locality: Share of first choices on other prompts that are as before the edit.
+        locality: Share of first choices on other prompts that the edit did not change.
         n: Number of facts.
     """
 
@@ -85,7 +86,7 @@ class TokenMatchScores:
 
 @dataclass(frozen=True)
 class FactGenerations:
-    """Whether one edited fact's answers are in what the model writes freely."""
+    """Whether the generated texts of one edited fact begin with its answers, by kind of prompt."""
 
     rewrite: bool
     rephrase: Sequence[bool] = ()
@@ -94,7 +95,7 @@ class FactGenerations:
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """Share of free answers that begin with the one that is wanted, over `n` facts; None where no fact has prompts."""
+    """Share of generated texts that begin with the answer, over `n` facts; None if no fact has such prompts."""
 
     rewrite: float
     rephrase: float | None
@@ -111,19 +112,19 @@ class Measured:
 
     Attributes:
         scores: The scores.
-        intervals: `(low, high)` of each score that there is, by its name.
+        intervals: `(low, high)` of each score that is not None, by its name.
     """
 
     scores: Scores
     intervals: dict[str, Interval] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return scores and intervals as JSON has them."""
+        """Return scores and intervals as JSON values."""
         return {**asdict(self.scores), "intervals": {name: list(bounds) for name, bounds in self.intervals.items()}}
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """Return the harmonic mean; 0 where a value is 0.
+    """Return the harmonic mean; 0 if a value is 0.
 
     Example:
         ```python
@@ -137,46 +138,49 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 
 def probability_scores(facts: Sequence[FactLikelihoods]) -> ProbabilityScores:
-    """Score edited facts by the likelihoods of new and old answer."""
+    """Return the scores of edited facts by the likelihoods of new and old answer."""
     _check_facts(facts)
     efficacy = fmean(float(new < old) for new, old in (fact.rewrite for fact in facts))
     paraphrase = _mean_of_means([[float(new < old) for new, old in fact.paraphrases] for fact in facts])
     neighborhood = _mean_of_means([[float(old < new) for new, old in fact.neighborhood] for fact in facts])
+    score = None
+    if paraphrase is not None and neighborhood is not None:
+        score = harmonic_mean([efficacy, paraphrase, neighborhood])
     return ProbabilityScores(
-        efficacy,
-        paraphrase,
-        neighborhood,
-        None if paraphrase is None or neighborhood is None else harmonic_mean([efficacy, paraphrase, neighborhood]),
-        _mean_of_means([fact.paraphrase_accuracy for fact in facts]),
-        len(facts),
+        efficacy=efficacy,
+        paraphrase=paraphrase,
+        neighborhood=neighborhood,
+        score=score,
+        paraphrase_accuracy=_mean_of_means([fact.paraphrase_accuracy for fact in facts]),
+        n=len(facts),
     )
 
 
 def token_match_scores(facts: Sequence[FactMatches]) -> TokenMatchScores:
-    """Score edited facts by the tokens that are the model's first choice."""
+    """Return the scores of edited facts by the tokens that are the model's first choice."""
     _check_facts(facts)
     return TokenMatchScores(
-        fmean(fact.rewrite for fact in facts),
-        _mean_of_means([fact.rephrase for fact in facts]),
-        _mean_of_means([fact.portability for fact in facts]),
-        _mean_of_means([fact.locality for fact in facts]),
-        len(facts),
+        rewrite=fmean(fact.rewrite for fact in facts),
+        rephrase=_mean_of_means([fact.rephrase for fact in facts]),
+        portability=_mean_of_means([fact.portability for fact in facts]),
+        locality=_mean_of_means([fact.locality for fact in facts]),
+        n=len(facts),
     )
 
 
 def generation_scores(facts: Sequence[FactGenerations]) -> GenerationScores:
-    """Score edited facts by what the model writes freely."""
+    """Return the scores of edited facts by the generated texts."""
     _check_facts(facts)
     return GenerationScores(
-        fmean(fact.rewrite for fact in facts),
-        _mean_of_means([fact.rephrase for fact in facts]),
-        _mean_of_means([fact.portability for fact in facts]),
-        len(facts),
+        rewrite=fmean(fact.rewrite for fact in facts),
+        rephrase=_mean_of_means([fact.rephrase for fact in facts]),
+        portability=_mean_of_means([fact.portability for fact in facts]),
+        n=len(facts),
     )
 
 
 def says(text: str, answer: str) -> bool:
-    """Tell whether a text begins with an answer, whatever the case and the spaces before it.
+    """Return whether a text begins with an answer, ignoring case and leading spaces.
 
     Example:
         ```python
@@ -185,32 +189,34 @@ def says(text: str, answer: str) -> bool:
         ```
     """
     text, answer = text.strip().casefold(), answer.strip().casefold()
-    behind = text[len(answer) : len(answer) + 1]
-    return text.startswith(answer) and (not behind.isalnum() or is_unspaced(behind))
+    following = text[len(answer) : len(answer) + 1]
+    return text.startswith(answer) and (not following.isalnum() or is_unspaced(following))
 
 
 def with_intervals(
     score: Callable[[Sequence[Fact]], Scores], facts: Sequence[Fact], resamples: int = 1000, seed: int = 0
 ) -> Measured:
-    """Return the scores of facts with 95% intervals: quantiles of the scores of facts drawn anew, with replacement.
+    """Return the scores of facts with 95% bootstrap intervals over facts.
 
     Args:
         score: One of the functions above.
-        resamples: Number of draws.
+        facts: Facts, which are resampled with replacement.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
     """
     scores = score(facts)
-    draw = random.Random(seed)
-    drawn = [asdict(score(draw.choices(facts, k=len(facts)))) for _ in range(resamples)]
+    generator = random.Random(seed)
+    resampled = [asdict(score(generator.choices(facts, k=len(facts)))) for _ in range(resamples)]
     intervals = {}
     for name in asdict(scores):
-        values = [one[name] for one in drawn if one[name] is not None]
+        values = [by_name[name] for by_name in resampled if by_name[name] is not None]
         if name != "n" and values and getattr(scores, name) is not None:
             intervals[name] = quantile_interval(values)
     return Measured(scores, intervals)
 
 
 def quantile_interval(values: Sequence[float]) -> Interval:
-    """Return the 95% interval of values drawn by bootstrap."""
+    """Return the 95% interval of bootstrap values."""
     ordered = sorted(values)
     low, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.025, 0.975))
     return low, high
@@ -218,7 +224,7 @@ def quantile_interval(values: Sequence[float]) -> Interval:
 
 def _check_facts(facts: Sequence[object]) -> None:
     if not facts:
-        raise ValueError("There are no facts to score.")
+        raise ValueError("There are no facts to score. Pass at least one.")
 
 
 def _mean_of_means(groups: Sequence[Sequence[float]]) -> float | None:

@@ -1,14 +1,15 @@
-"""Layer selectors: functions of a model and facts to a score per layer, a file for each.
+"""Layer selectors: functions from a model and facts to a score per layer, one file per selector.
 
-A selector is one function with a decorator (see `selector`), which `EditConfig(layer=...)` finds by its name: those of
-this folder, and those of installed packages with an entry point in the group `goldenedit.layer_selectors`.
-`docs/extending.md` adds one, step by step.
+A selector is one function with a decorator (see `selector`). `EditConfig(layer=...)` finds it by its name, in this
+folder and in installed packages with an entry point in the group `goldenedit.layer_selectors`. `docs/extending.md` adds
+a selector, step by step.
 """
 
 from goldenedit.editing.keys import subject_keys
 from goldenedit.layer_scores import SELECTORS, LayerSelection, Selector, golden_layer, selector, tukey_filter
-from goldenedit.layer_selection.brute_force import CellStore, Outcome, SweepOptions, edit_score, sweep
+from goldenedit.layer_selection.brute_force import SweepOptions, sweep
 from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
+from goldenedit.layer_selection.cells import CellStore, Outcome, edit_score
 from goldenedit.layer_selection.key_response import key_response_scores
 from goldenedit.layer_selection.lga import lga_scores
 from goldenedit.layer_selection.published import PUBLISHED_LAYERS, published_layers

@@ -1,4 +1,4 @@
-"""`layer="auto"`: the selector that loses least against brute force, see benchmarks/README.md."""
+"""`layer="auto"`: the selector with the smallest regret against brute force, see benchmarks/README.md."""
 
 from goldenedit.layer_scores import selector
 from goldenedit.layer_selection.key_response import key_response_scores

@@ -1,8 +1,8 @@
-"""Causal tracing, the published way to a layer: where does the clean hidden state bring the answer back?
+"""Causal tracing, the published selector: which layer's clean hidden state restores the answer?
 
 Meng et al. 2022, Locating and Editing Factual Associations in GPT (arXiv 2202.05262), section 2. The subject's
-embeddings are corrupted with noise of three times their standard deviation; one hidden state, at the last token of the
-subject, is put back to what it was; a layer's indirect effect is how much of the answer's probability returns.
+embeddings are corrupted with noise of three times their standard deviation. Then one hidden state, at the last token of
+the subject, is restored. The indirect effect of its layer is the gain in the answer's probability.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NOISE = 3.0  # standard deviations of the subjects' embeddings
 
 @selector("causal_tracing", paper="arXiv 2202.05262, section 2", depends_on=("seed",))
 def causal_tracing(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return the average indirect effects; see `causal_tracing_scores`."""
+    """Return how much of the answer each layer's clean hidden state restores; see `causal_tracing_scores`."""
     return causal_tracing_scores(lm, facts, seed=config.seed)
 
 
@@ -45,14 +45,15 @@ def causal_tracing_scores(
     """Return the average indirect effect of each layer's hidden state, `(num_layers,)` float64.
 
     Args:
-        facts: The proxy set. Facts without `target_true` are traced for the model's own greedy answer.
-        draws: Noise draws for each fact.
+        facts: The proxy set. Without `target_true` the model's own greedy answer is traced.
+        draws: Number of noise samples for each fact.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: There are no facts, or one cannot be tokenized.
     """
     if not facts:
-        raise ValueError("Causal tracing needs at least one fact.")
+        raise ValueError("Causal tracing got no facts. Pass at least one.")
     embeddings = lm.model.get_input_embeddings()  # type: ignore[operator]
     device = lm.device
     deviation = _NOISE * _embedding_deviation(embeddings, lm.tokenizer, facts)
@@ -61,13 +62,13 @@ def causal_tracing_scores(
     layers = [lm.architecture.layer(lm.model, index) for index in range(lm.architecture.num_layers)]
     with evaluating(lm.model), tqdm(total=len(facts), desc="Causal tracing", unit="fact", leave=False) as progress:
         for fact in facts:
-            old = fact.target_true or fact.joined(greedy_answer(lm, fact.text))
-            row = encode(lm.tokenizer, fact.text, old, fact.subject_end, lm.max_length)
+            old_answer = fact.target_true or fact.joined(greedy_answer(lm, fact.text))
+            row = encode(lm.tokenizer, fact.text, old_answer, fact.subject_end, lm.max_length)
             batch = pad([row] * draws, lm.padding_id, device)
             targets = target_ids([row] * draws, device)
             span = subject_span(lm.tokenizer, fact.text, fact.subject_start, fact.subject_end)
             clean: dict[nn.Module, Tensor] = {}
-            with _watching(layers, clean, row.subject):
+            with _recording_hidden(layers, clean, row.subject):
                 _probability(lm.model, batch, targets)
             noise = torch.randn(draws, len(span), embeddings.weight.shape[1], generator=generator) * deviation
             with _corrupting(embeddings, span, noise):
@@ -82,7 +83,7 @@ def causal_tracing_scores(
 def _embedding_deviation(
     embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest]
 ) -> float:
-    """Return the standard deviation of what the embedding layer says of the subjects' tokens."""
+    """Return the standard deviation of the embeddings of the subjects' tokens."""
     ids: list[int] = []
     for fact in facts:
         ids += subject_tokens(tokenizer, fact.text, fact.subject_start, fact.subject_end)
@@ -90,22 +91,22 @@ def _embedding_deviation(
 
 
 def _probability(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
-    """Return the probability of the answer, geometric mean over its tokens, mean over rows."""
+    """Return the probability of the answer: geometric mean over its tokens, arithmetic mean over rows."""
     with reading_logits(model, batch.read_rows, batch.read_positions) as logits_of:
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         log_probs = logits_of(output).float().log_softmax(-1)
-    chosen = log_probs.gather(1, targets[:, None].to(log_probs.device))[:, 0]
-    return chosen.view(len(batch.input_ids), -1).mean(1).exp().mean()
+    target_log_probs = log_probs.gather(1, targets[:, None].to(log_probs.device))[:, 0]
+    return target_log_probs.view(len(batch.input_ids), -1).mean(1).exp().mean()
 
 
 @contextmanager
-def _watching(layers: Sequence[nn.Module], found: dict[nn.Module, Tensor], position: int) -> Iterator[None]:
-    """Keep what each layer says at one position."""
+def _recording_hidden(layers: Sequence[nn.Module], hidden: dict[nn.Module, Tensor], position: int) -> Iterator[None]:
+    """Record the hidden state after each layer at one position."""
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found[module] = first_tensor(output)[:, position].clone()
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden[module] = first_tensor(output)[:, position].clone()
 
-    with _hooked([(layer, keep) for layer in layers]):
+    with _hooked([(layer, record) for layer in layers]):
         yield
 
 
@@ -124,7 +125,7 @@ def _corrupting(embeddings: nn.Module, span: Sequence[int], noise: Tensor) -> It
 
 @contextmanager
 def _restoring(layer: nn.Module, clean: Tensor, position: int) -> Iterator[None]:
-    """Put back what a layer says at one position."""
+    """Replace the hidden state after a layer at one position by `clean`."""
 
     def restore(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = first_tensor(output).clone()

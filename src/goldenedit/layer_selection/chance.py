@@ -1,4 +1,4 @@
-"""A layer drawn at random: what every selector must beat."""
+"""A random layer, the baseline of all selectors."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ from goldenedit.requests import EditRequest
 
 @selector("random", is_scored=False, needs_facts=False)
 def random_layer(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> list[int]:
-    """Return one of the layers that can be edited, drawn by the config's seed."""
+    """Return one editable layer, chosen at random with the config's seed."""
     return [random.Random(config.seed).choice(sorted(lm.architecture.down_projections))]

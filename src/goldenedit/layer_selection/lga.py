@@ -1,7 +1,7 @@
 """Layer Gradient Analysis: find the golden layer from gradients, without a trial edit.
 
-"Golden Layers and Where to Find Them" (arXiv 2602.20207), as reconstructed from its abstract and from sources that
-quote the formula; the full text was not at hand:
+"Golden Layers and Where to Find Them" (arXiv 2602.20207), reconstructed from its abstract and from sources that quote
+the formula. The full text was not available:
 
     score(l) = sum_i < grad_{theta_l} loss(Q_i + K_i),  grad_{theta_l} loss(Q_i + K'_i) >
     golden layer = argmax of score over the layers that pass a Tukey filter
@@ -12,8 +12,8 @@ No weight gradient is ever formed. For a linear map `y = x W^T` the gradient of 
 
     < grad_W, grad'_W > = sum_{t,s} (delta_t . delta'_s) (x_t . x'_s)
 
-needs only the inputs `x` and the output gradients `delta` of the two sequences ("ghost gradients"). Fused experts hand
-their inputs out to nobody: only there are gradients formed, those of one layer and one pair at a time.
+needs only the inputs `x` and the output gradients `delta` of the two sequences ("ghost gradients"). The inputs of fused
+experts cannot be recorded. Only there weight gradients are computed, for one layer and one pair at a time.
 """
 
 from __future__ import annotations
@@ -53,20 +53,21 @@ def lga_scores(
     loss: Loss = "sequence",
     batch_size: int = 4,
 ) -> Tensor:
-    """Return the LGA score of each layer, `(num_layers,)` float64; NaN where a layer has no MLP to score.
+    """Return the LGA score of each layer, `(num_layers,)` float64, NaN for layers without an MLP.
 
-    Under `accelerate launch` or torchrun the facts are shared among the processes (see `goldenedit.parallel`).
+    Under `accelerate launch` or torchrun the processes share the facts (see `goldenedit.parallel`).
 
     Args:
-        facts: The proxy set. Facts without `target_true` are scored against the model's own greedy answer.
-        loss: Mean cross entropy over all tokens of the sequence, or over those of the answer.
-        batch_size: Facts a forward and backward; each is two rows. More take more memory, and little less time.
+        facts: The proxy set. Without `target_true` the model's own greedy answer is the old answer.
+        loss: Mean cross entropy over all tokens of the sequence, or over the answer's tokens.
+        batch_size: Facts per forward and backward, two rows each. Larger batches need more memory and are hardly
+            faster.
 
     Raises:
         ValueError: There are no facts, a fact cannot be tokenized, or a gradient is not finite.
     """
     if not facts:
-        raise ValueError("LGA needs at least one fact.")
+        raise ValueError("LGA got no facts. Pass at least one.")
     processes = lm.processes
     pairs = _encode_pairs(lm, facts, processes)
     pairs.sort(key=lambda pair: len(pair[0].input_ids))
@@ -78,8 +79,8 @@ def lga_scores(
         for path in ((lm.architecture.experts[layer].site,) if layer in lm.architecture.experts else paths)
     }
     starts = processes.share(range(0, len(pairs), batch_size))
-    own = sum(len(pairs[start : start + batch_size]) for start in starts)
-    with evaluating(lm.model), tqdm(total=own, desc="Layer gradients", unit="fact", leave=False) as progress:
+    num_facts = sum(len(pairs[start : start + batch_size]) for start in starts)
+    with evaluating(lm.model), tqdm(total=num_facts, desc="Layer gradients", unit="fact", leave=False) as progress:
         for start in starts:
             group = pairs[start : start + batch_size]
             rows = [row for pair in group for row in pair]
@@ -88,27 +89,25 @@ def lga_scores(
             progress.update(len(group))
     scores = processes.total(scores)
     if scores.isinf().any() or scores[list(lm.architecture.mlp_linears)].isnan().any():
-        raise ValueError("A gradient of LGA is not finite: load the model in float32 or bfloat16.")
+        raise ValueError("A gradient of LGA is not finite. Load the model in float32 or bfloat16.")
     return scores
 
 
 @selector("lga", paper="arXiv 2602.20207", fence=True, depends_on=("lga_loss",), is_shared=True)
 def lga(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return the LGA scores by the config's loss; see `lga_scores`."""
+    """Return how well the gradients of old and new answer agree in each layer; see `lga_scores`."""
     return lga_scores(lm, facts, config.lga_loss)  # type: ignore[arg-type]
 
 
 def _encode_pairs(lm: LanguageModel, facts: Sequence[EditRequest], processes: Processes) -> list[tuple[Row, Row]]:
+    """Return the rows of each fact with its old and with its new answer."""
     longest = lm.max_length
-    answers = processes.map(lambda fact: fact.target_true or fact.joined(greedy_answer(lm, fact.text)), facts)
+    old_answers = processes.map(lambda fact: fact.target_true or fact.joined(greedy_answer(lm, fact.text)), facts)
     pairs = []
-    for fact, old in zip(facts, answers, strict=True):
-        pairs.append(
-            (
-                encode(lm.tokenizer, fact.text, old, max_length=longest),
-                encode(lm.tokenizer, fact.text, fact.target_new, max_length=longest),
-            )
-        )
+    for fact, old_answer in zip(facts, old_answers, strict=True):
+        old = encode(lm.tokenizer, fact.text, old_answer, max_length=longest)
+        new = encode(lm.tokenizer, fact.text, fact.target_new, max_length=longest)
+        pairs.append((old, new))
     return pairs
 
 
@@ -118,13 +117,13 @@ def _gradient_dots(
     rows: list[Row],
     loss: Loss,
 ) -> list[tuple[int, float]]:
-    """Return `(layer, sum over pairs of the gradients' dot product)` for each linear map; rows come in pairs."""
+    """Return the layer of each linear map with the summed dot products of gradients; rows `2i`, `2i + 1` are a pair."""
     batch = pad(rows, lm.padding_id, lm.device)
     mask = batch.attention_mask.bool()
     dots: list[tuple[int, float]] = []
     experts = {str(layer): module for module, layer in linears.items() if layer in lm.architecture.experts}
 
-    def take(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+    def add_dot(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         layer = linears[module]
         if layer in lm.architecture.experts:
             call = record.calls[str(layer)]
@@ -139,7 +138,7 @@ def _gradient_dots(
     targets = batch.input_ids[read_rows, read_positions + 1]
     with (
         recording(experts) as record,
-        watching_gradients(lm.architecture.layer(lm.model, 0), linears, take) as roots,
+        watching_gradients(lm.architecture.layer(lm.model, 0), linears, add_dot) as roots,
         reading_logits(lm.model, read_rows, read_positions) as logits_of,
     ):
         output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -152,7 +151,7 @@ def _gradient_dots(
 
 
 def _ghost_dot(inputs: Tensor, gradients: Tensor, mask: Tensor) -> float:
-    """Return `sum over pairs, t, s of (delta_t . delta'_s)(x_t . x'_s)`, rows `2i` and `2i + 1` being a pair."""
+    """Return `sum over pairs, t, s of (delta_t . delta'_s)(x_t . x'_s)`, where rows `2i` and `2i + 1` are a pair."""
     count, length = mask.shape
     mask = mask.to(inputs.device)[..., None]
     x = inputs.view(count, length, -1).float() * mask
@@ -162,13 +161,17 @@ def _ghost_dot(inputs: Tensor, gradients: Tensor, mask: Tensor) -> float:
 
 
 def _expert_dot(experts: FusedExperts, model: nn.Module, call: Call, gradient: Tensor, mask: Tensor) -> float:
-    """Return the sum over pairs of the dot product of gradients by all fused parameters of a layer."""
-    slopes = gradient.reshape(-1, gradient.shape[-1])
+    """Return the sum over pairs of the dot products of the gradients of all fused parameters of a layer."""
+    output_gradients = gradient.reshape(-1, gradient.shape[-1])
     tokens = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
     dot = 0.0
-    for pair in range(0, len(mask), 2):
-        own = [tokens[row][mask[row]] for row in (pair, pair + 1)]
-        old, new = (experts.gradients(model, call, some, slopes[some.to(slopes.device)]) for some in own)
-        for a, b in zip(old, new, strict=True):  # expert by expert: a product of all would be as large as their weights
+    for first in range(0, len(mask), 2):
+        old, new = (
+            experts.gradients(model, call, of_row, output_gradients[of_row.to(output_gradients.device)])
+            for of_row in (tokens[row][mask[row]] for row in (first, first + 1))
+        )
+        for a, b in zip(
+            old, new, strict=True
+        ):  # one expert at a time, because all gradients are as large as the weights
             dot += sum((x.float() * y.float()).sum(dtype=torch.float64).item() for x, y in zip(a, b, strict=True))
     return dot

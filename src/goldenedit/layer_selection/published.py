@@ -1,4 +1,4 @@
-"""Layers that papers and their code edit, by model: a baseline to compare with."""
+"""Layers that papers and their code edit, by model, as a baseline."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from goldenedit.requests import EditRequest
 _LLAMA: dict[str, list[int]] = {"rome": [5], "memit": [4, 5, 6, 7, 8], "ft": [21]}
 _QWEN: dict[str, list[int]] = {**_LLAMA, "ft": [27]}
 
-# 0-based layers by the last part of the model's name in lower case and by `Editor.published`. Sources: the
-# hyperparameter files of ROME, MEMIT and EasyEdit.
+# Layers, counted from 0, by the last part of the model's name in lower case and by `Editor.published`. They are from
+# the hyperparameter files of ROME, MEMIT and EasyEdit.
 PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
     "gpt2-medium": {"rome": [8]},
     "gpt2-large": {"rome": [12]},
@@ -38,19 +38,19 @@ PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
 
 @selector("published", is_scored=False, needs_facts=False)
 def published_layers(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> list[int]:
-    """Return the layers that the field edits in this model with an editor of this kind.
+    """Return the layers that published work edits in this model with this kind of editor.
 
     Raises:
-        ValueError: Nothing is published for it; the message says what else to do.
+        ValueError: No layer is published for the model and the editor.
     """
     name = str(getattr(lm.model, "name_or_path", "") or "").rstrip("/").split("/")[-1].lower()
-    instead = "Use EditConfig(layer='lga'), or give the layer's number."
+    remedy = "Use EditConfig(layer='lga'), or set the layer's number."
     if name not in PUBLISHED_LAYERS:
         raise ValueError(
-            f"No layer is published for {name or 'a model without a name'!r}; there is one for "
-            f"{sorted(PUBLISHED_LAYERS)}. {instead}"
+            f"No layer is published for {name or 'a model without a name'!r}, only for "
+            f"{sorted(PUBLISHED_LAYERS)}. {remedy}"
         )
     layers = PUBLISHED_LAYERS[name].get(config.editor.published or "")
     if layers is None:
-        raise ValueError(f"No layer is published for the editor {config.method!r} on {name!r}. {instead}")
+        raise ValueError(f"No layer is published for the editor {config.method!r} on {name!r}. {remedy}")
     return list(layers)

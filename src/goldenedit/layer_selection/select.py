@@ -1,4 +1,4 @@
-"""From a config to the layers it edits: run the selector it names, keep its scores, choose."""
+"""From a config to the layers to edit: run the selector, cache its scores, choose the layers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ logger = logging.getLogger(__name__)
 
 
 def select_layer(lm: LanguageModel, config: EditConfig) -> LayerSelection | None:
-    """Fill `config.target_layer`, and `config.layer_scores` where the selector has scores, and return its answer.
+    """Set `config.target_layer` and `config.layer_scores`, and return the selection.
 
-    None where the config has the layer's number.
+    Returns:
+        The selection; None if the config names layers by number.
 
     Raises:
-        ValueError: The layer cannot be edited, or the selector cannot decide.
+        ValueError: A layer cannot be edited, or the selector cannot choose.
     """
     selection = None
     if isinstance(config.layer, str):
@@ -61,10 +62,10 @@ def select_layer(lm: LanguageModel, config: EditConfig) -> LayerSelection | None
 def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
     """Run the selector that `config.layer` names.
 
-    Scores are cached by the model, the facts and the options they depend on, with what they cost.
+    Scores are cached with their cost, by the model, the facts and the options they depend on.
 
     Raises:
-        ValueError: The selector cannot decide.
+        ValueError: The selector cannot choose.
     """
     name = str(config.layer)
     if config.selector is None:
@@ -77,7 +78,7 @@ def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
 
 
 def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
-    """Return what a repository on the Hub, or one revision of it, says of these weights."""
+    """Return the golden layers that a repository on the Hub, or one of its revisions, has for these weights."""
     repo_id, _, revision = source.partition("@")
     records = read_golden_layers(find_golden_layers(repo_id, revision=revision or None))
     record = record_for(records, weights, method, repo_id)
@@ -85,44 +86,45 @@ def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
     return LayerSelection(record.selector, record.scores, record.layers, record.facts, cost, record.forward_equivalents)
 
 
-def _scored(lm: LanguageModel, config: EditConfig, used: Selector) -> LayerSelection:
-    """Return a selector's scores, from the cache where they are there, without the layers that follow from them."""
-    facts = [rendered(lm.tokenizer, fact) for fact in proxy_set(config)] if used.needs_facts else []
+def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerSelection:
+    """Return the scores of a selector, from the cache if possible. No layers are chosen yet."""
+    facts = [rendered(lm.tokenizer, fact) for fact in proxy_set(config)] if selector.needs_facts else []
     key = lm.cache_key(
-        used.version,
-        selector=f"{used.function.__module__}.{used.function.__qualname__}",  # whatever names it has
+        selector.version,
+        # The function, not the name: selectors of one function share their scores.
+        selector=f"{selector.function.__module__}.{selector.function.__qualname__}",
         proxy=proxy_hash(facts),
         modules=[sorted(lm.architecture.down_projections.values()), sorted(lm.architecture.mlp_linears.values())],
-        options={name: value for word in used.depends_on for name, value in _option(word, config).items()},
+        options={name: value for word in selector.depends_on for name, value in _option(word, config).items()},
     )
     path = cache_dir() / "layer_scores" / f"{key}.json"
-    cached = next((there for there in lm.processes.gather(_read(path)) if there is not None), None)
+    cached = next((selection for selection in lm.processes.gather(_read(path)) if selection is not None), None)
     if cached is not None:
         return cached
-    if {"covariance", "edit"} & set(used.depends_on):  # kept for edits too, and so no cost of the selector
+    if {"covariance", "edit"} & set(selector.depends_on):  # edits need these too, so they are no cost of the selector
         lm.streamed_statistics(config)
         lm.contexts(config)
     with measuring() as spent:
-        scores = used.function(lm, facts, config)
+        scores = selector.function(lm, facts, config)
     cost = spent()
     if isinstance(scores, tuple):
         scores, cost = scores
-    elif used.is_shared:
+    elif selector.is_shared:
         cost = replace(cost, flops=sum(lm.processes.gather(cost.flops)))
     if not isinstance(scores, Tensor) or scores.shape != (lm.architecture.num_layers,):
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        result = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"The layer selector {used.name!r} returned {got}: return a tensor of shape "
-            f"({lm.architecture.num_layers},), a score for each layer."
+            f"The layer selector {selector.name!r} returned {result}. Return a tensor of shape "
+            f"({lm.architecture.num_layers},) with a score for each layer."
         )
     forwards = cost.flops / forward_flops(lm, facts) if facts else 0.0
-    selection = LayerSelection(used.name, _as_list(scores, lm.architecture), [], len(facts), cost, forwards)
+    selection = LayerSelection(selector.name, _as_list(scores, lm.architecture), [], len(facts), cost, forwards)
     keep(path, json.dumps(selection.to_dict()).encode())
     return selection
 
 
 def _option(word: str, config: EditConfig) -> dict[str, Any]:
-    """Return the values behind a word of `Selector.depends_on`, by name."""
+    """Return the values that a word of `Selector.depends_on` stands for, by name."""
     if word == "edit":
         return {"method": config.method, "constants": edit_constants(config)}
     if word == "covariance":
@@ -131,14 +133,14 @@ def _option(word: str, config: EditConfig) -> dict[str, Any]:
     options = config.to_dict()
     if word not in options:
         raise ValueError(
-            f"The layer selector {config.layer!r} depends on {word!r}, which is neither a field of EditConfig nor "
-            "'covariance' or 'edit'."
+            f"depends_on of the layer selector {config.layer!r} has the unknown word {word!r}. Use fields of "
+            "EditConfig, 'covariance' or 'edit'."
         )
     return {word: options[word]}
 
 
 def _as_list(scores: Tensor, architecture: Architecture) -> list[float | None]:
-    """Return scores as JSON has them; layers that cannot be edited have none."""
+    """Return scores as a list for JSON, with None for layers without a score or that cannot be edited."""
     return [
         None if math.isnan(score) or layer not in architecture.down_projections else score
         for layer, score in enumerate(scores.tolist())
@@ -146,44 +148,45 @@ def _as_list(scores: Tensor, architecture: Architecture) -> list[float | None]:
 
 
 def choose(config: EditConfig) -> int | list[int]:
-    """Return the golden layer of the config's scores, within the fence, or the layers around it by its pattern."""
+    """Return the golden layer by the config's scores, or the layers that the config's pattern takes with it."""
     scores = score_tensor(config.layer_scores)
     golden = golden_layer(scores, config.fence)
     count = config.pattern_layers
     window = [layer for layer in range(golden - count + 1, golden + 1) if layer >= 0 and not scores[layer].isnan()]
-    kept = scores.masked_fill(~tukey_filter(scores, config.fence), -torch.inf)
+    within_fence = scores.masked_fill(~tukey_filter(scores, config.fence), -torch.inf)
+    best = within_fence.topk(min(count, len(within_fence))).indices.tolist()
     layers = {
         "golden": [golden],
         "window": window,
         "ends": sorted({window[0], golden}),
-        "best": sorted(layer for layer in kept.topk(min(count, len(kept))).indices.tolist() if kept[layer].isfinite()),
+        "best": sorted(layer for layer in best if within_fence[layer].isfinite()),
     }[config.layer_pattern]
     return layers[0] if len(layers) == 1 else layers
 
 
 def proxy_set(config: EditConfig) -> list[EditRequest]:
-    """Return the facts on which layers are compared.
+    """Return the facts that layer selectors compare layers on.
 
     Raises:
-        ValueError: `config.proxy` is neither a file nor a list of requests, or holds no facts.
+        ValueError: `config.proxy` is not an existing file, or has no facts.
     """
     if config.proxy is None:
         facts = proxy_facts()
     elif isinstance(config.proxy, str):
         if not Path(config.proxy).is_file():
-            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file; give a .json or .jsonl file of facts.")
+            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file. Use a .json or .jsonl file of facts.")
         facts = load_requests(config.proxy)
     else:
         facts = config.proxy
     if not facts:
-        raise ValueError("EditConfig.proxy holds no facts.")
+        raise ValueError("EditConfig.proxy has no facts. Add at least one.")
     return facts[: config.proxy_size]
 
 
 def proxy_hash(facts: list[EditRequest]) -> str:
-    """Return a short name for this set of facts."""
-    parts = [fact.to_dict() for fact in facts]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    """Return a short hash of facts."""
+    records = [fact.to_dict() for fact in facts]
+    return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> LayerSelection | None:

@@ -1,4 +1,4 @@
-"""A causal LM as editing sees it, and the words of the trade: tokens, chats, sampled texts, key statistics."""
+"""A causal LM as editing sees it, with its tokens, chats, sampled texts and key statistics."""
 
 from goldenedit.lm.language_model import LanguageModel
 

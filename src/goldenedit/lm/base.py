@@ -1,4 +1,4 @@
-"""A causal LM with its tokenizer, and where it keeps its parts: what everything that runs the model is handed."""
+"""A causal LM with its tokenizer and architecture. Everything that runs the model takes one of these."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TokenizedModel:
     """A causal LM of transformers, its tokenizer and its architecture.
 
     Attributes:
-        model: The model; whatever adapters are on it take effect.
+        model: The model. Adapters that are active on it take effect.
         tokenizer: Its tokenizer.
-        beside: A short name for the adapters on the model that are no edits.
+        beside: A short name for the adapters on the model that are not edits.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TokenizedModel:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Where the model keeps its layers."""
+        """The paths of the model's layers and of their parts."""
         return read_architecture(self.model)
 
     @cached_property
@@ -56,41 +56,41 @@ class TokenizedModel:
 
     @property
     def fingerprint(self) -> str:
-        """A short name for the weights, and for the adapters that take effect beside them."""
-        name = self.weights.fingerprint
-        return cache_key(fingerprint=name, beside=self.beside) if self.beside else name
+        """A short name for the weights and for the adapters that are active beside them."""
+        fingerprint = self.weights.fingerprint
+        return cache_key(fingerprint=fingerprint, beside=self.beside) if self.beside else fingerprint
 
     @property
     def device(self) -> torch.device:
-        """The device that the model takes its tokens on."""
+        """The device that the input tokens must be on."""
         return input_device(self.model)
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence that the model takes, where its config says so."""
+        """The longest sequence the model takes in tokens, or None if its config does not say."""
         return context_length(self.model.config)
 
     @property
     def padding_id(self) -> int:
-        """A token to pad with."""
+        """The id of a token to pad with."""
         return padding_id(self.tokenizer)
 
     @cached_property
     def tokenization(self) -> str:
-        """A short name for how the tokenizer takes texts apart: what is cached of other tokens is not used."""
+        """A short name for how the tokenizer splits texts. Cached results of other tokens are not used."""
         prompts = [fact.text for fact in proxy_facts()]
         ids = self.tokenizer(prompts)["input_ids"]
         return cache_key(tokens=ids, template=str(getattr(self.tokenizer, "chat_template", None)))
 
     def cache_key(self, version: int, **parts: Any) -> str:
-        """Return a short name for a result of this model.
+        """Return a short name for a result that is computed with this model.
 
         Args:
-            version: Version of the algorithm that finds it.
-            **parts: What else it depends on, anything that JSON can say.
+            version: Version of the algorithm that computes the result.
+            **parts: What else the result depends on, as values that JSON can hold.
         """
         precision = matmul_precision()
-        # Only where products are rounded, so that a name holds for all machines that do not.
+        # Only where matrix products are rounded: all machines that do not round share a name.
         rounded = {} if precision == "highest" else {"matmul": precision}
         return cache_key(
             fingerprint=self.fingerprint, tokenization=self.tokenization, version=version, **rounded, **parts
@@ -98,5 +98,5 @@ class TokenizedModel:
 
     @property
     def processes(self) -> Processes:
-        """The processes that each have this model, and share work."""
+        """The processes that each hold this model and share the work."""
         return processes_of(self.model)

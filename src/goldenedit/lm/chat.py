@@ -1,4 +1,4 @@
-"""Conversations as the model reads them: the one place that puts requests through a chat template."""
+"""Conversations as the model reads them. Only this module applies chat templates to requests."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.requests import ChatText, EditRequest, Message
 from goldenedit.subjects import filled_messages, message_place
 
-_MARK = "\ue000"  # of Unicode's private use area: no text has it
+_MARK = "\ue000"  # from Unicode's private use area: ordinary texts do not contain it
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRequest:
-    """Return a request whose prompts are the texts that the model reads; one without messages is that already.
+    """Return a request whose prompts are the texts that the model reads. A request without messages is returned as is.
 
-    The messages become the tokenizer's chat template over them with the generation prompt, as `ChatText`. Paraphrases
-    and all other prompts become questions of a user behind the system messages that the conversation begins with.
+    The tokenizer's chat template turns the messages into one `ChatText`, which ends with the generation prompt.
+    Paraphrases and all other prompts become questions of a user, after the system messages that begin the conversation.
 
     Raises:
-        ValueError: The tokenizer has no chat template, or it does not take these messages as they are.
+        ValueError: The tokenizer has no chat template, or its template changes or refuses these messages.
     """
     messages = request.messages
     if messages is None:
         return request
-    begun = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    roles = [message["role"] for message in messages]
+    num_system = next((index for index, role in enumerate(roles) if role != "system"), len(roles))
 
     def ask(question: str) -> ChatText:
-        return ChatText(_apply(tokenizer, [*messages[:begun], {"role": "user", "content": question}]), prompt.joint)
+        conversation: list[Message] = [*messages[:num_system], {"role": "user", "content": question}]
+        return ChatText(_apply(tokenizer, conversation), prompt.joint)
 
     prompt = _prompt(tokenizer, messages, request.subject)
     return replace(
@@ -45,28 +47,33 @@ def rendered(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRe
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], subject: str) -> ChatText:
-    """Return the text of a conversation, with the places of the subject and of the message that it stands in."""
-    found = message_place(messages, subject)
-    assert found is not None  # an EditRequest has its subject in a message
-    last, start = found[0], found[1].start
+    """Return the text of a conversation, with the positions of the subject and of the message that names it."""
+    place = message_place(messages, subject)
+    assert place is not None  # EditRequest checks that a message names the subject
+    number, start = place[0], place[1].start
     messages = filled_messages(messages, subject)
     text = _apply(tokenizer, messages)
-    content = messages[last]["content"]
-    begin = min(start, len(content) - len(content.lstrip()))  # many templates drop the space around a message
-    pieces = (content[:begin], content[begin:start], content[start:])
-    marked = [*messages[:last], {**messages[last], "content": _MARK.join(pieces)}, *messages[last + 1 :]]
-    parts = _apply(tokenizer, marked).split(_MARK)
-    if len(parts) != len(pieces) or "".join(parts) != text or not parts[-1].startswith(subject):
+    content = messages[number]["content"]
+    indent = min(start, len(content) - len(content.lstrip()))  # many templates strip the space around a message
+    pieces = (content[:indent], content[indent:start], content[start:])
+    marked = [*messages[:number], {**messages[number], "content": _MARK.join(pieces)}, *messages[number + 1 :]]
+    rendered_pieces = _apply(tokenizer, marked).split(_MARK)
+    if (
+        len(rendered_pieces) != len(pieces)
+        or "".join(rendered_pieces) != text
+        or not rendered_pieces[-1].startswith(subject)
+    ):
         raise ValueError(
-            f"The chat template of {type(tokenizer).__name__} does not leave the message {content!r} as it is, so the "
-            "subject's place cannot be told: give the text that the model reads as prompt=."
+            f"The chat template of {type(tokenizer).__name__} changes the message {content!r}, so the position of the "
+            "subject is unknown. Pass the text that the model reads as prompt=."
         )
-    subject_start, context_start = len(parts[0] + parts[1]), len(parts[0])
+    context_start = len(rendered_pieces[0])
+    subject_start = context_start + len(rendered_pieces[1])
     return ChatText(text, _joint(tokenizer, messages, text), subject_start, context_start)
 
 
 def _joint(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> str:
-    """Return the space that some templates write between the generation prompt and the assistant's answer."""
+    """Return a space if the template writes one between the generation prompt and the answer, else the empty text."""
     answered = _apply(tokenizer, [*messages, {"role": "assistant", "content": _MARK}], generation_prompt=False)
     return " " if answered.startswith(f"{text} {_MARK}") else ""
 
@@ -74,8 +81,8 @@ def _joint(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = True) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{type(tokenizer).__name__} has no chat template to make a prompt of messages: set "
-            "tokenizer.chat_template, load the tokenizer of the chat model, or give prompt= instead of messages=."
+            f"{type(tokenizer).__name__} has no chat template, which messages need. Set tokenizer.chat_template, load "
+            "the tokenizer of the chat model, or pass prompt= instead of messages=."
         )
     try:
         return str(

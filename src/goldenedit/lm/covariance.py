@@ -1,4 +1,4 @@
-"""Which text the key statistics come from, and where they are kept."""
+"""Key statistics by layer: the text they are computed on, and the files they are cached in."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from goldenedit.parallel import Processes
 from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
 
-_VERSION = 2  # of which text is taken, and of what is computed on it
+_VERSION = 2  # of the choice of text and of the computation on it
 _OPENING_TOKENS = 8
-_SAMPLED_TOKENS = 24  # drawn behind each opening
+_SAMPLED_TOKENS = 24  # sampled after each opening
 
 
 def key_statistics(
@@ -28,34 +28,37 @@ def key_statistics(
     config: EditConfig,
     processes: Processes | None = None,
 ) -> dict[int, KeyStatistics]:
-    """Return the key statistics of each wanted layer; what is not cached is computed in one pass.
+    """Return the key statistics of layers. Those that are not cached are computed in one pass.
 
     Args:
-        processes: Those that want the same layers, and share what is computed; by default all that have the model.
+        layers: Layers to return statistics of.
+        config: Source and amount of text, ridge and seed.
+        processes: Processes that ask for the same layers and share the work. Defaults to all that hold the model.
 
     Raises:
-        ValueError: `config.covariance` is no known source or has no text, or the keys of experts are too wide for it.
+        ValueError: `config.covariance` names no known source, its text is empty, or the keys of fused experts are too
+            wide.
     """
     if config.covariance == "identity":
         return dict.fromkeys(layers, KeyStatistics(None))
     processes = lm.processes if processes is None else processes
-    paths = {layer: _cached(lm, layer, config) for layer in layers}
+    paths = {layer: _cache_path(lm, layer, config) for layer in layers}
     with processes.together():
         moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
-        # Caches may differ between machines.
+        # Machines may have different caches.
         missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
         check_widths(lm, missing)
         if missing:
-            (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # the same for all
-            found = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes)
-            for layer, moment in found.items():
+            (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # all processes get the same texts
+            computed = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes)
+            for layer, moment in computed.items():
                 save_second_moment(paths[layer], moment)
-            moments |= found
+            moments |= computed
     return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
 
 
-def _cached(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
-    """Return the file that the second moment of a layer is kept in."""
+def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
+    """Return the file that the second moment of a layer is cached in."""
     seed = config.seed if config.covariance == "sampled" else None
     source = {"text": source_name(config.covariance), "tokens": config.covariance_tokens, "seed": seed}
     key = lm.cache_key(_VERSION, module=lm.architecture.down_projections[layer], **source)
@@ -63,27 +66,27 @@ def _cached(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
 
 
 class StreamedStatistics(Mapping[int, KeyStatistics]):
-    """The key statistics of layers, read from the cache at each access and not held: those of all layers are large.
+    """Key statistics by layer, read from the cache at each access, because those of all layers may not fit in memory.
 
-    Where the cache cannot be written they are held all the same: computing them again for each layer takes minutes.
+    Statistics that the cache could not store stay in memory: computing them again for each layer would take minutes.
     """
 
     def __init__(self, lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> None:
         self._layers = list(layers)
         # Each process reads the layers that it works on.
-        alone = Processes()
-        self._read = lambda wanted: key_statistics(lm, wanted, config, alone)
-        paths = {layer: _cached(lm, layer, config) for layer in layers}
-        there = [is_kept(paths[layer]) for layer in layers]
-        known = [all(found) for found in zip(*lm.processes.gather(there), strict=True)]
-        missing = [layer for layer, is_known in zip(layers, known, strict=True) if not is_known]
-        self._held: dict[int, KeyStatistics] = {}
+        this_process = Processes()
+        self._read = lambda layer: key_statistics(lm, [layer], config, this_process)[layer]
+        paths = {layer: _cache_path(lm, layer, config) for layer in layers}
+        cached_here = [is_kept(paths[layer]) for layer in layers]
+        cached = [all(by_process) for by_process in zip(*lm.processes.gather(cached_here), strict=True)]
+        missing = [layer for layer, is_cached in zip(layers, cached, strict=True) if not is_cached]
+        self._in_memory: dict[int, KeyStatistics] = {}
         if missing:
             computed = key_statistics(lm, missing, config)  # in one pass
-            self._held = {layer: _in_memory(computed[layer]) for layer in missing if not is_kept(paths[layer])}
+            self._in_memory = {layer: _on_cpu(computed[layer]) for layer in missing if not is_kept(paths[layer])}
 
     def __getitem__(self, layer: int) -> KeyStatistics:
-        return self._held[layer] if layer in self._held else self._read([layer])[layer]
+        return self._in_memory[layer] if layer in self._in_memory else self._read(layer)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)
@@ -92,14 +95,14 @@ class StreamedStatistics(Mapping[int, KeyStatistics]):
         return len(self._layers)
 
 
-def _in_memory(statistics: KeyStatistics) -> KeyStatistics:
-    """Return statistics as they are when they are read from the cache: not on an accelerator."""
+def _on_cpu(statistics: KeyStatistics) -> KeyStatistics:
+    """Return statistics on the CPU, where those that are read from the cache are."""
     moment = statistics.second_moment
     return statistics if moment is None else KeyStatistics(moment.cpu(), statistics.ridge)
 
 
 def source_name(covariance: str) -> str:
-    """Return what names the text of a covariance in a cache: its source, with size and time of a file."""
+    """Return the name of a source of text in cache keys; for a file, its path, size and modification time."""
     path = Path(covariance)
     if path.is_file():
         status = path.stat()
@@ -114,12 +117,12 @@ def _texts(lm: TokenizedModel, config: EditConfig) -> Sequence[str]:
 
 
 def sampled_texts(lm: TokenizedModel, tokens: int, seed: int) -> list[str]:
-    """Return texts of about `tokens` tokens that the model itself wrote, each begun by a prompt of the proxy set.
+    """Return texts of about `tokens` tokens in all, which the model writes after the openings of proxy prompts.
 
-    The prompts bring names and relations of many kinds, which a model left to itself writes about rarely.
+    The prompts bring in names and relations of many kinds. Without them a model rarely writes about these.
     """
     prompts = [prompt for fact in proxy_facts() for prompt in (fact.text, *fact.paraphrases, *fact.neighborhood)]
-    # Cut to one length: then all of them are one batch, and the model begins in the middle of a phrase as in its end.
+    # Openings of equal length form one batch. They end anywhere in a phrase, so the model continues all kinds of text.
     cut = [ids[:_OPENING_TOKENS] for ids in lm.tokenizer(prompts)["input_ids"] if len(ids) >= _OPENING_TOKENS]
     count = min(len(cut), math.ceil(tokens / (_OPENING_TOKENS + _SAMPLED_TOKENS)))
     openings = [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in cut[:count]]
@@ -128,12 +131,12 @@ def sampled_texts(lm: TokenizedModel, tokens: int, seed: int) -> list[str]:
 
 
 def dataset_texts(name: str) -> Iterable[str]:
-    """Yield the texts of a dataset: a `.txt` (a text a line), `.json` or `.jsonl` file, or a name on the Hub.
+    """Yield the texts of a `.txt` file (one text per line), a `.json` or `.jsonl` file, or a dataset on the Hub.
 
-    Of each record the field `text` is taken, or else its longest string.
+    The text of a record is its field `text` or, without that, its longest string.
 
     Raises:
-        ValueError: There is no such file or dataset, or the file is damaged.
+        ValueError: The file or dataset does not exist, or the file is damaged.
     """
     path = Path(name)
     if path.is_file():
@@ -143,10 +146,10 @@ def dataset_texts(name: str) -> Iterable[str]:
 
     try:
         records = load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # datasets raises many kinds for one thing: there is no such data
+    except Exception as error:  # datasets raises many kinds of errors for missing data
         raise ValueError(
-            f"EditConfig.covariance {name!r} is neither 'sampled', 'identity', a file, nor a dataset that can be "
-            f"loaded ({error})."
+            f"EditConfig.covariance {name!r} is neither an existing file nor a dataset that can be loaded ({error}). "
+            "Use 'sampled', 'identity', a file of texts, or the name of a dataset."
         ) from error
     yield from map(_text_of, records)
 

@@ -1,4 +1,4 @@
-"""What a plain forward costs, the unit in which other work is told."""
+"""The cost of plain forwards, the unit in which the cost of other work is reported."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from goldenedit.requests import EditRequest
 
 @torch.no_grad()
 def forward_flops(lm: TokenizedModel, facts: Sequence[EditRequest]) -> float:
-    """Return the floating-point operations of plain forwards over facts, each with its new answer, one row a fact.
+    """Return the floating-point operations of plain forwards over facts with their new answers, one row per fact.
 
-    One of them, of middle length, is run; the others count by their tokens. Where nothing can be counted (see
-    `goldenedit.cost`) it is infinity, of which every cost is zero times as much.
+    Only the row of median length is run; the others are estimated from their numbers of tokens. If operations cannot
+    be counted (see `goldenedit.cost`), the result is infinity, so that every cost is 0 in units of it.
     """
     longest = lm.max_length
     rows = [encode(lm.tokenizer, fact.text, fact.target_new, max_length=longest).input_ids for fact in facts]
-    middle = sorted(rows, key=len)[len(rows) // 2]
-    ids = torch.tensor([middle], device=lm.device)
+    median = sorted(rows, key=len)[len(rows) // 2]
+    ids = torch.tensor([median], device=lm.device)
     with evaluating(lm.model), measuring() as cost:
         lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return cost().flops / len(middle) * sum(map(len, rows)) or math.inf
+    return cost().flops / len(median) * sum(map(len, rows)) or math.inf

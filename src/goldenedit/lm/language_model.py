@@ -1,4 +1,4 @@
-"""A causal LM as editing sees it: the model with its tokenizer, and what is found of it once."""
+"""A causal LM as editing sees it: the model, its tokenizer, and what is computed from them once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from goldenedit.storage.fingerprint import Hashed
 
 
 class LanguageModel(TokenizedModel):
-    """A causal LM of transformers with its tokenizer, its architecture, and what editing must know of it.
+    """A causal LM of transformers with its tokenizer, its architecture, and what edits need of it.
 
-    Contexts, key statistics and perplexity are found when they are first asked for with these options, and kept. It
-    knows no edit: whoever asks for them has switched all edits off.
+    Contexts, key statistics and perplexity are computed at the first call for each set of options, then kept. They
+    describe the unedited model: the caller switches all edits off before asking for them.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        architecture: Where it keeps its layers; found by two tiny forwards by default.
-        weights: Hashes of its weights; computed by default.
-        beside: A short name for the adapters on the model that are no edits.
+        architecture: Paths of the layers and of their parts. By default two tiny forwards find them.
+        weights: Hashes of the weights. By default they are computed.
+        beside: A short name for the adapters on the model that are not edits.
 
     Example:
         ```python
@@ -55,7 +55,7 @@ class LanguageModel(TokenizedModel):
         self._perplexity: float | None = None
 
     def contexts(self, config: EditConfig) -> list[str]:
-        """Return the prefixes to prompts that a config asks for, the first of them empty."""
+        """Return the prefixes of prompts that a config asks for. The first one is empty."""
         key = (config.contexts, config.context_length, config.seed)
         if key not in self._contexts:
             with phase("contexts"):
@@ -63,9 +63,9 @@ class LanguageModel(TokenizedModel):
         return self._contexts[key]
 
     def statistics(self, config: EditConfig, layers: Sequence[int]) -> dict[int, KeyStatistics]:
-        """Return the key statistics of some layers; those that are missing are computed in one pass.
+        """Return the key statistics of layers. Those that are missing are computed in one pass.
 
-        An editor that does not read them has them not computed.
+        For an editor that does not read key statistics, nothing is computed.
         """
         if config.editor.learns == "values" and "covariance" not in config.editor.reads:
             return dict.fromkeys(layers, UnreadStatistics())
@@ -80,13 +80,13 @@ class LanguageModel(TokenizedModel):
     def streamed_statistics(
         self, config: EditConfig, layers: Sequence[int] | None = None
     ) -> Mapping[int, KeyStatistics]:
-        """Return the key statistics of many layers, by default of all, each read when asked for and not kept."""
+        """Return the key statistics of layers, by default of all. Each is read at access and not kept in memory."""
         return StreamedStatistics(
             self, sorted(self.architecture.down_projections) if layers is None else layers, config
         )
 
     def perplexity(self) -> float:
-        """Return the perplexity on plain statements."""
+        """Return the perplexity of the model on plain statements."""
         if self._perplexity is None:
             self._perplexity = perplexity(self, sample_texts())
         return self._perplexity

@@ -1,4 +1,4 @@
-"""Perplexity of plain text: the quickest sign that edits harm what a model can do."""
+"""Perplexity on plain text: the quickest check for damage that edits do to a model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from goldenedit.requests import proxy_facts
 
 @torch.no_grad()
 def perplexity(lm: TokenizedModel, texts: Sequence[str], batch_size: int = 16, most: int = 512) -> float:
-    """Return `exp` of the mean NLL over all tokens of all texts but the first of each.
+    """Return `exp` of the mean NLL over all tokens of all texts, without the first token of each text.
 
     Args:
-        texts: Texts, each a row of its own, cut after `most` tokens or where the model's context ends.
+        texts: Texts, one row each, cut after `most` tokens or at the end of the model's context.
+        most: Largest number of tokens of a text.
 
     Raises:
         ValueError: No text has two tokens.
     """
     longest = min(most, lm.max_length or most)
     ids = [list(lm.tokenizer(text, truncation=True, max_length=longest)["input_ids"]) for text in texts]
-    rows = [Row(tuple(one), -1, tuple(range(1, len(one))), len(one) - 1) for one in ids if len(one) > 1]
+    rows = [
+        Row(tuple(tokens), subject=-1, target=tuple(range(1, len(tokens))), last=len(tokens) - 1)
+        for tokens in ids
+        if len(tokens) > 1
+    ]
     if not rows:
         raise ValueError("Perplexity needs a text of at least two tokens.")
     rows.sort(key=lambda row: len(row.input_ids))
@@ -37,15 +42,15 @@ def perplexity(lm: TokenizedModel, texts: Sequence[str], batch_size: int = 16, m
             batch = pad(rows[start : start + batch_size], lm.padding_id, device)
             logits = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             mask = batch.attention_mask[:, 1:].bool().to(logits.device)
-            wanted = batch.input_ids[:, 1:].to(logits.device)[mask]
-            total += nn.functional.cross_entropy(logits[:, :-1][mask].float(), wanted, reduction="sum").item()
+            targets = batch.input_ids[:, 1:].to(logits.device)[mask]
+            total += nn.functional.cross_entropy(logits[:, :-1][mask].float(), targets, reduction="sum").item()
             count += int(mask.sum())
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 
 
 def sample_texts(count: int = 50) -> list[str]:
-    """Return plain statements of many kinds, in which the facts of the packaged set stand as they are."""
+    """Return `count` plain statements of many kinds: packaged facts with their true answers."""
     facts = [fact for fact in proxy_facts() if fact.target_true is not None]
     step = max(1, len(facts) // count)
     return [f"{with_answer(fact.text, str(fact.target_true))}. {fact.paraphrases[0]}" for fact in facts[::step][:count]]

@@ -16,20 +16,20 @@ from goldenedit.architecture.replay import NO_CACHE
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.tokens import prompt_tokens
 
-# Openings of MEMIT's context templates; a free start follows them.
+# Openings of MEMIT's context templates. The model continues them freely.
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
 def sample_contexts(lm: TokenizedModel, count: int, length: int, seed: int) -> list[str]:
     """Return `count` prefixes: the empty one, then sampled texts of up to `length` tokens, each ending in `". "`.
 
-    Meng et al. 2022 (ROME, section 3.1) prepend such texts so that an edit holds wherever its prompt stands.
+    Meng et al. 2022 (ROME, section 3.1) prepend such texts, so that an edit holds wherever its prompt appears.
     """
     if count <= 1:
         return [""]
     openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(count - 1)]
     sampled = sample_continuations(lm, openings, length, seed)
-    # One line, no special tokens: a context is a plain sentence before the prompt.
+    # A context is a plain sentence before the prompt: one line without special tokens.
     return ["", *(" ".join(text.split()) + ". " for text in sampled)]
 
 
@@ -41,34 +41,40 @@ def sample_continuations(
     batch_size: int = 128,
     top_k: int | None = None,
 ) -> list[str]:
-    """Continue each opening by `length` tokens drawn from the model's own distribution, with a generator of its own.
+    """Continue each opening by `length` tokens sampled from the model, and return openings with continuations.
 
     Args:
-        top_k: Draw from so many of the likeliest tokens; None for all.
+        openings: Texts to continue.
+        length: Tokens to sample after each opening.
+        seed: Seed of the sampling, which leaves torch's global generator alone.
+        batch_size: Largest number of rows of a forward.
+        top_k: Sample from the `top_k` most likely tokens; None for all.
     """
     ids = [prompt_tokens(lm.tokenizer, opening) for opening in openings]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     generator = torch.Generator().manual_seed(seed)
     texts: dict[int, str] = {}
     with evaluating(lm.model), tqdm(total=len(ids), desc="Sampling", unit="text", leave=False) as progress:
-        for _, group in groupby(order, key=lambda index: len(ids[index])):  # rows of one length need no padding
+        for _, group in groupby(order, key=lambda index: len(ids[index])):  # rows of equal length need no padding
             members = list(group)
             for start in range(0, len(members), batch_size):
                 rows = members[start : start + batch_size]
-                given = torch.tensor([ids[row] for row in rows])
-                tokens = _continue(lm, given, length, generator, top_k)
+                prompts = torch.tensor([ids[row] for row in rows])
+                tokens = _continue(lm, prompts, length, generator, top_k)
                 for row, sampled in zip(rows, tokens.tolist(), strict=True):
                     texts[row] = openings[row] + continuation(lm.tokenizer, sampled, len(ids[row]))
                 progress.update(len(rows))
     return [texts[index] for index in range(len(openings))]
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, tokens: list[int], given: int) -> str:
-    """Return the text of the tokens behind the first `given`, with the space before it that these ask for."""
-    whole, start = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens, tokens[:given]))
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return str(tokenizer.decode(tokens[given:], skip_special_tokens=True))  # a character of both
+def continuation(tokenizer: PreTrainedTokenizerBase, tokens: list[int], prompt_length: int) -> str:
+    """Return the text of the tokens after the first `prompt_length`, with the space that separates it from them."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    prompt = str(tokenizer.decode(tokens[:prompt_length], skip_special_tokens=True))
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    # The bytes of one character lie on both sides.
+    return str(tokenizer.decode(tokens[prompt_length:], skip_special_tokens=True))
 
 
 @torch.no_grad()
@@ -80,36 +86,42 @@ def _continue(
     top_k: int | None,
 ) -> Tensor:
     device = lm.device
-    tokens = given = ids.to(device)
-    past, cached = None, True
+    tokens = new_tokens = ids.to(device)
+    past, use_cache = None, True
     for _ in range(length):
         try:
-            logits, past = _next(lm.model, tokens, given, past, cached)
+            logits, past = _next(lm.model, tokens, new_tokens, past, use_cache)
         except NO_CACHE:
-            if not cached:
+            if not use_cache:
                 raise
-            cached = False
-            logits, past = _next(lm.model, tokens, tokens, None, cached)
+            use_cache = False
+            logits, past = _next(lm.model, tokens, tokens, None, use_cache)
         if not logits.isfinite().all():
-            raise ValueError("The model's logits are not finite: load it in float32 or bfloat16.")
+            raise ValueError("The model's logits are not finite. Load it in float32 or bfloat16.")
         if top_k is not None and top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
         drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).to(device)
         tokens = torch.cat([tokens, drawn], dim=1)
-        given = drawn if past is not None else tokens
+        new_tokens = drawn if past is not None else tokens
     return _until_end(tokens, ids.shape[1], lm.tokenizer.eos_token_id)
 
 
-def _next(model: nn.Module, tokens: Tensor, given: Tensor, past: Any, cached: bool) -> tuple[Tensor, Any]:
-    """Return the logits behind the last token, `(B, V)`, and the cache, from the tokens `given` that it lacks."""
+def _next(model: nn.Module, tokens: Tensor, new_tokens: Tensor, past: Any, use_cache: bool) -> tuple[Tensor, Any]:
+    """Return the logits `(B, V)` after the last token, and the cache.
+
+    Args:
+        tokens: `(B, T)`, all tokens so far.
+        new_tokens: `(B, n)`, the last tokens, which the cache `past` does not hold yet.
+    """
     rows = torch.arange(len(tokens), device=tokens.device)
-    with reading_logits(model, rows, torch.full_like(rows, given.shape[1] - 1)) as logits_of:
-        output = model(input_ids=given, attention_mask=torch.ones_like(tokens), past_key_values=past, use_cache=cached)
-        return logits_of(output), getattr(output, "past_key_values", None) if cached else None
+    with reading_logits(model, rows, torch.full_like(rows, new_tokens.shape[1] - 1)) as logits_of:
+        mask = torch.ones_like(tokens)
+        output = model(input_ids=new_tokens, attention_mask=mask, past_key_values=past, use_cache=use_cache)
+        return logits_of(output), getattr(output, "past_key_values", None) if use_cache else None
 
 
 def _until_end(tokens: Tensor, start: int, end: int | None) -> Tensor:
-    """Replace all that was drawn behind an end of text by that end, which decoding skips."""
+    """Replace all tokens after an end of text by that token, which decoding skips."""
     if end is None:
         return tokens
     ended = (tokens[:, start:] == end).long().cumsum(1) > 0
@@ -118,7 +130,11 @@ def _until_end(tokens: Tensor, start: int, end: int | None) -> Tensor:
 
 @torch.no_grad()
 def greedy_answer(lm: TokenizedModel, prompt: str, tokens: int = 4) -> str:
-    """Return what the model itself answers, greedily, up to `tokens` tokens or the end of the line."""
+    """Return the greedy answer of the model, up to `tokens` tokens or the end of the line.
+
+    Raises:
+        ValueError: The answer is empty.
+    """
     device = lm.device
     ids = torch.tensor([prompt_tokens(lm.tokenizer, prompt)], device=device)
     length = ids.shape[1]
@@ -128,5 +144,5 @@ def greedy_answer(lm: TokenizedModel, prompt: str, tokens: int = 4) -> str:
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     answer = continuation(lm.tokenizer, ids[0].tolist(), length).strip().split("\n")[0]
     if not answer:
-        raise ValueError(f"The model has no answer to {prompt!r}: give the fact a target_true.")
+        raise ValueError(f"The model gives no answer to {prompt!r}. Set target_true of this fact.")
     return answer

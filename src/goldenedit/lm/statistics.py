@@ -1,4 +1,4 @@
-"""Second moments of keys, computed on text in one pass, and the files that they are kept in."""
+"""Second moments of keys, computed on text in one pass, and the files they are cached in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from goldenedit.parallel import Processes
 
 logger = logging.getLogger(__name__)
 
-_WIDEST_EXPERTS = 16_384  # a second moment of 1 GiB, and as wide as the widest MLPs that are one matrix
+_WIDEST_EXPERTS = 16_384  # their second moment takes 1 GiB; the widest dense MLPs are as wide
 
 
 @outside_inference_mode()
@@ -36,19 +36,19 @@ def second_moments(
     batch_tokens: int = 2048,
     processes: Processes | None = None,
 ) -> dict[int, Tensor]:
-    """Return `E[k k^T]` of each wanted layer over the tokens of `texts`, accumulated in float32, all in one pass.
+    """Return `E[k k^T]`, `(d_in, d_in)`, of each layer over the tokens of texts, summed in float32 in one pass.
 
-    Under `accelerate launch` or torchrun the texts are shared among the processes (see `goldenedit.parallel`).
+    Under `accelerate launch` or torchrun the processes share the texts (see `goldenedit.parallel`).
 
     Args:
-        texts: Texts, taken from the front until `max_tokens` tokens are seen; cut to 256 tokens each.
-        layers: Layers whose keys are wanted; the model runs no further than the last of them.
-        max_tokens: Number of tokens to look at.
-        batch_tokens: Tokens a forward, padding included.
-        processes: Those that have the same texts; by default all that have the model.
+        texts: Texts, cut to 256 tokens each and read in order until `max_tokens` tokens are seen.
+        layers: Layers to compute the moments of. A forward stops at the last of them.
+        max_tokens: Largest number of tokens.
+        batch_tokens: Tokens of a forward, padding included.
+        processes: Processes that have the same texts. Defaults to all that hold the model.
 
     Raises:
-        ValueError: `texts` hold no tokens, or a key is not finite.
+        ValueError: `texts` have no tokens, or a key is not finite.
     """
     rows = _token_rows(lm.tokenizer, texts, min(256, lm.max_length or 256), max_tokens)
     count = sum(map(len, rows))
@@ -56,17 +56,17 @@ def second_moments(
     device = lm.device
     processes = lm.processes if processes is None else processes
     batches = processes.share(list(_batches(rows, batch_tokens, lm.padding_id)))
-    own = sum(int(mask.sum()) for _, mask in batches)
+    num_tokens = sum(int(mask.sum()) for _, mask in batches)
     with (
         processes.together(),
         evaluating(lm.model),
-        tqdm(total=own, desc="Key statistics", unit="token", leave=False) as progress,
+        tqdm(total=num_tokens, desc="Key statistics", unit="token", leave=False) as progress,
     ):
         for tokens, mask in batches:
             with stop_forward() as stop, ExitStack() as stack:
                 for layer in layers:
-                    add = _adder(lm, layer, sums, mask.reshape(-1).nonzero()[:, 0])
-                    hook = _accumulate(add, stop if layer == max(layers) else None)
+                    add = _key_adder(lm, layer, sums, mask.reshape(-1).nonzero()[:, 0])
+                    hook = _key_hook(add, stop if layer == max(layers) else None)
                     module = lm.architecture.down_projection(lm.model, layer)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 lm.model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
@@ -76,10 +76,10 @@ def second_moments(
             module = lm.architecture.down_projection(lm.model, layer)
             sums[layer] = torch.zeros([lm.architecture.shape(lm.model, layer)[1]] * 2, device=execution_device(module))
         sums[layer] = processes.total(sums[layer])
-    moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # where keys and cached moments are
+    moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # as cached moments are
     for layer, moment in moments.items():
         if not moment.isfinite().all():
-            raise ValueError(f"Keys of layer {layer} are not finite: load the model in float32 or bfloat16.")
+            raise ValueError(f"The keys of layer {layer} are not finite. Load the model in float32 or bfloat16.")
     return moments
 
 
@@ -96,23 +96,23 @@ def _token_rows(
         if count >= max_tokens:
             break
     if not rows:
-        raise ValueError("There is no text to compute key statistics on.")
+        raise ValueError("The text for key statistics has no tokens. Set EditConfig.covariance to another source.")
     return rows
 
 
 def check_widths(lm: TokenizedModel, layers: Sequence[int]) -> None:
-    """Raise ValueError where the keys of a layer's experts are too wide for a second moment."""
+    """Raise ValueError if the keys of a layer's fused experts are too wide for a second moment."""
     for layer in layers:
         width = lm.architecture.shape(lm.model, layer)[1]
         if layer in lm.architecture.experts and width > _WIDEST_EXPERTS:
             raise ValueError(
-                f"The keys of all experts of layer {layer} are {width} wide together, too wide for a second moment "
-                f"(at most {_WIDEST_EXPERTS}): edit with EditConfig(covariance='identity')."
+                f"The keys of all experts of layer {layer} have {width} dimensions together, too many for a second "
+                f"moment (at most {_WIDEST_EXPERTS}). Edit with EditConfig(covariance='identity')."
             )
 
 
-def _adder(lm: TokenizedModel, layer: int, sums: dict[int, Tensor], tokens: Tensor) -> Callable[[Call], None]:
-    """Return a function that adds the keys of some tokens to the sum of a layer."""
+def _key_adder(lm: TokenizedModel, layer: int, sums: dict[int, Tensor], tokens: Tensor) -> Callable[[Call], None]:
+    """Return a function that adds the keys of a call at the positions `tokens` to the sum of a layer."""
 
     def add(call: Call) -> None:
         keys = lm.architecture.keys(lm.model, layer, call, tokens)
@@ -123,8 +123,8 @@ def _adder(lm: TokenizedModel, layer: int, sums: dict[int, Tensor], tokens: Tens
     return add
 
 
-def _accumulate(add: Callable[[Call], None], stop: Callable[[], None] | None) -> Callable[..., None]:
-    """Return a hook that adds what a module is called with, and ends the forward where nothing behind is wanted."""
+def _key_hook(add: Callable[[Call], None], stop: Callable[[], None] | None) -> Callable[..., None]:
+    """Return a hook that passes a module's arguments to `add`, and then ends the forward if `stop` is given."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         add((args, kwargs))
@@ -135,6 +135,7 @@ def _accumulate(add: Callable[[Call], None], stop: Callable[[], None] | None) ->
 
 
 def _batches(rows: Iterable[list[int]], batch_tokens: int, pad: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield ids and attention mask of batches of rows of similar length."""
     group: list[list[int]] = []
     for row in sorted(rows, key=len):
         if group and len(row) * (len(group) + 1) > batch_tokens:
@@ -153,7 +154,7 @@ def _padded(group: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def load_second_moment(path: Path) -> Tensor | None:
-    """Read a cached second moment; None where there is none, or the file is damaged or cannot be read."""
+    """Read a cached second moment. Return None if the file is missing, damaged or cannot be read."""
     if not is_kept(path):
         return None
     try:
@@ -165,5 +166,5 @@ def load_second_moment(path: Path) -> Tensor | None:
 
 
 def save_second_moment(path: Path, second_moment: Tensor) -> None:
-    """Write a second moment as safetensors, atomically; where the cache cannot be written, a warning says so."""
+    """Write a second moment as safetensors, atomically. A failure is logged as a warning."""
     keep(path, save({"second_moment": second_moment.cpu().contiguous()}, {"format": "pt"}))

@@ -1,4 +1,4 @@
-"""From texts to token rows: which token ends the subject, which tokens are the answer."""
+"""From texts to token rows, with the position of the subject's last token and those of the answer's tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from goldenedit.architecture.replay import Batch
 from goldenedit.requests import Answer, ChatText, EditRequest
 from goldenedit.writing import joint_of
 
-_MELTS = "The answer {!r} melts into one token with what is before it in {!r}: end the prompt at another place."
+_MERGED = (
+    "The tokenizer merges the start of the answer {!r} with the end of the prompt {!r}. End the prompt at a token "
+    "boundary."
+)
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class Row:
 
     Attributes:
         input_ids: Its tokens, special tokens included.
-        subject: Index of the last token of the subject, -1 where the row has none.
-        target: Indices of the answer's tokens, empty where the row has no answer.
-        last: Index of the last token of the text; some tokenizers put a special token behind it.
+        subject: Index of the last token of the subject; -1 if the row has no subject.
+        target: Indices of the answer's tokens; empty if the row has no answer.
+        last: Index of the last token of the text. Some tokenizers append a special token to it.
     """
 
     input_ids: tuple[int, ...]
@@ -40,15 +43,15 @@ class Row:
 
     @property
     def reads(self) -> list[int]:
-        """Positions whose logits predict the answer's tokens; the last token's where the row has no answer."""
+        """Positions whose logits predict the answer's tokens; without an answer, the last position."""
         return [index - 1 for index in self.target] if self.target else [self.last]
 
 
 def with_answer(prompt: str, answer: str) -> str:
-    """Join a prompt and its answer as people write them: by a space or, where that is wrong, by nothing.
+    """Join a prompt and its answer as people write them: with a space, or without one where it would be wrong.
 
-    An answer that begins with whitespace keeps it, and an `Answer` says itself what stands before it. All others
-    follow a chat as its template has it, mostly at once, and any other prompt as `goldenedit.writing.joint_of` has it.
+    An answer that begins with whitespace keeps it, and an `Answer` carries its own joint. Any other answer follows a
+    chat as the chat template writes it, and a plain prompt by the rules of `goldenedit.writing.joint_of`.
     """
     text = prompt + _joint(prompt, answer) + answer
     return ChatText(text) if isinstance(prompt, ChatText) else text
@@ -69,13 +72,13 @@ def encode(
     subject_end: int | None = None,
     max_length: int | None = None,
 ) -> Row:
-    """Tokenize a prompt with its answer and find the tokens that matter.
+    """Tokenize a prompt with its answer, and find the tokens of subject and answer.
 
     Args:
         prompt: The text before the answer.
-        answer: The text after it, joined by `with_answer`.
-        subject_end: Index in `prompt` of the first character behind the subject.
-        max_length: The longest row that the model takes.
+        answer: The text after the prompt, joined by `with_answer`.
+        subject_end: Index in `prompt` of the first character after the subject.
+        max_length: Largest number of tokens that the model takes.
 
     Raises:
         ValueError: The answer has no tokens of its own, the row is too long, or the subject has no token.
@@ -85,18 +88,22 @@ def encode(
     if answer is not None and any(start < len(prompt.rstrip()) and end > len(prompt) for start, end in spans):
         ids, spans = _apart(tokenizer, prompt, text, ids)
     if max_length is not None and len(ids) > max_length:
-        raise ValueError(f"{prompt!r} and its answer are {len(ids)} tokens, but the model takes {max_length}: shorten.")
+        raise ValueError(
+            f"{prompt!r} and its answer have {len(ids)} tokens, but the model takes {max_length}. Shorten them."
+        )
     subject = -1
     if subject_end is not None:
         covering = [index for index, (start, end) in enumerate(spans) if start < subject_end <= end]
         if not covering:
-            raise ValueError(f"The tokenizer gives no token for the end of the subject in {prompt!r}.")
+            raise ValueError(
+                f"The tokenizer has no token for the end of the subject in {prompt!r}. Use another subject."
+            )
         subject = covering[-1]
     target = tuple(index for index, (_, end) in enumerate(spans) if end > len(prompt)) if answer is not None else ()
     if answer is not None and not target:
-        raise ValueError(f"The answer {answer!r} has no tokens behind {prompt!r}.")
+        raise ValueError(f"The answer {answer!r} has no tokens after {prompt!r}. Use another answer.")
     if target and target[0] <= max(subject, 0):
-        raise ValueError(_MELTS.format(answer, prompt))
+        raise ValueError(_MERGED.format(answer, prompt))
     last = max((index for index, (_, end) in enumerate(spans) if end > 0), default=len(ids) - 1)
     return Row(tuple(ids), subject, target, last)
 
@@ -108,24 +115,24 @@ def encode_request(
     context: str = "",
     max_length: int | None = None,
 ) -> Row:
-    """Tokenize a request behind a context, which stands before its prompt, or in its chat before the user's words.
+    """Tokenize a request with a context before its prompt; in a chat, before the words of the user.
 
     Raises:
         ValueError: See `encode`.
     """
     prompt = request.text
-    if answer is not None:  # the same behind every context, whatever quotes that opens
+    if answer is not None:  # fixed before the context is added, which may open a quotation
         answer = Answer(answer, _joint(prompt, answer))
     if isinstance(prompt, ChatText):
-        at = prompt.context_start
-        prompt = ChatText(prompt[:at] + context + prompt[at:], prompt.joint)
+        start = prompt.context_start
+        prompt = ChatText(prompt[:start] + context + prompt[start:], prompt.joint)
     else:
         prompt = context + prompt
     return encode(tokenizer, prompt, answer, len(context) + request.subject_end, max_length)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens that a model goes on from: special tokens that a tokenizer puts behind a text are left out."""
+    """Return the tokens that the model continues: those of the prompt, without special tokens after it."""
     row = encode(tokenizer, prompt)
     return list(row.input_ids[: row.last + 1])
 
@@ -133,31 +140,35 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def _apart(
     tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, ids: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the tokens of a prompt and behind them those of its answer, where `ids` have one token of both.
+    """Return the tokens of a prompt, then those of its answer, where `ids` merge characters of both into one token.
 
-    A model that is asked has the prompt's own tokens before it, and writes an answer that begins with a new one.
+    A model that is asked reads the prompt's own tokens, and its answer begins with a new token.
+
+    Args:
+        text: The prompt with its answer.
+        ids: Tokens of `text`.
     """
-    own, spans = _tokens_with_spans(tokenizer, prompt)
-    asked = len(prompt_tokens(tokenizer, prompt))
-    # Behind a line end no tokenizer takes an answer for the beginning of a text.
-    rest, places = _tokens_with_spans(tokenizer, ChatText("\n" + text[len(prompt) :]))
-    first = next((index for index, (_, end) in enumerate(places) if end > 1), len(rest))
-    joined = [*own[:asked], *rest[first:]]
-    apart, whole = (tokenizer.decode(one, skip_special_tokens=True) for one in (joined, list(ids)))
-    if places[first][0] < 1 or apart != whole:
-        raise ValueError(_MELTS.format(text[len(prompt) :], prompt))
+    prompt_ids, spans = _tokens_with_spans(tokenizer, prompt)
+    length = len(prompt_tokens(tokenizer, prompt))
+    # After a line break no tokenizer treats the answer as the start of a text.
+    answer_ids, answer_spans = _tokens_with_spans(tokenizer, ChatText("\n" + text[len(prompt) :]))
+    first = next((index for index, (_, end) in enumerate(answer_spans) if end > 1), len(answer_ids))
+    apart = [*prompt_ids[:length], *answer_ids[first:]]
+    decoded_apart, decoded = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (apart, list(ids)))
+    if answer_spans[first][0] < 1 or decoded_apart != decoded:
+        raise ValueError(_MERGED.format(text[len(prompt) :], prompt))
     shift = len(prompt) - 1
-    return joined, [*spans[:asked], *((start + shift, end + shift) for start, end in places[first:])]
+    return apart, [*spans[:length], *((start + shift, end + shift) for start, end in answer_spans[first:])]
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, start: int, end: int) -> list[int]:
-    """Return the tokens that the characters `start:end` of a prompt lie in."""
+    """Return the tokens that cover the characters `start:end` of a prompt."""
     ids, spans = _tokens_with_spans(tokenizer, prompt)
     return [ids[index] for index in _touching(spans, start, end)]
 
 
 def subject_span(tokenizer: PreTrainedTokenizerBase, prompt: str, start: int, end: int) -> list[int]:
-    """Return the indices of the tokens that the characters `start:end` of a prompt lie in."""
+    """Return the indices of the tokens that cover the characters `start:end` of a prompt."""
     return _touching(_tokens_with_spans(tokenizer, prompt)[1], start, end)
 
 
@@ -166,35 +177,37 @@ def _touching(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[in
 
 
 def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the tokens of `text` and the characters `(start, end)` that each covers, none where a token was added."""
-    chat = isinstance(text, ChatText)  # brings its special tokens
+    """Return the tokens of `text` and the characters `(start, end)` each covers; an added special token covers none."""
+    chat = isinstance(text, ChatText)  # its text contains the special tokens
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
         return list(encoding["input_ids"]), [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
     ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
     special = set() if chat else set(tokenizer.all_special_ids)
     plain = [[token for token in ids[:count] if token not in special] for count in range(len(ids) + 1)]
-    how = {"clean_up_tokenization_spaces": False, "spaces_between_special_tokens": False}
-    decoded = [str(tokenizer.decode(tokens, **how)) for tokens in plain]
+    decoded = [
+        str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False))
+        for tokens in plain
+    ]
     if decoded[-1].strip() != text.strip():
         raise ValueError(
-            f"{type(tokenizer).__name__} gives no offsets and does not decode {text!r} to itself, so the subject's "
-            "tokens cannot be found: use a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))."
+            f"{type(tokenizer).__name__} gives no offsets and does not decode {text!r} to itself, so the tokens of the "
+            "subject are unknown. Use a fast tokenizer (AutoTokenizer.from_pretrained(..., use_fast=True))."
         )
     shift = len(text) - len(text.lstrip()) - (len(decoded[-1]) - len(decoded[-1].lstrip()))
-    # The beginning of a character of several bytes decodes to a replacement character, which is not there yet.
+    # An incomplete character of several bytes decodes to a replacement character, which does not count.
     lengths = (len(part.rstrip("\ufffd")) + shift for part in decoded)
     ends = accumulate((min(max(length, 0), len(text)) for length in lengths), max)
     spans: list[tuple[int, int]] = []
-    shown = 0
+    visible = 0
     for token, (start, end) in reversed(list(zip(ids, pairwise(ends), strict=True))):
-        shown = end if end > start else max(shown, end)  # what shows nothing belongs to the character that comes
-        spans.append((0, 0) if token in special else (start, shown))
+        visible = end if end > start else max(visible, end)  # a token without text belongs to the next character
+        spans.append((0, 0) if token in special else (start, visible))
     return ids, spans[::-1]
 
 
 def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> Batch:
-    """Pad rows on the right; the logits read are those that predict the answers, row by row."""
+    """Pad rows on the right. The batch reads the logits that predict the answers, row by row."""
     length = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
@@ -204,16 +217,22 @@ def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> B
     reads = [(index, position) for index, row in enumerate(rows) for position in row.reads]
     read_rows, read_positions = torch.tensor(reads).T
     subject = torch.tensor([row.subject for row in rows])
-    return Batch(*(tensor.to(device) for tensor in (input_ids, attention_mask, subject, read_rows, read_positions)))
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        subject=subject.to(device),
+        read_rows=read_rows.to(device),
+        read_positions=read_positions.to(device),
+    )
 
 
 def target_ids(rows: Sequence[Row], device: torch.device | str) -> Tensor:
-    """Return the answers' tokens in the order of the logits that `pad` reads; 0 where a row has no answer."""
+    """Return the answers' tokens in the order of the logits that `pad` reads; 0 for a row without an answer."""
     return torch.tensor([token for row in rows for token in (row.target_ids or [0])], device=device)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to pad with; padding is masked, so any will do."""
+    """Return a token to pad with. Padding is masked, so any token works."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         if isinstance(token, int):
             return token
@@ -221,6 +240,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def context_length(config: object) -> int | None:
-    """Return the longest sequence that a model with this config takes, where it says so."""
+    """Return the longest sequence a model with this config takes in tokens, or None if the config does not say."""
     length = getattr(config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

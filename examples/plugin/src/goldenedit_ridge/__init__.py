@@ -1,1 +1,1 @@
-"""An editor and a layer selector for goldenedit, each in a file of its own."""
+"""An editor and a layer selector for goldenedit, each in its own file."""

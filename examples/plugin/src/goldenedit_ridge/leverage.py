@@ -1,8 +1,9 @@
 """Leverage: the layers at which subjects stand out from other text.
 
-An edit of least harm adds its value along `C^-1 k` (ROME), so other text sees `||r||^2 / (k^T C^-1 k)` of it on
-average: the larger the leverage `k^T C^-1 k` of a subject's key, the quieter its edit. That is half of what makes a
-layer good. It does not tell whether the layer still reaches the answer, so the last layers may score high for nothing.
+The least harmful edit adds its value along `C^-1 k` (ROME), so its mean effect on other text is
+`||r||^2 / (k^T C^-1 k)`: the larger the leverage `k^T C^-1 k` of a subject's key, the smaller this effect. That is half
+of what makes a layer good. Leverage does not show whether the layer still reaches the answer, so the last layers may
+score high without being good.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from goldenedit.lm import LanguageModel
 
 @selector("leverage", depends_on=("covariance",))
 def leverage(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return the mean log leverage of the subjects' keys at each layer, against that of other text, `d_in`."""
+    """Return the mean log leverage of the subjects' keys at each layer, relative to the mean of other text, `d_in`."""
     scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
     statistics = lm.streamed_statistics(config)
     layers = list(statistics)

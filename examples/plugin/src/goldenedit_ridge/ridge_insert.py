@@ -1,7 +1,7 @@
 """Ridge insertion: the least-squares update that stores facts, with a penalty on its size and no key statistics.
 
 It is MEMIT's update (arXiv 2210.07229, equation 14) with the identity in place of the keys' covariance, so it needs no
-text. `problem.statistics` is not read, and `reads` says so: nothing of it is computed.
+text. It does not read `problem.statistics`, so `reads` leaves out "covariance" and no statistics are computed.
 """
 
 from __future__ import annotations

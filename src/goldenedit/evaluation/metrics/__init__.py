@@ -1,6 +1,6 @@
-"""The scores as metrics of the `evaluate` library, by class or by path; thin: the maths is in `evaluation.scores`.
+"""The scores as metrics of the `evaluate` library. They are thin wrappers of `evaluation.scores`.
 
-Each takes one row a prompt: which fact it is of, its kind, and what the model made of it.
+Each metric takes one row per prompt, with its fact, its kind and the model's output.
 
 Example:
     ```python
@@ -21,11 +21,11 @@ NAMES = ("probability", "token_match", "generation")
 
 
 def path_of(name: str) -> str:
-    """Return where `evaluate.load` finds one of the metrics: `probability`, `token_match` or `generation`.
+    """Return the path that `evaluate.load` takes for a metric: `probability`, `token_match` or `generation`.
 
     Raises:
-        ValueError: There is no metric of that name.
+        ValueError: No metric has this name.
     """
     if name not in NAMES:
-        raise ValueError(f"There is no metric {name!r}; there are {list(NAMES)}.")
+        raise ValueError(f"There is no metric {name!r}. Use one of {list(NAMES)}.")
     return str(Path(__file__).parent / name)

@@ -1,4 +1,4 @@
-"""From rows, one a prompt, to facts with their prompts by kind."""
+"""From rows, one per prompt, to facts with the values of their prompts by kind."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ def by_fact(facts: Sequence[int], kinds: Sequence[str], values: Iterable[Any], k
     """Return, for each fact in order of appearance, the values of its rows by kind.
 
     Raises:
-        ValueError: A kind is unknown, or a fact has not exactly one row of kind `rewrite`.
+        ValueError: A kind is unknown, or a fact does not have exactly one row of kind `rewrite`.
     """
-    found: dict[int, dict[str, list[Any]]] = {}
+    values_of: dict[int, dict[str, list[Any]]] = {}
     for fact, kind, value in zip(facts, kinds, values, strict=True):
         if kind not in known:
-            raise ValueError(f"Unknown kind {kind!r} of a prompt; use one of {list(known)}.")
-        found.setdefault(fact, {name: [] for name in known})[kind].append(value)
-    if wrong := [fact for fact, rows in found.items() if len(rows["rewrite"]) != 1]:
-        raise ValueError(f"Fact {wrong[0]} has {len(found[wrong[0]]['rewrite'])} rows of kind 'rewrite' and needs one.")
-    return list(found.values())
+            raise ValueError(f"Unknown kind {kind!r} of a prompt. Use one of {list(known)}.")
+        values_of.setdefault(fact, {name: [] for name in known})[kind].append(value)
+    for fact, rows in values_of.items():
+        if len(rows["rewrite"]) != 1:
+            raise ValueError(f"Fact {fact} has {len(rows['rewrite'])} rows of kind 'rewrite'. Give it exactly one.")
+    return list(values_of.values())

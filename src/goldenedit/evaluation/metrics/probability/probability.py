@@ -10,8 +10,8 @@ from goldenedit.evaluation.scores import FactLikelihoods
 from goldenedit.evaluation.scores import probability_scores
 from goldenedit.evaluation.scores import with_intervals
 
-_DESCRIPTION = """ES, PS, NS and their harmonic mean S: is the new answer likelier than the old? Rows are prompts of
-kind `rewrite`, `paraphrase` or `neighborhood`, with the NLL of both answers, mean over their tokens."""
+_DESCRIPTION = """ES, PS, NS and their harmonic mean S: is the new answer more likely than the old? Rows are prompts of
+kind `rewrite`, `paraphrase` or `neighborhood`, with the mean NLL of the tokens of both answers."""
 _CITATION = "Meng et al. 2022, Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.4"
 
 

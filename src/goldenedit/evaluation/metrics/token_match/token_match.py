@@ -10,9 +10,9 @@ from goldenedit.evaluation.scores import FactMatches
 from goldenedit.evaluation.scores import token_match_scores
 from goldenedit.evaluation.scores import with_intervals
 
-_DESCRIPTION = """Share of an answer's tokens that are the model's first choice, each behind the true ones before it.
-Rows are prompts of kind `rewrite`, `rephrase`, `portability` or `locality`; the references of a locality are the first
-choices before the edit."""
+_DESCRIPTION = """Share of an answer's tokens that are the model's first choice after the answer's tokens before them.
+Rows are prompts of kind `rewrite`, `rephrase`, `portability` or `locality`. The references of a locality prompt are
+the first choices before the edit."""
 _CITATION = "Zhang et al. 2024, A Comprehensive Study of Knowledge Editing for Large Language Models, arXiv:2401.01286"
 
 
@@ -24,7 +24,7 @@ class TokenMatch(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
-            inputs_description="fact, kind, and first choices and wanted tokens of each prompt",
+            inputs_description="fact and kind of each prompt, the model's first choices, and the expected tokens",
             features=datasets.Features(
                 {
                     "fact": datasets.Value("int64"),
@@ -39,8 +39,8 @@ class TokenMatch(evaluate.Metric):  # type: ignore[misc]
         self, fact: list[int], kind: list[str], predictions: list[list[int]], references: list[list[int]]
     ) -> dict[str, Any]:
         shares = [
-            sum(one == other for one, other in zip(chosen, wanted, strict=True)) / len(wanted)
-            for chosen, wanted in zip(predictions, references, strict=True)
+            sum(choice == token for choice, token in zip(choices, tokens, strict=True)) / len(tokens)
+            for choices, tokens in zip(predictions, references, strict=True)
         ]
         kinds = ("rewrite", "rephrase", "portability", "locality")
         facts = [
