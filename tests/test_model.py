@@ -347,7 +347,7 @@ def test_edits_are_numbered_where_they_have_no_name(edit_model):
 
 @pytest.mark.parametrize("name", [" ", " a", "a ", "", "a/b", "..", ".a", "a..b", "a\nb", 'a"b'])
 def test_a_name_that_cannot_name_an_edit_is_refused_beside_one_that_can(edit_model, name):
-    with pytest.raises(ValueError, match=r"cannot name an edit: it (is|begins|holds)") as error:
+    with pytest.raises(ValueError, match=r"cannot name an edit: it (is|begins|contains)") as error:
         edit_model.edit(TOWER, name=name)
     assert edit_model.edits == {}
     assert is_edit_name(re.search("as in '(.*)'", str(error.value))[1])
@@ -1048,7 +1048,7 @@ def test_a_doubtful_place_of_the_subject_is_told_with_the_remedy_and_a_certain_o
     with caplog.at_level(logging.WARNING):
         edit_model.edit("Rome? No, in Rome one is", "Rome", "London")
         edit_model.edit("In London and London you are", "don", "Rome")
-    told = [record.getMessage() for record in caplog.records]
+    told = doubts(caplog)
     assert len(told) == 2
     assert "'Rome' occurs 2 times in 'Rome? No, in Rome one is'" in told[0]
     assert "'Rome? No, in [Rome] one is'" in told[0]
@@ -1056,14 +1056,19 @@ def test_a_doubtful_place_of_the_subject_is_told_with_the_remedy_and_a_certain_o
     caplog.clear()
     edit_model.edit("{}? No, in Rome you are", "Rome", "London")
     edit_model.edit(MERKEL)
-    assert caplog.records == []
+    assert doubts(caplog) == []
+
+
+def doubts(caplog):
+    """Return the warnings about ambiguous subjects."""
+    messages = (record.getMessage() for record in caplog.records)
+    return [message for message in messages if "This occurrence is edited" in message]
 
 
 def test_the_many_doubts_of_a_batch_are_counted(edit_model, caplog):
     facts = [EditRequest(f"Rome, in Rome {number} is", "Rome", "London") for number in range(8)]
     edit_model.edit(facts)
-    told = [record.getMessage() for record in caplog.records if "Rome" in record.getMessage()]
-    assert len(told) == 5
+    assert len(doubts(caplog)) == 5
     assert any("subjects of 3 more requests" in record.getMessage() for record in caplog.records)
 
 
@@ -1084,7 +1089,7 @@ def test_an_answer_that_is_marked_as_joined_is_so_in_edit_evaluation_and_after_l
     evaluated = edit_model.evaluate([fact])
     pairs = [(prompt + "re", prompt) for prompt in (fact.text, *fact.paraphrases)]
     for text, prompt in pairs:
-        (found,) = likelihoods(edit_model.get_base_model(), tokenizer, [(prompt, fact.target_new)])
+        (found,) = likelihoods(edit_model.lm, [(prompt, fact.target_new)])
         assert tokenizer.decode(encode(tokenizer, prompt, fact.target_new).input_ids) == text
         if prompt == fact.text:
             assert edited.probability_after == pytest.approx(math.exp(-found.nll), rel=1e-4)

@@ -194,7 +194,7 @@ def test_after_a_crash_at_any_step_a_folder_has_the_old_edits_or_the_new_ones(tm
     assert set(found) == {"old", "new"}
     (message,) = refused
     assert "A save to FOLDER was interrupted" in message
-    assert "or save it again" in message
+    assert "or save the edit again" in message
 
 
 def not_permitted(path, *arguments, **options):

@@ -1,7 +1,7 @@
-"""The files of an edit folder: a plain LoRA adapter that anyone loads, and a sidecar with what an adapter cannot say.
+"""The files of an edit folder: a plain LoRA adapter, and a sidecar with the information that an adapter cannot hold.
 
-The one place that knows the format. Several edits share one adapter: each owns a range of its ranks, so that stock PEFT
-loads their sum and this library takes them apart again.
+This is the one place that knows the format. Several edits share one adapter, and each edit owns a range of its ranks.
+Stock PEFT loads the sum of the edits, and this library separates them again.
 """
 
 from __future__ import annotations
@@ -32,31 +32,38 @@ EDIT_CONFIG = "edit_config.json"
 EDITS = "edits.json"
 EDIT_STATE = "edit_state.safetensors"
 CARD = "README.md"
-EDIT_FILES = (CARD, EDITS, EDIT_STATE, ADAPTER_WEIGHTS, ADAPTER_CONFIG, EDIT_CONFIG)  # in the order they are saved
+EDIT_FILES = (
+    CARD,
+    EDITS,
+    EDIT_STATE,
+    ADAPTER_WEIGHTS,
+    ADAPTER_CONFIG,
+    EDIT_CONFIG,
+)  # in the order in which they are saved
 
 PREFIX = "base_model.model."
-_TAKEN_KEYS = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters by their keys in one
-_LORA = "lora_"  # PEFT warns of keys that are a part of it
+_TAKEN_KEYS = frozenset(dir(nn.ModuleDict()))  # PEFT keeps adapters in an nn.ModuleDict
+_LORA = "lora_"  # PEFT warns about keys that are substrings of it
 
 
 T = TypeVar("T")
 
 
 class EditFolderError(ValueError):
-    """A folder that is no edit folder, or a damaged one; the message names the file."""
+    """A folder is not an edit folder, or is damaged; the message names the file."""
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which model an edit was made on.
+    """The model that an edit was made on.
 
     Attributes:
         name_or_path: Its name.
         fingerprint: Hash of its weights.
         revision: Its commit on the Hub.
         architecture: Its class.
-        signs: Hash of the signs of its weights, and `dtype` their precision (see `same_weights`); None in files from
-            before there were any.
+        signs: Hash of the signs of its weights, see `same_weights`; None in older files.
+        dtype: Precision of its weights, see `same_weights`; None in older files.
     """
 
     name_or_path: str
@@ -67,18 +74,18 @@ class BaseModel:
     dtype: str | None = None
 
     def is_same(self, other: Hashed) -> bool:
-        """Tell whether these are the same weights, loaded in the same precision or in two."""
+        """Return whether another model has the same weights, loaded in the same precision or in another one."""
         return same_weights(self, other)
 
 
 @dataclass(frozen=True)
 class EditedFact:
-    """One fact of an edit and what became of it.
+    """One fact of an edit, with the result of the edit.
 
     Attributes:
         request: The fact.
         probability_before: Probability of the new answer before the edit (geometric mean over its tokens).
-        probability_after: The same with the edit in place.
+        probability_after: The same probability after the edit.
         steps: Steps of the value optimization.
     """
 
@@ -89,11 +96,11 @@ class EditedFact:
 
     @property
     def takes(self) -> bool:
-        """Whether the edited model finds the new answer likelier than not."""
+        """Whether the edit succeeded: the new answer has a probability of at least 0.5."""
         return self.probability_after >= 0.5
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fact as JSON has it."""
+        """Return the fact as JSON values."""
         return {
             **self.request.to_dict(),
             "probability_before": self.probability_before,
@@ -103,17 +110,26 @@ class EditedFact:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditedFact:
-        """Read what `to_dict` returned."""
-        outcome = {name: record[name] for name in ("probability_before", "probability_after", "steps")}
-        if wrong := [name for name, value in outcome.items() if not isinstance(value, int | float)]:
-            raise ValueError(f"{wrong[0]} is no number")
-        request = {name: value for name, value in record.items() if name not in outcome}
-        return cls(EditRequest.from_dict(request), **outcome)
+        """Read a record written by `to_dict`.
+
+        Raises:
+            ValueError: A field is missing or invalid.
+        """
+        results = {name: record[name] for name in ("probability_before", "probability_after", "steps")}
+        if invalid := [name for name, value in results.items() if not isinstance(value, int | float)]:
+            raise ValueError(f"{invalid[0]} is not a number")
+        request = {name: value for name, value in record.items() if name not in results}
+        return cls(EditRequest.from_dict(request), **results)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """An adapter that is no edit, and that was active when an edit was made: a name, and a hash of its weights."""
+    """An adapter of the user that was active when an edit was made.
+
+    Attributes:
+        name: Its name.
+        hash: Hash of its weights.
+    """
 
     name: str
     hash: str
@@ -121,20 +137,20 @@ class Beside:
 
 @dataclass(frozen=True)
 class Edit:
-    """One batch of facts and the change of weights that makes them so.
+    """One batch of facts, and the change of weights that edits them.
 
     Attributes:
         name: Name of the edit and of its adapter.
         facts: The facts.
         deltas: Change of each edited module, by its path in the base model.
-        layers: The layers that these modules are in, ascending.
-        fan_in_fan_out: Whether the edited modules are of the Conv1D kind.
+        layers: The layers that contain these modules, ascending.
+        fan_in_fan_out: Whether the edited modules are Conv1D modules.
         by_parameter: Whether its adapter names weights (PEFT's `target_parameters`) instead of modules.
-        state: What the editor remembers for later edits, matrices whose columns of several edits are put side by side.
-        relative_error: What storing the change as low rank costs, in the Frobenius norm; 0 for most editors.
-        contexts_hash: A short name for the sampled prefixes that its keys were averaged over, None where there are
-            none: whoever samples the same ones can compute the rows of the edit's factors again.
-        configs: How it was made: each way once, where edits of different making are one.
+        state: Matrices that the editor keeps for later edits. Those of several edits are concatenated by columns.
+        relative_error: Error of storing the change at low rank, relative in the Frobenius norm; 0 for most editors.
+        contexts_hash: Hash of the sampled contexts that its keys were averaged over, None if there are none. With the
+            same contexts, the rows of the edit's factors can be computed again.
+        configs: The configs it was made with: one, or several different ones if it joins several edits.
         versions: Versions of the libraries that made it.
         beside: The user's own adapters that were active when it was made.
     """
@@ -154,7 +170,7 @@ class Edit:
 
     @property
     def config(self) -> EditConfig | None:
-        """How it was made; None where edits of different making are one."""
+        """The config it was made with; None if it joins edits with different configs."""
         return self.configs[0] if len(self.configs) == 1 else None
 
     @property
@@ -164,20 +180,20 @@ class Edit:
 
     @property
     def paying_rank(self) -> int:
-        """The largest rank that pays, smallest over the modules."""
+        """The largest rank for which low-rank factors pay, smallest over the modules (`LowRankDelta.paying_rank`)."""
         return min(delta.paying_rank for delta in self.deltas.values())
 
 
 @dataclass(frozen=True)
 class EditFolder:
-    """Everything an edit folder holds.
+    """The content of an edit folder.
 
     Attributes:
-        edits: The edits, in the order they were made.
-        config: How the model edits that they were saved from; each edit knows how it was made itself.
+        edits: The edits, in the order in which they were made.
+        config: The config of the model at the time of saving; each edit has the config it was made with.
         base_model: The model they were made on.
-        proxy_hash: A short name for the facts on which layers were compared.
-        evaluation: What `EditModel.evaluate` measured of these edits, as JSON has it; None where nothing was.
+        proxy_hash: Hash of the proxy facts that the layer selector used.
+        evaluation: The results of `EditModel.evaluate` for these edits as JSON values; None if they were not evaluated.
     """
 
     edits: list[Edit]
@@ -188,47 +204,48 @@ class EditFolder:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries that made the edits, with commas where they differ."""
+        """Versions of the libraries that made the edits; different versions are separated by commas."""
         return joined_versions(self.edits)
 
     @property
     def configs(self) -> list[EditConfig]:
-        """How the edits were made, each way once."""
+        """The different configs that the edits were made with."""
         return list(_distinct(config for edit in self.edits for config in edit.configs)) or [self.config]
 
     @property
     def target_layers(self) -> list[int]:
         """The layers that the edits change, ascending."""
-        of_configs = {layer for config in self.configs for layer in config.target_layers}
-        return sorted({layer for edit in self.edits for layer in edit.layers} or of_configs)
+        config_layers = {layer for config in self.configs for layer in config.target_layers}
+        return sorted({layer for edit in self.edits for layer in edit.layers} or config_layers)
 
 
 def check_edit_name(name: Any) -> None:
-    """Raise ValueError unless a text can name an edit: letters and digits, with `_`, `-`, `.` and spaces between."""
+    """Raise ValueError unless a name is valid for an edit: letters and digits, with `_-.` and spaces between them."""
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} cannot name an edit: it is no text.")
-    forbidden = "".join(dict.fromkeys(one for one in name if not _may_name(one)))
+        raise ValueError(f"{name!r} cannot name an edit: it is not a string.")
+    forbidden = "".join(dict.fromkeys(character for character in name if not _is_allowed(character)))
     reasons = {
         "it is empty": not name.strip(),
         "it begins or ends with whitespace": name != name.strip(),
         "it begins or ends with '.'": name.startswith(".") or name.endswith("."),
-        "it holds '..'": ".." in name,
-        f"it holds {forbidden!r}": bool(forbidden),
+        "it contains '..'": ".." in name,
+        f"it contains {forbidden!r}": bool(forbidden),
     }
-    if reason := next((reason for reason, is_so in reasons.items() if is_so), None):
-        better = re.sub(r"\.{2,}", ".", "".join(one if _may_name(one) else "-" for one in name)).strip("-. ")
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        allowed = "".join(character if _is_allowed(character) else "-" for character in name)
+        suggestion = re.sub(r"\.{2,}", ".", allowed).strip("-. ")
         raise ValueError(
             f"{name!r} cannot name an edit: {reason}. Use letters, digits, '_', '-', '.' and spaces, as in "
-            f"{better or 'edit 1'!r}."
+            f"{suggestion or 'edit 1'!r}."
         )
 
 
-def _may_name(character: str) -> bool:
+def _is_allowed(character: str) -> bool:
     return character.isalnum() or character in "_-. " or unicodedata.category(character)[0] == "M"
 
 
 def is_edit_name(name: Any) -> bool:
-    """Tell whether a text can name an edit, see `check_edit_name`."""
+    """Return whether a name is valid for an edit, see `check_edit_name`."""
     try:
         check_edit_name(name)
     except ValueError:
@@ -237,24 +254,25 @@ def is_edit_name(name: Any) -> bool:
 
 
 def adapter_key(name: str) -> str:
-    """Return the key of an edit's adapter in PEFT: its name, with `%2E` for dots.
+    """Return the key of an edit's adapter in PEFT: its name, with `%2E` instead of dots.
 
-    PEFT keeps adapters in an `nn.ModuleDict`, whose keys hold no dot and are none of its attributes, such as `update`,
-    and warns of keys that are a part of `lora_`: the first letter of those is written as its number too.
+    PEFT keeps adapters in an `nn.ModuleDict`, whose keys must not contain dots or be names of its attributes, such as
+    `update`. PEFT also warns about keys that are substrings of `lora_`. In both cases, the first letter is written as
+    its character code too.
     """
     key = name.replace(".", "%2E")
     return f"%{ord(key[0]):02X}{key[1:]}" if key in _TAKEN_KEYS or key in _LORA else key
 
 
 def edit_name(key: str) -> str:
-    """Return the name of the edit whose adapter has this key in PEFT, see `adapter_key`."""
+    """Return the name of the edit whose adapter has this key in PEFT; the inverse of `adapter_key`."""
     return re.sub("%([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), key)
 
 
 def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
-    """Return the total rank and, per module, the sum of the edits' deltas, each in its own range of ranks.
+    """Return the total rank, and for each module the sum of the edits' deltas, each edit in its own range of ranks.
 
-    All modules get the same rank, padded with zeros: llama.cpp knows one rank for all.
+    Deltas are padded with zeros to the same rank, because llama.cpp has one rank for all modules.
     """
     total = sum(edit.rank for edit in edits)
     modules: dict[str, LowRankDelta] = {}
@@ -262,8 +280,10 @@ def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
     for edit in edits:
         for path, delta in edit.deltas.items():
             padded = delta.padded(total, offset)
-            before = modules.get(path)
-            modules[path] = padded if before is None else replace(padded, A=before.A + padded.A, B=before.B + padded.B)
+            total_delta = modules.get(path)
+            if total_delta is not None:
+                padded = replace(padded, A=total_delta.A + padded.A, B=total_delta.B + padded.B)
+            modules[path] = padded
         offset += edit.rank
     return total, modules
 
@@ -271,32 +291,34 @@ def fuse(edits: list[Edit]) -> tuple[int, dict[str, LowRankDelta]]:
 def joined(
     name: str, edits: Sequence[Edit], weights: Sequence[float] | None = None, reduce: bool = False
 ) -> tuple[Edit, float]:
-    """Return one edit that does what all of these do together, and the error of cutting its rank.
+    """Return one edit with the same effect as several edits together, and the error of reducing its rank.
 
-    Errors are relative to the parts' sizes, not to that of their sum, which may be nothing. The edit's own bounds those
-    of the parts and the cut.
+    Errors are relative to the sum of the norms of the edits, because the norm of their sum may be zero. The relative
+    error of the joined edit is an upper bound for the errors of the edits and of the reduction together.
 
     Args:
-        weights: What each edit is multiplied by, 1 by default.
-        reduce: Cut the rank to the one that pays: the smallest singular values are left out.
+        name: Name of the joined edit.
+        edits: The edits.
+        weights: Factor for each edit, 1 by default.
+        reduce: Reduce the rank to the paying rank, by leaving out the smallest singular values.
     """
     weights = [1.0] * len(edits) if weights is None else weights
     deltas: dict[str, LowRankDelta] = {}
     inherited, sizes = dict.fromkeys(_paths(edits), 0.0), dict.fromkeys(_paths(edits), 0.0)
     for edit, weight in zip(edits, weights, strict=True):
         for path, delta in edit.deltas.items():
-            weighed = replace(delta, B=delta.B * weight)
-            before = deltas.get(path)
-            deltas[path] = weighed if before is None else before.beside(weighed)
-            sizes[path] += weighed.norm
-            inherited[path] += edit.relative_error * weighed.norm
-    cut = 0.0
+            weighted = replace(delta, B=delta.B * weight)
+            joined_delta = deltas.get(path)
+            deltas[path] = weighted if joined_delta is None else joined_delta.beside(weighted)
+            sizes[path] += weighted.norm
+            inherited[path] += edit.relative_error * weighted.norm
+    reduction_error = 0.0
     if reduce:
         rank = min(delta.paying_rank for delta in deltas.values())  # all modules share one rank
         for path, delta in deltas.items():
             deltas[path], error = delta.reduced(rank)
-            cut = max(cut, error * delta.norm / sizes[path] if sizes[path] else 0.0)
-    error = cut + max(inherited[path] / sizes[path] if sizes[path] else 0.0 for path in deltas)
+            reduction_error = max(reduction_error, error * delta.norm / sizes[path] if sizes[path] else 0.0)
+    error = reduction_error + max(inherited[path] / sizes[path] if sizes[path] else 0.0 for path in deltas)
     facts = [fact for edit in edits for fact in edit.facts]
     state, error = joined_state(edits), min(error, 1.0)
     return Edit(
@@ -312,11 +334,11 @@ def joined(
         configs=tuple(_distinct(config for edit in edits for config in edit.configs)),
         versions=joined_versions(edits),
         beside=tuple(_distinct(entry for edit in edits for entry in edit.beside)),
-    ), cut
+    ), reduction_error
 
 
 def joined_versions(edits: Sequence[Edit]) -> dict[str, str]:
-    """Return the versions of the libraries that made edits, with commas where they differ."""
+    """Return the versions of the libraries that made edits; different versions are separated by commas."""
     names = _distinct(name for edit in edits for name in edit.versions)
     return {
         name: ", ".join(_distinct(edit.versions[name] for edit in edits if name in edit.versions)) for name in names
@@ -324,7 +346,7 @@ def joined_versions(edits: Sequence[Edit]) -> dict[str, str]:
 
 
 def _distinct(values: Iterable[T]) -> list[T]:
-    """Return values in their order, each once; they need no hash."""
+    """Return the values without duplicates, in their order; they need not be hashable."""
     distinct: list[T] = []
     for value in values:
         if value not in distinct:
@@ -342,16 +364,16 @@ def _paths(edits: Sequence[Edit]) -> list[str]:
 
 
 def joined_state(edits: Iterable[Edit]) -> dict[str, Tensor]:
-    """Return what the editors of all edits remember."""
-    found: dict[str, list[Tensor]] = {}
+    """Return the state of all edits, concatenated by columns."""
+    by_name: dict[str, list[Tensor]] = {}
     for edit in edits:
         for name, tensor in edit.state.items():
-            found.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors, 1) for name, tensors in sorted(found.items())}
+            by_name.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors, 1) for name, tensors in sorted(by_name.items())}
 
 
 def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
-    """Return `adapter_config.json`: what every program that loads LoRA reads, and not one key more."""
+    """Return the content of `adapter_config.json`, with only the keys that every program that loads LoRA reads."""
     rank, modules = fuse(edits)
     by_parameter = any(edit.by_parameter for edit in edits)
     return {
@@ -373,12 +395,12 @@ def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
 
 
 def target_parameters(modules: Mapping[str, LowRankDelta]) -> list[str]:
-    """Return the paths of the parameters that deltas change: fused experts are one, of others it is the weight."""
+    """Return the paths of the parameters that deltas change: the fused parameter of experts, or a module's weight."""
     return [path if delta.experts > 1 else f"{path}.weight" for path, delta in sorted(modules.items())]
 
 
 def adapter_tensors(modules: Mapping[str, LowRankDelta], prefix: str = PREFIX) -> dict[str, Tensor]:
-    """Return the factors under PEFT's names."""
+    """Return the factors, with the names that PEFT gives them."""
     tensors: dict[str, Tensor] = {}
     for path, delta in sorted(modules.items()):
         module = path.rpartition(".")[0] if delta.experts > 1 else path
@@ -388,32 +410,30 @@ def adapter_tensors(modules: Mapping[str, LowRankDelta], prefix: str = PREFIX) -
 
 
 def facts_of(edits: Sequence[Edit]) -> list[dict[str, Any]]:
-    """Return the facts of edits as `edits.json` has them."""
+    """Return the content of `edits.json`: the facts of edits."""
     return [{"name": edit.name, "facts": [fact.to_dict() for fact in edit.facts]} for edit in edits]
 
 
 def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
-    """Write an edit folder: whatever stops it, the folder holds the old edits or, once loaded, the new ones.
+    """Write an edit folder in one step.
 
-    See `goldenedit.storage.atomic` for how.
+    If the save is interrupted, the next load gives either all old edits or all new ones, see
+    `goldenedit.storage.atomic`.
     """
     offset = 0
-    index = []
+    records = []
     config = _config_record(content.config)
     for edit in content.edits:
-        modules = sorted(edit.deltas)
-        versions = content.versions
-        ranks = [offset, offset + edit.rank]
-        index.append(
+        records.append(
             {
                 "name": edit.name,
-                "ranks": ranks,
-                "modules": modules,
+                "ranks": [offset, offset + edit.rank],
+                "modules": sorted(edit.deltas),
                 "relative_error": edit.relative_error,
                 "contexts_hash": edit.contexts_hash,
                 "layers": list(edit.layers),
-                "configs": [_difference(_config_record(made), config) for made in edit.configs],
-                "versions": None if edit.versions == versions else dict(edit.versions),
+                "configs": [_difference(_config_record(edit_config), config) for edit_config in edit.configs],
+                "versions": None if edit.versions == content.versions else dict(edit.versions),
                 "beside": [vars(entry) for entry in edit.beside],
             }
         )
@@ -423,13 +443,15 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
         ADAPTER_CONFIG: _json(adapter_config(content.edits, content.base_model)),
         EDITS: _json(facts_of(content.edits)),
     }
-    state = {f"{edit.name}/{name}": held.contiguous() for edit in content.edits for name, held in edit.state.items()}
+    state = {
+        f"{edit.name}/{name}": tensor.contiguous() for edit in content.edits for name, tensor in edit.state.items()
+    }
     if state:
         files[EDIT_STATE] = save(state, {"format": "pt"})
     sidecar = {
         "format_version": FORMAT_VERSION,
         "base_model": vars(content.base_model),
-        "edits": index,
+        "edits": records,
         "config": config,
         "proxy_hash": content.proxy_hash,
         "evaluation": content.evaluation,
@@ -442,34 +464,34 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
 
 
 def finish_saving(folder: Path) -> None:
-    """Put the files of a save in place that was stopped when all of them were written.
+    """Finish a save that was interrupted after all of its files were written.
 
     Raises:
-        EditFolderError: That cannot be done here.
+        EditFolderError: A file cannot be moved to its place.
     """
     try:
         finish_replacing(folder, EDIT_FILES)
     except OSError as error:
         raise EditFolderError(
-            f"A save to {folder} was interrupted: {EDIT_CONFIG} and the files beside it are not all of one save, and "
-            f"the rest cannot be put in place here ({error}). Load it once where it can be written, or save it again."
+            f"A save to {folder} was interrupted: {EDIT_CONFIG} and the other files are a mixture of two saves. The "
+            f"save cannot be finished ({error}). Make the folder writable and load it again, or save the edit again."
         ) from error
 
 
 def _difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a record has that another one has not."""
+    """Return the entries of a record that are missing or different in another one."""
     return {name: value for name, value in record.items() if name not in other or value != other[name]}
 
 
 def _config_record(config: EditConfig) -> dict[str, Any]:
     record = config.to_dict()
     if isinstance(record["proxy"], list):
-        record["proxy"] = None  # the proxy's hash says which facts they were
+        record["proxy"] = None  # the sidecar has the hash of these facts
     return record
 
 
 def sidecar_digest(sidecar: Mapping[str, Any]) -> str:
-    """Return the digest of an `edit_config.json` but for the entry that holds it, however it is spaced."""
+    """Return the digest of the content of `edit_config.json`, except its entry `digest`; independent of whitespace."""
     rest = {name: value for name, value in sidecar.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -479,5 +501,5 @@ def _json(content: Any) -> bytes:
 
 
 def folder_size(folder: Path) -> int:
-    """Return the bytes that the files of an edit folder take."""
+    """Return the total size of the files of an edit folder in bytes."""
     return sum((folder / name).stat().st_size for name in EDIT_FILES if (folder / name).is_file())

@@ -163,10 +163,11 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
 
 
 def find_adapter(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Path:
-    """Return the local folder of an edit or, where a repository holds none, of its plain LoRA adapter.
+    """Return the local folder of an edit or, if the repository has no edit, of its plain LoRA adapter.
 
     Raises:
-        FileNotFoundError: As in `find_folder`, and so are the others.
+        FileNotFoundError: `model_id` is not a folder and not a valid name of a repository. For other errors, see
+            `find_folder`.
     """
     try:
         return find_folder(model_id, **download)
@@ -179,10 +180,10 @@ def find_adapter(model_id: str | Path, **download: Unpack[DownloadOptions]) -> P
 
 
 def _download_beside(folder: Path, repo_id: str, names: Sequence[str], download: DownloadOptions) -> None:
-    """Download the files that go with one that is in the cache, of the same commit."""
-    parts = Path(download.get("subfolder") or "").parts
-    # The cache keeps files in folders called after their commit.
-    pinned: DownloadOptions = {**download, "revision": folder.parents[len(parts) - 1].name if parts else folder.name}
+    """Download more files to a folder in the cache, from the same commit as the files in it."""
+    depth = len(Path(download.get("subfolder") or "").parts)
+    commit = folder.parents[depth - 1].name if depth else folder.name  # the cache names folders after commits
+    pinned: DownloadOptions = {**download, "revision": commit}
     for name in names:
         hf_hub_download(repo_id, name, **_arguments(pinned))
 
