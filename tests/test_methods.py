@@ -286,7 +286,7 @@ def test_raising_the_ridge_is_advised_where_it_does_something(method, is_told, t
 
 def test_ultraedit_refuses_a_first_batch_of_one_token(tokenizer):
     model = get_edit_model(tiny_model("llama"), config("ultraedit"), tokenizer)
-    with pytest.raises(ValueError, match="two of them"):
+    with pytest.raises(ValueError, match="at least 2"):
         model.edit("The Eiffel Tower is in the city of", subject="The Eiffel Tower", target_new="a")
     assert model.active_adapters == []
 

@@ -149,7 +149,7 @@ def test_contrast_has_its_weight_in_units_of_the_trace(moment, keys):
 
 def test_a_singular_second_moment_without_ridge_raises(keys):
     singular = torch.zeros(8, 8)
-    with pytest.raises(ValueError, match=r"ridge=0\.0: raise EditConfig\.ridge"):
+    with pytest.raises(ValueError, match=r"ridge=0\.0\. Raise EditConfig\.ridge"):
         KeyStatistics(singular).solve(keys)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
-from goldenedit.editing.keys import contrast_count, weighed_contrasts, with_contrasts
+from goldenedit.editing.keys import contrast_count, weighted_contrasts, with_contrasts
 from goldenedit.editing.values import ValueOptions, Values, optimize_values
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect
@@ -66,7 +66,7 @@ class PreparedFacts:
         constants = (*contrast_constants, "anchor" in config.editor.reads, config.anchor_bare_prompt)
         if contrast_constants not in self._contrasts:
             with phase("contrast keys"):
-                self._contrasts[contrast_constants] = weighed_contrasts(self.lm, self.requests, self.layers, config)
+                self._contrasts[contrast_constants] = weighted_contrasts(self.lm, self.requests, self.layers, config)
         if constants not in self._keys:
             contrasts = self._contrasts[contrast_constants]
             self._keys[constants] = with_contrasts(self.layers, self.values.keys, contrasts, config)

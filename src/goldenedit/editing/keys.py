@@ -32,7 +32,7 @@ def fact_keys(
         keys: By layer `(N, contexts, d_in)`, keys of each fact in each context, with the bare prompt's key first.
         config: Says which anchors and contrast keys the editor reads.
     """
-    return with_contrasts(layers, keys, weighed_contrasts(lm, requests, layers, config), config)
+    return with_contrasts(layers, keys, weighted_contrasts(lm, requests, layers, config), config)
 
 
 def contrast_count(config: EditConfig) -> int:
@@ -40,7 +40,7 @@ def contrast_count(config: EditConfig) -> int:
     return config.contrast if "contrast" in config.editor.reads and config.contrast_weight > 0 else 0
 
 
-def weighed_contrasts(
+def weighted_contrasts(
     lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], config: EditConfig
 ) -> list[list[Tensor] | None]:
     """Return the contrast keys that the configured editor reads, by fact and layer, scaled by their weight."""
@@ -56,7 +56,7 @@ def with_contrasts(
     """Return the keys of each fact as the configured editor reads them, by layer. Arguments are as in `fact_keys`.
 
     Args:
-        contrasts: By fact and layer, from `weighed_contrasts`.
+        contrasts: By fact and layer, from `weighted_contrasts`.
     """
     # With a single context the bare key equals the mean.
     anchor = "anchor" in config.editor.reads and config.anchor_bare_prompt and keys[0].shape[1] > 1

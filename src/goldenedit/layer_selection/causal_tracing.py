@@ -31,7 +31,10 @@ _NOISE = 3.0  # standard deviations of the subjects' embeddings
 
 @selector("causal_tracing", paper="arXiv 2202.05262, section 2", depends_on=("seed",))
 def causal_tracing(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return how much of the answer each layer's clean hidden state restores; see `causal_tracing_scores`."""
+    """Return how much of the answer's probability the clean hidden state of each layer restores.
+
+    See `causal_tracing_scores`.
+    """
     return causal_tracing_scores(lm, facts, seed=config.seed)
 
 

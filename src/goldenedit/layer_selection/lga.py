@@ -95,7 +95,10 @@ def lga_scores(
 
 @selector("lga", paper="arXiv 2602.20207", fence=True, depends_on=("lga_loss",), is_shared=True)
 def lga(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return how well the gradients of old and new answer agree in each layer; see `lga_scores`."""
+    """Return how well the gradients of old and new answer agree in each layer.
+
+    See `lga_scores`.
+    """
     return lga_scores(lm, facts, config.lga_loss)  # type: ignore[arg-type]
 
 

@@ -31,7 +31,10 @@ from goldenedit.subjects import find_subject
 
 @selector("selectivity", depends_on=("covariance",))
 def selectivity(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return how strongly an edit at each layer responds to paraphrases, less its response to neighbors."""
+    """Return how much more an edit at each layer responds to paraphrases than to neighbors.
+
+    See `selectivity_scores`.
+    """
     return selectivity_scores(lm, facts, lm.streamed_statistics(config))
 
 
