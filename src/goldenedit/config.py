@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from numbers import Number
 from typing import Any
 
@@ -31,7 +31,7 @@ LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 
 
-@dataclass
+@dataclass(repr=False)
 class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, LoraOptions, UltraEditOptions):
     """All options of an edit. Fields whose help ends in "filled in" are set by `get_edit_model`.
 
@@ -182,7 +182,8 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option. An invalid value raises ValueError and leaves the config unchanged.
 
-        A new `layer` clears what the selector filled in, so that the next edit selects the layer again.
+        A new `layer`, or another option that decides which layer the selector chooses, clears what the selector filled
+        in, so that the next edit selects the layer again. `dataclasses.replace` clears nothing.
         """
         if not self.__dict__.get("_is_checked"):  # called by __init__
             object.__setattr__(self, name, value)
@@ -190,20 +191,41 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         changed = copy.copy(self)
         values = changed.__dict__
         values["_is_checked"] = False
-        if name == "layer" and value != self.layer:
-            values["target_layer"] = values["layer_scores"] = None
         if name == "target_layer" and value is not None and not isinstance(self.layer, str):
             values["layer"] = value  # a layer by its number is the target
         values[name] = value
         changed.__post_init__()
+        if self._decides_layer(name) and values[name] != getattr(self, name):
+            values["layer_scores"] = None
+            if isinstance(changed.layer, str):
+                values["target_layer"] = None
         self.__dict__.update(values)
+
+    def _decides_layer(self, name: str) -> bool:
+        """Return whether the layer that the selector chooses depends on an option."""
+        if name in ("layer", "layer_pattern", "pattern_layers", "tukey_kappa", "proxy", "proxy_size"):
+            return True
+        if not isinstance(self.layer, str):
+            return False
+        selector = SELECTORS.find(self.layer)
+        words = ("method",) if selector is None else selector.depends_on  # golden layers from the Hub are by method
+        return name in words or (name == "method" and "edit" in words)
+
+    def __repr__(self) -> str:
+        """Return the editor, the layer, and what differs from the defaults."""
+        shown = {"method": self.method, "layer": self.layer}
+        for entry in fields(self):
+            default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+            if getattr(self, entry.name) != default:
+                shown[entry.name] = getattr(self, entry.name)
+        return f"EditConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def _check_editor(self) -> None:
         if not isinstance(self.method, str):
             raise ValueError(f"EditConfig.method must be the name of an editor, got {self.method!r}.")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"EditConfig.options must map names to values, got {self.options!r}.")
-        self.options = dict(self.options)
+        self.options = {name: _plain(value) for name, value in self.options.items()}
         if self.method not in EDITORS:
             raise UnknownNameError(
                 f"Unknown method {self.method!r} in EditConfig. Use one of {EDITORS.names()}, or install the package "
@@ -211,8 +233,15 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             )
         self.editor.check_options(self.options)
         if isinstance(self, self.editor.options):  # built-in options are stored as keywords only
+            entries = {entry.name: entry for entry in fields(self)}
             for name in list(self.options):
-                setattr(self, name, self.options.pop(name))
+                value, keyword = self.options.pop(name), getattr(self, name)
+                is_new = "_is_checked" not in self.__dict__
+                if is_new and keyword not in (value, entries[name].default):
+                    raise ValueError(
+                        f"EditConfig.{name} is given twice, as {keyword!r} and in options as {value!r}. Give one."
+                    )
+                setattr(self, name, value)
         if self.covariance == "identity" and not self.editor.takes_identity:
             raise ValueError(
                 f"The editor {self.method!r} needs key statistics, but EditConfig.covariance is 'identity'. Set it to "
@@ -286,9 +315,20 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     @property
     def editor_options(self) -> dict[str, Any]:
         """The values of the editor's options, by name; None for a default that depends on the units in use."""
-        if isinstance(self, self.editor.options):
-            return {name: getattr(self, name) for name in self.editor.fields}
-        return {**vars(self.editor.options()), **self.options} if self.editor.fields else {}
+        entries = self.editor.fields
+        defaults = self.editor.options()
+        values = {name: getattr(defaults, name) for name in entries}
+        is_own = isinstance(self, self.editor.options)
+        inherited = {
+            entry.name for base in self.editor.options.__mro__[1:] if is_dataclass(base) for entry in fields(base)
+        }
+        for entry in fields(self):
+            if entry.name not in entries or not (is_own or entry.name in inherited):
+                continue
+            value = getattr(self, entry.name)
+            if is_own or value != entry.default:  # an editor may have another default for an option it inherits
+                values[entry.name] = value
+        return {**values, **self.options}
 
     def constant(self, name: str) -> Any:
         """Return the value of an editor's option, or its default in the units in use."""
@@ -377,7 +417,9 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
         if "layer" in missing and record.get("layer_pattern", "golden") != "golden":
             missing["layer_pattern"] = record["layer_pattern"]
         if "method" in missing:
-            missing["options"] = dict(record.get("options", {}))
+            if not isinstance(options := record.get("options", {}), Mapping):
+                raise ValueError(f"EditConfig.options must map names to values, got {options!r}.")
+            missing["options"] = dict(options)
         config = cls.from_dict({name: value for name, value in record.items() if name not in missing})
         vars(config).update(missing)
         return config

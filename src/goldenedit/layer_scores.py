@@ -27,9 +27,11 @@ class Selector:
             of all layers, `(num_layers,)`, with NaN for layers without a score. With `is_scored=False` it returns a
             list of layers.
         paper: Paper and section.
+        scores_of: Name of the selector whose cached scores it shares. By default it shares none.
         fence: Whether layers with outlier scores are never chosen (see `EditConfig.tukey_kappa`).
         depends_on: What the scores depend on beside model and facts, as part of their cache key. Words are fields of
-            EditConfig, `"covariance"` for the options of the key statistics, or `"edit"` for all options of an edit.
+            EditConfig, `"covariance"` for the options of the key statistics, or `"edit"` for the editor and all options
+            of an edit.
         is_scored: Whether it returns a score for each layer.
         needs_facts: Whether it reads facts.
         is_shared: Whether the processes of a launcher share its work.
@@ -39,6 +41,7 @@ class Selector:
     name: str
     function: Callable[..., Any]
     paper: str = ""
+    scores_of: str = ""
     fence: bool = False
     depends_on: tuple[str, ...] = ()
     is_scored: bool = True

@@ -142,9 +142,11 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self._switched_off: list[str] | None = None  # edits that disable_adapter_layers() switched off
 
     def _see_model(self) -> None:
-        """Replace `lm` if the weights or the user's active adapters have changed."""
+        """Replace `lm` if the weights, the tokenizer or the user's active adapters have changed."""
         beside = "".join(entry.hash for entry in self.adapters.beside())
-        if "lm" not in self.__dict__ or self.lm.beside != beside or self.lm.weights != self.base_info:
+        lm = self.__dict__.get("lm")
+        is_current = lm is not None and lm.beside == beside and lm.weights == self.base_info
+        if not is_current or not self.lm.tokenizes_with(self.tokenizer):
             base = self.adapters.base
             self.lm: LanguageModel = LanguageModel(base, self.tokenizer, self.architecture, self.base_info, beside)
 

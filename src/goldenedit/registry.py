@@ -43,6 +43,7 @@ class Registry(Generic[Record]):
         self._package = package
         self._records: dict[str, Record] = {}
         self._is_loaded = False
+        self._is_loading = False
 
     def add(self, record: Record) -> None:
         """Add a record.
@@ -51,12 +52,13 @@ class Registry(Generic[Record]):
             ValueError: Another record has this name, or the name has characters that are not allowed.
         """
         name = record.name
-        if (
-            not name
-            or name != name.strip().lower()
-            or any(character.isspace() or character in ":,/" for character in name)
-        ):
-            raise ValueError(f"{name!r} cannot name {self._a_kind}. Use lowercase letters, digits, '-', '_' and '.'.")
+        if not is_plain(name):
+            raise ValueError(
+                f"{name!r} cannot name {self._a_kind}. Use lowercase letters, digits, '-', '_' and '.', and begin with "
+                "a letter or digit."
+            )
+        if not _origin(record).startswith(f"{self._package}."):
+            self._load_builtin()  # so that a built-in record comes first, whatever is imported first
         existing = self._records.get(name)
         if existing is not None and _origin(existing) != _origin(record):
             raise ValueError(
@@ -129,11 +131,16 @@ class Registry(Generic[Record]):
         return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
 
     def _load_builtin(self) -> None:
-        if not self._is_loaded:
+        if self._is_loaded or self._is_loading:
+            return
+        self._is_loading = True
+        try:
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__, f"{self._package}."):
                 importlib.import_module(module.name)
             self._is_loaded = True
+        finally:
+            self._is_loading = False
 
     def _declared(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
         """Return the entry points by name. A package that is listed twice declares the same value twice."""

@@ -240,7 +240,7 @@ def _select_all(
 
     def run(dataset: str, name: str, architecture: Architecture, **options: Any) -> None:
         config = replace(setting.config(setting.methods[0]), **options)
-        lm = LanguageModel(model.lm.model, model.tokenizer, architecture, model.lm.weights)
+        lm = LanguageModel(model.lm.model, model.tokenizer, architecture, model.lm.weights, model.lm.beside)
         selections[dataset, name] = find_layers(lm, config)
 
     whole = model.architecture

@@ -177,10 +177,12 @@ def stored(
             change = rect(change.dense() if isinstance(change, LowRankDelta) else change, weight)
         else:
             change = prune(change if isinstance(change, LowRankDelta) else LowRankDelta.from_dense(change)[0], weight)
-    if not isinstance(change, LowRankDelta):
-        return LowRankDelta.from_dense(change, config.dense_tolerance)
+    if isinstance(change, LowRankDelta):
+        delta, error = change.balanced(), 0.0
+    else:
+        delta, error = LowRankDelta.from_dense(change, config.dense_tolerance)
     experts = lm.architecture.experts
-    return replace(change.balanced(), experts=experts[layer].count(lm.model) if layer in experts else 1), 0.0
+    return replace(delta, experts=experts[layer].count(lm.model) if layer in experts else 1), error
 
 
 def prepare_facts(

@@ -127,7 +127,9 @@ def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[
                 whole=bounds["whole"],
                 optional=entry.default is None,
             )
-        elif entry.default is not MISSING and entry.default is not None and not _is_alike(value, entry.default):
+        elif bounds.get("whole") or isinstance(value, float):
+            check_number(f"{where}.{name}", value, whole=bool(bounds.get("whole")), optional=entry.default is None)
+        if entry.default is not MISSING and entry.default is not None and not _is_alike(value, entry.default):
             raise ValueError(f"{where}.{name} must be of the type of its default {entry.default!r}, got {value!r}.")
 
 
@@ -156,5 +158,5 @@ def check_number(
     is_number = is_number and (abs(value) <= sys.float_info.max or (infinite and value == float("inf")))
     if not is_number or (least is not None and value < least) or (above is not None and value <= above):
         kind = "a whole number" if whole else "a number"
-        bound = f"above {above}" if above is not None else f"of at least {least}"
-        raise ValueError(f"{name} must be {kind} {bound}, got {value!r}.")
+        bound = f" above {above}" if above is not None else "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} must be {kind}{bound}, got {value!r}.")

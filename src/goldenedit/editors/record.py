@@ -56,6 +56,7 @@ class Editor:
         loss: The loss of a trained editor. `"masked"`: cross entropy of each token of the answer after the tokens
             before it. `"last"`: cross entropy of all its tokens at the prompt's last token.
         published: Which published layers apply: those for `"rome"`, `"memit"` or `"ft"`; None if no paper names any.
+        version: Version of its maths. Scores of layers that another version was measured for are not used.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Editor:
     inserts_batches: bool = False
     loss: AnswerLoss = "masked"
     published: str | None = None
+    version: int = 1
 
     def __post_init__(self) -> None:
         for attribute, choices in (("reads", tuple(READABLE)), ("vectors", VECTORS)):
@@ -78,14 +80,24 @@ class Editor:
                 raise ValueError(
                     f"{attribute} of the editor {self.name!r} must be a tuple of words in {choices}, got {words!r}."
                 )
-        if self.learns not in get_args(Learns):
-            raise ValueError(
-                f"learns of the editor {self.name!r} must be one of {get_args(Learns)}, got {self.learns!r}."
-            )
-        if not is_dataclass(self.options) or any(_has_no_default(entry) for entry in fields(self.options)):
+        for attribute, kinds in (("learns", get_args(Learns)), ("loss", get_args(AnswerLoss))):
+            if getattr(self, attribute) not in kinds:
+                raise ValueError(
+                    f"{attribute} of the editor {self.name!r} must be one of {kinds}, got {getattr(self, attribute)!r}."
+                )
+        if (
+            not isinstance(self.options, type)
+            or not is_dataclass(self.options)
+            or any(_has_no_default(entry) for entry in fields(self.options))
+        ):
             raise ValueError(f"options of the editor {self.name!r} must be a dataclass whose fields all have defaults.")
         if self.learns == "training" and not issubclass(self.options, TrainingOptions):
             raise ValueError(f"options of the editor {self.name!r}, which trains, must extend TrainingOptions.")
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether it inserts values with the help of key statistics."""
+        return self.learns == "values" and "covariance" in self.reads
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -3,4 +3,4 @@
 from goldenedit.layer_scores import selector
 from goldenedit.layer_selection.key_response import key_response_scores
 
-selector("auto", depends_on=("edit",))(key_response_scores)
+selector("auto", scores_of="key_response", depends_on=("edit", "covariance"))(key_response_scores)

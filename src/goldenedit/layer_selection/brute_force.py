@@ -24,7 +24,7 @@ from goldenedit.cost import Cost, measuring
 from goldenedit.editing.edit import PreparedFacts, check_editable, prepare_facts
 from goldenedit.editing.learn import learn_facts
 from goldenedit.editors.delta import LowRankDelta
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
 from goldenedit.evaluation.counterfact import likelihoods_of_fact
 from goldenedit.evaluation.evaluate import Observed, matches_of, observe
 from goldenedit.layer_scores import selector
@@ -107,8 +107,8 @@ def sweep(
     before = observe(lm, facts, neighbors=options.neighbors)
     statistics: Mapping[int, KeyStatistics] = {}
     edited = sorted({layer for _, layer in missing})
-    if any(configs[cell].editor.learns == "values" for cell in missing):
-        statistics = lm.streamed_statistics(config, edited)
+    if readers := [configs[cell] for cell in missing if configs[cell].editor.reads_statistics]:
+        statistics = lm.streamed_statistics(readers[0], edited)
 
     def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
         measured: dict[tuple[str, int], Cell] = {}
@@ -160,7 +160,8 @@ def _key(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig, op
     return lm.cache_key(
         _VERSION,
         facts=[fact.to_dict() for fact in facts],
-        method=config.method,
+        tokens=lm.tokens_of(facts),
+        method=[config.method, config.editor.version],
         module=lm.architecture.down_projections[layer],
         constants=edit_constants(config),
         neighbors=options.neighbors,
@@ -213,7 +214,8 @@ class _Layer:
             self._prepared[vectors] = prepared, cost()
         prepared, values_cost = self._prepared[vectors]
         (layer,) = config.target_layers
-        statistics = {layer: self.statistics[layer]}
+        is_read = config.editor.reads_statistics
+        statistics = {layer: self.statistics[layer] if is_read else UnreadStatistics()}
         return lambda chosen: prepared.changes(config, statistics, chosen=chosen).deltas, values_cost
 
     def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:

@@ -110,8 +110,8 @@ class CellStore:
         self.cells[key] = cell
         with self._access(self.path, "written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+            with self.path.open("ab", buffering=0) as file:  # at once, because two runs may write to one file
+                file.write((json.dumps({"key": key, **about, **asdict(cell)}) + "\n").encode())
 
     def _access(self, file: Path, access: str) -> AbstractContextManager[None]:
         return going_on_without(file, access) if self.is_cache else nullcontext()

@@ -11,7 +11,7 @@ from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
 
-@selector("random", is_scored=False, needs_facts=False)
+@selector("random", depends_on=("seed",), is_scored=False, needs_facts=False)
 def random_layer(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> list[int]:
     """Return one editable layer, chosen at random with the config's seed."""
     return [random.Random(config.seed).choice(sorted(lm.architecture.down_projections))]

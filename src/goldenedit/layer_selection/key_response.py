@@ -47,7 +47,7 @@ from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
 
-@selector("key_response", depends_on=("edit",))
+@selector("key_response", depends_on=("edit", "covariance"))
 @outside_inference_mode()
 def key_response_scores(
     lm: LanguageModel,

@@ -36,7 +36,7 @@ PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
 }
 
 
-@selector("published", is_scored=False, needs_facts=False)
+@selector("published", depends_on=("method",), is_scored=False, needs_facts=False)
 def published_layers(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> list[int]:
     """Return the layers that published work edits in this model with this kind of editor.
 

@@ -71,7 +71,11 @@ def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
     if config.selector is None:
         return _shared(name.removeprefix(HUB_LAYER), lm.weights, config.method)
     if not config.is_scored:
-        return LayerSelection(name, None, config.selector.function(lm, [], config))
+        facts = _facts(lm, config, config.selector)
+        layers = config.selector.function(lm, facts, config)
+        if not isinstance(layers, list | tuple) or not layers or not all(isinstance(layer, int) for layer in layers):
+            raise ValueError(f"The layer selector {name!r} returned {layers!r}. Return a list of numbers of layers.")
+        return LayerSelection(name, None, sorted(layers), len(facts))
     scored = _scored(lm, config, config.selector)
     chosen = choose(replace(config, layer_scores=scored.scores))
     return replace(scored, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
@@ -88,12 +92,12 @@ def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
 
 def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerSelection:
     """Return the scores of a selector, from the cache if possible. No layers are chosen yet."""
-    facts = [rendered(lm.tokenizer, fact) for fact in proxy_set(config)] if selector.needs_facts else []
+    facts = _facts(lm, config, selector)
     key = lm.cache_key(
         selector.version,
-        # The function, not the name: selectors of one function share their scores.
-        selector=f"{selector.function.__module__}.{selector.function.__qualname__}",
+        selector=[selector.scores_of or selector.name, getattr(selector.function, "__module__", None)],
         proxy=proxy_hash(facts),
+        tokens=lm.tokens_of(facts),
         modules=[sorted(lm.architecture.down_projections.values()), sorted(lm.architecture.mlp_linears.values())],
         options={name: value for word in selector.depends_on for name, value in _option(word, config).items()},
     )
@@ -101,8 +105,12 @@ def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerS
     cached = next((selection for selection in lm.processes.gather(_read(path)) if selection is not None), None)
     if cached is not None:
         return cached
-    if {"covariance", "edit"} & set(selector.depends_on):  # edits need these too, so they are no cost of the selector
-        lm.streamed_statistics(config)
+    words = set(selector.depends_on)
+    is_edited = "edit" in words and config.editor.learns == "values"
+    # Edits need statistics and contexts too, so they are no cost of the selector.
+    if "covariance" in words or is_edited:
+        lm.streamed_statistics(config, for_editor="edit" in words)
+    if words >= {"covariance", "edit"} or is_edited:
         lm.contexts(config)
     with measuring() as spent:
         scores = selector.function(lm, facts, config)
@@ -123,10 +131,14 @@ def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerS
     return selection
 
 
+def _facts(lm: LanguageModel, config: EditConfig, selector: Selector) -> list[EditRequest]:
+    return [rendered(lm.tokenizer, fact) for fact in proxy_set(config)] if selector.needs_facts else []
+
+
 def _option(word: str, config: EditConfig) -> dict[str, Any]:
     """Return the values that a word of `Selector.depends_on` stands for, by name."""
     if word == "edit":
-        return {"method": config.method, "constants": edit_constants(config)}
+        return {"method": [config.method, config.editor.version], "constants": edit_constants(config)}
     if word == "covariance":
         text = [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]
         return {"covariance": text}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
 from goldenedit.devices import input_device
-from goldenedit.lm.tokens import context_length, padding_id
+from goldenedit.lm.tokens import context_length, padding_id, tokenizer_state
 from goldenedit.parallel import Processes, processes_of
 from goldenedit.precision import matmul_precision
-from goldenedit.requests import proxy_facts
+from goldenedit.requests import EditRequest, proxy_facts
 from goldenedit.storage.fingerprint import Hashed, weight_hashes
 
 
@@ -39,6 +41,7 @@ class TokenizedModel:
         self.model = model
         self.tokenizer = tokenizer
         self.beside = beside
+        self._tokenizer_state = tokenizer_state(tokenizer)
         if architecture is not None:
             self.architecture = architecture
         if weights is not None:
@@ -53,6 +56,10 @@ class TokenizedModel:
     def weights(self) -> Hashed:
         """Hashes of the base weights."""
         return weight_hashes(self.model)
+
+    def tokenizes_with(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Return whether a tokenizer is the one given at the start, as it was then."""
+        return tokenizer is self.tokenizer and tokenizer_state(tokenizer) == self._tokenizer_state
 
     @property
     def fingerprint(self) -> str:
@@ -78,9 +85,13 @@ class TokenizedModel:
     @cached_property
     def tokenization(self) -> str:
         """A short name for how the tokenizer splits texts. Cached results of other tokens are not used."""
-        prompts = [fact.text for fact in proxy_facts()]
-        ids = self.tokenizer(prompts)["input_ids"]
-        return cache_key(tokens=ids, template=str(getattr(self.tokenizer, "chat_template", None)))
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        return cache_key(tokens=self.tokens_of(proxy_facts()), template=template)
+
+    def tokens_of(self, facts: Sequence[EditRequest]) -> str:
+        """Return a short name for how the tokenizer splits facts."""
+        records = [json.dumps(fact.to_dict(), ensure_ascii=False) for fact in facts]
+        return cache_key(ids=self.tokenizer(records)["input_ids"] if records else [])
 
     def cache_key(self, version: int, **parts: Any) -> str:
         """Return a short name for a result that is computed with this model.

@@ -80,13 +80,13 @@ class StreamedStatistics(Mapping[int, KeyStatistics]):
         cached_here = [is_kept(paths[layer]) for layer in layers]
         cached = [all(by_process) for by_process in zip(*lm.processes.gather(cached_here), strict=True)]
         missing = [layer for layer, is_cached in zip(layers, cached, strict=True) if not is_cached]
-        self._in_memory: dict[int, KeyStatistics] = {}
+        self.in_memory: dict[int, KeyStatistics] = {}
         if missing:
             computed = key_statistics(lm, missing, config)  # in one pass
-            self._in_memory = {layer: _on_cpu(computed[layer]) for layer in missing if not is_kept(paths[layer])}
+            self.in_memory = {layer: _on_cpu(computed[layer]) for layer in missing if not is_kept(paths[layer])}
 
     def __getitem__(self, layer: int) -> KeyStatistics:
-        return self._in_memory[layer] if layer in self._in_memory else self._read(layer)
+        return self.in_memory[layer] if layer in self.in_memory else self._read(layer)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)

@@ -13,7 +13,7 @@ from goldenedit.cost import phase
 from goldenedit.editors import KeyStatistics
 from goldenedit.editors.statistics import UnreadStatistics
 from goldenedit.lm.base import TokenizedModel
-from goldenedit.lm.covariance import StreamedStatistics, key_statistics
+from goldenedit.lm.covariance import StreamedStatistics, key_statistics, source_name
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
 from goldenedit.storage.fingerprint import Hashed
@@ -52,6 +52,7 @@ class LanguageModel(TokenizedModel):
         super().__init__(model, tokenizer, architecture, weights, beside)
         self._contexts: dict[tuple[int, int, int], list[str]] = {}
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
+        self._streamed: dict[tuple[object, ...], StreamedStatistics] = {}
         self._perplexity: float | None = None
 
     def contexts(self, config: EditConfig) -> list[str]:
@@ -67,9 +68,12 @@ class LanguageModel(TokenizedModel):
 
         For an editor that does not read key statistics, nothing is computed.
         """
-        if config.editor.learns == "values" and "covariance" not in config.editor.reads:
+        if config.editor.learns == "values" and not config.editor.reads_statistics:
             return dict.fromkeys(layers, UnreadStatistics())
-        options = (config.covariance, config.covariance_tokens, config.ridge, config.seed)
+        options = _statistics_options(config)
+        for (_, *streamed_options), streamed in self._streamed.items():  # those that the cache could not store
+            if streamed_options == options:
+                self._statistics |= {(layer, *options): kept for layer, kept in streamed.in_memory.items()}
         missing = [layer for layer in layers if (layer, *options) not in self._statistics]
         if missing:
             with phase("key statistics"):
@@ -78,15 +82,30 @@ class LanguageModel(TokenizedModel):
         return {layer: self._statistics[(layer, *options)] for layer in layers}
 
     def streamed_statistics(
-        self, config: EditConfig, layers: Sequence[int] | None = None
+        self, config: EditConfig, layers: Sequence[int] | None = None, *, for_editor: bool = True
     ) -> Mapping[int, KeyStatistics]:
-        """Return the key statistics of layers, by default of all. Each is read at access and not kept in memory."""
-        return StreamedStatistics(
-            self, sorted(self.architecture.down_projections) if layers is None else layers, config
-        )
+        """Return the key statistics of layers, by default of all. Each is read at access and not kept in memory.
+
+        Args:
+            config: Source and amount of text, ridge and seed.
+            layers: Layers to return statistics of.
+            for_editor: Whether the config's editor is to read them. For one that reads none, nothing is computed.
+        """
+        layers = sorted(self.architecture.down_projections) if layers is None else layers
+        if for_editor and config.editor.learns == "values" and not config.editor.reads_statistics:
+            return dict.fromkeys(layers, UnreadStatistics())
+        key = (tuple(layers), *_statistics_options(config))
+        if key not in self._streamed:
+            self._streamed[key] = StreamedStatistics(self, layers, config)
+        return self._streamed[key]
 
     def perplexity(self) -> float:
         """Return the perplexity of the model on plain statements."""
         if self._perplexity is None:
             self._perplexity = perplexity(self, sample_texts())
         return self._perplexity
+
+
+def _statistics_options(config: EditConfig) -> list[object]:
+    """Return the options that key statistics depend on."""
+    return [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]

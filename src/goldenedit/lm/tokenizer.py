@@ -14,7 +14,8 @@ def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         if not model.name_or_path:
             raise OSError("the model has no name_or_path")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path)
+        revision = getattr(model.config, "_commit_hash", None)  # the revision that the model was loaded from
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path, revision=revision)
         return tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(

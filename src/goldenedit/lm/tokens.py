@@ -231,6 +231,12 @@ def target_ids(rows: Sequence[Row], device: torch.device | str) -> Tensor:
     return torch.tensor([token for row in rows for token in (row.target_ids or [0])], device=device)
 
 
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+    """Return what users change on a tokenizer: its chat template, its tokens, and those it adds to a text."""
+    template = str(getattr(tokenizer, "chat_template", None))
+    return template, len(tokenizer), tuple(tokenizer("a b")["input_ids"])
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a token to pad with. Padding is masked, so any token works."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
