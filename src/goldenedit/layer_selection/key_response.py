@@ -74,7 +74,7 @@ def key_response_scores(
             finite.
     """
     if statistics is None:
-        statistics = lm.streamed_statistics(config)
+        statistics = lm.streamed_statistics(config, for_editor=True)
     layers = sorted(statistics)
     shares: dict[int, dict[str, list[float]]] = {layer: defaultdict(list) for layer in layers}
     with evaluating(lm.model), tqdm(total=len(facts), desc="Key response", unit="fact", leave=False) as progress:

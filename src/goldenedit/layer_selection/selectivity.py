@@ -35,7 +35,7 @@ def selectivity(lm: LanguageModel, facts: Sequence[EditRequest], config: EditCon
 
     See `selectivity_scores`.
     """
-    return selectivity_scores(lm, facts, lm.streamed_statistics(config, for_editor=False))
+    return selectivity_scores(lm, facts, lm.streamed_statistics(config))
 
 
 @torch.no_grad()

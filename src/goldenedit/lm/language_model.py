@@ -82,7 +82,7 @@ class LanguageModel(TokenizedModel):
         return {layer: self._statistics[(layer, *options)] for layer in layers}
 
     def streamed_statistics(
-        self, config: EditConfig, layers: Sequence[int] | None = None, *, for_editor: bool = True
+        self, config: EditConfig, layers: Sequence[int] | None = None, *, for_editor: bool = False
     ) -> Mapping[int, KeyStatistics]:
         """Return the key statistics of layers, by default of all. Each is read at access and not kept in memory.
 
