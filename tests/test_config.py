@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from goldenedit.config import EditConfig
-from goldenedit.editors import LowRankDelta, Problem, editor, option, relative
+from goldenedit.editors import LowRankDelta, Problem, TrainingOptions, editor, option, relative
 from goldenedit.registry import UnknownNameError
 from goldenedit.requests import EditRequest
 from plugins import restore_registries
@@ -267,3 +267,79 @@ def test_what_means_nothing_is_refused_in_a_record_too(name, value):
 def test_a_record_of_what_is_installed_is_read_as_any_other():
     config = EditConfig("memit", layer=2, covariance_weight=3.0)
     assert EditConfig.read(config.to_dict()) == config
+
+
+# ---------------------------------------------------------------------- options of other packages
+
+
+@dataclass(slots=True)
+class Slotted:
+    """Options without a dictionary."""
+
+    weight: float = option(1.0, help="A weight.")
+    count: int = option(3, help="A number.", whole=True)
+
+
+@dataclass(kw_only=True)
+class Longer(TrainingOptions):
+    """Options of an editor that trains longer than others."""
+
+    finetune_steps: int = option(50, least=1, whole=True, help="Steps.")
+    momentum: float = option(0.9, help="Momentum.", least=0.0)
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    restore_registries(monkeypatch)
+    editor("slotted", options=Slotted)(lambda problem: None)
+    editor("longer", options=Longer, learns="training")(lambda problem: None)
+
+
+def test_options_may_have_slots_and_numpy_numbers(theirs):
+    config = EditConfig("slotted", options={"weight": np.float32(2), "count": np.int64(5)})
+    assert config.editor_options == {"weight": 2.0, "count": 5}
+    assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 2.5}, "count must be a whole number, got 2.5"),
+        ({"weight": math.nan}, "weight must be a number, got nan"),
+    ],
+)
+def test_options_without_bounds_must_be_numbers(theirs, options, message):
+    with pytest.raises(ValueError, match=message):
+        EditConfig("slotted", options=options)
+
+
+def test_keywords_reach_an_editor_that_inherits_their_options(theirs):
+    assert EditConfig("longer").editor_options == {
+        "finetune_steps": 50,
+        "finetune_lr": None,
+        "finetune_stop_loss": 0.01,
+        "momentum": 0.9,
+    }
+    config = EditConfig("longer", finetune_steps=99, finetune_lr=0.1, options={"momentum": 0.5})
+    assert (config.editor_options["finetune_steps"], config.editor_options["finetune_lr"]) == (99, 0.1)
+    assert EditConfig("longer", finetune_steps=99, options={"finetune_steps": 7}).editor_options["finetune_steps"] == 7
+
+
+def test_a_built_in_option_that_is_given_twice_is_refused():
+    with pytest.raises(ValueError, match="covariance_weight is given twice, as 2 and in options as 3"):
+        EditConfig("memit", covariance_weight=2, options={"covariance_weight": 3})
+    config = EditConfig("memit", covariance_weight=2)
+    config.options = {"covariance_weight": 3}
+    assert config.covariance_weight == 3
+
+
+def test_a_record_of_a_missing_editor_must_have_options_by_name():
+    with pytest.raises(ValueError, match=r"EditConfig\.options must map names to values, got None"):
+        EditConfig.read({"method": "gone", "options": None})
+
+
+def test_a_config_shows_the_editor_the_layer_and_what_differs_from_the_defaults():
+    assert repr(EditConfig()) == "EditConfig(method='r-rome', layer='lga')"
+    config = EditConfig("memit", layer=3, seed=2)
+    assert repr(config) == "EditConfig(method='memit', layer=3, target_layer=3, seed=2)"
+    assert eval(repr(config)) == config

@@ -343,7 +343,7 @@ def test_a_batch_that_harms_plain_text_is_undone_and_the_figures_told(tokenizer)
     model.edit_config.max_perplexity_ratio = 1.0 + 1e-9
     model.edit_config.clamp, model.edit_config.lr = 1000.0, 50.0
     before = logits(model)
-    with pytest.raises(ValueError, match=r"perplexity on plain statements is [0-9.]+, against [0-9.]+ of the base"):
+    with pytest.raises(ValueError, match=r"perplexity on plain statements is [0-9.]+, against [0-9.]+ for the base"):
         model.edit(MORE)
     assert model.active_adapters == list(model.edits) == ["edit_1"]
     assert torch.equal(logits(model), before)

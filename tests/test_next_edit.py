@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 
 from goldenedit import EditConfig, EditRequest, get_edit_model
@@ -77,6 +78,42 @@ def test_without_a_target_layer_the_selector_runs_again(base, tokenizer):
     model.edit_config.layer = 2
     model.edit_config.layer = "lga"
     assert model.edit(MERKEL).layers == (layer,)
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes"),
+    [
+        ("lga", {"layer_pattern": "window", "pattern_layers": 2}),
+        ("lga", {"lga_loss": "answer"}),
+        ("lga", {"tukey_kappa": 0.0}),
+        ("lga", {"proxy_size": 1}),
+        ("lga", {"proxy": [MERKEL]}),
+        ("random", {"seed": 3}),
+        ("auto", {"method": "memit"}),
+    ],
+)
+def test_an_option_that_decides_the_layer_makes_the_selector_run_again(base, tokenizer, layer, changes):
+    model = get_edit_model(base, config(layer=layer, proxy=FACTS), tokenizer)
+    for name, value in changes.items():
+        setattr(model.edit_config, name, value)
+        assert (model.edit_config.target_layer, model.edit_config.layer_scores) == (None, None)
+    expected = get_edit_model(tiny_model("llama"), config(layer=layer, **{"proxy": FACTS, **changes}), tokenizer)
+    model.edit(TOWER)
+    assert model.edit_config == expected.edit_config
+
+
+def test_other_options_leave_the_chosen_layer(base, tokenizer):
+    model = get_edit_model(base, config(layer="lga", proxy=FACTS), tokenizer)
+    chosen = model.edit_config.target_layer, model.edit_config.layer_scores
+    for name, value in {"steps": 5, "seed": 2, "method": "memit", "layer": "lga", "proxy_size": 100}.items():
+        setattr(model.edit_config, name, value)
+    assert (model.edit_config.target_layer, model.edit_config.layer_scores) == chosen
+
+
+def test_an_array_of_layers_can_be_set(base, tokenizer):
+    model = get_edit_model(base, config(), tokenizer)
+    model.edit_config.layer = np.array([0, 2])
+    assert model.edit_config.target_layers == [0, 2]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def assert_of_two_methods(model: EditModel, folder) -> None:
     assert content.target_layers == [0, 2]
     assert [(way.method, way.target_layers) for way in content.configs] == [("rome", [0]), ("memit", [2])]
     card = (folder / "README.md").read_text()
-    assert "2 facts changed by rome, memit at layer 0, 2" in card
+    assert "2 facts changed by rome, memit at layers 0, 2" in card
     assert "r-rome" not in card
     with model.adapters.merged() as plain:
         write_checkpoint(folder / "checkpoint", plain, model.tokenizer, content)

@@ -79,7 +79,9 @@ def test_a_module_that_is_run_anew_may_register_its_functions_again():
     assert EDITORS.get("rome") is again
 
 
-@pytest.mark.parametrize("name", ["", "Mine", "my own", "hub:mine", "a/b", "a,b", " mine", "mine\n"])
+@pytest.mark.parametrize(
+    "name", ["", "Mine", "my own", "hub:mine", "a/b", "a,b", " mine", "mine\n", "_mine", "édit", "a+b"]
+)
 def test_names_that_configs_and_cards_could_not_tell_are_refused(name):
     with pytest.raises(ValueError, match=r"cannot name an editor\. Use lowercase letters"):
         editor(name)(lambda problem: None)

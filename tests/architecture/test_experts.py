@@ -18,11 +18,12 @@ from goldenedit.architecture import UnsupportedArchitectureError, read_architect
 from goldenedit.architecture.experts import expert_matrices, fused_parameter
 from goldenedit.architecture.hooks import recording
 from goldenedit.audit import audit
-from goldenedit.editors import EDITORS
+from goldenedit.editors import EDITORS, editor
 from goldenedit.layer_selection import CellStore, SweepOptions, sweep
 from goldenedit.lm import statistics
 from goldenedit.storage.folder import EditFolderError
 from models import MLP_WIDTH, NUM_LAYERS, WIDTH, tiny_model
+from plugins import restore_registries
 from storage.contents import change_tensors, resign
 from zoo import zoo_model
 
@@ -194,6 +195,18 @@ def test_every_editor_that_inserts_values_under_keys_works(method, tokenizer):
     assert all(fact.probability_after > fact.probability_before for fact in edit.facts)
 
 
+def test_an_editor_that_returns_a_dense_change_works(tokenizer, monkeypatch):
+    restore_registries(monkeypatch)
+
+    @editor("dense", reads=EDITORS.get("rome").reads)
+    def dense(problem):
+        return EDITORS.get("rome").function(problem).dense()
+
+    deltas = [next(iter(edited(tokenizer, method=name).edit(FACTS[0]).deltas.values())) for name in ("dense", "rome")]
+    assert [delta.experts for delta in deltas] == [EXPERTS, EXPERTS]
+    torch.testing.assert_close(deltas[0].dense(), deltas[1].dense(), rtol=1e-3, atol=1e-5)
+
+
 def test_alphaedit_works_where_there_is_a_second_moment(tokenizer):
     model = edited(tokenizer, method="alphaedit", covariance="sampled", covariance_tokens=100)
     assert set(model.edit(FACTS).state) == {"keys/model.layers.1.mlp.experts.down_proj"}
@@ -287,7 +300,7 @@ def test_a_delta_of_other_experts_does_not_fit(tokenizer):
     check_fits(tiny_model("mixtral"), path, delta)
     with pytest.raises(ValueError, match=r"experts of shape \(2, 32, 128\), but in this model it has \(4, 32, 64\)"):
         check_fits(tiny_model("mixtral"), path, replace(delta, experts=2))
-    with pytest.raises(ValueError, match="is no module"):
+    with pytest.raises(ValueError, match="has no such module"):
         check_fits(tiny_model("llama"), path, delta)
 
 

@@ -8,6 +8,8 @@ from matrices import second_moment
 
 from goldenedit.editors import FactKeys, GradientProblem, KeyStatistics, LowRankDelta, Problem, TrainingProblem
 from goldenedit.editors.moments import RunningMoments
+from goldenedit.editors.record import NoOptions
+from goldenedit.editors.statistics import UnreadStatistics
 
 D_IN, D_OUT, FACTS = 24, 10, 3
 
@@ -117,6 +119,13 @@ def test_plain_matrices_pose_the_problem_of_a_paper():
     keys = torch.randn(D_IN, 2).double()
     assert torch.equal(asked.statistics.solve(keys), keys)
     assert (asked.options, asked.previous) == (None, None)
-    statistics, options, previous = KeyStatistics(second_moment(D_IN)), object(), torch.randn(D_IN, 4)
+    statistics, options, previous = KeyStatistics(second_moment(D_IN)), NoOptions(), torch.randn(D_IN, 4)
     given = Problem.of(K, R, statistics, options, previous)
     assert (given.statistics, given.options, given.previous) == (statistics, options, previous)
+
+
+def test_the_identity_has_the_mean_eigenvalue_one_and_unread_statistics_have_none():
+    K, R = torch.randn(D_IN, FACTS), torch.randn(D_OUT, FACTS)
+    assert Problem.of(K, R).unit("mean eigenvalue") == 1.0
+    with pytest.raises(ValueError, match="does not declare that it reads key statistics"):
+        Problem.of(K, R, UnreadStatistics()).unit("mean eigenvalue")

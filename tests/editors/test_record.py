@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from goldenedit.editors import Editor, LowRankDelta, Problem, option, relative
+from goldenedit.editors.record import NoOptions
 from goldenedit.editors.statistics import UnreadStatistics
 
 
@@ -52,6 +53,8 @@ def test_what_is_no_change_is_refused_by_the_name_of_the_editor():
         ({"vectors": ("mlp", "norm")}, r"vectors .* got \('mlp', 'norm'\)"),
         ({"learns": "value"}, r"learns .* must be one of .* got 'value'"),
         ({"learns": "training", "options": Options}, "must extend TrainingOptions"),
+        ({"loss": "lats"}, r"loss .* must be one of .* got 'lats'"),
+        ({"options": NoOptions()}, "a dataclass whose fields all have defaults"),
         ({"options": dict}, "a dataclass whose fields all have defaults"),
         ({"options": Incomplete}, "a dataclass whose fields all have defaults"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from tokenizers.processors import TemplateProcessing
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.cache import cache_dir
-from goldenedit.layer_selection import SELECTORS, LayerSelection, brute_force
-from goldenedit.lm import covariance
+from goldenedit.editors import EDITORS, LowRankDelta, editor
+from goldenedit.layer_selection import SELECTORS, LayerSelection, brute_force, selector
+from goldenedit.lm import LanguageModel, covariance
 from models import NUM_LAYERS, tiny_model
+from plugins import restore_registries
 from zoo import zoo_model
 
 FACTS = [
@@ -114,7 +117,7 @@ def test_where_the_cache_cannot_be_written_all_is_as_it_is_where_it_can(selector
         return compute(*arguments, **options)
 
     monkeypatch.setattr(covariance, "second_moments", counted)
-    models, needed = [], []
+    models = []
     for place in ("folder", "file"):
         (tmp_path / "file").touch()
         monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / place))
@@ -124,12 +127,11 @@ def test_where_the_cache_cannot_be_written_all_is_as_it_is_where_it_can(selector
                 model.select_layer()
         else:
             model.select_layer()
-        needed.append(len(passes))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.edit(FACTS[0])
         models.append(model)
-    assert needed[1] - needed[0] <= needed[0] + 1  # not a pass a layer; the edit's own is cached in the first
+    assert len(passes) == 2  # one pass for each model, for the selection and the edit together
     assert models[0].edit_config.layer_scores == models[1].edit_config.layer_scores
     deltas = [next(iter(model.edits["edit_1"].deltas.values())) for model in models]
     assert torch.equal(deltas[0].A, deltas[1].A)
@@ -186,3 +188,95 @@ def test_statistics_of_another_tokenizer_or_algorithm_are_not_used(tokenizer, mo
     monkeypatch.setattr(covariance, "_VERSION", covariance._VERSION + 1)
     assert (moment(tokenizer) - plain).norm() == 0
     assert len(kept("key_statistics") - everything) == 1
+
+
+# ---------------------------------------------------------------------- selectors and editors of other packages
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    restore_registries(monkeypatch)
+
+
+def favoring(layer: int):
+    def scores(lm, facts, config):
+        return torch.eye(lm.architecture.num_layers)[layer]
+
+    return scores
+
+
+def test_selectors_that_one_function_makes_have_scores_of_their_own(tokenizer, registered):
+    for layer in range(NUM_LAYERS):
+        selector(f"favors-{layer}")(favoring(layer))
+    assert [selected(tokenizer, layer=f"favors-{n}")[1].layers for n in range(NUM_LAYERS)] == [[0], [1], [2]]
+
+
+def test_a_partial_function_can_be_a_selector(tokenizer, registered):
+    selector("partial")(partial(lambda layer, lm, facts, config: favoring(layer)(lm, facts, config), 1))
+    assert selected(tokenizer, layer="partial")[1].layers == [1]
+
+
+@pytest.mark.parametrize("layer", ["sweep", "key_response"])
+def test_scores_of_another_version_of_the_editor_are_not_used(layer, tokenizer, registered, monkeypatch):
+    calls = []
+
+    def counted(problem):
+        calls.append(problem)
+        return EDITORS.get("rome").function(problem)
+
+    rome = EDITORS.get("rome")
+    for version, is_measured in ((1, True), (1, False), (2, True)):
+        calls.clear()
+        monkeypatch.setitem(
+            EDITORS._records, "counted", replace(rome, name="counted", function=counted, version=version)
+        )
+        selected(tokenizer, layer=layer, method="counted")
+        assert bool(calls) == is_measured
+
+
+def test_scores_are_kept_for_the_tokens_of_the_facts(tokenizer):
+    invented = [replace(fact, prompt=fact.prompt.replace("is in", "is Zorblax in")) for fact in FACTS]
+    selected(tokenizer, layer="lga", proxy=invented)
+    there = kept("layer_scores")
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["Zorblax"])
+    base = tiny_model("llama")
+    base.resize_token_embeddings(len(changed))
+    plain = kept("layer_scores")
+    assert plain == there
+    lm = LanguageModel(base, tokenizer)
+    assert lm.cache_key(1, tokens=lm.tokens_of(invented)) != LanguageModel(base, changed, weights=lm.weights).cache_key(
+        1, tokens=LanguageModel(base, changed).tokens_of(invented)
+    )
+
+
+def test_a_chat_template_that_is_set_later_counts(tokenizer):
+    model = EditModel(tiny_model("llama"), CONFIG, copy.deepcopy(tokenizer))
+    model.select_layer()
+    before, key = model.lm, model.lm.cache_key(1)
+    model.select_layer()
+    assert model.lm is before
+    model.tokenizer.chat_template = "{{ messages[0].content }}"
+    model.select_layer()
+    assert model.lm.cache_key(1) != key
+
+
+@pytest.mark.parametrize(
+    ("layer", "method", "count"), [("sweep", "ft-m", 0), ("sweep", "unread", 0), ("auto", "ft-m", 1)]
+)
+def test_statistics_are_computed_only_where_they_are_read(layer, method, count, tokenizer, registered, monkeypatch):
+    passes, compute = [], covariance.second_moments
+    monkeypatch.setattr(
+        covariance, "second_moments", lambda *args, **kwargs: passes.append(1) or compute(*args, **kwargs)
+    )
+    editor("unread")(lambda problem: LowRankDelta(problem.keys.T, problem.residuals))
+    selected(tokenizer, layer=layer, method=method, finetune_steps=1, anchor_bare_prompt=False)
+    assert len(passes) == count
+
+
+def test_a_selector_without_scores_reads_the_facts_and_returns_layers(tokenizer, registered):
+    selector("counting", is_scored=False)(lambda lm, facts, config: [len(facts) - 1])
+    assert selected(tokenizer, layer="counting")[1].layers == [len(FACTS) - 1]
+    selector("wrong", is_scored=False)(lambda lm, facts, config: 1)
+    with pytest.raises(ValueError, match=r"selector 'wrong' returned 1\. Return a list"):
+        selected(tokenizer, layer="wrong")
