@@ -27,8 +27,8 @@ from common import (
 )
 
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
-from goldenedit.editing.edit import Changes, PreparedFacts
 from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.prepared import Changes, PreparedFacts
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import fact_likelihoods
 from goldenedit.evaluation.generation import fluency

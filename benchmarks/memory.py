@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.edit import prepare_facts
+from goldenedit.editing.prepared import prepare_facts
 from goldenedit.editing.values import fact_rows
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.layer_selection import lga_scores

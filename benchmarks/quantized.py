@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model, proxy_facts
 from goldenedit.architecture.hooks import recording
-from goldenedit.editing.edit import prepare_facts
+from goldenedit.editing.prepared import prepare_facts
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import golden_layer, lga_scores
 from goldenedit.lm.tokens import encode

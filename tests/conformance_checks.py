@@ -15,7 +15,7 @@ from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.experts import expert_matrices, fused_parameter, is_fused
 from goldenedit.architecture.hooks import recording
-from goldenedit.editing.edit import prepare_facts
+from goldenedit.editing.prepared import prepare_facts
 from goldenedit.layer_selection import lga_scores
 from goldenedit.lm.tokens import encode
 from zoo import TARGET_MODULES, zoo_model

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.editing import keys
-from goldenedit.editing.edit import prepare_facts
+from goldenedit.editing.prepared import prepare_facts
 from goldenedit.editing.training import answer_gradients
 from goldenedit.editors import EDITORS, GradientProblem, KeyStatistics
 from goldenedit.editors.finetune import LowRankChange

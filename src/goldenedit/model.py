@@ -24,7 +24,7 @@ from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.batch import changes_of_batch, check_perplexity
 from goldenedit.editing.calls import requests_of_call, warn_of_doubtful_subjects, warn_of_failed_facts
-from goldenedit.editing.edit import check_editable
+from goldenedit.editing.prepared import check_editable
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods

@@ -1,4 +1,4 @@
-"""From a batch of facts to the change of weights that serves them, by any editor."""
+"""One batch of facts, for any editor: check it, compute what the editor needs, and return its changes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.edit import Changes, check_editable, prepare_facts
 from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.prepared import Changes, check_editable, prepare_facts
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.requests import EditRequest

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
-from goldenedit.editing.edit import Changes, check_shape, stored
+from goldenedit.editing.prepared import Changes, check_shape, stored
 from goldenedit.editing.training import Training, answer_gradients, train
 from goldenedit.editors import GradientProblem, LowRankDelta, TrainingProblem
 from goldenedit.editors.moments import RunningMoments

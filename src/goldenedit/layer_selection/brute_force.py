@@ -21,8 +21,8 @@ from transformers.utils.logging import tqdm
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editing.edit import PreparedFacts, check_editable, prepare_facts
 from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.prepared import PreparedFacts, check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
 from goldenedit.evaluation.counterfact import likelihoods_of_fact

@@ -1,4 +1,4 @@
-"""One batch of facts, from requests to deltas. Nothing here writes to the model."""
+"""Facts with optimized values and keys, and the deltas an editor makes of them. Nothing here writes to the model."""
 
 from __future__ import annotations
 
