@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -252,6 +253,43 @@ def test_a_model_with_edits_can_be_pickled(base, tokenizer, tmp_path):
     model.edit(TOWER)
     torch.save(model.get_base_model(), tmp_path / "model.pt")
     assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2 ties its embeddings
+def test_a_pickled_edit_model_owns_its_edits(name, tokenizer):
+    model = get_edit_model(tiny_model(name), fast_config(), tokenizer)
+    model.edit(TOWER)
+    edited = logits(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded), edited)
+    beside = get_edit_model(loaded.get_base_model(), fast_config(), tokenizer)
+    assert torch.equal(logits(beside), logits(tiny_model(name)))
+    assert torch.equal(logits(loaded), edited)
+    assert_near(logits(loaded.merge_and_unload()), edited)
+
+
+def test_edit_models_pickled_together_own_their_edits(base, tokenizer):
+    models = [get_edit_model(base, fast_config(layer=layer), tokenizer) for layer in (0, 1)]
+    for model, fact in zip(models, (TOWER, MERKEL), strict=True):
+        model.edit(fact)
+    edited = [logits(model) for model in models]
+    one, two = pickle.loads(pickle.dumps(models))
+    assert one.get_base_model() is two.get_base_model()
+    for _ in range(2):
+        assert torch.equal(logits(one), edited[0])
+        assert torch.equal(logits(two), edited[1])
+    two.unload()
+    assert_near(logits(one.merge_and_unload()), edited[0])
+
+
+def test_a_model_pickled_without_the_other_edit_model_has_only_its_own_edits(base, tokenizer):
+    one, two = (get_edit_model(base, fast_config(layer=layer), tokenizer) for layer in (0, 1))
+    one.edit(TOWER)
+    two.edit(MERKEL)
+    edited = logits(one)
+    loaded = pickle.loads(pickle.dumps(one))
+    assert_near(logits(loaded.merge_and_unload()), edited)
+    assert trainable(loaded.model) == trainable(tiny_model("llama"))
 
 
 def test_the_peft_model_of_a_lost_wrapper_can_be_wrapped(base, tokenizer):

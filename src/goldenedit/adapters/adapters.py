@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,14 +52,13 @@ class Adapters:
         ownership.delete_lost_edits(self.base)
         self._restore_given()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
-        """Return a copy that owns the edits in its own model."""
-        twin: Adapters = object.__new__(type(self))
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        for key in twin._keys.values():
-            ownership.hand_over(configs_in(twin.base)[key], twin)
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Own the edits in a copied or unpickled model: the copy of a model alone has edits that nobody owns."""
+        vars(self).update(state)
+        configs = configs_in(self.base)
+        for key in self._keys.values():
+            if key in configs:  # other code may have deleted it
+                ownership.hand_over(configs[key], self)
 
     # ------------------------------------------------------------------ what there is
 
