@@ -16,6 +16,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from conformance_checks import FACTS
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import REFUSED_VERBS as REFUSED
+from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters.layers import tuner_layers
 from models import tiny_model
 from zoo import zoo_model
@@ -491,3 +492,61 @@ def test_disabled_layers_come_back_and_a_new_edit_is_on(base, tokenizer):
     model.enable_adapter_layers()
     assert model.active_adapters == ["edit_2"]
     assert torch.equal(logits(model.unload()), plain)
+
+
+# ---------------------------------------------------------------------- what an error or an interrupt leaves
+
+
+def test_an_error_on_the_way_into_a_disabled_context_leaves_edits_on(base, tokenizer):
+    model = get_edit_model(base, fast_config(), tokenizer)
+    plain = logits(model)
+    model.edit(TOWER)
+    model.model.delete_adapter("edit_1")
+    with pytest.raises(ValueError, match="There is no edit 'edit_1'"), model.disable_adapter():
+        pass
+    model.unload()
+    model.edit(TOWER)
+    assert differ(logits(model), plain)
+
+
+def test_an_interrupt_on_the_way_into_a_disabled_context_leaves_edits_on(base, tokenizer, monkeypatch):
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.edit(TOWER)
+    edited = logits(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("goldenedit.adapters.layers.switch", interrupting_once(peft_layers.switch))
+        with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+            pass
+    assert torch.equal(logits(model), edited)
+
+
+def interrupting_once(function):
+    """Return a function that raises KeyboardInterrupt after its work, at its first call only."""
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        outcome = function(*args, **kwargs)
+        calls.append(outcome)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return outcome
+
+    return interrupted
+
+
+def test_a_combination_that_fails_in_peft_leaves_no_trace(base, tokenizer):
+    plain, asked = logits(base), trainable(base)
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.edit(TOWER)
+    model.edit(MERKEL)
+    edited = logits(model)
+    with pytest.raises(RuntimeError, match="driver"):
+        model.add_weighted_adapter(["edit_1", "edit_2"], [1.0, 1.0], "both", "svd", svd_driver="foo")
+    assert list(model.peft_config) == ["edit_1", "edit_2"]
+    assert torch.equal(logits(model), edited)
+    model.add_weighted_adapter(["edit_1", "edit_2"], [1.0, 1.0], "both", "svd")
+    assert model.unload() is base
+    assert not tuner_layers(base)
+    assert not hasattr(base, "peft_config")
+    assert torch.equal(logits(base), plain)
+    assert trainable(base) == asked

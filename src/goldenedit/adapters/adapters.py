@@ -173,8 +173,8 @@ class Adapters:
         """Switch all edits off inside this context, also those made in it: the model is the one passed in."""
         ownership.check_in_effect(self.base)
         self._disabled += 1
-        self.activate(self.active)
         try:
+            self.activate(self.active)
             yield
         finally:
             self._disabled -= 1
@@ -336,6 +336,10 @@ class Adapters:
                 self.model.base_model.add_weighted_adapter(keys, list(weights), key, combination_type=how, **kwargs)
                 ownership.mark(self.model.peft_config[key], self, trainable)
                 self._keys[name] = key
+            except BaseException:  # PEFT adds the adapter before it computes the factors
+                self._keys.pop(name, None)
+                ownership.delete(self.base, key)
+                raise
             finally:
                 self._apply(others)
 
