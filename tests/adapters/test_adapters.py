@@ -550,3 +550,19 @@ def test_a_combination_that_fails_in_peft_leaves_no_trace(base, tokenizer):
     assert not hasattr(base, "peft_config")
     assert torch.equal(logits(base), plain)
     assert trainable(base) == asked
+
+
+@pytest.mark.parametrize("users", [False, True], ids=["a plain model", "a PeftModel"])
+def test_an_interrupt_while_peft_wraps_the_model_leaves_it_trainable(users, base, tokenizer, monkeypatch):
+    user = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")) if users else base
+    plain, asked = logits(base), trainable(base)
+    model = get_edit_model(user, fast_config(), tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraModel, "inject_adapter", interrupting_once(LoraModel.inject_adapter))
+        with pytest.raises(KeyboardInterrupt):
+            model.edit(TOWER)
+    assert trainable(base) == asked
+    model.edit(TOWER)
+    assert model.unload() is user
+    assert torch.equal(logits(base), plain)
+    assert trainable(base) == asked

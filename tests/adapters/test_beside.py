@@ -550,6 +550,39 @@ def test_unload_takes_a_loaded_adapter_away(saved, tokenizer):
     assert not tuner_layers(base)
 
 
+@pytest.mark.parametrize("ending", ["unload", "delete", "merge"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_loaded_adapter_does_not_freeze_the_model(ending, edited, saved, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(saved["base"])
+    asked = trainable(base)
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.load_adapter(saved["lora"])
+    if edited:
+        model.edit(TOWER)
+    if ending == "unload":
+        model.unload()
+    elif ending == "merge":
+        model.merge_and_unload()
+    else:
+        for name in list(model.peft_config):
+            model.delete_adapter(name)
+    assert trainable(base) == asked
+
+
+def test_an_interrupt_while_peft_loads_an_adapter_leaves_the_model_trainable(saved, tokenizer, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    base = AutoModelForCausalLM.from_pretrained(saved["base"])
+    asked = trainable(base)
+    model = get_edit_model(base, fast_config(), tokenizer)
+    monkeypatch.setattr(PeftModel, "load_adapter", interrupted)  # called once PEFT has frozen the model
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(saved["lora"])
+    assert trainable(base) == asked
+    assert not tuner_layers(base)
+
+
 def test_a_plain_adapter_of_another_model_is_refused_and_leaves_no_trace(tokenizer, tmp_path):
     other = get_peft_model(tiny_model("gpt2"), lora_config(["c_attn"]))
     other.save_pretrained(tmp_path)

@@ -192,10 +192,14 @@ class Adapters:
                 self.model.active_adapter = keys[0] if keys else next(iter(self.model.peft_config), "default")
 
     @contextmanager
-    def _keeping_trainable(self) -> Iterator[list[str]]:
-        """Yield the user's active adapters; what the user trains is trainable again after this context."""
+    def _keeping_trainable(self, loading: bool = False) -> Iterator[list[str]]:
+        """Yield the user's active adapters; what the user trains is trainable again after this context.
+
+        Without an adapter of the user, edits freeze the model until the last of them is removed. Loading a plain
+        adapter does not.
+        """
         others, trainable = self.others, []
-        if has_others(self.base):
+        if loading or has_others(self.base):
             factors_of_edits = {id(factor) for factor in self._factors_of_edits()}
             trainable = [parameter for parameter in self._trainable() if id(parameter) not in factors_of_edits]
         try:
@@ -230,12 +234,15 @@ class Adapters:
             ValueError: PEFT has no place for a factor.
         """
         active, disabled, self._disabled = self.active, self._disabled, 0
+        trainable = [] if marks_in(self.base) else self._trainable()
         try:
             for name, deltas in edits.items():
                 self.add(name, deltas)
             self.activate([*active, *edits] if on else active)
             yield
         except BaseException:
+            for parameter in trainable:  # PEFT freezes the model before the mark of the first edit is in it
+                parameter.requires_grad_(True)
             for name in edits:
                 self.remove(name)
             self.active = active
@@ -296,7 +303,7 @@ class Adapters:
         """
         if key in self.configs:
             raise ValueError(f"There is an adapter {key!r} already: load this one under another adapter_name.")
-        with self._keeping_trainable() as others:
+        with self._keeping_trainable(loading=True) as others:
             try:
                 if isinstance(self.model, PeftModel):
                     self.model.load_adapter(str(folder), key)
