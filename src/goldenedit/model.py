@@ -297,13 +297,14 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Switch on exactly these edits: one name, or a list of edits to stack.
 
-        Adapters that are not edits stay as they are, unless some of them are named.
+        This also switches the plain adapters that `load_adapter` added. Your own adapters stay as they are, unless some
+        of them are named.
 
         Raises:
             ValueError: There is no edit of that name.
         """
         self._switched_off = None
-        self.adapters.activate([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self.adapters.select([adapter_name] if isinstance(adapter_name, str) else adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an edit, or a plain adapter that was loaded. The others stay switched on or off as they are.

@@ -528,6 +528,32 @@ def test_load_adapter_takes_a_plain_lora(saved, tokenizer, tmp_path):
     assert torch.equal(logits(model.unload()), plain)
 
 
+def test_a_loaded_adapter_is_switched_off_where_it_is_not_named(saved, tokenizer):
+    user = users_model(key="mine")
+    model = get_edit_model(user, fast_config(), tokenizer)
+    before = logits(model)
+    model.edit(TOWER)
+    edited = logits(model)
+    model.load_adapter(saved["lora"], "loaded")
+    assert torch.equal(logits(model), edited)
+    model.set_adapter(["edit_1", "loaded"])
+    assert model.adapters.others == ["mine", "loaded"]
+    stacked = logits(model)
+    assert differ(stacked, edited)
+    model.set_adapter("edit_1")
+    assert torch.equal(logits(model), edited)
+    model.set_adapter("loaded")
+    assert (model.active_adapters, model.adapters.others) == ([], ["mine", "loaded"])
+    model.set_adapter([])
+    assert torch.equal(logits(model), before)
+    model.set_adapter(["edit_1", "loaded"])
+    with model.disable_adapter():
+        assert model.adapters.others == ["mine", "loaded"]
+    model.disable_adapter_layers()
+    model.enable_adapter_layers()
+    assert torch.equal(logits(model), stacked)
+
+
 def test_load_adapter_takes_a_plain_lora_from_the_hub(hub, saved, tokenizer):
     user = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved["base"]), saved["lora"])
     user.push_to_hub("tester/lora")

@@ -112,19 +112,38 @@ class Adapters:
 
     # ------------------------------------------------------------------ on and off
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Switch on exactly these edits. Adapters of the user stay as they are, unless some of their keys are given.
+    def select(self, names: Sequence[str]) -> None:
+        """Switch on exactly these edits and plain adapters of `load`, by name and by key.
+
+        Adapters of the user stay as they are, unless some of their keys are given.
 
         Raises:
             ValueError: There is no edit of one of the names.
         """
+        self._check_known(names)
+        others = [name for name in names if name not in self._keys]
+        if all(key in self._loaded for key in others):
+            others = [*(key for key in self.others if key not in self._loaded), *others]
+        self._activate([name for name in names if name in self._keys], others)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Switch on exactly these edits. All other adapters stay as they are.
+
+        Raises:
+            ValueError: There is no edit of one of the names.
+        """
+        self._check_known(names)
+        self._activate(names)
+
+    def _check_known(self, names: Sequence[str]) -> None:
         known = self.configs
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no edit {unknown[0]!r}; there are {list(known)}.")
-        others = [name for name in names if name not in self._keys]
-        self.active = [name for name in dict.fromkeys(names) if name in self._keys]
-        with self._keeping_trainable() as before:
-            self._apply(others or before)
+
+    def _activate(self, names: Sequence[str], others: Sequence[str] | None = None) -> None:
+        self.active = list(dict.fromkeys(names))
+        with self._keeping_trainable() as active_others:
+            self._apply(active_others if others is None else others)
 
     def ensure(self) -> None:
         """Switch on the active edits again if other code has switched adapters.
@@ -296,7 +315,7 @@ class Adapters:
         return lost
 
     def load(self, folder: Path, key: str) -> None:
-        """Load a plain LoRA adapter, not switched on. It is not an edit; `activate` takes its key.
+        """Load a plain LoRA adapter, not switched on. It is not an edit; `select` takes its key.
 
         Raises:
             ValueError: There is an adapter of that key, or the adapter in the folder is not a LoRA of this model.
