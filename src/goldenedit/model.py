@@ -141,6 +141,20 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the active edits
         self._switched_off: list[str] | None = None  # edits that disable_adapter_layers() switched off
 
+    @property
+    def base_info(self) -> BaseModel:
+        """The base model, hashed again once this or another EditModel has merged adapters into its weights."""
+        if self._hashed_at != self.adapters.merges:
+            self.layer_selection = self._proxy_hash = None  # they belong to the old weights
+            with plain(self.adapters.base):
+                hashes = weight_hashes(self.adapters.base)
+            self.base_info = replace(self._base_info, revision=None, **vars(hashes))
+        return self._base_info
+
+    @base_info.setter
+    def base_info(self, info: BaseModel) -> None:
+        self._base_info, self._hashed_at = info, self.adapters.merges
+
     def _see_model(self) -> None:
         """Replace `lm` if the weights, the tokenizer or the user's active adapters have changed."""
         beside = "".join(entry.hash for entry in self.adapters.beside())
@@ -403,10 +417,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         merged = self.adapters.merge()
         self.model = merged
         self.edits, self._evaluations = {}, {}
-        self.layer_selection = self._proxy_hash = None  # they belong to the old weights
         merged.config.update(metadata)
-        if metadata:
-            self.base_info = replace(self.base_info, revision=None, **vars(weight_hashes(merged)))
         self._see_model()
         return merged
 

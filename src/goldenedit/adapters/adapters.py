@@ -15,7 +15,7 @@ from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters import ownership
 from goldenedit.adapters.factors import hash_of, insert
 from goldenedit.adapters.layers import base_of, tuner_layers
-from goldenedit.adapters.merging import Merge, merge_for_good, merged
+from goldenedit.adapters.merging import Merge, merge_for_good, merged, merges_in
 from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in
 from goldenedit.editors import LowRankDelta
 from goldenedit.storage.folder import Beside, edit_name, target_parameters
@@ -87,6 +87,11 @@ class Adapters:
     def beside(self) -> list[Beside]:
         """Return name and hash of the user's active adapters."""
         return [Beside(key, hash_of(self.base, key)) for key in self.others]
+
+    @property
+    def merges(self) -> int:
+        """How often EditModels have written adapters into the weights of the base, this one or another."""
+        return merges_in(self.base)
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if there is no edit of one of the names."""
