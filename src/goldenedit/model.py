@@ -464,10 +464,12 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
                 number += 1
             return f"edit_{number}"
         check_edit_name(name)
-        if name in self.peft_config:
+        if name in self.edits or name in self.adapters.loaded:
             raise ValueError(
                 f"There is an edit {name!r} already: choose another name, or delete_adapter({name!r}) first."
             )
+        if name in self.peft_config:
+            raise ValueError(f"The model carries an adapter {name!r} of your own: choose another name for the edit.")
         return name
 
     # ------------------------------------------------------------------ the model, straight through

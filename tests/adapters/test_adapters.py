@@ -18,6 +18,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import REFUSED_VERBS as REFUSED
 from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters.layers import tuner_layers
+from goldenedit.adapters.ownership import name_of
 from models import tiny_model
 from zoo import zoo_model
 
@@ -167,7 +168,7 @@ def test_a_merge_takes_no_edit_of_another_model(base, tokenizer):
     one.edit(TOWER)
     two.edit(MERKEL)
     edited, other = logits(one), logits(two)
-    with pytest.raises(ValueError, match="Another EditModel has edits in this model"):
+    with pytest.raises(ValueError, match=r"Another EditModel has edits in this model \('edit_1'\)"):
         one.merge_and_unload()
     assert torch.equal(logits(one), edited)
     assert torch.equal(logits(two), other)
@@ -183,13 +184,28 @@ def test_edits_that_someone_else_took_out_are_told(verb, base, tokenizer):
     model.edit(TOWER)
     getattr(user, verb)(*(["edit_1"] if verb == "delete_adapter" else []))
     for call in (lambda: logits(model), lambda: model.edit(MERKEL), model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"'edit_1'\] are no longer in the model.*unload\(\)"):
+        with pytest.raises(ValueError, match=r"'edit_1'\] are no longer in the model.*unload\(\)") as error:
             call()
+    if verb == "delete_adapter":
+        assert "deleted them. Call unload()" in str(error.value)
+    else:  # after a merge, unload() leaves the edits in the weights
+        assert "the weights hold the edits: load the base model again" in str(error.value)
     model.unload()
     assert model.edits == {}
     if verb != "merge_and_unload":
         assert torch.equal(logits(model), logits(tiny_model("llama")))
     model.edit(MERKEL)
+
+
+def test_every_key_of_an_edit_is_its_name_again(base, tokenizer):
+    names = ["edit_1", "v1.20", "l", "update"]  # PEFT's keys of the last three are not their names
+    models = [EditModel(base, fast_config(steps=1, contexts=1), tokenizer) for _ in range(3)]
+    for model in models:
+        for name in names:
+            model.edit(TOWER, name=name)
+    keys = list(base.peft_config)
+    assert len(keys) == len(models) * len(names)
+    assert [name_of(key) for key in keys] == len(models) * names
 
 
 def test_an_edit_is_made_of_the_model_without_the_edits_of_another_wrapper(base, tokenizer):

@@ -169,7 +169,7 @@ def test_the_users_names_are_the_users(key, tokenizer, tmp_path):
     name = model.edit(TOWER).name
     assert name != key
     assert list(model.edits) == [name]
-    with pytest.raises(ValueError, match="There is"):
+    with pytest.raises(ValueError, match=f"carries an adapter '{key}' of your own: choose another name"):
         model.edit(MERKEL, name=key)
     with pytest.raises(ValueError, match="no edit"):
         model.delete_adapter(key)

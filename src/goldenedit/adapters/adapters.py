@@ -16,9 +16,9 @@ from goldenedit.adapters import ownership
 from goldenedit.adapters.factors import hash_of, insert
 from goldenedit.adapters.layers import base_of, tuner_layers
 from goldenedit.adapters.merging import Merge, merge_for_good, merged, merges_in
-from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in
+from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in, name_of
 from goldenedit.editors import LowRankDelta
-from goldenedit.storage.folder import Beside, edit_name, target_parameters
+from goldenedit.storage.folder import Beside, target_parameters
 
 
 class Adapters:
@@ -163,9 +163,15 @@ class Adapters:
             return
         ownership.check_in_effect(self.base)
         if lost := [name for name in self.active if name not in self.configs]:
+            remedy = "deleted them. Call unload(), and make or load the edits again."
+            if not tuner_layers(self.base):  # no weight tells which of the two it was
+                remedy = (
+                    "merged or unloaded all adapters. After a merge the weights hold the edits: load the base model "
+                    "again, and wrap it. Otherwise call unload(), and make or load the edits again."
+                )
             raise ValueError(
                 f"The adapters of the edits {lost} are no longer in the model: methods of PEFT or transformers have "
-                "deleted or merged them. Call unload(), and make or load the edits again."
+                + remedy
             )
         self.activate(self.active)
 
@@ -417,7 +423,7 @@ class Adapters:
         self.ensure()
         ownership.delete_lost_edits(self.base)
         marks = marks_in(self.base)
-        if others := [edit_name(key) for key, mark in marks.items() if mark.owner() is not self]:
+        if others := [name_of(key) for key, mark in marks.items() if mark.owner() is not self]:
             raise ValueError(
                 f"Another EditModel has edits in this model ({others[0]!r}), which would be lost. Save and unload() "
                 "them first, or merge a copy of the model."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +83,11 @@ def free_key(base: nn.Module, name: str) -> str:
     return key
 
 
+def name_of(key: str) -> str:
+    """Return the name of the edit of a key, without the number that `free_key` may have added."""
+    return edit_name(re.sub(r"(?<=.)%\d+$", "", key))
+
+
 def delete(base: nn.Module, key: str) -> None:
     """Remove an adapter from a model, even one that was only half added."""
     configs_in(base).pop(key, None)
@@ -107,7 +113,7 @@ def delete_lost_edits(base: nn.Module) -> None:
     """Remove the edits of EditModels that are gone, which nobody could switch on or off anymore."""
     for key, lost in marks_in(base).items():
         if lost.owner() is None:
-            logger.info("The edit %r is removed from the model: its EditModel is gone.", edit_name(key))
+            logger.info("The edit %r is removed from the model: its EditModel is gone.", name_of(key))
             delete_edit(base, key)
     unwrap_empty(base)
 
