@@ -465,8 +465,9 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             return f"edit_{number}"
         check_edit_name(name)
         if name in self.edits or name in self.adapters.loaded:
+            kind = "edit" if name in self.edits else "adapter"
             raise ValueError(
-                f"There is an edit {name!r} already: choose another name, or delete_adapter({name!r}) first."
+                f"There is an {kind} {name!r} already: choose another name, or delete_adapter({name!r}) first."
             )
         if name in self.peft_config:
             raise ValueError(f"The model carries an adapter {name!r} of your own: choose another name for the edit.")

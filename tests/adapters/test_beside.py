@@ -528,6 +528,46 @@ def test_load_adapter_takes_a_plain_lora(saved, tokenizer, tmp_path):
     assert torch.equal(logits(model.unload()), plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "option"),
+    [
+        ("llama", OTHER, {"init_lora_weights": "pissa"}),
+        ("llama", OTHER, {"init_lora_weights": "pissa_niter_4"}),
+        ("llama", OTHER, {"init_lora_weights": "olora"}),
+        ("gpt2", ["c_attn"], {"bias": "all"}),
+        ("llama", OTHER, {"layer_replication": [[0, 2], [1, 3]]}),
+    ],
+    ids=["pissa", "fast pissa", "olora", "biases", "replicated layers"],
+)
+def test_a_plain_adapter_that_changes_the_base_model_is_refused(name, targets, option, tokenizer, tmp_path):
+    user = get_peft_model(tiny_model(name), lora_config(targets, **option))
+    for path, parameter in user.named_parameters():
+        if path.endswith("bias"):
+            parameter.data += 1
+    user.save_pretrained(tmp_path)
+    base = tiny_model(name)
+    before, layers = logits(base), base.config.num_hidden_layers
+    model = get_edit_model(base, fast_config(), tokenizer)
+    with pytest.raises(ValueError, match=f"has {next(iter(option))}=.*merge_and_unload"):
+        model.load_adapter(tmp_path)
+    assert torch.equal(logits(model), before)
+    assert base.config.num_hidden_layers == layers
+    assert list(model.peft_config) == []
+
+
+@pytest.mark.parametrize("init", ["Gaussian", "orthogonal", "mica"])
+def test_a_plain_adapter_of_another_first_value_is_loaded(init, tokenizer, tmp_path):
+    get_peft_model(tiny_model("llama"), lora_config(init_lora_weights=init)).save_pretrained(tmp_path)
+    base = tiny_model("llama")
+    before = copy.deepcopy(base.state_dict())
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.load_adapter(tmp_path)
+    model.unload()
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_a_loaded_adapter_is_switched_off_where_it_is_not_named(saved, tokenizer):
     user = users_model(key="mine")
     model = get_edit_model(user, fast_config(), tokenizer)

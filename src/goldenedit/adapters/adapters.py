@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -329,10 +329,12 @@ class Adapters:
         """Load a plain LoRA adapter, not switched on. It is not an edit; `select` takes its key.
 
         Raises:
-            ValueError: There is an adapter of that key, or the adapter in the folder is not a LoRA of this model.
+            ValueError: There is an adapter of that key, or the adapter in the folder is not a LoRA of this model, or
+                PEFT would write into the base weights to load it.
         """
         if key in self.configs:
             raise ValueError(f"There is an adapter {key!r} already: load this one under another adapter_name.")
+        ownership.check_writes_nothing(PeftConfig.from_pretrained(str(folder)), folder)
         with self._keeping_trainable(loading=True) as others:
             try:
                 if isinstance(self.model, PeftModel):

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -19,6 +20,7 @@ from goldenedit.storage.folder import adapter_key, edit_name
 logger = logging.getLogger(__name__)
 
 _MARK = "_goldenedit"  # attribute of a LoraConfig
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # PEFT's others subtract from the base weights
 
 
 def _nobody() -> None:
@@ -134,6 +136,22 @@ def check_lora(model: PreTrainedModel | PeftModel) -> None:
             "first (merge_and_unload()), and edit the merged model."
         )
     check_in_effect(base)
+
+
+def check_writes_nothing(config: Any, folder: Path) -> None:
+    """Raise ValueError if PEFT changes the base model for good when it loads the adapter of a config."""
+    init = getattr(config, "init_lora_weights", True)
+    options = {
+        "init_lora_weights": (init.lower() if isinstance(init, str) else init) not in _INITS,
+        "bias": getattr(config, "bias", "none") != "none",
+        "layer_replication": bool(getattr(config, "layer_replication", None)),
+    }
+    if option := next((option for option, writes in options.items() if writes), None):
+        raise ValueError(
+            f"The adapter in {folder} has {option}={getattr(config, option)!r}, with which PEFT changes the base model "
+            "itself, even while the adapter is switched off. Load it with PEFT, merge it (merge_and_unload()), and "
+            "edit the merged model."
+        )
 
 
 def check_in_effect(base: nn.Module) -> None:
