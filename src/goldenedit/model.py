@@ -141,6 +141,20 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the active edits
         self._switched_off: list[str] | None = None  # edits that disable_adapter_layers() switched off
 
+    @property
+    def base_info(self) -> BaseModel:
+        """The base model, hashed again once this or another EditModel has merged adapters into its weights."""
+        if self._hashed_at != self.adapters.merges:
+            self.layer_selection = self._proxy_hash = None  # they belong to the old weights
+            with plain(self.adapters.base):
+                hashes = weight_hashes(self.adapters.base)
+            self.base_info = replace(self._base_info, revision=None, **vars(hashes))
+        return self._base_info
+
+    @base_info.setter
+    def base_info(self, info: BaseModel) -> None:
+        self._base_info, self._hashed_at = info, self.adapters.merges
+
     def _see_model(self) -> None:
         """Replace `lm` if the weights, the tokenizer or the user's active adapters have changed."""
         beside = "".join(entry.hash for entry in self.adapters.beside())
@@ -297,13 +311,14 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Switch on exactly these edits: one name, or a list of edits to stack.
 
-        Adapters that are not edits stay as they are, unless some of them are named.
+        This also switches the plain adapters that `load_adapter` added. Your own adapters stay as they are, unless some
+        of them are named.
 
         Raises:
             ValueError: There is no edit of that name.
         """
         self._switched_off = None
-        self.adapters.activate([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self.adapters.select([adapter_name] if isinstance(adapter_name, str) else adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an edit, or a plain adapter that was loaded. The others stay switched on or off as they are.
@@ -402,10 +417,7 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         merged = self.adapters.merge()
         self.model = merged
         self.edits, self._evaluations = {}, {}
-        self.layer_selection = self._proxy_hash = None  # they belong to the old weights
         merged.config.update(metadata)
-        if metadata:
-            self.base_info = replace(self.base_info, revision=None, **vars(weight_hashes(merged)))
         self._see_model()
         return merged
 
@@ -452,10 +464,13 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
                 number += 1
             return f"edit_{number}"
         check_edit_name(name)
-        if name in self.peft_config:
+        if name in self.edits or name in self.adapters.loaded:
+            kind = "edit" if name in self.edits else "adapter"
             raise ValueError(
-                f"There is an edit {name!r} already: choose another name, or delete_adapter({name!r}) first."
+                f"There is an {kind} {name!r} already: choose another name, or delete_adapter({name!r}) first."
             )
+        if name in self.peft_config:
+            raise ValueError(f"The model carries an adapter {name!r} of your own: choose another name for the edit.")
         return name
 
     # ------------------------------------------------------------------ the model, straight through

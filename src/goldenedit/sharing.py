@@ -148,7 +148,7 @@ class SharingMixin:
         Raises:
             ValueError: No selector has run, or the layers were read from the Hub.
         """
-        selection = self.layer_selection
+        base_info, selection = self.base_info, self.layer_selection  # in this order: new weights have no selection yet
         if selection is None:
             raise ValueError(
                 "No layer selector has run. Choose one with EditConfig.layer, such as 'lga', and call select_layer()."
@@ -159,21 +159,21 @@ class SharingMixin:
                 "selector to share layers of your own."
             )
         return GoldenLayers(
-            model=self.base_info.name_or_path,
-            fingerprint=self.base_info.fingerprint,
+            model=base_info.name_or_path,
+            fingerprint=base_info.fingerprint,
             selector=selection.selector,
             layers=selection.layers,
             scores=selection.scores,
             method=self.edit_config.method,
-            revision=self.base_info.revision,
-            architecture=self.base_info.architecture,
+            revision=base_info.revision,
+            architecture=base_info.architecture,
             facts=selection.facts,
             proxy_hash=self._proxy_hash,
             seconds=selection.cost.seconds,
             forward_equivalents=selection.forward_equivalents,
             versions=library_versions(),
-            signs=self.base_info.signs,
-            dtype=self.base_info.dtype,
+            signs=base_info.signs,
+            dtype=base_info.dtype,
         )
 
     def _check_base_name(self) -> None:

@@ -161,8 +161,8 @@ class StoringMixin:
         """Load the edits of another folder, not switched on; `set_adapter` does that.
 
         The folder or repository may also hold a plain LoRA adapter. It is not an edit: `set_adapter` switches it on
-        and off, new edits are made beside it, `delete_adapter` and `unload` remove it, and `save_pretrained` does not
-        save it.
+        where it is named, and off where it is not. New edits are made beside it, `delete_adapter` and `unload` remove
+        it, and `save_pretrained` does not save it.
 
         Raises:
             ValueError: As in `from_pretrained`, or a name is taken.

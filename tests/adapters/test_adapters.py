@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -15,7 +16,9 @@ from transformers.integrations.peft import PeftAdapterMixin
 from conformance_checks import FACTS
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.adapters import REFUSED_VERBS as REFUSED
+from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters.layers import tuner_layers
+from goldenedit.adapters.ownership import name_of
 from models import tiny_model
 from zoo import zoo_model
 
@@ -165,7 +168,7 @@ def test_a_merge_takes_no_edit_of_another_model(base, tokenizer):
     one.edit(TOWER)
     two.edit(MERKEL)
     edited, other = logits(one), logits(two)
-    with pytest.raises(ValueError, match="Another EditModel has edits in this model"):
+    with pytest.raises(ValueError, match=r"Another EditModel has edits in this model \('edit_1'\)"):
         one.merge_and_unload()
     assert torch.equal(logits(one), edited)
     assert torch.equal(logits(two), other)
@@ -181,13 +184,28 @@ def test_edits_that_someone_else_took_out_are_told(verb, base, tokenizer):
     model.edit(TOWER)
     getattr(user, verb)(*(["edit_1"] if verb == "delete_adapter" else []))
     for call in (lambda: logits(model), lambda: model.edit(MERKEL), model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"'edit_1'\] are no longer in the model.*unload\(\)"):
+        with pytest.raises(ValueError, match=r"'edit_1'\] are no longer in the model.*unload\(\)") as error:
             call()
+    if verb == "delete_adapter":
+        assert "deleted them. Call unload()" in str(error.value)
+    else:  # after a merge, unload() leaves the edits in the weights
+        assert "the weights hold the edits: load the base model again" in str(error.value)
     model.unload()
     assert model.edits == {}
     if verb != "merge_and_unload":
         assert torch.equal(logits(model), logits(tiny_model("llama")))
     model.edit(MERKEL)
+
+
+def test_every_key_of_an_edit_is_its_name_again(base, tokenizer):
+    names = ["edit_1", "v1.20", "l", "update"]  # PEFT's keys of the last three are not their names
+    models = [EditModel(base, fast_config(steps=1, contexts=1), tokenizer) for _ in range(3)]
+    for model in models:
+        for name in names:
+            model.edit(TOWER, name=name)
+    keys = list(base.peft_config)
+    assert len(keys) == len(models) * len(names)
+    assert [name_of(key) for key in keys] == len(models) * names
 
 
 def test_an_edit_is_made_of_the_model_without_the_edits_of_another_wrapper(base, tokenizer):
@@ -252,6 +270,43 @@ def test_a_model_with_edits_can_be_pickled(base, tokenizer, tmp_path):
     model.edit(TOWER)
     torch.save(model.get_base_model(), tmp_path / "model.pt")
     assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2 ties its embeddings
+def test_a_pickled_edit_model_owns_its_edits(name, tokenizer):
+    model = get_edit_model(tiny_model(name), fast_config(), tokenizer)
+    model.edit(TOWER)
+    edited = logits(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded), edited)
+    beside = get_edit_model(loaded.get_base_model(), fast_config(), tokenizer)
+    assert torch.equal(logits(beside), logits(tiny_model(name)))
+    assert torch.equal(logits(loaded), edited)
+    assert_near(logits(loaded.merge_and_unload()), edited)
+
+
+def test_edit_models_pickled_together_own_their_edits(base, tokenizer):
+    models = [get_edit_model(base, fast_config(layer=layer), tokenizer) for layer in (0, 1)]
+    for model, fact in zip(models, (TOWER, MERKEL), strict=True):
+        model.edit(fact)
+    edited = [logits(model) for model in models]
+    one, two = pickle.loads(pickle.dumps(models))
+    assert one.get_base_model() is two.get_base_model()
+    for _ in range(2):
+        assert torch.equal(logits(one), edited[0])
+        assert torch.equal(logits(two), edited[1])
+    two.unload()
+    assert_near(logits(one.merge_and_unload()), edited[0])
+
+
+def test_a_model_pickled_without_the_other_edit_model_has_only_its_own_edits(base, tokenizer):
+    one, two = (get_edit_model(base, fast_config(layer=layer), tokenizer) for layer in (0, 1))
+    one.edit(TOWER)
+    two.edit(MERKEL)
+    edited = logits(one)
+    loaded = pickle.loads(pickle.dumps(one))
+    assert_near(logits(loaded.merge_and_unload()), edited)
+    assert trainable(loaded.model) == trainable(tiny_model("llama"))
 
 
 def test_the_peft_model_of_a_lost_wrapper_can_be_wrapped(base, tokenizer):
@@ -453,3 +508,77 @@ def test_disabled_layers_come_back_and_a_new_edit_is_on(base, tokenizer):
     model.enable_adapter_layers()
     assert model.active_adapters == ["edit_2"]
     assert torch.equal(logits(model.unload()), plain)
+
+
+# ---------------------------------------------------------------------- what an error or an interrupt leaves
+
+
+def test_an_error_on_the_way_into_a_disabled_context_leaves_edits_on(base, tokenizer):
+    model = get_edit_model(base, fast_config(), tokenizer)
+    plain = logits(model)
+    model.edit(TOWER)
+    model.model.delete_adapter("edit_1")
+    with pytest.raises(ValueError, match="There is no edit 'edit_1'"), model.disable_adapter():
+        pass
+    model.unload()
+    model.edit(TOWER)
+    assert differ(logits(model), plain)
+
+
+def test_an_interrupt_on_the_way_into_a_disabled_context_leaves_edits_on(base, tokenizer, monkeypatch):
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.edit(TOWER)
+    edited = logits(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("goldenedit.adapters.layers.switch", interrupting_once(peft_layers.switch))
+        with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+            pass
+    assert torch.equal(logits(model), edited)
+
+
+def interrupting_once(function):
+    """Return a function that raises KeyboardInterrupt after its work, at its first call only."""
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        outcome = function(*args, **kwargs)
+        calls.append(outcome)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return outcome
+
+    return interrupted
+
+
+def test_a_combination_that_fails_in_peft_leaves_no_trace(base, tokenizer):
+    plain, asked = logits(base), trainable(base)
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.edit(TOWER)
+    model.edit(MERKEL)
+    edited = logits(model)
+    with pytest.raises(RuntimeError, match="driver"):
+        model.add_weighted_adapter(["edit_1", "edit_2"], [1.0, 1.0], "both", "svd", svd_driver="foo")
+    assert list(model.peft_config) == ["edit_1", "edit_2"]
+    assert torch.equal(logits(model), edited)
+    model.add_weighted_adapter(["edit_1", "edit_2"], [1.0, 1.0], "both", "svd")
+    assert model.unload() is base
+    assert not tuner_layers(base)
+    assert not hasattr(base, "peft_config")
+    assert torch.equal(logits(base), plain)
+    assert trainable(base) == asked
+
+
+@pytest.mark.parametrize("users", [False, True], ids=["a plain model", "a PeftModel"])
+def test_an_interrupt_while_peft_wraps_the_model_leaves_it_trainable(users, base, tokenizer, monkeypatch):
+    user = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")) if users else base
+    plain, asked = logits(base), trainable(base)
+    model = get_edit_model(user, fast_config(), tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraModel, "inject_adapter", interrupting_once(LoraModel.inject_adapter))
+        with pytest.raises(KeyboardInterrupt):
+            model.edit(TOWER)
+    assert trainable(base) == asked
+    model.edit(TOWER)
+    assert model.unload() is user
+    assert torch.equal(logits(base), plain)
+    assert trainable(base) == asked

@@ -169,7 +169,7 @@ def test_the_users_names_are_the_users(key, tokenizer, tmp_path):
     name = model.edit(TOWER).name
     assert name != key
     assert list(model.edits) == [name]
-    with pytest.raises(ValueError, match="There is"):
+    with pytest.raises(ValueError, match=f"carries an adapter '{key}' of your own: choose another name"):
         model.edit(MERKEL, name=key)
     with pytest.raises(ValueError, match="no edit"):
         model.delete_adapter(key)
@@ -528,6 +528,72 @@ def test_load_adapter_takes_a_plain_lora(saved, tokenizer, tmp_path):
     assert torch.equal(logits(model.unload()), plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "option"),
+    [
+        ("llama", OTHER, {"init_lora_weights": "pissa"}),
+        ("llama", OTHER, {"init_lora_weights": "pissa_niter_4"}),
+        ("llama", OTHER, {"init_lora_weights": "olora"}),
+        ("gpt2", ["c_attn"], {"bias": "all"}),
+        ("llama", OTHER, {"layer_replication": [[0, 2], [1, 3]]}),
+    ],
+    ids=["pissa", "fast pissa", "olora", "biases", "replicated layers"],
+)
+def test_a_plain_adapter_that_changes_the_base_model_is_refused(name, targets, option, tokenizer, tmp_path):
+    user = get_peft_model(tiny_model(name), lora_config(targets, **option))
+    for path, parameter in user.named_parameters():
+        if path.endswith("bias"):
+            parameter.data += 1
+    user.save_pretrained(tmp_path)
+    base = tiny_model(name)
+    before, layers = logits(base), base.config.num_hidden_layers
+    model = get_edit_model(base, fast_config(), tokenizer)
+    with pytest.raises(ValueError, match=f"has {next(iter(option))}=.*merge_and_unload"):
+        model.load_adapter(tmp_path)
+    assert torch.equal(logits(model), before)
+    assert base.config.num_hidden_layers == layers
+    assert list(model.peft_config) == []
+
+
+@pytest.mark.parametrize("init", ["Gaussian", "orthogonal", "mica"])
+def test_a_plain_adapter_of_another_first_value_is_loaded(init, tokenizer, tmp_path):
+    get_peft_model(tiny_model("llama"), lora_config(init_lora_weights=init)).save_pretrained(tmp_path)
+    base = tiny_model("llama")
+    before = copy.deepcopy(base.state_dict())
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.load_adapter(tmp_path)
+    model.unload()
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_loaded_adapter_is_switched_off_where_it_is_not_named(saved, tokenizer):
+    user = users_model(key="mine")
+    model = get_edit_model(user, fast_config(), tokenizer)
+    before = logits(model)
+    model.edit(TOWER)
+    edited = logits(model)
+    model.load_adapter(saved["lora"], "loaded")
+    assert torch.equal(logits(model), edited)
+    model.set_adapter(["edit_1", "loaded"])
+    assert model.adapters.others == ["mine", "loaded"]
+    stacked = logits(model)
+    assert differ(stacked, edited)
+    model.set_adapter("edit_1")
+    assert torch.equal(logits(model), edited)
+    model.set_adapter("loaded")
+    assert (model.active_adapters, model.adapters.others) == ([], ["mine", "loaded"])
+    model.set_adapter([])
+    assert torch.equal(logits(model), before)
+    model.set_adapter(["edit_1", "loaded"])
+    with model.disable_adapter():
+        assert model.adapters.others == ["mine", "loaded"]
+    model.disable_adapter_layers()
+    model.enable_adapter_layers()
+    assert torch.equal(logits(model), stacked)
+
+
 def test_load_adapter_takes_a_plain_lora_from_the_hub(hub, saved, tokenizer):
     user = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved["base"]), saved["lora"])
     user.push_to_hub("tester/lora")
@@ -546,6 +612,39 @@ def test_unload_takes_a_loaded_adapter_away(saved, tokenizer):
     model.set_adapter(["default", "edit_1"])
     assert model.unload() is base
     assert torch.equal(logits(base), plain)
+    assert trainable(base) == asked
+    assert not tuner_layers(base)
+
+
+@pytest.mark.parametrize("ending", ["unload", "delete", "merge"])
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_loaded_adapter_does_not_freeze_the_model(ending, edited, saved, tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(saved["base"])
+    asked = trainable(base)
+    model = get_edit_model(base, fast_config(), tokenizer)
+    model.load_adapter(saved["lora"])
+    if edited:
+        model.edit(TOWER)
+    if ending == "unload":
+        model.unload()
+    elif ending == "merge":
+        model.merge_and_unload()
+    else:
+        for name in list(model.peft_config):
+            model.delete_adapter(name)
+    assert trainable(base) == asked
+
+
+def test_an_interrupt_while_peft_loads_an_adapter_leaves_the_model_trainable(saved, tokenizer, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    base = AutoModelForCausalLM.from_pretrained(saved["base"])
+    asked = trainable(base)
+    model = get_edit_model(base, fast_config(), tokenizer)
+    monkeypatch.setattr(PeftModel, "load_adapter", interrupted)  # called once PEFT has frozen the model
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(saved["lora"])
     assert trainable(base) == asked
     assert not tuner_layers(base)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from goldenedit import EditModel, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
+from goldenedit.storage.fingerprint import fingerprint
 from models import tiny_model
 
 pytestmark = [
@@ -110,3 +112,45 @@ def test_a_sum_that_is_not_finite_is_refused_and_nothing_has_changed(tokenizer):
     assert_same_tensors(model.adapters.base.state_dict(), before)
     assert list(model.edits) == ["edit_1", "edit_2"]
     assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_a_merge_of_the_users_adapter_alone_is_a_new_base_model(tokenizer, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_edit_model(get_peft_model(tiny_model("llama"), lora), fast_config(), tokenizer)
+    before = model.base_info
+    merged = model.merge_and_unload()
+    assert model.base_info.fingerprint == fingerprint(merged) != before.fingerprint
+    model.edit(TOWER)
+    model.save_pretrained(tmp_path)
+    assert list(EditModel.from_pretrained(model.unload(), tmp_path, tokenizer=tokenizer).edits) == ["edit_1"]
+
+
+def test_a_merge_is_seen_by_the_other_edit_models_of_the_base(tokenizer, tmp_path):
+    base = tiny_model("llama")
+    one = get_edit_model(base, fast_config(), tokenizer)
+    other = get_edit_model(base, fast_config(layer="lga", proxy=[TOWER]), tokenizer)
+    before = other.base_info
+    one.edit(TOWER)
+    one.save_pretrained(tmp_path / "old")
+    merged = one.merge_and_unload()
+    with pytest.raises(ValueError, match="No layer selector has run"):  # on these weights
+        other.golden_layers()
+    assert other.base_info == one.base_info != before
+    assert other.base_info.fingerprint == fingerprint(merged)
+    with pytest.raises(ValueError, match="were made on"):
+        other.load_adapter(tmp_path / "old")
+    other.edit(MERKEL)
+    assert other.lm.weights == one.base_info
+    other.save_pretrained(tmp_path / "new")
+    assert list(EditModel.from_pretrained(other.unload(), tmp_path / "new", tokenizer=tokenizer).edits) == ["edit_1"]
+
+
+def test_a_merge_of_nothing_leaves_the_base_model_as_it_was(tokenizer):
+    model = get_edit_model(tiny_model("llama"), fast_config(), tokenizer)
+    model.base_info = before = replace(model.base_info, revision="0" * 40)
+    model.merge_and_unload()
+    assert model.base_info == before
+    model.edit(TOWER)
+    model.set_adapter([])
+    model.merge_and_unload()
+    assert model.base_info == before

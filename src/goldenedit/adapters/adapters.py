@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,10 +15,10 @@ from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters import ownership
 from goldenedit.adapters.factors import hash_of, insert
 from goldenedit.adapters.layers import base_of, tuner_layers
-from goldenedit.adapters.merging import Merge, merge_for_good, merged
-from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in
+from goldenedit.adapters.merging import Merge, merge_for_good, merged, merges_in
+from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in, name_of
 from goldenedit.editors import LowRankDelta
-from goldenedit.storage.folder import Beside, edit_name, target_parameters
+from goldenedit.storage.folder import Beside, target_parameters
 
 
 class Adapters:
@@ -53,14 +52,13 @@ class Adapters:
         ownership.delete_lost_edits(self.base)
         self._restore_given()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
-        """Return a copy that owns the edits in its own model."""
-        twin: Adapters = object.__new__(type(self))
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        for key in twin._keys.values():
-            ownership.hand_over(configs_in(twin.base)[key], twin)
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Own the edits in a copied or unpickled model: the copy of a model alone has edits that nobody owns."""
+        vars(self).update(state)
+        configs = configs_in(self.base)
+        for key in self._keys.values():
+            if key in configs:  # other code may have deleted it
+                ownership.hand_over(configs[key], self)
 
     # ------------------------------------------------------------------ what there is
 
@@ -90,6 +88,11 @@ class Adapters:
         """Return name and hash of the user's active adapters."""
         return [Beside(key, hash_of(self.base, key)) for key in self.others]
 
+    @property
+    def merges(self) -> int:
+        """How often EditModels have written adapters into the weights of the base, this one or another."""
+        return merges_in(self.base)
+
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if there is no edit of one of the names."""
         if unknown := [name for name in names if name not in self._keys]:
@@ -114,19 +117,38 @@ class Adapters:
 
     # ------------------------------------------------------------------ on and off
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Switch on exactly these edits. Adapters of the user stay as they are, unless some of their keys are given.
+    def select(self, names: Sequence[str]) -> None:
+        """Switch on exactly these edits and plain adapters of `load`, by name and by key.
+
+        Adapters of the user stay as they are, unless some of their keys are given.
 
         Raises:
             ValueError: There is no edit of one of the names.
         """
+        self._check_known(names)
+        others = [name for name in names if name not in self._keys]
+        if all(key in self._loaded for key in others):
+            others = [*(key for key in self.others if key not in self._loaded), *others]
+        self._activate([name for name in names if name in self._keys], others)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Switch on exactly these edits. All other adapters stay as they are.
+
+        Raises:
+            ValueError: There is no edit of one of the names.
+        """
+        self._check_known(names)
+        self._activate(names)
+
+    def _check_known(self, names: Sequence[str]) -> None:
         known = self.configs
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no edit {unknown[0]!r}; there are {list(known)}.")
-        others = [name for name in names if name not in self._keys]
-        self.active = [name for name in dict.fromkeys(names) if name in self._keys]
-        with self._keeping_trainable() as before:
-            self._apply(others or before)
+
+    def _activate(self, names: Sequence[str], others: Sequence[str] | None = None) -> None:
+        self.active = list(dict.fromkeys(names))
+        with self._keeping_trainable() as active_others:
+            self._apply(active_others if others is None else others)
 
     def ensure(self) -> None:
         """Switch on the active edits again if other code has switched adapters.
@@ -141,9 +163,15 @@ class Adapters:
             return
         ownership.check_in_effect(self.base)
         if lost := [name for name in self.active if name not in self.configs]:
+            remedy = "deleted them. Call unload(), and make or load the edits again."
+            if not tuner_layers(self.base):  # no weight tells which of the two it was
+                remedy = (
+                    "merged or unloaded all adapters. After a merge the weights hold the edits: load the base model "
+                    "again, and wrap it. Otherwise call unload(), and make or load the edits again."
+                )
             raise ValueError(
                 f"The adapters of the edits {lost} are no longer in the model: methods of PEFT or transformers have "
-                "deleted or merged them. Call unload(), and make or load the edits again."
+                + remedy
             )
         self.activate(self.active)
 
@@ -175,8 +203,8 @@ class Adapters:
         """Switch all edits off inside this context, also those made in it: the model is the one passed in."""
         ownership.check_in_effect(self.base)
         self._disabled += 1
-        self.activate(self.active)
         try:
+            self.activate(self.active)
             yield
         finally:
             self._disabled -= 1
@@ -194,10 +222,14 @@ class Adapters:
                 self.model.active_adapter = keys[0] if keys else next(iter(self.model.peft_config), "default")
 
     @contextmanager
-    def _keeping_trainable(self) -> Iterator[list[str]]:
-        """Yield the user's active adapters; what the user trains is trainable again after this context."""
+    def _keeping_trainable(self, loading: bool = False) -> Iterator[list[str]]:
+        """Yield the user's active adapters; what the user trains is trainable again after this context.
+
+        Without an adapter of the user, edits freeze the model until the last of them is removed. Loading a plain
+        adapter does not.
+        """
         others, trainable = self.others, []
-        if has_others(self.base):
+        if loading or has_others(self.base):
             factors_of_edits = {id(factor) for factor in self._factors_of_edits()}
             trainable = [parameter for parameter in self._trainable() if id(parameter) not in factors_of_edits]
         try:
@@ -232,12 +264,15 @@ class Adapters:
             ValueError: PEFT has no place for a factor.
         """
         active, disabled, self._disabled = self.active, self._disabled, 0
+        trainable = [] if marks_in(self.base) else self._trainable()
         try:
             for name, deltas in edits.items():
                 self.add(name, deltas)
             self.activate([*active, *edits] if on else active)
             yield
         except BaseException:
+            for parameter in trainable:  # PEFT freezes the model before the mark of the first edit is in it
+                parameter.requires_grad_(True)
             for name in edits:
                 self.remove(name)
             self.active = active
@@ -291,14 +326,16 @@ class Adapters:
         return lost
 
     def load(self, folder: Path, key: str) -> None:
-        """Load a plain LoRA adapter, not switched on. It is not an edit; `activate` takes its key.
+        """Load a plain LoRA adapter, not switched on. It is not an edit; `select` takes its key.
 
         Raises:
-            ValueError: There is an adapter of that key, or the adapter in the folder is not a LoRA of this model.
+            ValueError: There is an adapter of that key, or the adapter in the folder is not a LoRA of this model, or
+                PEFT would write into the base weights to load it.
         """
         if key in self.configs:
             raise ValueError(f"There is an adapter {key!r} already: load this one under another adapter_name.")
-        with self._keeping_trainable() as others:
+        ownership.check_writes_nothing(PeftConfig.from_pretrained(str(folder)), folder)
+        with self._keeping_trainable(loading=True) as others:
             try:
                 if isinstance(self.model, PeftModel):
                     self.model.load_adapter(str(folder), key)
@@ -338,6 +375,10 @@ class Adapters:
                 self.model.base_model.add_weighted_adapter(keys, list(weights), key, combination_type=how, **kwargs)
                 ownership.mark(self.model.peft_config[key], self, trainable)
                 self._keys[name] = key
+            except BaseException:  # PEFT adds the adapter before it computes the factors
+                self._keys.pop(name, None)
+                ownership.delete(self.base, key)
+                raise
             finally:
                 self._apply(others)
 
@@ -384,7 +425,7 @@ class Adapters:
         self.ensure()
         ownership.delete_lost_edits(self.base)
         marks = marks_in(self.base)
-        if others := [edit_name(key) for key, mark in marks.items() if mark.owner() is not self]:
+        if others := [name_of(key) for key, mark in marks.items() if mark.owner() is not self]:
             raise ValueError(
                 f"Another EditModel has edits in this model ({others[0]!r}), which would be lost. Save and unload() "
                 "them first, or merge a copy of the model."

@@ -15,6 +15,13 @@ from goldenedit.adapters.layers import changed_parameter, put, retrained_modules
 from goldenedit.architecture.experts import is_fused
 from goldenedit.architecture.layers import plain_weight
 
+_MERGES = "_goldenedit_merges"  # attribute of a base model
+
+
+def merges_in(base: nn.Module) -> int:
+    """Return how often `merge_for_good` has written into the weights of a model."""
+    return int(getattr(base, _MERGES, 0))
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -73,6 +80,8 @@ def merge_for_good(base: nn.Module, merge: Merge) -> None:
     for path, layer in offloaded.items():  # read now and again later: together they may not fit into memory
         with onload_layer(layer), _written(layer, getattr(layer.base_layer, changed_parameter(layer)), merge):
             _check_finite(path, getattr(layer.base_layer, changed_parameter(layer)))
+    if merge.others or merge.edits:
+        setattr(base, _MERGES, merges_in(base) + 1)
     for path, layer in in_memory.items():
         weights[path].data = sums[path]
         if path in biases:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -18,6 +20,7 @@ from goldenedit.storage.folder import adapter_key, edit_name
 logger = logging.getLogger(__name__)
 
 _MARK = "_goldenedit"  # attribute of a LoraConfig
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # PEFT's others subtract from the base weights
 
 
 def _nobody() -> None:
@@ -82,6 +85,11 @@ def free_key(base: nn.Module, name: str) -> str:
     return key
 
 
+def name_of(key: str) -> str:
+    """Return the name of the edit of a key, without the number that `free_key` may have added."""
+    return edit_name(re.sub(r"(?<=.)%\d+$", "", key))
+
+
 def delete(base: nn.Module, key: str) -> None:
     """Remove an adapter from a model, even one that was only half added."""
     configs_in(base).pop(key, None)
@@ -107,7 +115,7 @@ def delete_lost_edits(base: nn.Module) -> None:
     """Remove the edits of EditModels that are gone, which nobody could switch on or off anymore."""
     for key, lost in marks_in(base).items():
         if lost.owner() is None:
-            logger.info("The edit %r is removed from the model: its EditModel is gone.", edit_name(key))
+            logger.info("The edit %r is removed from the model: its EditModel is gone.", name_of(key))
             delete_edit(base, key)
     unwrap_empty(base)
 
@@ -128,6 +136,22 @@ def check_lora(model: PreTrainedModel | PeftModel) -> None:
             "first (merge_and_unload()), and edit the merged model."
         )
     check_in_effect(base)
+
+
+def check_writes_nothing(config: Any, folder: Path) -> None:
+    """Raise ValueError if PEFT changes the base model for good when it loads the adapter of a config."""
+    init = getattr(config, "init_lora_weights", True)
+    options = {
+        "init_lora_weights": (init.lower() if isinstance(init, str) else init) not in _INITS,
+        "bias": getattr(config, "bias", "none") != "none",
+        "layer_replication": bool(getattr(config, "layer_replication", None)),
+    }
+    if option := next((option for option, writes in options.items() if writes), None):
+        raise ValueError(
+            f"The adapter in {folder} has {option}={getattr(config, option)!r}, with which PEFT changes the base model "
+            "itself, even while the adapter is switched off. Load it with PEFT, merge it (merge_and_unload()), and "
+            "edit the merged model."
+        )
 
 
 def check_in_effect(base: nn.Module) -> None:
