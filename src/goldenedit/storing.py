@@ -69,7 +69,7 @@ class StoringMixin:
         def _new_name(self, name: str | None) -> str: ...
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
+        self, save_directory: str | os.PathLike[str], selected_adapters: str | list[str] | None = None
     ) -> None:
         """Save the active edits as one LoRA adapter with a sidecar and a model card.
 
@@ -78,7 +78,7 @@ class StoringMixin:
 
         Args:
             save_directory: The folder.
-            selected_adapters: Names of the edits to save; by default the active ones.
+            selected_adapters: Name or names of the edits to save; by default the active ones.
 
         Raises:
             ValueError: There is nothing to save.
@@ -98,8 +98,9 @@ class StoringMixin:
             )
         write_edit_folder(Path(save_directory), content, render_card(content))
 
-    def _content(self, names: Sequence[str]) -> EditFolder:
-        """Return the content of an edit folder with these edits."""
+    def _content(self, names: str | Sequence[str]) -> EditFolder:
+        """Return the content of an edit folder with these edits. A name that occurs twice counts once."""
+        names = list(dict.fromkeys([names] if isinstance(names, str) else names))
         if not names:
             raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
         edits = [self._edit(name) for name in names]
