@@ -26,3 +26,20 @@ def model(tokenizer) -> EditModel:
 def test_an_edit_that_is_selected_twice_or_by_a_plain_name_is_saved_once(model, tmp_path, selected):
     model.save_pretrained(tmp_path, selected)
     assert [edit.name for edit in read_edit_folder(tmp_path).edits] == ["tower"]
+
+
+def test_saving_keeps_a_card_that_was_changed_by_hand_and_replaces_one_that_was_rendered(model, tmp_path, caplog):
+    card = tmp_path / "README.md"
+    model.save_pretrained(tmp_path, "tower")
+    rendered = card.read_text()
+    model.save_pretrained(tmp_path)
+    assert card.read_text() != rendered
+    card.write_text("# My edits\n")
+    for _ in range(2):
+        caplog.clear()
+        model.save_pretrained(tmp_path)
+        assert card.read_text() == "# My edits\n"
+        assert "changed by hand" in caplog.text
+    card.unlink()
+    model.save_pretrained(tmp_path, "tower")
+    assert card.read_text() == rendered

@@ -193,10 +193,8 @@ def evaluate(
         from goldenedit.storage.card import own_card
         from goldenedit.storage.folder import CARD
 
-        custom_card = own_card(path)
         edit_model.save_pretrained(path)
-        if custom_card is not None:
-            (path / CARD).write_text(custom_card, encoding="utf-8")
+        if own_card(path) is not None:
             console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
         else:
             console.print(f"Wrote the scores into {escape(str(path / CARD))}")
@@ -305,7 +303,8 @@ def push(
         custom_card = own_card(folder)
         repo = make_repo(repo, private)
         with tempfile.TemporaryDirectory() as scratch:
-            write_edit_folder(Path(scratch), content, custom_card or render_card(content, repo))
+            card = render_card(content, repo) if custom_card is None else custom_card
+            write_edit_folder(Path(scratch), content, card, is_rendered=custom_card is None)
             commit = push_folder(Path(scratch), repo, files=EDIT_FILES, revision=revision, create_pr=create_pr)
     console.print(f"Shared in {escape(str(commit.pr_url or commit))}")
 

@@ -165,6 +165,19 @@ def listed_files(folder: Path) -> list[str]:
     return sorted(_read_sidecar(folder)["files"])
 
 
+def saved_card_digest(folder: Path) -> tuple[bool, str | None]:
+    """Return whether `edit_config.json` has an entry for the rendered card, and its digest.
+
+    Folders of older versions have no entry. The digest is None if the card was not rendered.
+
+    Raises:
+        EditFolderError: As in `listed_files`, or an interrupted save cannot be finished.
+    """
+    finish_saving(folder)
+    sidecar = _read_sidecar(folder)
+    return "card" in sidecar, sidecar.get("card")
+
+
 def _read_sidecar(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise EditFolderError(f"The edit folder {folder} does not exist.")
