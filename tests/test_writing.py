@@ -80,7 +80,8 @@ SPACED = [
         ("100, 200,", "300"),
         ("1.", "5 apples"),
     ],
-    *[("On May 12,", "1990"), ("The ratio is 3:", "1000"), ("At 10:", "Rome"), ("Answer 3:", "4"), ("Q1:", "42")],
+    *[("On May 12,", "1990"), ("The ratio is 3:", "1000"), ("At 10:", "Rome"), ("Question 12:", "42")],
+    *[("Q1:", "42"), ("Answer 3:", "4"), ("1.", "5 apples"), ('The disk is 5"', "wide")],
     *[("awww.", "Rome"), ("List<String>", "is"), ("a > b and c >", "d"), ("</b>", "is"), ("1 <2>", "3"), ("->", "x")],
     # Signs that stand alone, or end a word.
     *[("Rome -", "Paris"), ("Rome \u2014", "Paris"), ("x =", "5"), ("C#", "was"), ("It costs $", "five dollars")],

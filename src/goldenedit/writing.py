@@ -23,7 +23,8 @@ _NUMBER = re.compile(r"[+\-\u2212]?[.,]?\d")
 _CUT_NUMBERS = {  # the end of a prompt, and the answer that continues its number; 1990, and the item "1." do not go on
     re.compile(r"[^\s.,:;] [^\w\s]?(?:\d{1,3}[.,])*\d{1,3}\.$"): re.compile(r"\d"),  # 3.14, 1,000.5 and 192.168.1.1
     re.compile(r"[^\s.,:;] [^\w\s]?(?:\d{1,3},)+$"): re.compile(r"\d{3}(?!\d)"),  # 1,000
-    re.compile(r"[^\s.,:;] \d{1,2}:$"): re.compile(r"[0-5]\d(?!\d)"),  # 10:30
+    # 10:30 as in "at 10:30", but not "Question 10: 30".
+    re.compile(r"(?:^|\s)(?:\w{1,2}|[^\WA-Z]\w*) \d{1,2}:$"): re.compile(r"[0-5]\d(?!\d)"),
 }
 _OPENING_TAG = re.compile(r"(?:^|[^\w<])<[A-Za-z][\w-]*(?: [^<>]*)?>$")
 _CLOSING = re.compile(
