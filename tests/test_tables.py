@@ -27,6 +27,6 @@ def test_control_characters_of_a_fact_do_not_reach_the_terminal(control):
     assert "[red]!" in output
 
 
-@pytest.mark.parametrize("text", ["two\nlines", "नक्‍षा", "می‌خواهم", "👩‍👩‍👧", "[bold]Köln[/bold]", "a\\"])
+@pytest.mark.parametrize("text", ["two\nlines", "नक्‍षा", "می‌خواهم", "👩‍👩‍👧", "[bold]Köln[/bold]", "a\\b"])
 def test_text_of_every_script_is_printed_verbatim(text):
     assert printed(printable(text)) == f"{text}\n"

@@ -332,9 +332,11 @@ def _problem(delta: LowRankDelta, rank: int) -> str | None:
 
 def _parse_json(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
+        content = json.loads(data.decode(), parse_constant=_refuse_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # raises ValueError for half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise EditFolderError(f"{path} cannot be read: {error}") from error
+    return content
 
 
 def _refuse_constant(name: str) -> float:
