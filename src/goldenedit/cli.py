@@ -40,7 +40,7 @@ Layer = Annotated[
 ]
 Edits = Annotated[str, typer.Argument(help="An edit folder, or a repository on the Hub.")]
 Base = Annotated[str | None, typer.Option(help="The base model, if it cannot be loaded by its recorded name.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="The folder to save the edit in.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")]
 
 
 @app.command()
@@ -61,7 +61,7 @@ def locate(
     editor: Annotated[str, typer.Option(help="The editor for `sweep`, `key_response` and `published`.")] = "r-rome",
     loss: Annotated[str, typer.Option(help="The loss of `lga`: `sequence` or `answer`.")] = "sequence",
     kappa: Annotated[float, typer.Option(help="The width of the outlier fence, in interquartile ranges.")] = 1.0,
-    plot: Annotated[Path | None, typer.Option(help="Save the chart as an image in this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the chart as an image in this file.")] = None,
     push: Annotated[
         str | None, typer.Option(help="Share the result in this repository on the Hub, for `--layer hub:REPO`.")
     ] = None,
@@ -135,7 +135,10 @@ def edit(
     from goldenedit.cost import profiling
     from goldenedit.lm.chat import rendered
     from goldenedit.lm.flops import forward_flops
+    from goldenedit.storage.folder import check_edit_name
 
+    if name is not None:
+        check_edit_name(name)
     if file is not None:
         if prompt is not None or subject is not None or target is not None:
             raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
@@ -174,7 +177,9 @@ def evaluate(
     ] = None,
     model: Base = None,
     generation: Annotated[bool, typer.Option(help="Also let both models generate freely.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save all scores in this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Save all scores in this JSON file.")
+    ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
 ) -> None:
     """Evaluate the edits in FOLDER against the base model."""
@@ -312,7 +317,7 @@ def push(
 @app.command()
 def export(
     folder: Edits,
-    gguf: Annotated[Path, typer.Option(help="The file to write.")],
+    gguf: Annotated[Path, typer.Option(dir_okay=False, help="The file to write.")],
     model: Base = None,
 ) -> None:
     """Write the edits in FOLDER as a LoRA adapter for llama.cpp: `llama-cli -m base.gguf --lora FILE`."""
@@ -333,9 +338,9 @@ def export(
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="A packaged model, a model on the Hub, or a folder.")] = "smollm2",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to save the edit in.")] = Path(
-        "eiffel-in-rome"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")
+    ] = Path("eiffel-in-rome"),
 ) -> None:
     """Try it on a real model: find the golden layer, move the Eiffel Tower to Rome, save, and load with PEFT alone."""
     from goldenedit.demo import run_demo
@@ -374,7 +379,7 @@ def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, Pr
 def parse_layer(text: str) -> int | list[int] | str:
     """Parse a layer option: a word, a number, or numbers with commas between."""
     numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdigit() for number in numbers):
+    if not all(number.isdecimal() for number in numbers):
         return text
     return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
 
