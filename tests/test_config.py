@@ -249,6 +249,14 @@ def test_a_record_is_read_where_its_editor_and_its_selector_are_not_installed():
         _ = config.selector
 
 
+@pytest.mark.parametrize("name", [entry.name for entry in fields(EditConfig) if entry.type == "bool"])
+@pytest.mark.parametrize("value", ["no", None, 0, 1.0], ids=repr)
+def test_a_switch_takes_only_true_and_false(name, value):
+    assert isinstance(getattr(EditConfig(), name), bool)
+    with pytest.raises(ValueError, match=f"EditConfig.{name} must be True or False"):
+        EditConfig(**{name: value})
+
+
 @pytest.mark.parametrize("method", ["mend", "alpha edit"])
 def test_an_unknown_method_is_told_with_what_there_is(method):
     with pytest.raises(UnknownNameError, match=rf"Unknown method '{method}' in EditConfig\. Use one of .*'r-rome'"):
@@ -267,11 +275,3 @@ def test_what_means_nothing_is_refused_in_a_record_too(name, value):
 def test_a_record_of_what_is_installed_is_read_as_any_other():
     config = EditConfig("memit", layer=2, covariance_weight=3.0)
     assert EditConfig.read(config.to_dict()) == config
-
-
-@pytest.mark.parametrize("name", [entry.name for entry in fields(EditConfig) if entry.type == "bool"])
-@pytest.mark.parametrize("value", ["no", None, 0, 1.0], ids=repr)
-def test_a_switch_takes_only_true_and_false(name, value):
-    assert isinstance(getattr(EditConfig(), name), bool)
-    with pytest.raises(ValueError, match=f"EditConfig.{name} must be True or False"):
-        EditConfig(**{name: value})
