@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,16 @@ def test_every_command_has_help_and_describes_its_options(command):
 
 @pytest.mark.parametrize(
     ("text", "layer"),
-    [("3", 3), (" 3 ", 3), ("1,2", [1, 2]), ("4, 2", [4, 2]), ("lga", "lga"), ("-1", "-1"), ("1,,2", "1,,2")],
+    [
+        ("3", 3),
+        (" 3 ", 3),
+        ("1,2", [1, 2]),
+        ("4, 2", [4, 2]),
+        ("lga", "lga"),
+        ("-1", "-1"),
+        ("1,,2", "1,,2"),
+        ("\u00b2", "\u00b2"),
+    ],
 )
 def test_a_layer_is_a_word_a_number_or_numbers(text, layer):
     assert parse_layer(text) == layer
@@ -158,6 +168,8 @@ def test_options_of_a_benchmark_are_names_with_values(capsys, arguments):
         (["edit", "{}", *FACT[:3], "The Louvre", *FACT[4:], *BY_HAND], "'The Louvre' is not in the prompt"),
         (["edit", "{}", "--file", "no-such-file.json"], "no-such-file.json"),
         (["edit", "no/such/model/here", *FACT, *BY_HAND], "no/such/model/here"),
+        (["edit", "no/such/model/here", *FACT, *BY_HAND, "--name", "a/b"], "'a/b'"),  # before loading
+        (["edit", "{}", *FACT, "--layer", "\u00b2"], "layer '\u00b2'"),
         (["locate", "{}", "--proxy", "no-such-file.json"], "no-such-file.json"),
         (["locate", "{}", "--loss", "mean"], "lga_loss 'mean'"),
         (["show", "no-such-folder"], "no-such-folder"),
@@ -180,6 +192,23 @@ def test_a_fact_is_given_whole_or_as_a_file(capsys, options):
     code, _, complaint = run(capsys, "edit", "model", *options)
     assert code == 2
     assert "--file" in complaint
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["edit", "no/such/model", *FACT, "-o", "{file}"], ["demo", "--model", "no/such/model", "-o", "{file}"]),
+        *(["locate", "no/such/model", "--plot", "{folder}"], ["evaluate", "no/such/edit", "-o", "{folder}"]),
+        ["export", "no/such/edit", "--gguf", "{folder}"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_output_of_the_wrong_kind_is_refused_before_anything_is_loaded(capsys, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    paths = {"{file}": str(tmp_path / "file"), "{folder}": str(tmp_path)}
+    code, _, complaint = run(capsys, *(paths.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert re.search("is a (file|directory)", " ".join(complaint.replace("│", " ").split()))
 
 
 def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):

@@ -249,6 +249,14 @@ def test_a_record_is_read_where_its_editor_and_its_selector_are_not_installed():
         _ = config.selector
 
 
+@pytest.mark.parametrize("name", [entry.name for entry in fields(EditConfig) if entry.type == "bool"])
+@pytest.mark.parametrize("value", ["no", None, 0, 1.0], ids=repr)
+def test_a_switch_takes_only_true_and_false(name, value):
+    assert isinstance(getattr(EditConfig(), name), bool)
+    with pytest.raises(ValueError, match=f"EditConfig.{name} must be True or False"):
+        EditConfig(**{name: value})
+
+
 @pytest.mark.parametrize("method", ["mend", "alpha edit"])
 def test_an_unknown_method_is_told_with_what_there_is(method):
     with pytest.raises(UnknownNameError, match=rf"Unknown method '{method}' in EditConfig\. Use one of .*'r-rome'"):

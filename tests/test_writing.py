@@ -30,6 +30,12 @@ TIED = [
         ("x=", "5"),
     ],
     *[("La capitale de l'", "Italie"), ("qu\u2019", "il"), ("Sean O'", "Brien")],
+    # Inside a number, an address, or an HTML element.
+    *[("The value of pi is 3.", "14"), ("costs $3.", "50"), ("The address is 192.168.", "1.1"), ("is -1,234.", "5")],
+    *[("has 1,", "000 seats"), ("has 12,345,", "678"), ("At 10:", "30"), ("at 9:", "05 in the morning")],
+    *[("visit www.", "google.com"), ("WWW.", "x.org"), ("<b>", "Rome"), ('is <a href="x">', "Rome"), ("Rome", "</b>")],
+    # A straight quote behind a digit closes if one is open.
+    *[('The 12" single is "', "Blue"), ('He said "Route 66', '" loudly'), ('"A" is 5" and "B', '" is')],
     # Before closing punctuation.
     *[("Rome", mark) for mark in (".", ",", "!", "?", ":", ";", ")", "]", "}", "…", ", the city", ". It", "%")],
     *[("25", "% of it"), ("Rome", "'s capital"), ("Rome", "\u2019s"), ("they", "'re"), ("do", "n't")],
@@ -58,6 +64,25 @@ SPACED = [
         ("`x`", "is"),
     ],
     *[("the dogs'", "owner"), ("the \u201890s band\u2019", "x"), ("\u201cit\u2019s Rome\u201d", "is")],
+    # An inch mark is no quote.
+    *[
+        ('The 12" single is', '"Blue"'),
+        ('A 5" disk is made by', '"Sony"'),
+        ('The disk is 5"', "wide"),
+        ('5" x 7"', "x"),
+    ],
+    *[('He said "Route 66"', "loudly"), ('The "Apollo 11" and', '"Rome"')],
+    # Numbers that end, lists and times of other kinds.
+    *[
+        ("In 1990,", "300 men"),
+        ("It was in 1990.", "5 men"),
+        ("1, 2, 3,", "4"),
+        ("100, 200,", "300"),
+        ("1.", "5 apples"),
+    ],
+    *[("On May 12,", "1990"), ("The ratio is 3:", "1000"), ("At 10:", "Rome"), ("Question 12:", "42")],
+    *[("Q1:", "42"), ("Answer 3:", "4"), ("1.", "5 apples"), ('The disk is 5"', "wide")],
+    *[("awww.", "Rome"), ("List<String>", "is"), ("a > b and c >", "d"), ("</b>", "is"), ("1 <2>", "3"), ("->", "x")],
     # Signs that stand alone, or end a word.
     *[("Rome -", "Paris"), ("Rome \u2014", "Paris"), ("x =", "5"), ("C#", "was"), ("It costs $", "five dollars")],
     ("The capital of France is ____", "Paris"),

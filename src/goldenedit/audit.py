@@ -13,6 +13,7 @@ but the first, whose keys depend on the values inserted in earlier layers.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from goldenedit.storage.folder import joined_state
 if TYPE_CHECKING:
     from goldenedit.model import EditModel
     from goldenedit.storage.folder import Edit
+
+logger = logging.getLogger(__name__)
 
 # Largest acceptable `unexplained`. An edit of SmolLM2 has 1e-7 in float32, and 0.03 with rows computed in bfloat16.
 UNEXPLAINED = 0.2
@@ -100,8 +103,12 @@ def _audit(model: EditModel, edit: Edit, previous: Mapping[str, Tensor]) -> Edit
     is_key_based = all(
         config.has_editor and config.editor.learns == "values" and config.regularizer is None for config in edit.configs
     )
-    # An edit joined from edits with different configs has no rows of a single editor.
-    rows = _rows(model, edit, edit.config, previous) if is_key_based and edit.config is not None else {}
+    rows: dict[str, Tensor] = {}
+    if is_key_based and edit.config is not None:  # an edit joined from edits with different configs has none
+        try:
+            rows = _rows(model, edit, edit.config, previous)
+        except (ValueError, IndexError, OverflowError, RuntimeError) as error:  # the constants may be a stranger's
+            logger.warning("The rows of edit %r cannot be computed with its config: %s", edit.name, error)
     modules = []
     for path, delta in edit.deltas.items():
         weight = weight_of(model.get_base_model(), path)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.benchmark.command import benchmark_app
+from goldenedit.tables import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ Layer = Annotated[
 ]
 Edits = Annotated[str, typer.Argument(help="An edit folder, or a repository on the Hub.")]
 Base = Annotated[str | None, typer.Option(help="The base model, if it cannot be loaded by its recorded name.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="The folder to save the edit in.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")]
 
 
 @app.command()
@@ -61,7 +61,7 @@ def locate(
     editor: Annotated[str, typer.Option(help="The editor for `sweep`, `key_response` and `published`.")] = "r-rome",
     loss: Annotated[str, typer.Option(help="The loss of `lga`: `sequence` or `answer`.")] = "sequence",
     kappa: Annotated[float, typer.Option(help="The width of the outlier fence, in interquartile ranges.")] = 1.0,
-    plot: Annotated[Path | None, typer.Option(help="Save the chart as an image in this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the chart as an image in this file.")] = None,
     push: Annotated[
         str | None, typer.Option(help="Share the result in this repository on the Hub, for `--layer hub:REPO`.")
     ] = None,
@@ -89,7 +89,7 @@ def locate(
         except ValueError as error:
             if selector != "all":
                 raise
-            console.print(f"{name}: {escape(str(error))}")
+            console.print(f"{name}: {printable(str(error))}")
             continue
         assert wrapped.layer_selection is not None
         selections.append(wrapped.layer_selection)
@@ -102,11 +102,11 @@ def locate(
         from goldenedit.plots import plot_selections
 
         plot_selections(selections, plot, model, kappa)
-        console.print(f"Saved the chart in {escape(str(plot))}")
+        console.print(f"Saved the chart in {printable(str(plot))}")
     if push is not None and is_first:
         from goldenedit.storage.hub import push_golden_layers
 
-        console.print(f"Shared in {escape(str(push_golden_layers(records, push)))}")
+        console.print(f"Shared in {printable(str(push_golden_layers(records, push)))}")
 
 
 @app.command()
@@ -135,7 +135,10 @@ def edit(
     from goldenedit.cost import profiling
     from goldenedit.lm.chat import rendered
     from goldenedit.lm.flops import forward_flops
+    from goldenedit.storage.folder import check_edit_name
 
+    if name is not None:
+        check_edit_name(name)
     if file is not None:
         if prompt is not None or subject is not None or target is not None:
             raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
@@ -163,7 +166,7 @@ def edit(
         from goldenedit.storage.folder import folder_size
 
         edit_model.save_pretrained(output)
-        console.print(f"Saved in {escape(str(output))}, {folder_size(output) / 1000:.1f} KB")
+        console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
 
 
 @app.command()
@@ -174,7 +177,9 @@ def evaluate(
     ] = None,
     model: Base = None,
     generation: Annotated[bool, typer.Option(help="Also let both models generate freely.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save all scores in this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Save all scores in this JSON file.")
+    ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
 ) -> None:
     """Evaluate the edits in FOLDER against the base model."""
@@ -193,16 +198,14 @@ def evaluate(
         from goldenedit.storage.card import own_card
         from goldenedit.storage.folder import CARD
 
-        custom_card = own_card(path)
         edit_model.save_pretrained(path)
-        if custom_card is not None:
-            (path / CARD).write_text(custom_card, encoding="utf-8")
+        if own_card(path) is not None:
             console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
         else:
-            console.print(f"Wrote the scores into {escape(str(path / CARD))}")
+            console.print(f"Wrote the scores into {printable(str(path / CARD))}")
     if output is not None:
         output.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
-        console.print(f"Saved in {escape(str(output))}")
+        console.print(f"Saved in {printable(str(output))}")
 
 
 @app.command()
@@ -231,15 +234,15 @@ def show(
     path = find_folder(folder)
     content = read_edit_folder(path)
     summary = Table.grid(padding=(0, 2))
-    summary.add_row("base model", escape(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
+    summary.add_row("base model", printable(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
     for config in content.configs:
         selector = config.layer if isinstance(config.layer, str) else "hand"
-        summary.add_row("editor", config.method)
-        summary.add_row("layer", escape(f"{config.target_layer}, chosen by {selector}"))
-        summary.add_row("key covariance", escape(config.covariance))
+        summary.add_row("editor", printable(config.method))
+        summary.add_row("layer", printable(f"{config.target_layer}, chosen by {selector}"))
+        summary.add_row("key covariance", printable(config.covariance))
     for stored in content.edits:
         for module, delta in stored.deltas.items():
-            summary.add_row(escape(stored.name), escape(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
+            summary.add_row(printable(stored.name), printable(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
     summary.add_row("size", f"{folder_size(path) / 1000:.1f} KB")
     console.print(summary)
     console.print(tables.facts_table(content.edits))
@@ -256,13 +259,13 @@ def show_audit(folder: Path, model: str | None) -> None:
         _, base, tokenizer = load_edits(str(folder), model, use_safetensors=True)
     except (OSError, ValueError) as error:
         text = f"The base model was not found, so the edits were not replayed. Pass --model. ({error})"
-        console.print(escape(text), style="yellow")
+        console.print(printable(text), style="yellow")
         return
     audits = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
     console.print(tables.audit_table(audits))
     for edit_audit in audits:
         for warning in edit_audit.warnings:
-            console.print(f"Warning: edit {edit_audit.name!r}: {warning}.", style="bold red", markup=False)
+            console.print(printable(f"Warning: edit {edit_audit.name!r}: {warning}."), style="bold red")
     if any(edit_audit.warnings for edit_audit in audits):
         return
     if any(module.unexplained is None for edit_audit in audits for module in edit_audit.modules):
@@ -305,15 +308,16 @@ def push(
         custom_card = own_card(folder)
         repo = make_repo(repo, private)
         with tempfile.TemporaryDirectory() as scratch:
-            write_edit_folder(Path(scratch), content, custom_card or render_card(content, repo))
+            card = render_card(content, repo) if custom_card is None else custom_card
+            write_edit_folder(Path(scratch), content, card, is_rendered=custom_card is None)
             commit = push_folder(Path(scratch), repo, files=EDIT_FILES, revision=revision, create_pr=create_pr)
-    console.print(f"Shared in {escape(str(commit.pr_url or commit))}")
+    console.print(f"Shared in {printable(str(commit.pr_url or commit))}")
 
 
 @app.command()
 def export(
     folder: Edits,
-    gguf: Annotated[Path, typer.Option(help="The file to write.")],
+    gguf: Annotated[Path, typer.Option(dir_okay=False, help="The file to write.")],
     model: Base = None,
 ) -> None:
     """Write the edits in FOLDER as a LoRA adapter for llama.cpp: `llama-cli -m base.gguf --lora FILE`."""
@@ -328,15 +332,15 @@ def export(
     name, revision = loading.base_of(content.base_model, model)
     pinned = {} if revision is None else {"revision": revision}
     export_gguf(content, AutoConfig.from_pretrained(loading.model_source(name), **pinned), gguf)
-    console.print(f"Saved in {escape(str(gguf))}")
+    console.print(f"Saved in {printable(str(gguf))}")
 
 
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="A packaged model, a model on the Hub, or a folder.")] = "smollm2",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to save the edit in.")] = Path(
-        "eiffel-in-rome"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")
+    ] = Path("eiffel-in-rome"),
 ) -> None:
     """Try it on a real model: find the golden layer, move the Eiffel Tower to Rome, save, and load with PEFT alone."""
     from goldenedit.demo import run_demo
@@ -348,7 +352,7 @@ def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
     """Load a model and its tokenizer, with a status line while loading."""
     from goldenedit import loading
 
-    with console.status(f"Loading {escape(name)}"):
+    with console.status(f"Loading {printable(name)}"):
         return loading.load_model(name, **options)
 
 
@@ -375,7 +379,7 @@ def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, Pr
 def parse_layer(text: str) -> int | list[int] | str:
     """Parse a layer option: a word, a number, or numbers with commas between."""
     numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdigit() for number in numbers):
+    if not all(number.isdecimal() for number in numbers):
         return text
     return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
 
@@ -386,7 +390,7 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(arguments)
     except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {escape(str(message))}")
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {printable(str(message))}")
         sys.exit(1)
 
 

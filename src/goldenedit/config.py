@@ -272,6 +272,9 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     def _check_numbers(self) -> None:
         bounded = {entry.name: entry for entry in fields(self) if "whole" in entry.metadata}
         check_fields("EditConfig", bounded, {name: getattr(self, name) for name in bounded})
+        for name in ("anchor_bare_prompt", "relative_constants"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"EditConfig.{name} must be True or False, got {getattr(self, name)!r}.")
         if self.batch_size != "auto":
             check_number("EditConfig.batch_size", self.batch_size, least=1, whole=True)
         check_number("EditConfig.proxy_size", self.proxy_size, least=1, whole=True, optional=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -19,7 +18,7 @@ from goldenedit.config import EditConfig
 from goldenedit.loading import load_model
 from goldenedit.model import EditModel, get_edit_model
 from goldenedit.storage.folder import folder_size
-from goldenedit.tables import layer_chart
+from goldenedit.tables import layer_chart, printable
 
 PROMPT = "The Eiffel Tower is located in the city of"
 SUBJECT = "The Eiffel Tower"
@@ -71,7 +70,7 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     table = Table("", "before", "after")
     for kind, text in PROMPTS.items():
         after = _complete(model, text)
-        table.add_row(kind, *(f"{escape(text)}[bold]{escape(answer)}[/bold]" for answer in (before[kind], after)))
+        table.add_row(kind, *(f"{printable(text)}[bold]{printable(answer)}[/bold]" for answer in (before[kind], after)))
     console.print(table)
 
     console.rule("3. Save, and load without goldenedit")

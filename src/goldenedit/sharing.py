@@ -38,7 +38,7 @@ class SharingMixin:
         """Names of the active edits."""
         raise NotImplementedError
 
-    def _content(self, names: Sequence[str]) -> EditFolder:
+    def _content(self, names: str | Sequence[str]) -> EditFolder:
         raise NotImplementedError
 
     def push_to_hub(

@@ -17,9 +17,10 @@ from goldenedit.adapters import Adapters, check_fits
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS, LowRankDelta
-from goldenedit.storage.card import render_card
+from goldenedit.storage.card import own_card, render_card
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
+    CARD,
     EDIT_CONFIG,
     BaseModel,
     Edit,
@@ -69,16 +70,17 @@ class StoringMixin:
         def _new_name(self, name: str | None) -> str: ...
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: list[str] | None = None
+        self, save_directory: str | os.PathLike[str], selected_adapters: str | list[str] | None = None
     ) -> None:
         """Save the active edits as one LoRA adapter with a sidecar and a model card.
 
         An edit that is in the folder already is replaced as a whole, or kept as a whole if saving fails. The next load
-        or save completes a save that was killed. Other files in the folder stay.
+        or save completes a save that was killed. Other files in the folder stay, and so does a model card that was
+        changed by hand.
 
         Args:
             save_directory: The folder.
-            selected_adapters: Names of the edits to save; by default the active ones.
+            selected_adapters: Name or names of the edits to save; by default the active ones.
 
         Raises:
             ValueError: There is nothing to save.
@@ -96,10 +98,20 @@ class StoringMixin:
                 rank,
                 pays,
             )
-        write_edit_folder(Path(save_directory), content, render_card(content))
+        folder = Path(save_directory)
+        custom_card = own_card(folder)
+        if custom_card is None:
+            write_edit_folder(folder, content, render_card(content))
+        else:
+            write_edit_folder(folder, content, custom_card, is_rendered=False)
+            logger.warning(
+                "%s was changed by hand, so it stays as it is. To get a new card, delete it and save again.",
+                folder / CARD,
+            )
 
-    def _content(self, names: Sequence[str]) -> EditFolder:
-        """Return the content of an edit folder with these edits."""
+    def _content(self, names: str | Sequence[str]) -> EditFolder:
+        """Return the content of an edit folder with these edits. A name that occurs twice counts once."""
+        names = list(dict.fromkeys([names] if isinstance(names, str) else names))
         if not names:
             raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
         edits = [self._edit(name) for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -16,6 +17,21 @@ if TYPE_CHECKING:
     from goldenedit.evaluation.evaluate import Evaluation
     from goldenedit.layer_scores import LayerSelection, Selector
     from goldenedit.storage.folder import Edit
+
+
+_KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
+
+
+def printable(text: str) -> str:
+    """Return a text as rich prints it verbatim: without markup, and with U+FFFD in place of control characters.
+
+    The text of a stranger must not move the cursor, hide other text or change the direction of writing.
+    """
+    return escape("".join("\ufffd" if _is_control(character) else character for character in text))
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in _KEPT
 
 
 def layer_chart(selection: LayerSelection, kappa: float, width: int = 40) -> Table:
@@ -66,7 +82,7 @@ def facts_table(edits: list[Edit]) -> Table:
             row = (edit.name, fact.request.shown, fact.request.target_new)
             probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}")
             style, mark = (None, "") if fact.takes else ("yellow", "does not take")
-            table.add_row(*map(escape, row), *probabilities, mark, style=style)
+            table.add_row(*map(printable, row), *probabilities, mark, style=style)
     return table
 
 
@@ -93,7 +109,7 @@ def editors_table(editors: Sequence[Editor]) -> Table:
             for name, entry in editor.fields.items()
         ]
         for index, row in enumerate(rows or [("", "", "")]):
-            table.add_row(*((editor.name, editor.paper) if index == 0 else ("", "")), *map(escape, row))
+            table.add_row(*((editor.name, editor.paper) if index == 0 else ("", "")), *map(printable, row))
     return table
 
 
@@ -101,7 +117,9 @@ def selectors_table(selectors: Sequence[Selector]) -> Table:
     """Return the layer selectors with their papers."""
     table = Table("layer selector", "paper", "what it does")
     for selector in selectors:
-        table.add_row(selector.name, selector.paper, escape((selector.function.__doc__ or "").strip().split("\n")[0]))
+        table.add_row(
+            selector.name, selector.paper, printable((selector.function.__doc__ or "").strip().split("\n")[0])
+        )
     return table
 
 
@@ -112,5 +130,5 @@ def audit_table(audits: Sequence[EditAudit]) -> Table:
         for module in audit.modules:
             share = "unknown" if module.unexplained is None else f"{module.unexplained:.1%}"
             norm = "unknown" if module.norm is None else f"{module.norm:.2%}"
-            table.add_row(escape(audit.name), escape(module.path), norm, share)
+            table.add_row(printable(audit.name), printable(module.path), norm, share)
     return table

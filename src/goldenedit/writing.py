@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from itertools import pairwise
 
 # Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese have no spaces between words. Korean has.
 _UNSPACED = re.compile(
@@ -19,8 +20,16 @@ _GERMAN_PAIRS = {"\u201e": "\u201c", "\u201a": "\u2018", "\u00bb": "\u00ab", "\u
 _OPENING = (*_QUOTE_PAIRS, *_GERMAN_PAIRS)
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"  # hyphens, dashes and the minus sign
 _NUMBER = re.compile(r"[+\-\u2212]?[.,]?\d")
+_CUT_NUMBERS = {  # the end of a prompt, and the answer that continues its number; 1990, and the item "1." do not go on
+    re.compile(r"[^\s.,:;] [^\w\s]?(?:\d{1,3}[.,])*\d{1,3}\.$"): re.compile(r"\d"),  # 3.14, 1,000.5 and 192.168.1.1
+    re.compile(r"[^\s.,:;] [^\w\s]?(?:\d{1,3},)+$"): re.compile(r"\d{3}(?!\d)"),  # 1,000
+    # 10:30 as in "at 10:30", but not "Question 10: 30".
+    re.compile(r"(?:^|\s)(?:\w{1,2}|[^\WA-Z]\w*) \d{1,2}:$"): re.compile(r"[0-5]\d(?!\d)"),
+}
+_OPENING_TAG = re.compile(r"(?:^|[^\w<])<[A-Za-z][\w-]*(?: [^<>]*)?>$")
 _CLOSING = re.compile(
     r"[,;:!?)\]}]"
+    r"|</\w"
     r"|[.\u2026](?!\w)"  # not .NET and .5
     r"|[%\u2030](?!\w)"  # not %d
     rf"|[{_APOSTROPHES}](?:s|d|m|t|re|ve|ll)(?![\w-])(?!\s[A-Z])"  # Rome's and they're, not 's-Hertogenbosch, 't Hooft
@@ -54,8 +63,9 @@ def joint_of(prompt: str, answer: str) -> str:
     The result is empty in these cases:
 
     - the prompt ends with whitespace, or the answer begins with it;
-    - the prompt ends with an opening bracket or quote, with a currency sign before a number, or with a slash, a hyphen
-      or another character that ties words together;
+    - the prompt ends with an opening bracket, quote or HTML tag, with a currency sign before a number, or with a slash,
+      a hyphen or another character that ties words together;
+    - the prompt ends inside a number that the answer continues, as in `3.` and `14`, or with `www.`;
     - the answer begins with closing punctuation;
     - prompt and answer are in scripts without spaces between words, such as Chinese, Japanese and Thai.
     """
@@ -103,6 +113,11 @@ def _ties(prompt: str, answer: str) -> bool:
         return not is_detached
     if last == "*":
         return prompt.endswith("**") and prompt.count("**") % 2 == 1
+    if last in ".,:":
+        is_cut = any(end.search(prompt) and rest.match(answer) for end, rest in _CUT_NUMBERS.items())
+        return is_cut or re.search(r"(?:^|\W)www\.$", prompt, re.IGNORECASE) is not None
+    if last == ">":
+        return _OPENING_TAG.search(prompt) is not None
     return category == "Ps" or last in "/\\@\u00bf\u00a1" or _is_opening_quote(prompt) or _is_elision(prompt)
 
 
@@ -110,7 +125,7 @@ def _is_opening_quote(prompt: str) -> bool:
     """Return whether a prompt ends with an opening quote."""
     last, before = prompt[-1], prompt[-2:-1]
     if last in ('"', "`"):
-        return prompt.count(last) % 2 == 1
+        return _has_open(prompt, last)
     if last == "'":  # usually an apostrophe, so the character before it decides
         return not before or before.isspace() or unicodedata.category(before) in ("Ps", "Pi", "Pd")
     return last in _OPENING and last in _open_quotes(prompt)[-1:]
@@ -130,9 +145,18 @@ def _is_closing(prompt: str, answer: str) -> bool:
         return True
     first = answer[:1]
     if first == '"':
-        return prompt.count(first) % 2 == 1
+        return _has_open(prompt, first)
     innermost = _open_quotes(prompt)[-1:]
     return any(first in (_QUOTE_PAIRS.get(quote), _GERMAN_PAIRS.get(quote)) for quote in innermost)
+
+
+def _has_open(text: str, quote: str) -> bool:
+    """Return whether a text opens a straight quote and does not close it; the inch mark in 12" opens none."""
+    is_open = False
+    for before, character in pairwise(f" {text}"):
+        if character == quote and (is_open or not (quote == '"' and before.isdigit())):
+            is_open = not is_open
+    return is_open
 
 
 def _open_quotes(text: str) -> list[str]:

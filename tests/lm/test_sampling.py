@@ -86,3 +86,13 @@ def test_the_likeliest_token_alone_is_the_greedy_text(tokenizer):
         for _ in range(5):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_contexts_that_the_model_cannot_take_are_refused_before_sampling(name, tokenizer):
+    lm = LanguageModel(tiny_model(name), tokenizer)
+    assert lm.max_length is not None
+    for length in (lm.max_length, 999):
+        with pytest.raises(ValueError, match=rf"Contexts of {length} tokens .* EditConfig\.context_length"):
+            sample_contexts(lm, 3, length, seed=0)
+    assert len(sample_contexts(lm, 3, lm.max_length - 10, seed=0)) == 3

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import given
@@ -117,6 +117,7 @@ def test_any_record_comes_back(tmp_path_factory, record):
         b'{"format_version": 1, "golden_layers": [null]}',
         b'{"format_version": 1, "golden_layers": ["text"]}',
         b'{"format_version": 1, "golden_layers": [{}]}',
+        json.dumps({"format_version": 1, "golden_layers": [asdict(replace(LLAMA, model="org/\ud800"))]}).encode(),
     ],
     ids=lambda content: repr(content[:60]),
 )

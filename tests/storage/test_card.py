@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from contents import delta, edit_folder, made_by
+from contents import change_json, delta, edit_folder, made_by
 from huggingface_hub import ModelCard
 
 from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS
-from goldenedit.storage.card import render_card
-from goldenedit.storage.folder import BaseModel, Edit, EditFolder
+from goldenedit.storage.card import own_card, render_card
+from goldenedit.storage.folder import CARD, EDIT_CONFIG, BaseModel, Edit, EditFolder, write_edit_folder
 from models import tiny_model
 
 EXPECTED = Path(__file__).with_name("card.md")
@@ -206,3 +206,37 @@ def test_an_evaluation_goes_into_the_card_and_comes_back_with_the_edit(tokenizer
     again.set_adapter("tower")
     again.save_pretrained(tmp_path / "other")
     assert "## Evaluation" not in (tmp_path / "other" / "README.md").read_text()
+
+
+CARD_BY_HAND = "# My edit\n\nWhy: a test.\n"
+
+
+def save_as_before(folder: Path, card: str) -> None:
+    """Write an edit folder like a version that stored no digest of the card."""
+    write_edit_folder(folder, edit_folder(), card)
+    change_json(folder / EDIT_CONFIG, lambda sidecar: sidecar.pop("card"))
+
+
+def test_a_rendered_card_is_told_from_one_that_was_changed(tmp_path):
+    write_edit_folder(tmp_path, edit_folder(), render_card(edit_folder(), "me/edit"))
+    assert own_card(tmp_path) is None  # the words of the template may change with the version
+    (tmp_path / CARD).write_text(CARD_BY_HAND)
+    assert own_card(tmp_path) == CARD_BY_HAND
+    write_edit_folder(tmp_path, edit_folder(), CARD_BY_HAND, is_rendered=False)
+    assert own_card(tmp_path) == CARD_BY_HAND
+
+
+def test_a_rendered_card_of_an_older_version_does_not_count_as_changed(tmp_path):
+    in_other_words = render_card(edit_folder()).replace("*before* and *after*: the probability", "Before: probability")
+    save_as_before(tmp_path, in_other_words)
+    assert own_card(tmp_path) is None
+    for changed in (CARD_BY_HAND, in_other_words + "\nWhy: a test.\n"):
+        (tmp_path / CARD).write_text(changed)
+        assert own_card(tmp_path) == changed
+
+
+def test_a_damaged_folder_has_no_card_to_keep(tmp_path):
+    write_edit_folder(tmp_path, edit_folder(), CARD_BY_HAND, is_rendered=False)
+    (tmp_path / EDIT_CONFIG).write_text("{")
+    assert own_card(tmp_path) is None
+    assert own_card(tmp_path / "nothing") is None

@@ -115,3 +115,9 @@ def test_without_gguf_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r'pip install "goldenedit\[gguf\]"'):
         export_gguf(edit_folder(), LLAMA, tmp_path / "edit.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder\. Give the file to write, such as .*edit\.gguf"):
+        export_gguf(edit_folder(), LLAMA, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -553,3 +553,14 @@ def damaged(tmp_path_factory, name, change):
         yield _written[0]
     finally:
         path.write_bytes(data)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "Rome\udfff", "\udf00\ud83c"], ids=ascii)
+def test_half_of_a_surrogate_pair_is_an_error_that_names_the_file(folder, text):
+    rewrite(folder, EDITS, lambda edits: edits[0]["facts"][0].update(target_new=text))
+    assert_refused(folder, EDITS, "surrogates")
+
+
+def test_a_whole_surrogate_pair_that_is_escaped_reads(folder):
+    rewrite(folder, EDITS, lambda edits: edits[0]["facts"][0].update(target_new="\U0001f3db"))  # JSON escapes it as two
+    assert read_edit_folder(folder).edits[0].facts[0].request.target_new == "\U0001f3db"

@@ -24,10 +24,19 @@ def sample_contexts(lm: TokenizedModel, count: int, length: int, seed: int) -> l
     """Return `count` prefixes: the empty one, then sampled texts of up to `length` tokens, each ending in `". "`.
 
     Meng et al. 2022 (ROME, section 3.1) prepend such texts, so that an edit holds wherever its prompt appears.
+
+    Raises:
+        ValueError: The model does not take texts that long.
     """
     if count <= 1:
         return [""]
     openings = [_OPENINGS[index % len(_OPENINGS)] for index in range(count - 1)]
+    longest = length + max(len(prompt_tokens(lm.tokenizer, opening)) for opening in openings)
+    if lm.max_length is not None and longest > lm.max_length:
+        raise ValueError(
+            f"Contexts of {length} tokens are too long: the model takes {lm.max_length} tokens, with the prompt. Set "
+            "EditConfig.context_length to a smaller number, such as 10."
+        )
     sampled = sample_continuations(lm, openings, length, seed)
     # A context is a plain sentence before the prompt: one line without special tokens.
     return ["", *(" ".join(text.split()) + ". " for text in sampled)]

@@ -128,6 +128,7 @@ def read_golden_layers(path: Path) -> list[GoldenLayers]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # raises ValueError for half of a surrogate pair
         version = content["format_version"]
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(f"format version {version!r} instead of {FORMAT_VERSION}")

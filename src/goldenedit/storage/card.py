@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -14,12 +15,17 @@ from huggingface_hub import EvalResult, ModelCardData
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS, Editor
 from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
-from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder
+from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, EditFolderError, card_digest
 from goldenedit.storage.hub import is_on_hub
-from goldenedit.storage.reading import read_edit_folder
+from goldenedit.storage.reading import saved_card_digest
 
 _SHOWN = 20
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Cards of folders whose version of the library stored no digest: all sections of the template, and nothing after them.
+_OLD_CARD = re.compile(
+    r"---\n.*\n# Knowledge edit of .*\n## Load it\n.*\n## How it was made\n.*\n## Side effects and misuse\n\n.[^\n]*\n",
+    re.DOTALL,
+)
 _PLACEHOLDER = "path/to/this/folder"
 _FAMILIES = {
     "probability": "share of prompts where the new answer is likelier than the old one; on neighbors, the reverse",
@@ -79,10 +85,20 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
 
 
 def own_card(folder: Path) -> str | None:
-    """Return the card of an edit folder if someone changed it by hand, and None if it is as rendered."""
+    """Return the card of an edit folder if someone wrote or changed it by hand.
+
+    The result is None if the card is as rendered, or if there is no card or no valid `edit_config.json`.
+    """
+    try:
+        has_digest, digest = saved_card_digest(folder)
+    except EditFolderError:
+        return None
     path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else None
-    return None if text is None or text == render_card(read_edit_folder(folder)) else text
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    is_rendered = card_digest(text) == digest if has_digest else _OLD_CARD.fullmatch(text) is not None
+    return None if is_rendered else text
 
 
 def _methods(content: EditFolder) -> list[str]:

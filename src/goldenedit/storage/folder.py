@@ -414,11 +414,17 @@ def facts_of(edits: Sequence[Edit]) -> list[dict[str, Any]]:
     return [{"name": edit.name, "facts": [fact.to_dict() for fact in edit.facts]} for edit in edits]
 
 
-def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
+def write_edit_folder(folder: Path, content: EditFolder, card: str, is_rendered: bool = True) -> None:
     """Write an edit folder in one step.
 
     If the save is interrupted, the next load gives either all old edits or all new ones, see
     `goldenedit.storage.atomic`.
+
+    Args:
+        folder: The folder.
+        content: The edits.
+        card: The text of `README.md`.
+        is_rendered: Whether the card was rendered from the edits, so that a later save may replace it.
     """
     offset = 0
     records = []
@@ -457,6 +463,7 @@ def write_edit_folder(folder: Path, content: EditFolder, card: str) -> None:
         "evaluation": content.evaluation,
         "versions": content.versions,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+        "card": card_digest(card) if is_rendered else None,  # not in "files": users may change their cards
     }
     sidecar["digest"] = sidecar_digest(sidecar)
     files |= {EDIT_CONFIG: _json(sidecar), CARD: card.encode()}
@@ -494,6 +501,11 @@ def sidecar_digest(sidecar: Mapping[str, Any]) -> str:
     """Return the digest of the content of `edit_config.json`, except its entry `digest`; independent of whitespace."""
     rest = {name: value for name, value in sidecar.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def card_digest(card: str) -> str:
+    """Return the digest of the text of a card."""
+    return hashlib.sha256(card.encode()).hexdigest()
 
 
 def _json(content: Any) -> bytes:

@@ -54,7 +54,8 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         path: The file to write, replaced in one step.
 
     Raises:
-        ValueError: llama.cpp does not support the model, or does not store an edited module unchanged.
+        ValueError: llama.cpp does not support the model, or does not store an edited module unchanged, or `path` is a
+            folder.
         ModuleNotFoundError: The package gguf is not installed.
     """
     try:
@@ -63,6 +64,8 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         raise ModuleNotFoundError(
             'Writing a GGUF adapter needs the package gguf: pip install "goldenedit[gguf]"'
         ) from error
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Give the file to write, such as {path / 'edit.gguf'}.")
     if config.model_type not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise ValueError(

@@ -165,6 +165,19 @@ def listed_files(folder: Path) -> list[str]:
     return sorted(_read_sidecar(folder)["files"])
 
 
+def saved_card_digest(folder: Path) -> tuple[bool, str | None]:
+    """Return whether `edit_config.json` has an entry for the rendered card, and its digest.
+
+    Folders of older versions have no entry. The digest is None if the card was not rendered.
+
+    Raises:
+        EditFolderError: As in `listed_files`, or an interrupted save cannot be finished.
+    """
+    finish_saving(folder)
+    sidecar = _read_sidecar(folder)
+    return "card" in sidecar, sidecar.get("card")
+
+
 def _read_sidecar(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise EditFolderError(f"The edit folder {folder} does not exist.")
@@ -319,9 +332,11 @@ def _problem(delta: LowRankDelta, rank: int) -> str | None:
 
 def _parse_json(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
+        content = json.loads(data.decode(), parse_constant=_refuse_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # raises ValueError for half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise EditFolderError(f"{path} cannot be read: {error}") from error
+    return content
 
 
 def _refuse_constant(name: str) -> float:

@@ -1,0 +1,45 @@
+"""How an EditModel saves and loads edit folders."""
+
+from __future__ import annotations
+
+import pytest
+
+from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.storage.reading import read_edit_folder
+from models import tiny_model
+
+TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
+MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
+FAST = {"layer": 1, "steps": 2, "contexts": 1, "covariance": "identity", "contrast": 0}
+
+
+@pytest.fixture
+def model(tokenizer) -> EditModel:
+    """A tiny model with two edits."""
+    model = get_edit_model(tiny_model("llama"), EditConfig(**FAST), tokenizer)
+    model.edit(TOWER, name="tower")
+    model.edit(MERKEL, name="merkel")
+    return model
+
+
+@pytest.mark.parametrize("selected", ["tower", ["tower", "tower"]], ids=repr)
+def test_an_edit_that_is_selected_twice_or_by_a_plain_name_is_saved_once(model, tmp_path, selected):
+    model.save_pretrained(tmp_path, selected)
+    assert [edit.name for edit in read_edit_folder(tmp_path).edits] == ["tower"]
+
+
+def test_saving_keeps_a_card_that_was_changed_by_hand_and_replaces_one_that_was_rendered(model, tmp_path, caplog):
+    card = tmp_path / "README.md"
+    model.save_pretrained(tmp_path, "tower")
+    rendered = card.read_text()
+    model.save_pretrained(tmp_path)
+    assert card.read_text() != rendered
+    card.write_text("# My edits\n")
+    for _ in range(2):
+        caplog.clear()
+        model.save_pretrained(tmp_path)
+        assert card.read_text() == "# My edits\n"
+        assert "changed by hand" in caplog.text
+    card.unlink()
+    model.save_pretrained(tmp_path, "tower")
+    assert card.read_text() == rendered
