@@ -41,7 +41,6 @@ from goldenedit.storage.folder import (
     BaseModel,
     Edit,
     EditedFact,
-    check_edit_name,
     joined,
     joined_state,
 )
@@ -452,26 +451,6 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
             self.edits = {name: edit for name, edit in self.edits.items() if name not in edits}
             self.model = self.adapters.model
             raise
-
-    def _edit(self, name: str) -> Edit:
-        self.adapters.check([name])
-        return self.edits[name]
-
-    def _new_name(self, name: str | None) -> str:
-        if name is None:
-            number = 1
-            while f"edit_{number}" in self.peft_config:
-                number += 1
-            return f"edit_{number}"
-        check_edit_name(name)
-        if name in self.edits or name in self.adapters.loaded:
-            kind = "edit" if name in self.edits else "adapter"
-            raise ValueError(
-                f"There is an {kind} {name!r} already: choose another name, or delete_adapter({name!r}) first."
-            )
-        if name in self.peft_config:
-            raise ValueError(f"The model carries an adapter {name!r} of your own: choose another name for the edit.")
-        return name
 
     # ------------------------------------------------------------------ the model, straight through
 

@@ -25,6 +25,7 @@ from goldenedit.storage.folder import (
     BaseModel,
     Edit,
     EditFolder,
+    check_edit_name,
     joined,
     write_edit_folder,
 )
@@ -64,10 +65,6 @@ class StoringMixin:
         def _adding(
             self, edits: Mapping[str, Mapping[str, LowRankDelta]], on: bool = True
         ) -> AbstractContextManager[None]: ...
-
-        def _edit(self, name: str) -> Edit: ...
-
-        def _new_name(self, name: str | None) -> str: ...
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: str | list[str] | None = None
@@ -232,3 +229,23 @@ class StoringMixin:
                 folder,
                 sorted(inactive),
             )
+
+    def _edit(self, name: str) -> Edit:
+        self.adapters.check([name])
+        return self.edits[name]
+
+    def _new_name(self, name: str | None) -> str:
+        if name is None:
+            number = 1
+            while f"edit_{number}" in self.adapters.configs:
+                number += 1
+            return f"edit_{number}"
+        check_edit_name(name)
+        if name in self.edits or name in self.adapters.loaded:
+            kind = "edit" if name in self.edits else "adapter"
+            raise ValueError(
+                f"There is an {kind} {name!r} already: choose another name, or delete_adapter({name!r}) first."
+            )
+        if name in self.adapters.configs:
+            raise ValueError(f"The model carries an adapter {name!r} of your own: choose another name for the edit.")
+        return name

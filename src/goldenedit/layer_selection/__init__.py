@@ -12,8 +12,9 @@ from goldenedit.layer_selection.causal_tracing import causal_tracing_scores
 from goldenedit.layer_selection.cells import CellStore, Outcome, edit_score
 from goldenedit.layer_selection.key_response import key_response_scores
 from goldenedit.layer_selection.lga import lga_scores
+from goldenedit.layer_selection.proxies import proxy_hash, proxy_set
 from goldenedit.layer_selection.published import PUBLISHED_LAYERS, published_layers
-from goldenedit.layer_selection.select import choose, find_layers, proxy_hash, proxy_set, select_layer
+from goldenedit.layer_selection.select import choose, find_layers, select_layer
 from goldenedit.layer_selection.selectivity import selectivity_scores
 
 __all__ = [

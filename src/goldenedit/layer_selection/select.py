@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -26,12 +25,13 @@ from goldenedit.layer_scores import (
     tukey_filter,
 )
 from goldenedit.layer_selection.brute_force import edit_constants
+from goldenedit.layer_selection.proxies import proxy_hash, proxy_set
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.covariance import source_name
 from goldenedit.lm.flops import forward_flops
 from goldenedit.parallel import failing_together
-from goldenedit.requests import EditRequest, load_requests, proxy_facts
+from goldenedit.requests import EditRequest
 from goldenedit.storage.atlas import read_golden_layers, record_for
 from goldenedit.storage.fingerprint import Hashed
 from goldenedit.storage.hub import find_golden_layers
@@ -174,31 +174,6 @@ def choose(config: EditConfig) -> int | list[int]:
         "best": sorted(layer for layer in best if within_fence[layer].isfinite()),
     }[config.layer_pattern]
     return layers[0] if len(layers) == 1 else layers
-
-
-def proxy_set(config: EditConfig) -> list[EditRequest]:
-    """Return the facts that layer selectors compare layers on.
-
-    Raises:
-        ValueError: `config.proxy` is not an existing file, or has no facts.
-    """
-    if config.proxy is None:
-        facts = proxy_facts()
-    elif isinstance(config.proxy, str):
-        if not Path(config.proxy).is_file():
-            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file. Use a .json or .jsonl file of facts.")
-        facts = load_requests(config.proxy)
-    else:
-        facts = config.proxy
-    if not facts:
-        raise ValueError("EditConfig.proxy has no facts. Add at least one.")
-    return facts[: config.proxy_size]
-
-
-def proxy_hash(facts: list[EditRequest]) -> str:
-    """Return a short hash of facts."""
-    records = [fact.to_dict() for fact in facts]
-    return hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> LayerSelection | None:
