@@ -272,9 +272,9 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     def _check_numbers(self) -> None:
         bounded = {entry.name: entry for entry in fields(self) if "whole" in entry.metadata}
         check_fields("EditConfig", bounded, {name: getattr(self, name) for name in bounded})
-        for name in ("anchor_bare_prompt", "relative_constants"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"EditConfig.{name} must be True or False, got {getattr(self, name)!r}.")
+        for entry in fields(self):
+            if isinstance(entry.default, bool) and not isinstance(value := getattr(self, entry.name), bool):
+                raise ValueError(f"EditConfig.{entry.name} must be True or False, got {value!r}.")
         if self.batch_size != "auto":
             check_number("EditConfig.batch_size", self.batch_size, least=1, whole=True)
         check_number("EditConfig.proxy_size", self.proxy_size, least=1, whole=True, optional=True)
@@ -318,20 +318,18 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     @property
     def editor_options(self) -> dict[str, Any]:
         """The values of the editor's options, by name; None for a default that depends on the units in use."""
-        entries = self.editor.fields
-        defaults = self.editor.options()
-        values = {name: getattr(defaults, name) for name in entries}
-        is_own = isinstance(self, self.editor.options)
-        inherited = {
-            entry.name for base in self.editor.options.__mro__[1:] if is_dataclass(base) for entry in fields(base)
+        options = self.editor.options
+        if isinstance(self, options):
+            return {name: getattr(self, name) for name in self.editor.fields}
+        defaults = options()
+        inherited = {entry.name for base in options.__mro__[1:] if is_dataclass(base) for entry in fields(base)}
+        keywords = {
+            entry.name: value
+            for entry in fields(self)
+            # An editor may have another default for an option it inherits, so only values that differ count.
+            if entry.name in inherited and (value := getattr(self, entry.name)) != entry.default
         }
-        for entry in fields(self):
-            if entry.name not in entries or not (is_own or entry.name in inherited):
-                continue
-            value = getattr(self, entry.name)
-            if is_own or value != entry.default:  # an editor may have another default for an option it inherits
-                values[entry.name] = value
-        return {**values, **self.options}
+        return {**{name: getattr(defaults, name) for name in self.editor.fields}, **keywords, **self.options}
 
     def constant(self, name: str) -> Any:
         """Return the value of an editor's option, or its default in the units in use."""

@@ -118,17 +118,10 @@ def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[
     for name, value in values.items():
         entry = entries[name]
         bounds = entry.metadata
-        if bounds.get("least") is not None or bounds.get("above") is not None:
-            check_number(
-                f"{where}.{name}",
-                value,
-                least=bounds.get("least"),
-                above=bounds.get("above"),
-                whole=bounds["whole"],
-                optional=entry.default is None,
-            )
-        elif bounds.get("whole") or isinstance(value, float):
-            check_number(f"{where}.{name}", value, whole=bool(bounds.get("whole")), optional=entry.default is None)
+        least, above, whole = bounds.get("least"), bounds.get("above"), bool(bounds.get("whole"))
+        if least is not None or above is not None or whole or isinstance(value, float):
+            is_optional = entry.default is None
+            check_number(f"{where}.{name}", value, least=least, above=above, whole=whole, optional=is_optional)
         if entry.default is not MISSING and entry.default is not None and not _is_alike(value, entry.default):
             raise ValueError(f"{where}.{name} must be of the type of its default {entry.default!r}, got {value!r}.")
 

@@ -68,12 +68,9 @@ class LanguageModel(TokenizedModel):
 
         For an editor that does not read key statistics, nothing is computed.
         """
-        if config.editor.learns == "values" and not config.editor.reads_statistics:
+        if _inserts_without_statistics(config):
             return dict.fromkeys(layers, UnreadStatistics())
         options = _statistics_options(config)
-        for (_, *streamed_options), streamed in self._streamed.items():  # those that the cache could not store
-            if streamed_options == options:
-                self._statistics |= {(layer, *options): kept for layer, kept in streamed.in_memory.items()}
         missing = [layer for layer in layers if (layer, *options) not in self._statistics]
         if missing:
             with phase("key statistics"):
@@ -92,11 +89,14 @@ class LanguageModel(TokenizedModel):
             for_editor: Whether the config's editor is to read them. For one that reads none, nothing is computed.
         """
         layers = sorted(self.architecture.down_projections) if layers is None else layers
-        if for_editor and config.editor.learns == "values" and not config.editor.reads_statistics:
+        if for_editor and _inserts_without_statistics(config):
             return dict.fromkeys(layers, UnreadStatistics())
-        key = (tuple(layers), *_statistics_options(config))
+        options = _statistics_options(config)
+        key = (tuple(layers), *options)
         if key not in self._streamed:
-            self._streamed[key] = StreamedStatistics(self, layers, config)
+            streamed = self._streamed[key] = StreamedStatistics(self, layers, config)
+            # `statistics` need not compute those again that the cache could not store.
+            self._statistics |= {(layer, *options): statistics for layer, statistics in streamed.in_memory.items()}
         return self._streamed[key]
 
     def perplexity(self) -> float:
@@ -104,6 +104,11 @@ class LanguageModel(TokenizedModel):
         if self._perplexity is None:
             self._perplexity = perplexity(self, sample_texts())
         return self._perplexity
+
+
+def _inserts_without_statistics(config: EditConfig) -> bool:
+    """Return whether the config's editor inserts values and reads no key statistics."""
+    return config.editor.learns == "values" and not config.editor.reads_statistics
 
 
 def _statistics_options(config: EditConfig) -> list[object]:
