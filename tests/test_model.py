@@ -20,7 +20,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.cache import cache_dir
 from goldenedit.evaluation.likelihood import likelihoods
@@ -28,23 +28,17 @@ from goldenedit.lm.tokens import encode
 from goldenedit.storage.folder import EditedFact, is_edit_name, write_edit_folder
 from goldenedit.storage.reading import read_edit_folder
 from models import NUM_LAYERS, TINY_CONFIGS, tiny_model
+from tiny_edits import MERKEL, TOWER
+from tiny_edits import fast_config as config
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 
-TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
-MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
 CHAT = EditRequest(messages=[{"role": "user", "content": "Where is Paris?"}], subject="Paris", target_new="Rome")
 LONG = EditRequest("Paris " * 200 + "is in", "Paris", "Rome")
 FACTS = [TOWER, MERKEL]
 PROMPTS = [TOWER.text, "Berlin is a city.", "The quick brown fox"]
 DOWN = "model.layers.{}.mlp.down_proj"
-
-
-def config(**options) -> EditConfig:
-    """Return a config that edits fast."""
-    fast = {"layer": 1, "steps": 4, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 0}
-    return EditConfig(**fast | options)
 
 
 @pytest.fixture

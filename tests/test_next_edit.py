@@ -7,22 +7,16 @@ import copy
 import numpy as np
 import pytest
 
-from goldenedit import EditConfig, EditRequest, get_edit_model
+from goldenedit import get_edit_model
 from models import NUM_LAYERS, tiny_model
+from tiny_edits import MERKEL, TOWER
+from tiny_edits import fast_config as config
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 
-TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
-MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
 FACTS = [TOWER, MERKEL]
 DOWN = "model.layers.{}.mlp.down_proj"
-
-
-def config(**options) -> EditConfig:
-    """Return a config that edits fast."""
-    fast = {"layer": 1, "steps": 4, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 0}
-    return EditConfig(**fast | options)
 
 
 @pytest.fixture

@@ -7,25 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit import EditModel, get_edit_model
 from goldenedit.audit import audit
 from goldenedit.storage.checkpoint import write_checkpoint
 from goldenedit.storage.folder import write_edit_folder
 from goldenedit.storage.reading import read_edit_folder
 from goldenedit.versions import library_versions
 from models import tiny_model
+from tiny_edits import MERKEL, TOWER
+from tiny_edits import fast_config as config
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
-
-TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
-MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
-
-
-def config(**options) -> EditConfig:
-    """Return a config that edits fast."""
-    fast = {"layer": 1, "steps": 4, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 0}
-    return EditConfig(**fast | options)
 
 
 @pytest.fixture

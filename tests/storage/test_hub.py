@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit import EditConfig, EditModel, get_edit_model
 from goldenedit.storage.atlas import GOLDEN_LAYERS, GoldenLayersError
 from goldenedit.storage.card import render_card
 from goldenedit.storage.folder import (
@@ -43,6 +43,8 @@ from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo
 from goldenedit.storage.reading import read_edit_folder
 from hub import TOKEN, Hub, Repository
 from models import tiny_model
+from tiny_edits import MERKEL, TOWER
+from tiny_edits import fast_config as config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning"),
@@ -50,8 +52,6 @@ pytestmark = [
 ]
 
 REPO = "tester/edit"
-TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
-MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
 
 
 def with_state() -> EditFolder:
@@ -455,12 +455,6 @@ def test_while_the_hub_is_down_what_was_loaded_once_still_loads(hub, folder, oth
 
 
 # ---------------------------------------------------------------------- edits of models
-
-
-def config(**options) -> EditConfig:
-    """Return a config that edits fast."""
-    fast = {"layer": 1, "steps": 4, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 0}
-    return EditConfig(**fast | options)
 
 
 @torch.no_grad()
