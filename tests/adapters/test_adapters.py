@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
-from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 from transformers.integrations.peft import PeftAdapterMixin
 
 from conformance_checks import FACTS
@@ -20,6 +19,7 @@ from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.adapters.ownership import name_of
 from models import tiny_model
+from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 from zoo import zoo_model
 
 # What stock PEFT 0.21 says when an adapter is added to a model of transformers 5 that has no name.

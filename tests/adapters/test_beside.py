@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -17,6 +16,7 @@ from goldenedit.adapters.layers import tuner_layers
 from goldenedit.packaged import packaged_model
 from goldenedit.storage.fingerprint import fingerprint
 from models import tiny_model
+from tiny_edits import IDS, MERKEL, TOWER, assert_near, differ, fast_config, logits, trainable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # how huggingface_hub 2.4 calls its client

@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load
-from tiny_edits import IDS, MERKEL, TOWER, assert_near, fast_config, logits
 from torch import Tensor
 
 from goldenedit import EditModel, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.storage.fingerprint import fingerprint
 from models import tiny_model
+from tiny_edits import IDS, MERKEL, TOWER, assert_near, fast_config, logits
 
 pytestmark = [
     # What stock PEFT 0.21 says when an adapter is added to a model of transformers 5 that has no name.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_edits import TOWER, assert_near, differ, fast_config, logits, trainable
 from torch import nn
 
 from goldenedit import EditModel, get_edit_model
 from models import tiny_model
+from tiny_edits import TOWER, assert_near, differ, fast_config, logits, trainable
 
 # What stock PEFT 0.21 says when an adapter is added to a model of transformers 5 that has no name.
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
