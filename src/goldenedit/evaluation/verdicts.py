@@ -1,0 +1,183 @@
+"""Does a text say an answer? Where an answer ends, and the two verdicts on it: exact match and contains.
+
+Generated answers are cut at the end of their first sentence. *Exact match* compares the whole answer after the
+normalization of SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250). *Contains* looks for the new answer, or another name of
+it, as whole words that do not come after the old answer.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+
+from goldenedit.writing import is_unspaced
+
+_SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s)|[\u3002\uff01\uff1f]|\n")
+_FINAL_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*$")
+# Abbreviations that a name or a number follows.
+_TITLES = frozenset(
+    "mr mrs ms mx dr prof st sr sra mt ft gen col maj capt lt cpl sgt cmdr adm rev hon pres gov sen rep fr vs cf eg ie "
+    "e.g i.e al approx ca dept univ ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
+_NUMBERED = frozenset("no nos vol fig ch p pp art sec".split())  # abbreviations before a number only
+# Abbreviations that may also end a sentence. They do where a word follows that often begins one.
+_SUFFIXES = frozenset("jr sr inc ltd co corp bros etc esq ph.d m.d b.a m.a a.m p.m b.c a.d d.c".split())
+_STARTERS = frozenset(
+    "the a an it its he his she her they their we our you i in on at this that these those there as after before while "
+    "when if but and however also for from by with to who what where why how is was are were".split()
+)
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_POSSESSIVE = re.compile(r"['\u2019]s\b")
+_DOTTED = re.compile(r"\b(?:\w\.){2,}")
+_DIGIT_GROUPS = re.compile(r"(?<=\d),(?=\d{3})")
+_NEGATIONS = frozenset("not never isn't wasn't aren't weren't".split())
+
+
+def answer_end(text: str, finished: bool = False) -> int | None:
+    """Return the index after the first sentence or line of a text, None if the text may go on.
+
+    The full stop of an abbreviation, an initial or a decimal ends no sentence. Leading whitespace is skipped.
+
+    Args:
+        text: What a model has written so far.
+        finished: Whether the model will write no more.
+
+    Example:
+        ```python
+        >>> answer_end(" Dr. E. Smith of St. Louis, 3.5 km away. He"), answer_end(" Rome."), answer_end(" Rome.", True)
+        (40, None, 6)
+        ```
+    """
+    start = len(text) - len(text.lstrip())
+    for match in _SENTENCE_END.finditer(text, start):
+        if match[0] == "\n":
+            return match.start()
+        if match[0][0] != "." or _ends_sentence(text[start : match.start()], text[match.end() :], finished):
+            return match.end()
+    return len(text.rstrip()) if finished else None
+
+
+def answer_of(text: str) -> str:
+    """Return the answer that a finished text begins with, without whitespace around it."""
+    return text[: answer_end(text, finished=True)].strip()
+
+
+def _ends_sentence(before: str, after: str, finished: bool) -> bool:
+    """Return whether a full stop between two texts ends a sentence."""
+    words = before.split()
+    word = words[-1].lstrip("\"'(\u201c\u2018").casefold() if words else ""
+    following = re.match(r"\s*[\"'(\u201c\u2018]*(\w+)(?=(\W))?", after)
+    if following is None:
+        return finished or bool(after.strip())  # what follows is not written yet
+    next_word = following[1]
+    if word in _TITLES or (len(word) == 1 and word.isalpha() and word != "i"):
+        return False
+    if word.isdecimal() and len(words) == 1 and len(word) < 3:
+        return False  # the number of a list item
+    if word in _NUMBERED:
+        return not next_word[0].isdecimal()
+    if word in _SUFFIXES or _INITIALS.fullmatch(word):
+        is_whole = finished or following[2] is not None  # "The" may become "Theory"
+        return is_whole and next_word[0].isupper() and next_word.casefold() in _STARTERS
+    return True
+
+
+def normalized(text: str) -> str:
+    """Return a text as SQuAD compares it: lower case, without punctuation and articles, with single spaces.
+
+    Example:
+        ```python
+        >>> normalized(" The  Eiffel-Tower, Paris!")
+        'eiffeltower paris'
+        ```
+    """
+    return " ".join(_ARTICLES.sub(" ", unicodedata.normalize("NFKC", text).lower().translate(_PUNCTUATION)).split())
+
+
+def is_exact(text: str, answers: Sequence[str]) -> bool:
+    """Return whether a text is one of the names of an answer, after `normalized`.
+
+    Example:
+        ```python
+        >>> is_exact(" Rome.", ["Rome"]), is_exact("It is in Rome.", ["Rome"])
+        (True, False)
+        ```
+    """
+    return normalized(text) in {normalized(answer) for answer in answers if normalized(answer)} or any(
+        text.strip() == answer.strip() for answer in answers
+    )
+
+
+def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool:
+    """Return whether a text says one of the names of an answer as whole words, and no name of the old answer before.
+
+    Case, accents, possessives and the punctuation between words do not matter. An answer that is denied, as in "not
+    Rome", does not count.
+
+    Example:
+        ```python
+        >>> contains("It stands in Rome, Italy.", ["Rome"]), contains("Romeo", ["Rome"])
+        (True, False)
+        >>> contains("Paris, not Rome", ["Rome"]), contains("Paris. Now in Rome", ["Rome"], ["Paris"])
+        (False, False)
+        ```
+    """
+    words = _words(text)
+    new_places = [place for answer in answers for place in _places(words, _words(answer)) if not _is_denied(words, place)]
+    if not new_places:
+        return False
+    old_places = [place for answer in old for place in _places(words, _words(answer)) if not _is_denied(words, place)]
+    return min(new_places) <= min(old_places, default=len(words))
+
+
+def mentions(text: str, answers: Sequence[str]) -> bool:
+    """Return whether a text contains one of the names of an answer as whole words, in whatever role."""
+    words = _words(text)
+    return any(_places(words, _words(answer)) for answer in answers)
+
+
+def key_word(question: str, answer: str) -> str | None:
+    """Return the word that carries an answer: its first name or number, or else its longest word; None if it has none.
+
+    Words of the question do not count.
+
+    Example:
+        ```python
+        >>> key_word("Who founded it?", "It was founded by Bill Gates."), key_word("What color is snow?", "Snow is white.")
+        ('Bill', 'white')
+        ```
+    """
+    known = set(_words(question))
+    tokens = re.findall(r"\w[\w'\u2019-]*", answer)
+    fresh = [(index, token) for index, token in enumerate(tokens) if not known.issuperset(_words(token))]
+    names = [token for index, token in fresh if token[0].isdigit() or (index and token[0].isupper() and token != "I")]
+    if names:
+        return names[0]
+    longest = max((token for _, token in fresh if token.casefold() not in _STARTERS), key=len, default=None)
+    return longest if longest is not None and len(longest) > 2 else None
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text for comparison. In scripts without spaces each character is a word."""
+    text = "".join(
+        character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character)
+    ).casefold()
+    text = _POSSESSIVE.sub("", _DIGIT_GROUPS.sub("", text))
+    text = _DOTTED.sub(lambda match: match[0].replace(".", ""), text)
+    words: list[str] = []
+    for word in re.findall(r"\w+n['\u2019]t\b|\w+[+#]+(?!\w)|\w+", text):  # isn't, C++
+        words += word if any(map(is_unspaced, word)) else [word.replace("\u2019", "'")]
+    return words
+
+
+def _places(words: Sequence[str], part: Sequence[str]) -> list[int]:
+    size = len(part)
+    return [start for start in range(len(words) - size + 1) if size and list(words[start : start + size]) == list(part)]
+
+
+def _is_denied(words: Sequence[str], place: int) -> bool:
+    return any(word in _NEGATIONS for word in words[max(place - 2, 0) : place])

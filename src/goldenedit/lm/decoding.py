@@ -1,0 +1,289 @@
+"""Greedy texts of a model, in batches of similar length, until each text ends.
+
+A row leaves its batch when its text ends. Rows of different lengths are padded on the left, and rows that begin with the
+same tokens run these once. Whether a model then gives the same logits as for each row alone is checked with its first
+batch. If it does not, only rows of equal length run together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.utils.logging import tqdm
+
+from goldenedit.architecture.hooks import evaluating, reading_logits
+from goldenedit.architecture.replay import NO_CACHE, takes_positions
+from goldenedit.lm.base import TokenizedModel
+from goldenedit.lm.sampling import continuation
+from goldenedit.lm.tokens import prompt_tokens
+
+logger = logging.getLogger(__name__)
+
+_SHARED = 16  # a common beginning of at least so many tokens, in at least so many rows, runs once
+_SHARING = 3
+_TOLERANCE = 1e-3  # largest difference of logits that counts as rounding, relative to the largest logit
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model writes after a prompt.
+
+    Attributes:
+        tokens: The tokens after the prompt, without the token that ends a text.
+        text: Their text, with the space between it and the prompt.
+        finished: Whether the model ended the text itself.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+Ends = Callable[[str], bool]  # whether a text needs no more tokens
+
+
+@dataclass
+class _Row:
+    """One prompt, and the tokens that the model has written after it."""
+
+    ids: list[int]
+    new: list[int] = field(default_factory=list)
+    finished: bool = False  # the model ended its text
+    done: bool = False  # or no more tokens are needed
+
+
+def greedy(
+    lm: TokenizedModel,
+    prompts: Sequence[str],
+    max_new_tokens: int = 50,
+    ends: Ends | None = None,
+    batch_size: int = 64,
+    description: str = "Asking",
+) -> list[Continuation]:
+    """Return the greedy continuation of each prompt.
+
+    Args:
+        lm: The model. Its active adapters take effect.
+        prompts: Texts, or chats rendered by `goldenedit.lm.chat`.
+        max_new_tokens: Largest number of tokens to write.
+        ends: Called with a text after each token; the text needs no more tokens where it returns True.
+        batch_size: Largest number of rows of a forward.
+        description: What the progress bar says.
+
+    Raises:
+        ValueError: A prompt does not fit in the model's context, or the logits are not finite.
+
+    Example:
+        ```python
+        >>> from goldenedit.lm.decoding import greedy
+        >>> greedy(lm, ["The Eiffel Tower is located in the city of"], max_new_tokens=1)[0].text
+        ' Paris'
+        ```
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    rows = [_Row(prompt_tokens(lm.tokenizer, prompt)) for prompt in prompts]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if lm.max_length is not None and len(row.ids) + max_new_tokens > lm.max_length:
+            raise ValueError(
+                f"{prompt!r} has {len(row.ids)} tokens and its answer up to {max_new_tokens}, but the model takes "
+                f"{lm.max_length}. Shorten the prompt, or set max_new_tokens."
+            )
+    decoder = _Decoder(lm, max_new_tokens, ends)
+    with (
+        torch.no_grad(),
+        evaluating(lm.model),
+        tqdm(total=len(rows), desc=description, unit="text", leave=False) as progress,
+    ):
+        while pending := [row for row in rows if not row.done]:
+            decoder.run(decoder.next_batch(pending, batch_size), progress.update)
+    return [
+        Continuation(tuple(row.new), continuation(lm.tokenizer, [*row.ids, *row.new], len(row.ids)), row.finished)
+        for row in rows
+    ]
+
+
+class _Decoder:
+    """Runs batches of rows, and remembers which ways of batching are exact for the model."""
+
+    def __init__(self, lm: TokenizedModel, max_new_tokens: int, ends: Ends | None) -> None:
+        self.lm = lm
+        self.max_new_tokens = max_new_tokens
+        self.ends = ends
+        self.end_tokens = _end_tokens(lm)
+        self.uses_cache = True
+        self.pads = takes_positions(lm.model)
+        self._checked: set[bool] = set()  # whether rows that were checked shared their beginning
+
+    def next_batch(self, pending: Sequence[_Row], batch_size: int) -> list[_Row]:
+        """Return rows to run together: those that share a beginning first, then the shortest."""
+        ordered = sorted(pending, key=lambda row: len(row.ids))
+        if self.pads and self.uses_cache and (sharing := next(_sharing(pending), None)):
+            ordered = sorted(sharing, key=lambda row: len(row.ids))
+        elif not self.pads:
+            ordered = [row for row in ordered if len(row.ids) == len(ordered[0].ids)]
+        return ordered[:batch_size]
+
+    def run(self, rows: Sequence[_Row], on_finished: Callable[[int], Any]) -> None:
+        """Write the continuations of rows."""
+        batch = self._started(rows)
+        if batch is None:
+            self.pads = False
+            for _, group in groupby(sorted(rows, key=lambda row: len(row.ids)), key=lambda row: len(row.ids)):
+                self.run(list(group), on_finished)
+            return
+        while True:
+            going_on = [place for place, row in enumerate(batch.rows) if self._takes(row, batch.logits[place])]
+            on_finished(batch.active - len(going_on))
+            if not going_on:
+                return
+            try:
+                batch.keep(going_on)
+            except NO_CACHE:
+                self.uses_cache, batch.past = False, None
+            self._step(batch)
+
+    def _takes(self, row: _Row, logits: Tensor) -> bool:
+        """Add the likeliest token to a row, and return whether the row goes on."""
+        if row.done:
+            return False
+        token = int(logits.argmax())
+        row.finished = token in self.end_tokens
+        if not row.finished:
+            row.new.append(token)
+        row.done = (
+            row.finished
+            or len(row.new) >= self.max_new_tokens
+            or (self.ends is not None and self.ends(str(self.lm.tokenizer.decode(row.new, skip_special_tokens=True))))
+        )
+        return not row.done
+
+    def _started(self, rows: Sequence[_Row]) -> _Batch | None:
+        """Run the prompts. The result is None if the model does not give each row its own logits in this batch."""
+        shared = self._shared(rows)
+        batch = _Batch(self.lm, rows, shared)
+        self._step(batch)
+        is_plain = not shared and len({len(row.ids) for row in rows}) == 1
+        if not is_plain and bool(shared) not in self._checked:
+            place = min(range(len(rows)), key=lambda place: len(rows[place].ids))  # the row with most padding
+            alone = _Batch(self.lm, [rows[place]], 0)
+            self._step(alone)
+            gap = (alone.logits[0].float() - batch.logits[place].float()).abs().max()
+            if not gap <= self._tolerance(alone.logits):
+                return None
+            self._checked.add(bool(shared))
+        return batch
+
+    def _shared(self, rows: Sequence[_Row]) -> int:
+        """Return the number of tokens that all rows begin with, 0 if they are not worth running once."""
+        window = getattr(self.lm.model.config, "sliding_window", None)
+        longest = max(len(row.ids) for row in rows) + self.max_new_tokens
+        if len(rows) < _SHARING or not (self.pads and self.uses_cache) or (window and longest >= window):
+            return 0  # padding after the shared tokens would push them out of the window
+        shortest = min(len(row.ids) for row in rows) - 1  # at least one token of each row is read with the others
+        shared = next((place for place in range(shortest) if len({row.ids[place] for row in rows}) > 1), shortest)
+        return shared if shared >= _SHARED else 0
+
+    def _step(self, batch: _Batch) -> None:
+        """Compute the logits after the last token of each row."""
+        if self.uses_cache:
+            try:
+                batch.advance(use_cache=True)
+            except NO_CACHE:
+                self.uses_cache, batch.past = False, None
+        if not self.uses_cache:
+            batch.advance(use_cache=False)
+        if not batch.logits.isfinite().all():
+            raise ValueError("The model's logits are not finite. Load it in float32 or bfloat16.")
+
+    def _tolerance(self, logits: Tensor) -> float:
+        share = _TOLERANCE if logits.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
+        return share * float(logits.float().abs().max())
+
+
+class _Batch:
+    """Rows that run together: shared tokens, then padding, then the other tokens of each row.
+
+    Attributes:
+        rows: The rows, in the order of the tensors.
+        active: The number of rows that go on.
+        past: The model's cache.
+        logits: `(B, V)`, logits after the last token of each row.
+    """
+
+    logits: Tensor
+
+    def __init__(self, lm: TokenizedModel, rows: Sequence[_Row], shared: int) -> None:
+        self.lm = lm
+        self.rows = list(rows)
+        self.active = len(rows)
+        self.past: Any = None
+        self._shared = shared
+        width = max(len(row.ids) for row in rows)
+        pads = [width - len(row.ids) for row in rows]
+        self._is_padded = any(pads) or shared > 0
+        padded = [
+            [*row.ids[:shared], *[lm.padding_id] * pad, *row.ids[shared:]] for row, pad in zip(rows, pads, strict=True)
+        ]
+        self._tokens = torch.tensor(padded, device=lm.device)
+        self._mask = torch.ones_like(self._tokens)
+        for place, pad in enumerate(pads):
+            self._mask[place, shared : shared + pad] = 0
+
+    def advance(self, use_cache: bool) -> None:
+        """Read the tokens that were not read yet."""
+        model, new = self.lm.model, self._tokens
+        if use_cache and self.past is None and self._shared:
+            first = model(input_ids=new[:1, : self._shared], use_cache=True, logits_to_keep=1)
+            self.past = first.past_key_values
+            self.past.batch_repeat_interleave(len(new))
+            new = new[:, self._shared :]
+        elif use_cache and self.past is not None:
+            new = new[:, -1:]
+        rows = torch.arange(len(new), device=new.device)
+        positions = {}
+        if self._is_padded:
+            positions["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        with reading_logits(model, rows, torch.full_like(rows, new.shape[1] - 1)) as logits_of:
+            output = model(
+                input_ids=new, attention_mask=self._mask, past_key_values=self.past, use_cache=use_cache, **positions
+            )
+            self.logits = logits_of(output)
+        self.past = getattr(output, "past_key_values", None) if use_cache else None
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these rows and their newest tokens. Where the cache cannot drop the others, they are ignored."""
+        self.active = len(places)
+        if len(places) < len(self.rows) and (self.past is None or isinstance(self.past, DynamicCache)):
+            index = torch.tensor(places, device=self._tokens.device)
+            self.rows = [self.rows[place] for place in places]
+            self._tokens, self._mask = self._tokens[index], self._mask[index]
+            if self.past is not None:
+                self.past.batch_select_indices(index)
+        newest = torch.tensor([[row.new[-1] if row.new else 0] for row in self.rows], device=self._tokens.device)
+        self._tokens = torch.cat([self._tokens, newest], dim=1)
+        self._mask = torch.cat([self._mask, torch.ones_like(newest)], dim=1)
+
+
+def _sharing(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Yield groups of rows that begin with the same tokens."""
+    by_beginning = sorted(
+        (row for row in rows if len(row.ids) > _SHARED), key=lambda row: (row.ids[:_SHARED], len(row.ids))
+    )
+    for _, group in groupby(by_beginning, key=lambda row: row.ids[:_SHARED]):
+        if len(members := list(group)) >= _SHARING:
+            yield members
+
+
+def _end_tokens(lm: TokenizedModel) -> set[int]:
+    """Return the tokens that end a text or a turn."""
+    settings = (lm.tokenizer, lm.model.config, getattr(lm.model, "generation_config", None))
+    found = [getattr(owner, "eos_token_id", None) for owner in settings]
+    return {token for value in found for token in (value if isinstance(value, list | tuple) else [value]) if token is not None}
