@@ -103,6 +103,42 @@ def test_equal_requests_are_one_in_a_set():
     assert len({EditRequest(**FACT), EditRequest(**FACT)}) == 1
 
 
+def test_other_names_of_an_answer_are_found_in_its_groups_however_it_is_spelled():
+    groups = [["Rome", "Roma"], ["United States", "USA", "usa"], ["Roma", "Eternal City"], []]
+    request = EditRequest(**FACT, aliases=groups)
+    assert request.names_of(" rome") == (" rome", "Roma")
+    assert request.names_of("Usa ") == ("Usa ", "United States")
+    assert request.names_of("Roma") == ("Roma", "Rome", "Eternal City")
+    assert request.names_of("Paris") == ("Paris",)
+    assert request.aliases == (("Rome", "Roma"), ("United States", "USA", "usa"), ("Roma", "Eternal City"))
+
+
+def test_a_plain_list_has_the_other_names_of_the_new_answer():
+    request = EditRequest(**FACT, aliases=["Roma", "Eternal City"], joint="")
+    assert request.aliases == (("Rome", "Roma", "Eternal City"),)
+    assert replace(request, relation="city").aliases == request.aliases
+    assert EditRequest(**FACT, aliases=[]) == EditRequest(**FACT)
+
+
+def test_question_and_aliases_survive_json_and_are_hashed():
+    request = EditRequest(**FACT, question="Where is it?", aliases=["Roma"])
+    again = EditRequest.from_dict(json.loads(json.dumps(request.to_dict())))
+    assert len({request, again}) == 1
+    assert len({request, EditRequest(**FACT), EditRequest(**FACT, question="Where is it?")}) == 3
+
+
+@pytest.mark.parametrize("question", ["", " ", 3, ["Where?"]])
+def test_a_question_without_text_is_refused(question):
+    with pytest.raises(ValueError, match="question must be a non-empty string or None"):
+        EditRequest(**FACT, question=question)
+
+
+@pytest.mark.parametrize("aliases", ["Roma", 3, None, [3], [["Roma", 3]], ["Roma", ["Rome"]], ["Roma", ""], {"a": "b"}])
+def test_aliases_that_are_no_lists_of_names_are_refused(aliases):
+    with pytest.raises(ValueError, match="aliases must be a list of other names"):
+        EditRequest(**FACT, aliases=aliases)
+
+
 def test_unknown_fields_are_named():
     with pytest.raises(ValueError, match="target_old"):
         EditRequest.from_dict(FACT | {"target_old": "Paris"})

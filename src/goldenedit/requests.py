@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _TEXTS = ("paraphrases", "neighborhood", "generation")  # fields with several te
 _PAIRS = ("portability", "locality")  # fields with prompts and their answers
 
 _MANY = (*_TEXTS, *_PAIRS)
-_LISTS = (*_MANY, "messages")
+_LISTS = (*_MANY, "messages", "aliases")
 
 
 class ChatText(str):
@@ -86,10 +86,14 @@ class EditRequest:
             as messages of the user after the same system message.
         joint: What is put between prompts and both answers, if the usual rule is wrong; `""` joins them without a
             space.
+        question: The fact as a question, such as "Where is the Eiffel Tower?". It need not contain the subject, and it
+            stays plain text when a chat template renders the other prompts.
+        aliases: Groups of names of one thing, for the answers of any prompt: `[["Rome", "Roma"], ["Italy", "Italia"]]`.
+            A plain list of names, `["Roma"]`, has the other names of `target_new`. See `names_of`.
 
     Raises:
-        ValueError: Both or neither of prompt and messages are given, the subject is not in them, a target is empty, or
-            the new answer equals the old one.
+        ValueError: Both or neither of prompt and messages are given, the subject is not in them, a target is empty, the
+            new answer equals the old one, or another field is of the wrong type.
 
     Example:
         ```python
@@ -110,6 +114,8 @@ class EditRequest:
     locality: tuple[Pair, ...] = ()
     messages: Sequence[Message] | None = field(default=None, hash=False)  # dicts have no hash
     joint: str | None = None
+    question: str | None = None
+    aliases: Sequence[Sequence[str]] | Sequence[str] = ()
     subject_start: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -119,12 +125,15 @@ class EditRequest:
             object.__setattr__(self, "subject", self.subject.strip())
         for name in ("prompt", "subject", "target_new") if self.messages is None else ("subject", "target_new"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
+            if not _is_text(value):
                 raise ValueError(f"EditRequest.{name} must be a non-empty string, got {value!r}.")
         for name in ("target_true", "relation"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"EditRequest.{name} must be a string or None, got {getattr(self, name)!r}.")
+        if self.question is not None and not _is_text(self.question):
+            raise ValueError(f"EditRequest.question must be a non-empty string or None, got {self.question!r}.")
         self._freeze_texts()
+        self._freeze_aliases()
         self._freeze_messages()
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
             raise ValueError(
@@ -187,17 +196,30 @@ class EditRequest:
     def _freeze_texts(self) -> None:
         for name in _TEXTS:
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"EditRequest.{name} must be a list of strings, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
         for name in _PAIRS:
             value = getattr(self, name)
-            pairs = [] if isinstance(value, str) else [tuple(pair) for pair in value if isinstance(pair, list | tuple)]
-            if len(pairs) != len(value) or not all(
-                len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair) for pair in pairs
+            if not isinstance(value, list | tuple) or not all(
+                isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_text, pair)) for pair in value
             ):
                 raise ValueError(f"EditRequest.{name} must be a list of (prompt, answer), got {value!r}.")
-            object.__setattr__(self, name, tuple(pairs))
+            object.__setattr__(self, name, tuple(map(tuple, value)))
+
+    def _freeze_aliases(self) -> None:
+        value = self.aliases
+        groups = value
+        if isinstance(value, list | tuple) and value and all(map(_is_text, value)):
+            groups = [[str(self.target_new), *map(str, value)]]
+        if not isinstance(groups, list | tuple) or not all(
+            isinstance(group, list | tuple) and all(map(_is_text, group)) for group in groups
+        ):
+            raise ValueError(
+                "EditRequest.aliases must be a list of other names of target_new, or a list of groups of names of one "
+                f"thing, got {value!r}."
+            )
+        object.__setattr__(self, "aliases", tuple(tuple(group) for group in groups if group))
 
     @property
     def text(self) -> str:
@@ -256,6 +278,25 @@ class EditRequest:
         """Return another answer to the same prompts that is joined to them like the answers of this request."""
         return answer if self.joint is None else Answer(answer, self.joint)
 
+    def names_of(self, answer: str) -> tuple[str, ...]:
+        """Return an answer and all its other names, from the groups of `aliases` that contain it.
+
+        Case and outer whitespace do not matter. The answer comes first, as it is spelled here.
+
+        Example:
+            ```python
+            >>> request = EditRequest("The Colosseum is in", "The Colosseum", "Rome", aliases=["Roma", "Eternal City"])
+            >>> request.names_of("rome")
+            ('rome', 'Roma', 'Eternal City')
+            ```
+        """
+        names = {_folded(answer): answer}
+        for group in self.aliases:
+            if _folded(answer) in map(_folded, group):
+                for name in group:
+                    names.setdefault(_folded(name), name)
+        return tuple(names.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values."""
         record = {
@@ -278,13 +319,21 @@ class EditRequest:
             return cls(**counterfact_fields(record))
         if is_knowedit(record):
             return cls(**knowedit_fields(record))
-        fields = {"prompt", "messages", "subject", "target_new", "target_true", "relation", "joint", *_MANY}
-        if unknown := sorted(set(record) - fields):
-            raise ValueError(f"Unknown fields {unknown}. The fields of a request are {sorted(fields)}.")
+        known = {item.name for item in fields(cls) if item.init}
+        if unknown := sorted(set(record) - known):
+            raise ValueError(f"Unknown fields {unknown}. The fields of a request are {sorted(known)}.")
         required = {"messages" if "messages" in record else "prompt", "subject", "target_new"}
         if missing := sorted(required - set(record)):
             raise ValueError(f"Missing fields {missing}.")
         return cls(**record)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
 
 
 Facts = EditRequest | Mapping[str, Any] | Iterable[EditRequest | Mapping[str, Any]]  # one fact or several

@@ -111,6 +111,11 @@ def test_a_text_is_rendered_already(chat):
     assert rendered(chat, request) is request
 
 
+def test_the_question_of_a_chat_stays_plain(chat):
+    request = rendered(chat, EditRequest(**CHAT, question="Where?", aliases=["Roma"]))
+    assert (request.question, request.names_of(request.target_new)[1:]) == ("Where?", ("Roma",))
+
+
 def test_every_prompt_of_a_chat_goes_through_the_template_behind_its_system_message(chat):
     system = {"role": "system", "content": "You know The Eiffel Tower"}
     request = rendered(chat, EditRequest(**WHOLE.to_dict() | {"messages": [system, QUESTION]}))
