@@ -46,6 +46,15 @@ def rendered(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRe
     )
 
 
+def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> ChatText:
+    """Return a conversation as the model reads it before it answers.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or its template refuses these messages.
+    """
+    return ChatText(_apply(tokenizer, messages))
+
+
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], subject: str) -> ChatText:
     """Return the text of a conversation, with the positions of the subject and of the message that names it."""
     place = message_place(messages, subject)
