@@ -16,7 +16,8 @@ from common import DATASETS, NEIGHBORS, RESULTS, load, parser, record, rounded_p
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.benchmark.golden_layers import usable_facts
 from goldenedit.cache import cache_dir
-from goldenedit.evaluation.scores import quantile_interval, token_match_scores
+from goldenedit.evaluation.intervals import quantile_interval
+from goldenedit.evaluation.scores import token_match_scores
 from goldenedit.layer_selection import CellStore, Outcome, SweepOptions, edit_score, sweep
 
 CHUNK = 8  # facts whose values are optimized side by side

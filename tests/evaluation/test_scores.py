@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goldenedit.evaluation.intervals import wilson
 from goldenedit.evaluation.scores import (
     FactGenerations,
     FactLikelihoods,
@@ -137,7 +138,34 @@ def test_intervals_are_quantiles_of_facts_drawn_anew():
     assert with_intervals(token_match_scores, facts, resamples=4000) == found
 
 
-def test_an_interval_of_equal_facts_is_a_point():
-    found = with_intervals(probability_scores, [FactLikelihoods(EDITED, [EDITED], [KEPT])] * 5, resamples=50)
-    assert found.intervals["score"] == (1.0, 1.0)
+def test_one_success_of_one_is_not_certain():
+    found = with_intervals(probability_scores, [FactLikelihoods(EDITED, [EDITED], [KEPT])])
+    for name in ("efficacy", "paraphrase", "neighborhood", "score"):
+        assert found.intervals[name] == pytest.approx((0.2065, 1.0), abs=1e-3)
     assert found.to_dict()["score"] == 1.0
+
+
+@pytest.mark.parametrize("count", [9, 10, 200])
+def test_facts_that_all_agree_have_an_interval_of_wilson(count):
+    found = with_intervals(probability_scores, [FactLikelihoods(EDITED, [EDITED], [KEPT])] * count, resamples=50)
+    assert set(found.intervals.values()) == {wilson(1.0, count)}
+
+
+@pytest.mark.parametrize(("count", "is_wilson"), [(8, True), (10, False)])
+def test_a_few_facts_are_not_resampled(count, is_wilson):
+    facts = [FactMatches(float(index % 2)) for index in range(count)]
+    assert (with_intervals(token_match_scores, facts).intervals["rewrite"] == wilson(0.5, count)) is is_wilson
+
+
+@pytest.mark.parametrize("others", [1, 30])
+def test_facts_without_prompts_of_a_kind_do_not_narrow_its_interval(others):
+    facts = [FactMatches(1.0, rephrase=[1.0]), *[FactMatches(1.0)] * others]
+    found = with_intervals(token_match_scores, facts, resamples=50)
+    assert found.intervals == {"rewrite": wilson(1.0, others + 1), "rephrase": wilson(1.0, 1)}
+
+
+@given(st.lists(facts, min_size=1, max_size=12))
+def test_intervals_lie_between_0_and_1_and_are_never_points(facts):
+    found = with_intervals(probability_scores, facts, resamples=20)
+    for low, high in found.intervals.values():
+        assert -1e-9 <= low < high <= 1 + 1e-9

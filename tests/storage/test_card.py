@@ -103,7 +103,7 @@ EVALUATION = {
 
 def test_what_was_measured_is_in_the_text_and_in_the_metadata_by_family():
     card = ModelCard(render_card(replace(edit_folder(), evaluation=EVALUATION), "me/edit"))
-    assert "On the edited facts, n = 3, with 95% bootstrap intervals over facts:" in card.text
+    assert "On the edited facts, n = 3, with 95% intervals over facts:" in card.text
     assert "| probability | efficacy | 2 | 1.000 | 0.900 to 1.000 | 0.250 |\n" in card.text
     assert "| token_match | rewrite | 3 | 0.750 | 0.500 to 1.000 | 0.000 |\n" in card.text
     assert "*probability*: share of prompts where the new answer" in card.text

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from goldenedit.benchmark.golden_layers import PACKAGED, Curve, Measurement
-from goldenedit.evaluation.scores import Interval, quantile_interval, token_match_scores
+from goldenedit.evaluation.intervals import Interval, quantile_interval
+from goldenedit.evaluation.scores import token_match_scores
 from goldenedit.layer_selection import LayerSelection, Outcome, edit_score
 
 _RESAMPLES = 500

@@ -12,16 +12,17 @@ prompts.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, TypeVar
 
+from goldenedit.evaluation.intervals import Interval, bootstrap, quantile_interval, wilson
 from goldenedit.writing import is_unspaced
 
-Interval = tuple[float, float]
 Fact = TypeVar("Fact")
+
+_FEWEST = 10  # facts that are resampled: the bootstrap of fewer is too narrow
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ Scores = ProbabilityScores | TokenMatchScores | GenerationScores
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of a family with 95% intervals, by bootstrap over facts.
+    """Scores of a family with 95% intervals over facts.
 
     Attributes:
         scores: The scores.
@@ -196,30 +197,32 @@ def says(text: str, answer: str) -> bool:
 def with_intervals(
     score: Callable[[Sequence[Fact]], Scores], facts: Sequence[Fact], resamples: int = 1000, seed: int = 0
 ) -> Measured:
-    """Return the scores of facts with 95% bootstrap intervals over facts.
+    """Return the scores of facts with 95% intervals over facts.
+
+    An interval is bootstrapped if at least 10 facts have prompts of the kind and the resamples differ. Otherwise it is
+    Wilson's, because the bootstrap of one success of one says that it is certain. Wilson's interval is for shares and
+    means. For `score`, which is a harmonic mean, it is an approximation.
 
     Args:
-        score: One of the functions above.
+        score: One of the functions above. Its scores are in [0, 1].
         facts: Facts, which are resampled with replacement.
         resamples: Number of resamples.
         seed: Seed of the resampling.
     """
     scores = score(facts)
-    generator = random.Random(seed)
-    resampled = [asdict(score(generator.choices(facts, k=len(facts)))) for _ in range(resamples)]
+    by_fact = [asdict(score([fact])) for fact in facts]
+    values = {name: value for name, value in asdict(scores).items() if name != "n" and value is not None}
+    # Facts without prompts of a kind say nothing about its score. A harmonic mean may be of parts from different facts.
+    counts = {name: max(sum(alone[name] is not None for alone in by_fact), 1) for name in values}
+    resampled = []
+    if any(count >= _FEWEST for count in counts.values()):
+        resampled = bootstrap(lambda draw: asdict(score(draw)), facts, resamples, seed)
     intervals = {}
-    for name in asdict(scores):
-        values = [by_name[name] for by_name in resampled if by_name[name] is not None]
-        if name != "n" and values and getattr(scores, name) is not None:
-            intervals[name] = quantile_interval(values)
+    for name, value in values.items():
+        drawn = [by_name[name] for by_name in resampled if by_name[name] is not None]
+        is_wilson = counts[name] < _FEWEST or not drawn or max(drawn) - min(drawn) < 1e-9
+        intervals[name] = wilson(value, counts[name]) if is_wilson else quantile_interval(drawn)
     return Measured(scores, intervals)
-
-
-def quantile_interval(values: Sequence[float]) -> Interval:
-    """Return the 95% interval of bootstrap values."""
-    ordered = sorted(values)
-    low, high = (ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.025, 0.975))
-    return low, high
 
 
 def _check_facts(facts: Sequence[object]) -> None:

@@ -17,7 +17,7 @@ _CITATION = "Yang et al. 2025, The Mirage of Model Editing: Revisiting Evaluatio
 
 
 class Generation(evaluate.Metric):  # type: ignore[misc]
-    """Share of generated answers that are right, with bootstrap intervals."""
+    """Share of generated answers that are right, with 95% intervals."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = ("kind", "predictions", "references")

@@ -16,7 +16,7 @@ _CITATION = "Meng et al. 2022, Locating and Editing Factual Associations in GPT,
 
 
 class Probability(evaluate.Metric):  # type: ignore[misc]
-    """ES, PS, NS and S of edited facts, with bootstrap intervals."""
+    """ES, PS, NS and S of edited facts, with 95% intervals."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"fact": "int64", "kind": "string", "nll_new": "float64", "nll_old": "float64"}

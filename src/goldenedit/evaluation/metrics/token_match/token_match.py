@@ -17,7 +17,7 @@ _CITATION = "Zhang et al. 2024, A Comprehensive Study of Knowledge Editing for L
 
 
 class TokenMatch(evaluate.Metric):  # type: ignore[misc]
-    """Token match of edited facts, with bootstrap intervals."""
+    """Token match of edited facts, with 95% intervals."""
 
     def _info(self) -> evaluate.MetricInfo:
         tokens = datasets.Sequence(datasets.Value("int64"))
