@@ -39,6 +39,7 @@ ORDER = (
     "versions",
     "storing",
     "sharing",
+    "measuring",
     "model",
     "audit",
     "plots",

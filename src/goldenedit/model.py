@@ -26,14 +26,14 @@ from goldenedit.editing.batch import changes_of_batch, check_perplexity
 from goldenedit.editing.calls import requests_of_call, warn_of_doubtful_subjects, warn_of_failed_facts
 from goldenedit.editing.prepared import check_editable
 from goldenedit.editors import LowRankDelta
-from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.tokenizer import tokenizer_of
 from goldenedit.lm.tokens import encode_request
-from goldenedit.requests import Facts, Message, as_requests
+from goldenedit.measuring import MeasuringMixin
+from goldenedit.requests import Facts, Message
 from goldenedit.sharing import SharingMixin
 from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import weight_hashes
@@ -85,7 +85,7 @@ def get_edit_model(
     return edit_model
 
 
-class EditModel(nn.Module, StoringMixin, SharingMixin):
+class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
     """A causal LM with edits that switch on and off, stack, fuse, merge, save and load.
 
     Each call of `edit` adds one adapter to a stock `PeftModel`. The methods for adapters have PEFT's names. `forward`,
@@ -261,39 +261,6 @@ class EditModel(nn.Module, StoringMixin, SharingMixin):
         """Return a hash of the prefixes that this model samples under a config."""
         with self.disable_adapter():
             return cache_key(contexts=self.lm.contexts(config))
-
-    @outside_inference_mode()
-    def evaluate(
-        self, requests: Facts | None = None, generation: bool = False, neighbors: int | None = None
-    ) -> Evaluation:
-        """Measure the active edits and the base model, in every family of scores that the facts have prompts for.
-
-        The latest figures go into the model card when these edits are saved.
-
-        Args:
-            requests: The facts, as `edit` takes them; by default the facts of the active edits.
-            generation: Also let both models write freely, which takes longer.
-            neighbors: Use the first so many neighborhood prompts of each fact; None for all.
-
-        Raises:
-            ValueError: There are no facts, or one cannot be tokenized.
-        """
-        own_facts = requests is None
-        if requests is None:
-            requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
-        facts = [rendered(self.tokenizer, request) for request in as_requests(requests)]
-        if not facts:
-            raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
-        paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
-        first = min(map(self.architecture.layer_of, paths), default=self.architecture.num_layers - 1)
-        self.adapters.ensure()
-        off = self.disable_adapter
-        with phase("evaluation"):
-            edited, before = observe_with_and_without(self.lm, facts, first, off, generation, neighbors)
-        evaluation = Evaluation(measure(facts, edited, before, neighbors), measure(facts, before, before, neighbors))
-        about = {"own_facts": own_facts, "facts": len(facts)}
-        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict()}
-        return evaluation
 
     # ------------------------------------------------------------------ adapters, as PEFT has them
 

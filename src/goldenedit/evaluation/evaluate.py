@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from goldenedit.evaluation.counterfact import fact_pairs, likelihoods_of_fact
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods, likelihoods_with_and_without
+from goldenedit.evaluation.report import FormScores, Text, TextScores, UnchangedScores
 from goldenedit.evaluation.scores import (
     FactGenerations,
     FactMatches,
@@ -19,6 +20,7 @@ from goldenedit.evaluation.scores import (
     token_match_scores,
     with_intervals,
 )
+from goldenedit.evaluation.seen import Seen
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.tokens import encode
@@ -29,17 +31,48 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of edited and base model on the same facts, by family: `probability`, `token_match`, `generation`."""
+    """An edited model and its base model on the same facts.
+
+    Attributes:
+        edited: Scores of papers by family: `probability`, `token_match`, `generation`.
+        base: The same of the base model.
+        edited_seen: What a user sees of the edited model.
+        base_seen: What a user sees of the base model.
+        texts: All prompts, with what the models write after them.
+    """
 
     edited: dict[str, Measured]
     base: dict[str, Measured]
+    edited_seen: Seen = field(default_factory=Seen)
+    base_seen: Seen = field(default_factory=Seen)
+    texts: tuple[Text, ...] = ()
+
+    @property
+    def says(self) -> dict[str, FormScores]:
+        """How often the edited model says the answers, by form."""
+        return self.edited_seen.says
+
+    @property
+    def in_prompt(self) -> dict[str, FormScores]:
+        """How often the base model says them with the fact in its prompt, by form."""
+        return self.edited_seen.in_prompt
+
+    @property
+    def unchanged(self) -> dict[str, UnchangedScores]:
+        """How often the edited model writes what the base model writes, by kind of prompt."""
+        return self.edited_seen.unchanged
+
+    @property
+    def text(self) -> TextScores | None:
+        """How far the edited model is from the base model on plain text."""
+        return self.edited_seen.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all scores as JSON values."""
-        states = {"edited": self.edited, "base": self.base}
+        """Return all scores as JSON values, and the first texts of the first facts."""
+        states = {"edited": (self.edited_seen, self.edited), "base": (self.base_seen, self.base)}
         return {
-            state: {family: measured.to_dict() for family, measured in families.items()}
-            for state, families in states.items()
+            state: {**seen.to_dict(), **{family: measured.to_dict() for family, measured in families.items()}}
+            for state, (seen, families) in states.items()
         }
 
 

@@ -1,7 +1,7 @@
-"""The forms in which a fact is asked: what people type when they want to know it.
+r"""The forms in which a fact is asked: what people type when they want to know it.
 
 A form is left out where a fact has no text for it. Texts are never made up, only wrapped: a question becomes
-`Q: ...\\nA:`, the message of a user, or a prompt behind other text.
+`Q: ...\nA:`, the message of a user, or a prompt behind other text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Does a text say an answer? Where an answer ends, and the two verdicts on it: exact match and contains.
 
 Generated answers are cut at the end of their first sentence. *Exact match* compares the whole answer after the
-normalization of SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250). *Contains* looks for the new answer, or another name of
-it, as whole words that do not come after the old answer.
+normalization of SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250). *Contains* looks for the new answer, or another name
+of it, as whole words that do not come after the old answer.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ from goldenedit.writing import is_unspaced
 
 _SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s)|[\u3002\uff01\uff1f]|\n")
 _FINAL_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*$")
+
+
+def _listed(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Abbreviations that a name or a number follows.
-_TITLES = frozenset(
-    "mr mrs ms mx dr prof st sr sra mt ft gen col maj capt lt cpl sgt cmdr adm rev hon pres gov sen rep fr vs cf eg ie "
-    "e.g i.e al approx ca dept univ ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec".split()
-)
-_NUMBERED = frozenset("no nos vol fig ch p pp art sec".split())  # abbreviations before a number only
+_TITLES = _listed("""
+    mr mrs ms mx dr prof st sr sra mt ft gen col maj capt lt cpl sgt cmdr adm rev hon pres gov sen rep fr vs cf eg ie
+    e.g i.e al approx ca dept univ ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec
+""")
+_NUMBERED = _listed("no nos vol fig ch p pp art sec")  # abbreviations before a number only
 # Abbreviations that may also end a sentence. They do where a word follows that often begins one.
-_SUFFIXES = frozenset("jr sr inc ltd co corp bros etc esq ph.d m.d b.a m.a a.m p.m b.c a.d d.c".split())
-_STARTERS = frozenset(
-    "the a an it its he his she her they their we our you i in on at this that these those there as after before while "
-    "when if but and however also for from by with to who what where why how is was are were".split()
-)
+_SUFFIXES = _listed("jr sr inc ltd co corp bros etc esq ph.d m.d b.a m.a a.m p.m b.c a.d d.c")
+_STARTERS = _listed("""
+    the a an it its he his she her they their we our you i in on at this that these those there as after before while
+    when if but and however also for from by with to who what where why how is was are were
+""")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _POSSESSIVE = re.compile(r"['\u2019]s\b")
 _DOTTED = re.compile(r"\b(?:\w\.){2,}")
 _DIGIT_GROUPS = re.compile(r"(?<=\d),(?=\d{3})")
-_NEGATIONS = frozenset("not never isn't wasn't aren't weren't".split())
+_NEGATIONS = _listed("not never isn't wasn't aren't weren't")
 
 
 def answer_end(text: str, finished: bool = False) -> int | None:
@@ -127,7 +133,9 @@ def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool
         ```
     """
     words = _words(text)
-    new_places = [place for answer in answers for place in _places(words, _words(answer)) if not _is_denied(words, place)]
+    new_places = [
+        place for answer in answers for place in _places(words, _words(answer)) if not _is_denied(words, place)
+    ]
     if not new_places:
         return False
     old_places = [place for answer in old for place in _places(words, _words(answer)) if not _is_denied(words, place)]
@@ -147,7 +155,7 @@ def key_word(question: str, answer: str) -> str | None:
 
     Example:
         ```python
-        >>> key_word("Who founded it?", "It was founded by Bill Gates."), key_word("What color is snow?", "Snow is white.")
+        >>> key_word("Who founded it?", "It was founded by Bill Gates."), key_word("Is snow black?", "Snow is white.")
         ('Bill', 'white')
         ```
     """
@@ -179,5 +187,7 @@ def _places(words: Sequence[str], part: Sequence[str]) -> list[int]:
     return [start for start in range(len(words) - size + 1) if size and list(words[start : start + size]) == list(part)]
 
 
-def _is_denied(words: Sequence[str], place: int) -> bool:
-    return any(word in _NEGATIONS for word in words[max(place - 2, 0) : place])
+def _affirmed(words: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """Return the places of the names of an answer, without those that a "not" stands before."""
+    places = [place for answer in answers for place in _places(words, _words(answer))]
+    return [place for place in places if _NEGATIONS.isdisjoint(words[max(place - 2, 0) : place])]

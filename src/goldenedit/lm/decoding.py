@@ -1,8 +1,8 @@
 """Greedy texts of a model, in batches of similar length, until each text ends.
 
-A row leaves its batch when its text ends. Rows of different lengths are padded on the left, and rows that begin with the
-same tokens run these once. Whether a model then gives the same logits as for each row alone is checked with its first
-batch. If it does not, only rows of equal length run together.
+A row leaves its batch when its text ends. Rows of different lengths are padded on the left, and rows that begin with
+the same tokens run these once. Whether a model then gives the same logits as for each row alone is checked with its
+first batch. If it does not, only rows of equal length run together.
 """
 
 from __future__ import annotations
@@ -284,6 +284,9 @@ def _sharing(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
 
 def _end_tokens(lm: TokenizedModel) -> set[int]:
     """Return the tokens that end a text or a turn."""
-    settings = (lm.tokenizer, lm.model.config, getattr(lm.model, "generation_config", None))
-    found = [getattr(owner, "eos_token_id", None) for owner in settings]
-    return {token for value in found for token in (value if isinstance(value, list | tuple) else [value]) if token is not None}
+    owners = (lm.tokenizer, lm.model.config, getattr(lm.model, "generation_config", None))
+    tokens: set[int] = set()
+    for owner in owners:
+        value = getattr(owner, "eos_token_id", None)
+        tokens |= set(value) if isinstance(value, list | tuple) else set() if value is None else {value}
+    return tokens

@@ -14,16 +14,18 @@ from goldenedit.editors import KeyStatistics
 from goldenedit.editors.statistics import UnreadStatistics
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.covariance import StreamedStatistics, key_statistics, source_name
+from goldenedit.lm.decoding import Continuation, Ends, greedy
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
+from goldenedit.requests import ChatText
 from goldenedit.storage.fingerprint import Hashed
 
 
 class LanguageModel(TokenizedModel):
     """A causal LM of transformers with its tokenizer, its architecture, and what edits need of it.
 
-    Contexts, key statistics and perplexity are computed at the first call for each set of options, then kept. They
-    describe the unedited model: the caller switches all edits off before asking for them.
+    Contexts, key statistics, perplexity and answers are computed at the first call for each set of options, then kept.
+    They describe the unedited model: the caller switches all edits off before asking for them.
 
     Args:
         model: The model.
@@ -54,6 +56,7 @@ class LanguageModel(TokenizedModel):
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
         self._streamed: dict[tuple[object, ...], StreamedStatistics] = {}
         self._perplexity: float | None = None
+        self._answers: dict[tuple[str, bool, int, Ends | None], Continuation] = {}
 
     def contexts(self, config: EditConfig) -> list[str]:
         """Return the prefixes of prompts that a config asks for. The first one is empty."""
@@ -98,6 +101,18 @@ class LanguageModel(TokenizedModel):
             # `statistics` need not compute those again that the cache could not store.
             self._statistics |= {(layer, *options): statistics for layer, statistics in streamed.in_memory.items()}
         return self._streamed[key]
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int, ends: Ends | None) -> list[Continuation]:
+        """Return the greedy continuation of each prompt. See `goldenedit.lm.decoding.greedy` for the arguments."""
+        keys = [(prompt, isinstance(prompt, ChatText), max_new_tokens, ends) for prompt in prompts]
+        missing = dict.fromkeys(key for key in keys if key not in self._answers)
+        if missing:
+            by_key = {key: prompt for key, prompt in zip(keys, prompts, strict=True)}
+            written = greedy(
+                self, [by_key[key] for key in missing], max_new_tokens, ends, description="Asking the base model"
+            )
+            self._answers |= dict(zip(missing, written, strict=True))
+        return [self._answers[key] for key in keys]
 
     def perplexity(self) -> float:
         """Return the perplexity of the model on plain statements."""

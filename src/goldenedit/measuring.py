@@ -1,0 +1,177 @@
+"""How an EditModel is evaluated: beside its base model, and beside a random change of the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.adapters import Adapters
+from goldenedit.architecture import Architecture
+from goldenedit.architecture.hooks import outside_inference_mode
+from goldenedit.cost import phase
+from goldenedit.editors import LowRankDelta
+from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
+from goldenedit.evaluation.forms import FORMS, check_forms
+from goldenedit.evaluation.harm import compare
+from goldenedit.evaluation.judges import Judge
+from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
+from goldenedit.requests import EditRequest, Facts, as_requests
+from goldenedit.storage.folder import Edit
+
+_CONTROL = "_control"  # the adapter with a random change
+
+
+class MeasuringMixin:
+    """Evaluation for `EditModel`."""
+
+    adapters: Adapters
+    architecture: Architecture
+    edits: dict[str, Edit]
+    lm: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    _evaluations: dict[tuple[str, ...], dict[str, Any]]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active edits."""
+        raise NotImplementedError
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Switch all edits off inside this context."""
+        raise NotImplementedError
+
+    def _edit(self, name: str) -> Edit:
+        raise NotImplementedError
+
+    @outside_inference_mode()
+    def evaluate(
+        self,
+        requests: Facts | None = None,
+        forms: Sequence[str] = tuple(FORMS),
+        unchanged: bool = True,
+        *,
+        in_prompt: bool = True,
+        control: bool = True,
+        judge: Judge | None = None,
+        neighbors: int | None = None,
+        max_new_tokens: int = 50,
+        generation: bool = False,
+    ) -> Evaluation:
+        """Measure the active edits beside the base model: what a user sees, and the scores of papers.
+
+        The latest figures go into the model card when these edits are saved.
+
+        Args:
+            requests: The facts, as `edit` takes them; by default the facts of the active edits.
+            forms: The forms in which facts are asked, see `goldenedit.evaluation.forms.FORMS`. Forms that a fact has no
+                text for are left out.
+            unchanged: Also compare other prompts and plain text with the base model.
+            in_prompt: Also ask the base model with the fact in its prompt.
+            control: Also compare a random change of the same rank and norm at the same place.
+            judge: Also let a judge decide on each answer: a callable `(question, answer, text) -> bool`.
+            neighbors: Use the first so many neighborhood prompts of each fact; None for all.
+            max_new_tokens: Largest number of tokens of an answer, which ends with its first sentence.
+            generation: Also measure the `generation` family: whether texts begin with the answer.
+
+        Raises:
+            ValueError: There are no facts, one cannot be tokenized, or there is no such form.
+
+        Example:
+            ```python
+            >>> evaluation = model.evaluate(forms=["completion", "rephrase"])
+            >>> evaluation.says["completion"].contains.value
+            1.0
+            ```
+        """
+        own_facts = requests is None
+        if requests is None:
+            requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
+        facts = as_requests(requests)
+        if not facts:
+            raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
+        options = SeenOptions(
+            forms=check_forms(forms),
+            unchanged=unchanged,
+            in_prompt=in_prompt,
+            neighbors=neighbors,
+            max_new_tokens=max_new_tokens,
+            judge=judge,
+        )
+        self.adapters.ensure()
+        measured = self._measurement(facts, options, control)
+        prompts = [rendered(self.tokenizer, request) for request in facts]
+        with phase("evaluation: likelihoods"):
+            edited, before = observe_with_and_without(
+                self.lm, prompts, self._first_edited_layer(), self.disable_adapter, generation, neighbors
+            )
+        evaluation = Evaluation(
+            measure(prompts, edited, before, neighbors),
+            measure(prompts, before, before, neighbors),
+            seen([measured]),
+            seen([measured], edited=False),
+            tuple(texts_of(measured)),
+        )
+        about = {"own_facts": own_facts, "facts": len(facts)}
+        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict()}
+        return evaluation
+
+    def _measurement(self, facts: Sequence[EditRequest], options: SeenOptions, control: bool) -> Measurement:
+        """Ask the base model and the edited one, and compare them."""
+        with phase("evaluation: base model"), self.disable_adapter():
+            base = baseline(self.lm, self.tokenizer, facts, options)
+        with phase("evaluation: answers"):
+            written, about_subjects = ask(self.lm, base)
+        if not base.rows:
+            return Measurement(base, written, about_subjects)
+        deltas = self._control_deltas() if control else {}
+        with phase("evaluation: comparison"), self._with_control(deltas):
+            states = {"edited": nullcontext} | ({"control": self._only_control} if deltas else {})
+            compared = compare(self.lm, base.rows, self._first_edited_layer(), self.disable_adapter, states)
+        return Measurement(base, written, about_subjects, compared["edited"], compared.get("control", ()))
+
+    def _first_edited_layer(self) -> int:
+        paths = [path for name in self.active_adapters for path in self._edit(name).deltas]
+        return min(map(self.architecture.layer_of, paths), default=self.architecture.num_layers - 1)
+
+    def _control_deltas(self) -> dict[str, LowRankDelta]:
+        """Return a random change with rank and norm of the active edits' changes, for each module."""
+        generator = torch.Generator().manual_seed(0)
+        deltas: dict[str, LowRankDelta] = {}
+        for name in self.active_adapters:
+            for path, delta in self._edit(name).deltas.items():
+                deltas[path] = deltas[path].beside(delta) if path in deltas else delta
+        return {path: random_like(delta, generator) for path, delta in deltas.items()}
+
+    @contextmanager
+    def _with_control(self, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
+        if not deltas:
+            yield
+            return
+        try:
+            with self.adapters.adding({_CONTROL: deltas}, on=False):
+                pass
+            yield
+        finally:
+            self.adapters.remove(_CONTROL)
+
+    @contextmanager
+    def _only_control(self) -> Iterator[None]:
+        active = list(self.adapters.active)
+        try:
+            self.adapters.activate([_CONTROL])
+            yield
+        finally:
+            self.adapters.activate(active)
+
+
+def random_like(delta: LowRankDelta, generator: torch.Generator) -> LowRankDelta:
+    """Return random factors with the shapes of a delta, scaled to its norm."""
+    A, B = (torch.randn(factor.shape, generator=generator) for factor in (delta.A, delta.B))
+    drawn = LowRankDelta(A, B, delta.experts)
+    return LowRankDelta(A, B * (delta.norm / max(drawn.norm, 1e-30)), delta.experts)
