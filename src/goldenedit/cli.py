@@ -192,7 +192,7 @@ def evaluate(
     requests = None if file is None else load_requests(file)
     path, base, tokenizer = load_edits(folder, model)
     edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
-    evaluation = edit_model.evaluate(requests, generation)
+    evaluation = edit_model.evaluate(requests, generation=generation)
     console.print(tables.evaluation_table(evaluation))
     if card:
         from goldenedit.storage.card import own_card

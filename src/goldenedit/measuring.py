@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from goldenedit.cost import phase
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.forms import FORMS, check_forms
-from goldenedit.evaluation.harm import compare
+from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
 from goldenedit.lm import LanguageModel
@@ -37,17 +38,15 @@ class MeasuringMixin:
     tokenizer: PreTrainedTokenizerBase
     _evaluations: dict[tuple[str, ...], dict[str, Any]]
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active edits."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def disable_adapter(self) -> AbstractContextManager[None]:
-        """Switch all edits off inside this context."""
-        raise NotImplementedError
+        @property
+        def active_adapters(self) -> list[str]:  # noqa: D102
+            ...
 
-    def _edit(self, name: str) -> Edit:
-        raise NotImplementedError
+        def disable_adapter(self) -> AbstractContextManager[None]: ...  # noqa: D102
+
+        def _edit(self, name: str) -> Edit: ...
 
     @outside_inference_mode()
     def evaluate(
@@ -118,22 +117,23 @@ class MeasuringMixin:
             tuple(texts_of(measured)),
         )
         about = {"own_facts": own_facts, "facts": len(facts)}
-        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict()}
+        texts = [asdict(text) for text in evaluation.texts]
+        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict(), "texts": texts}
         return evaluation
 
     def _measurement(self, facts: Sequence[EditRequest], options: SeenOptions, control: bool) -> Measurement:
         """Ask the base model and the edited one, and compare them."""
         with phase("evaluation: base model"), self.disable_adapter():
             base = baseline(self.lm, self.tokenizer, facts, options)
+        compared: dict[str, list[Compared]] = {"edited": [], "control": []}
+        if base.rows:
+            deltas = self._control_deltas() if control else {}
+            with phase("evaluation: comparison"), self._with_control(deltas):
+                states = {"edited": nullcontext} | ({"control": self._only_control} if deltas else {})
+                compared |= compare(self.lm, base.rows, self._first_edited_layer(), self.disable_adapter, states)
         with phase("evaluation: answers"):
-            written, about_subjects = ask(self.lm, base)
-        if not base.rows:
-            return Measurement(base, written, about_subjects)
-        deltas = self._control_deltas() if control else {}
-        with phase("evaluation: comparison"), self._with_control(deltas):
-            states = {"edited": nullcontext} | ({"control": self._only_control} if deltas else {})
-            compared = compare(self.lm, base.rows, self._first_edited_layer(), self.disable_adapter, states)
-        return Measurement(base, written, about_subjects, compared["edited"], compared.get("control", ()))
+            written, others = ask(self.lm, base, compared["edited"])
+        return Measurement(base, written, others, compared["edited"], compared["control"])
 
     def _first_edited_layer(self) -> int:
         paths = [path for name in self.active_adapters for path in self._edit(name).deltas]

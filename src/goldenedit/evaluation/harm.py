@@ -146,11 +146,12 @@ def compare(
         description: What the progress bar says.
     """
     replay = Replayer(lm.model, lm.architecture, start, whole_rows=True)
+    vocabulary: int = lm.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     compared: dict[str, dict[int, Compared]] = {name: {} for name in states}
     is_checked = False
     with evaluating(lm.model), tqdm(total=len(rows), desc=description, unit="text", leave=False) as progress:
-        for members in _batches(order, rows, _LOGITS // lm.model.config.get_text_config().vocab_size):
+        for members in _batches(order, rows, _LOGITS // vocabulary):
             batch = pad([rows[index] for index in members], lm.padding_id, lm.device)
             with base():
                 captured = capture(lm.model, lm.architecture, start, batch, {}, use_cache=False)

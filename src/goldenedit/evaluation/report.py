@@ -146,7 +146,10 @@ def text_scores(
     def mean(groups: Sequence[Sequence[float]]) -> float:
         return sum(map(sum, groups)) / sum(map(len, groups))
 
-    figures = {"kl": list(kl), "agreement": [[float(agrees) for agrees in text] for text in same]}
+    figures: dict[str, Sequence[Sequence[float]]] = {
+        "kl": kl,
+        "agreement": [[float(agrees) for agrees in text] for text in same],
+    }
     intervals = {
         name: quantile_interval(bootstrap(mean, groups)) for name, groups in figures.items() if len(groups) >= _FEW
     }

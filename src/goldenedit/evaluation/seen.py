@@ -42,7 +42,7 @@ class SeenOptions:
         neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
         max_new_tokens: Largest number of tokens of an answer.
         continuation: Number of tokens of other prompts' continuations.
-        texts: Number of plain texts; None for all.
+        texts: Number of plain texts, of about 65 tokens each.
         judge: Decides whether a text says an answer, beside the two verdicts.
     """
 
@@ -52,7 +52,7 @@ class SeenOptions:
     neighbors: int | None = None
     max_new_tokens: int = 50
     continuation: int = 32
-    texts: int | None = None
+    texts: int = 32
     judge: Judge | None = None
 
 
@@ -159,17 +159,24 @@ def has_ended(text: str) -> bool:
     return answer_end(text) is not None
 
 
-def ask(lm: LanguageModel, base: Baseline) -> tuple[list[str], dict[int, str]]:
-    """Ask an edited model for the facts, and about the rest of their subjects.
+def ask(lm: LanguageModel, base: Baseline, compared: Sequence[Compared] = ()) -> tuple[list[str], dict[int, str]]:
+    """Ask an edited model for the facts, about the rest of their subjects, and what else it was found to answer anew.
+
+    Args:
+        compared: The edited model on the baseline's rows; empty if not measured.
 
     Returns:
-        Its answers to the texts that ask for facts, and to questions about the subjects by their number in `others`.
+        Its answers to the texts that ask for facts, and to other prompts by their number.
     """
-    subjects = [place for place, other in enumerate(base.others) if other.kind == "subject"]
-    prompts = [text.prompt for text in base.asked] + [base.others[place].prompt for place in subjects]
+    places = [
+        place
+        for place, other in enumerate(base.others)
+        if other.kind == "subject" or (compared and not all(compared[place].same))
+    ]
+    prompts = [text.prompt for text in base.asked] + [base.others[place].prompt for place in places]
     written = greedy(lm, prompts, base.options.max_new_tokens, has_ended)
     texts = [answer_of(continuation.text) for continuation in written]
-    return texts[: len(base.asked)], dict(zip(subjects, texts[len(base.asked) :], strict=True))
+    return texts[: len(base.asked)], dict(zip(places, texts[len(base.asked) :], strict=True))
 
 
 @dataclass(frozen=True)
@@ -179,14 +186,14 @@ class Measurement:
     Attributes:
         base: The baseline, or a part of it.
         written: The edited model's answers to the texts that ask for facts.
-        about_subjects: Its answers to questions about the subjects, by their number among the other prompts.
+        others: Its answers to other prompts by their number: all about subjects, and those that changed.
         compared: The edited model on the baseline's rows; empty if not measured.
         control: A random change on these rows; empty if not measured.
     """
 
     base: Baseline
     written: Sequence[str]
-    about_subjects: Mapping[int, str]
+    others: Mapping[int, str]
     compared: Sequence[Compared] = ()
     control: Sequence[Compared] = ()
 
@@ -203,9 +210,7 @@ def seen(measurements: Sequence[Measurement], edited: bool = True) -> Seen:
     own = [
         (text, answer)
         for measured in measurements
-        for text, answer in zip(
-            measured.base.asked, measured.written if edited else measured.base.answers, strict=True
-        )
+        for text, answer in zip(measured.base.asked, measured.written if edited else measured.base.answers, strict=True)
     ]
     informed = [
         pair
@@ -273,7 +278,7 @@ def _unchanged(measurements: Sequence[Measurement], edited: bool) -> dict[str, U
                     control.setdefault(group, []).append(all(measured.control[place].same))
                 if kind == "subject" and edited:
                     request = measured.base.requests[other.fact]
-                    answer = measured.about_subjects[place]
+                    answer = measured.others[place]
                     names = request.names_of(request.target_new)
                     says_new.setdefault(other.fact, []).append(mentions(answer, names))
                     word = key_word(other.question, answer_of(measured.base.continuations[place].text))
@@ -297,12 +302,16 @@ def _share(groups: Mapping[Any, Sequence[bool]]) -> Share | None:
 
 def _text(measurements: Sequence[Measurement], edited: bool) -> TextScores | None:
     """Return the scores on plain text. Over several measurements, each of them is one text."""
-    compared = [measured.compared[len(measured.base.others) :] for measured in measurements if measured.compared]
+    compared: list[Sequence[Compared]] = [
+        measured.compared[len(measured.base.others) :] for measured in measurements if measured.compared
+    ]
     if not compared:
         return None
-    control = [measured.control[len(measured.base.others) :] for measured in measurements if measured.control]
+    control: list[Sequence[Compared]] = [
+        measured.control[len(measured.base.others) :] for measured in measurements if measured.control
+    ]
     if len(measurements) > 1:
-        compared, control = ([[_joined(texts)] for texts in several] for several in (compared, control))
+        compared, control = [[_joined(texts)] for texts in compared], [[_joined(texts)] for texts in control]
     texts = [text for several in compared for text in several]
     if not edited:
         unchanged = [[True] * len(text.same) for text in texts]
@@ -336,6 +345,6 @@ def texts_of(measured: Measurement) -> list[Text]:
     for place, other in enumerate(base.others if measured.compared else ()):
         before = answer_of(base.continuations[place].text)
         is_same = all(measured.compared[place].same)
-        after = measured.about_subjects.get(place, before if is_same else "")
+        after = measured.others.get(place, before)
         texts.append(Text(other.fact, other.kind, other.question, before, after, None, (), is_same))
     return texts

@@ -133,13 +133,8 @@ def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool
         ```
     """
     words = _words(text)
-    new_places = [
-        place for answer in answers for place in _places(words, _words(answer)) if not _is_denied(words, place)
-    ]
-    if not new_places:
-        return False
-    old_places = [place for answer in old for place in _places(words, _words(answer)) if not _is_denied(words, place)]
-    return min(new_places) <= min(old_places, default=len(words))
+    first_new = min(_affirmed(words, answers), default=None)
+    return first_new is not None and first_new <= min(_affirmed(words, old), default=len(words))
 
 
 def mentions(text: str, answers: Sequence[str]) -> bool:
