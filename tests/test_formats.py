@@ -65,8 +65,8 @@ def test_what_was_read_survives_json(record):
         ({"locality": {"Relation_Specificity": [{"prompt": 3, "ground_truth": "a"}]}}, "locality.Relation_Specificity"),
         ({"locality": {"Relation_Specificity": "a text"}}, "locality.Relation_Specificity"),
         ({"portability": ["a"]}, "portability"),
-        ({"portability": {"Reasoning": [{"prompt": "a", "ground_truth": 7}]}}, "portability.Reasoning"),
-        ({"rephrase_prompt": 5}, "paraphrases"),
+        ({"portability": {"Reasoning": [{"prompt": "a", "ground_truth": True}]}}, "portability.Reasoning"),
+        ({"rephrase_prompt": 5}, "rephrase_prompt"),
     ],
     ids=str,
 )

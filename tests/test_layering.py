@@ -23,6 +23,7 @@ ORDER = (
     "cost",
     "writing",
     "subjects",
+    "texts",
     "requests",
     "data",
     "editors",
