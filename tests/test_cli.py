@@ -232,7 +232,7 @@ def test_facts_that_are_not_answered_are_named_and_counted(capsys, folder, tmp_p
     near = {"prompt": "I live near {}", "subject": "The Eiffel Tower", "target_new": "Rome"}
     facts.write_text(json.dumps([near, FACTS[1]]))
     saved = str(tmp_path / "edit")
-    assert run(capsys, "edit", folder, "--file", str(facts), *BY_HAND, "-o", saved)[0] == 0
+    assert run(capsys, "edit", folder, "--file", str(facts), *BY_HAND, "--method", "memit", "-o", saved)[0] == 0
     code, output, _ = run(capsys, "show", saved)
     assert code == 0
     text = " ".join(output.split())
