@@ -266,6 +266,10 @@ def show_audit(folder: Path, model: str | None) -> None:
     for edit_audit in audits:
         for warning in edit_audit.warnings:
             console.print(printable(f"Warning: edit {edit_audit.name!r}: {warning}."), style="bold red")
+    answered = [is_answered for edit_audit in audits for is_answered in edit_audit.answered]
+    if not all(answered):
+        count, verb = answered.count(False), "is" if answered.count(False) == 1 else "are"
+        console.print(f"{count} of {len(answered)} listed facts {verb} not answered.", style="bold red")
     if any(edit_audit.warnings for edit_audit in audits):
         return
     if any(module.unexplained is None for edit_audit in audits for module in edit_audit.modules):

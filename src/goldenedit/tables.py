@@ -75,13 +75,13 @@ def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
 
 
 def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each new answer; edits that do not take are marked."""
+    """Return the facts of edits with the probability of each new answer; each fact that does not take says why."""
     table = Table("edit", "prompt", "new answer", "before", "after", "")
     for edit in edits:
         for fact in edit.facts:
             row = (edit.name, fact.request.shown, fact.request.target_new)
-            probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}")
-            style, mark = (None, "") if fact.takes else ("yellow", "does not take")
+            probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}{fact.weakest_note}")
+            style, mark = (None, "") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
             table.add_row(*map(printable, row), *probabilities, mark, style=style)
     return table
 

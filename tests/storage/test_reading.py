@@ -392,6 +392,10 @@ def test_an_edit_has_the_name_that_it_was_given(folder, name):
         lambda facts: facts[0]["facts"][0].pop("steps"),
         lambda facts: facts[0]["facts"][1].update(subject="The Louvre"),
         lambda facts: facts[0]["facts"][0].update(probability_after="high"),
+        lambda facts: facts[0]["facts"][0].update(probability_before=10**400),
+        lambda facts: facts[0]["facts"][0].update(probability_after=1.5),
+        lambda facts: facts[0]["facts"][0].update(weakest_after="low"),
+        lambda facts: facts[0]["facts"][0].update(weakest_after=-0.5),
         lambda facts: facts[0]["facts"][0].update(paraphrases=3),
         lambda facts: facts[0]["facts"][0].update(locality=[["one"]]),
         lambda facts: facts.append({"name": "stray", "facts": []}),
@@ -401,7 +405,8 @@ def test_an_edit_has_the_name_that_it_was_given(folder, name):
         lambda facts: facts[0].update(facts=[]),
     ],
     ids=[
-        *("too few", "other name", "no facts", "no outcome", "subject not in the prompt", "probability", "paraphrases"),
+        *("too few", "other name", "no facts", "no outcome", "subject not in the prompt", "probability", "no float"),
+        *("above 1", "weakest", "below 0", "paraphrases"),
         *("locality", "too many", "the same twice", "two of one name", "another order", "no fact"),
     ],
 )

@@ -87,26 +87,55 @@ class EditedFact:
         probability_before: Probability of the new answer before the edit (geometric mean over its tokens).
         probability_after: The same probability after the edit.
         steps: Steps of the value optimization.
+        weakest_after: Probability of the least likely token of the new answer after the edit; None in older files.
     """
 
     request: EditRequest
     probability_before: float
     probability_after: float
     steps: int
+    weakest_after: float | None = None
 
     @property
     def takes(self) -> bool:
-        """Whether the edit succeeded: the new answer has a probability of at least 0.5."""
-        return self.probability_after >= 0.5
+        """Whether the edit succeeded: the new answer and each of its tokens have a probability of at least 0.5."""
+        return self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the edit does not take, in words; None if it takes.
+
+        Example:
+            ```python
+            >>> request = EditRequest("The Louvre is in", "The Louvre", "Rome")
+            >>> EditedFact(request, probability_before=0.060, probability_after=0.027, steps=25).failure
+            'less likely than before'
+            >>> EditedFact(request, probability_before=0.060, probability_after=0.91, steps=25).takes
+            True
+            ```
+        """
+        weakest = self.probability_after if self.weakest_after is None else self.weakest_after
+        if min(self.probability_after, weakest) >= 0.5:
+            return None
+        if self.probability_after < self.probability_before:
+            return "less likely than before"
+        return "still unlikely" if self.probability_after < 0.5 else "one token of the answer is unlikely"
+
+    @property
+    def weakest_note(self) -> str:
+        """What is said behind the probability of an answer of several tokens, as in `", weakest 0.120"`."""
+        is_known = self.weakest_after is not None and self.weakest_after < self.probability_after
+        return f", weakest {self.weakest_after:.3f}" if is_known else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fact as JSON values."""
-        return {
+        record = {
             **self.request.to_dict(),
             "probability_before": self.probability_before,
             "probability_after": self.probability_after,
             "steps": self.steps,
         }
+        return record if self.weakest_after is None else {**record, "weakest_after": self.weakest_after}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditedFact:
@@ -116,9 +145,14 @@ class EditedFact:
             ValueError: A field is missing or invalid.
         """
         results = {name: record[name] for name in ("probability_before", "probability_after", "steps")}
-        if invalid := [name for name, value in results.items() if not isinstance(value, int | float)]:
-            raise ValueError(f"{invalid[0]} is not a number")
-        request = {name: value for name, value in record.items() if name not in results}
+        if record.get("weakest_after") is not None:
+            results["weakest_after"] = record["weakest_after"]
+        for name, value in results.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} is not a number")
+            if name != "steps" and not 0 <= value <= 1 + 1e-6:  # a probability of 1 may be rounded up
+                raise ValueError(f"{name} is not a probability: {value}")
+        request = {name: value for name, value in record.items() if name not in (*results, "weakest_after")}
         return cls(EditRequest.from_dict(request), **results)
 
 
@@ -153,6 +187,8 @@ class Edit:
         configs: The configs it was made with: one, or several different ones if it joins several edits.
         versions: Versions of the libraries that made it.
         beside: The user's own adapters that were active when it was made.
+        lost: Facts of other active edits that took before this edit and no longer do, with their probabilities before
+            and after it. It is not saved.
     """
 
     name: str
@@ -167,6 +203,7 @@ class Edit:
     configs: tuple[EditConfig, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[Beside, ...] = ()
+    lost: tuple[EditedFact, ...] = ()
 
     @property
     def config(self) -> EditConfig | None:
