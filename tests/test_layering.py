@@ -46,6 +46,7 @@ ORDER = (
     "plots",
     "tables",
     "loading",
+    "options",
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",

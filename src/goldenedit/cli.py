@@ -14,6 +14,7 @@ from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.benchmark.command import benchmark_app
+from goldenedit.options import FactsFormat, SkipBad
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", file_okay=False, 
 def locate(
     model: Model,
     proxy: Annotated[
-        Path | None, typer.Option(help="The facts to score layers on (.json, .jsonl); packaged ones by default.")
+        Path | None, typer.Option(help="The file of facts to score layers on; packaged facts by default.")
     ] = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
     size: Annotated[int, typer.Option(help="The number of these facts to use.")] = 100,
     selector: Annotated[
         str,
@@ -69,12 +72,11 @@ def locate(
     """Find the golden layer of MODEL by Layer Gradient Analysis, by another selector, or by all of them."""
     from dataclasses import replace
 
-    from goldenedit import EditConfig, EditModel
-    from goldenedit.layer_selection import SELECTORS, proxy_set
+    from goldenedit import EditConfig, EditModel, load_requests
+    from goldenedit.layer_selection import SELECTORS
 
-    source = str(proxy) if proxy else None
-    config = EditConfig(method=editor, proxy=source, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
-    proxy_set(config)  # raises here, not once for each selector
+    facts = None if proxy is None else load_requests(proxy, format, skip_bad=skip_bad)
+    config = EditConfig(method=editor, proxy=facts, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
     base, tokenizer, is_first = load_together(model)
     selections: list[LayerSelection] = []
     records: list[GoldenLayers] = []
@@ -82,8 +84,8 @@ def locate(
     for name in names:
         if selector == "all" and name == "sweep" and not sweep:
             continue
-        facts = sweep if selector == "all" and name == "sweep" else size
-        wrapped = EditModel(base, replace(config, layer=name, proxy_size=facts), tokenizer)
+        count = sweep if selector == "all" and name == "sweep" else size
+        wrapped = EditModel(base, replace(config, layer=name, proxy_size=count), tokenizer)
         try:
             wrapped.select_layer()
         except ValueError as error:
@@ -117,7 +119,11 @@ def edit(
     ] = None,
     subject: Annotated[str | None, typer.Option(help="The entity, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file of facts to edit as one batch (.json, .jsonl).")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file of facts to edit as one batch (.json, .jsonl, .csv, .tsv).")
+    ] = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
     method: Annotated[str, typer.Option(help="The editor (listed by `goldenedit editors`).")] = "r-rome",
     layer: Layer = "lga",
     covariance: Annotated[
@@ -142,7 +148,7 @@ def edit(
     if file is not None:
         if prompt is not None or subject is not None or target is not None:
             raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
-        requests = load_requests(file)
+        requests = load_requests(file, format, skip_bad=skip_bad)
     elif prompt is None or subject is None or target is None:
         raise typer.BadParameter("give --prompt, --subject and --target, or --file.")
     else:
@@ -173,8 +179,10 @@ def edit(
 def evaluate(
     folder: Edits,
     file: Annotated[
-        Path | None, typer.Option(help="Facts to evaluate on (.json, .jsonl); by default the edited facts.")
+        Path | None, typer.Option(help="A file of facts to evaluate on; by default the edited facts.")
     ] = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
     model: Base = None,
     generation: Annotated[bool, typer.Option(help="Also let both models generate freely.")] = False,
     output: Annotated[
@@ -189,7 +197,7 @@ def evaluate(
 
     if card and not Path(folder).is_dir():
         raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
-    requests = None if file is None else load_requests(file)
+    requests = None if file is None else load_requests(file, format, skip_bad=skip_bad)
     path, base, tokenizer = load_edits(folder, model)
     edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
     evaluation = edit_model.evaluate(requests, generation=generation)
