@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, get_edit_model
@@ -185,6 +186,11 @@ def test_the_harness_command_reads_saved_edits_and_gives_the_same_figures(compar
 def test_a_run_changes_neither_model_nor_tokenizer_nor_random_state_and_says_nothing(folder, caplog):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     tokenizer.pad_token = None
+    model.config.tie_word_embeddings = True
+    model.tie_weights(recompute_mapping=True)
+    retrained = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    model = retrained.get_base_model()
+    model.get_input_embeddings().weight.data += 1.0
     model.train()
     model.model.layers[1].eval()
     modes = {name: module.training for name, module in model.named_modules()}

@@ -149,7 +149,7 @@ def _scores(
     from lm_eval.models.huggingface import HFLM
 
     with _as_before(model):
-        with _without_warnings("lm_eval.models.huggingface"):
+        with _without_warnings("lm_eval.models.huggingface"), _without_tying(model):
             # The harness gives a tokenizer without a padding token one: it gets a copy.
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         output = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
@@ -199,3 +199,13 @@ def _without_warnings(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _without_tying(model: PreTrainedModel) -> Iterator[None]:
+    """Let the harness's call of `tie_weights()` pass: it would overwrite embeddings that an adapter has retrained."""
+    vars(model)["tie_weights"] = lambda: None  # hides the method, of this object alone
+    try:
+        yield
+    finally:
+        del vars(model)["tie_weights"]
