@@ -47,6 +47,8 @@ ORDER = (
     "tables",
     "loading",
     "options",
+    "terminal",
+    "evaluating",
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.benchmark.command import benchmark_app
-from goldenedit.options import FactsFormat, SkipBad
+from goldenedit.evaluating import compare, evaluate
+from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, SkipBad
 from goldenedit.tables import printable
+from goldenedit.terminal import console, load_edits, load_together, parse_layer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from goldenedit.layer_scores import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
 
@@ -30,18 +30,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(benchmark_app, name="benchmark")
-console = Console()
-
-Model = Annotated[str, typer.Argument(help="A model on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`.")]
-Layer = Annotated[
-    str,
-    typer.Option(
-        help="A layer selector (such as `lga` or `auto`), `hub:REPO`, a layer number, or numbers with commas between.",
-    ),
-]
-Edits = Annotated[str, typer.Argument(help="An edit folder, or a repository on the Hub.")]
-Base = Annotated[str | None, typer.Option(help="The base model, if it cannot be loaded by its recorded name.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")]
+app.command()(evaluate)
+app.command()(compare)
 
 
 @app.command()
@@ -173,47 +163,6 @@ def edit(
 
         edit_model.save_pretrained(output)
         console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
-
-
-@app.command()
-def evaluate(
-    folder: Edits,
-    file: Annotated[
-        Path | None, typer.Option(help="A file of facts to evaluate on; by default the edited facts.")
-    ] = None,
-    format: FactsFormat = "auto",
-    skip_bad: SkipBad = False,
-    model: Base = None,
-    generation: Annotated[bool, typer.Option(help="Also let both models generate freely.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Save all scores in this JSON file.")
-    ] = None,
-    card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
-) -> None:
-    """Evaluate the edits in FOLDER against the base model."""
-    import json
-
-    from goldenedit import EditModel, load_requests
-
-    if card and not Path(folder).is_dir():
-        raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
-    requests = None if file is None else load_requests(file, format, skip_bad=skip_bad)
-    path, base, tokenizer = load_edits(folder, model)
-    edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
-    evaluation = edit_model.evaluate(requests, generation=generation)
-    console.print(tables.evaluation_table(evaluation))
-    if card:
-        from goldenedit.storage.card import own_card
-        from goldenedit.storage.folder import CARD
-
-        edit_model.save_pretrained(path)
-        if own_card(path) is not None:
-            console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
-        else:
-            console.print(f"Wrote the scores into {printable(str(path / CARD))}")
-    if output is not None:
-        output.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
-        console.print(f"Saved in {printable(str(output))}")
 
 
 @app.command()
@@ -358,42 +307,6 @@ def demo(
     from goldenedit.demo import run_demo
 
     run_demo(model, output, console)
-
-
-def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, with a status line while loading."""
-    from goldenedit import loading
-
-    with console.status(f"Loading {printable(name)}"):
-        return loading.load_model(name, **options)
-
-
-def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Load a model in each process of a launcher. The first process prints and writes; the others stay silent."""
-    from goldenedit import loading
-
-    model, tokenizer, is_first = loading.load_together(name)
-    console.quiet = console.quiet or not is_first
-    return model, tokenizer, is_first
-
-
-def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the folder of the edits, and load their base model at its recorded commit, or the model that is named."""
-    from goldenedit import loading
-    from goldenedit.storage.hub import find_folder
-    from goldenedit.storage.reading import read_edit_folder
-
-    path = find_folder(folder)
-    name, revision = loading.base_of(read_edit_folder(path).base_model, model)
-    return path, *load_model(name, revision=revision, **options)
-
-
-def parse_layer(text: str) -> int | list[int] | str:
-    """Parse a layer option: a word, a number, or numbers with commas between."""
-    numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        return text
-    return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.forms import FORMS, check_forms
 from goldenedit.evaluation.harm import Compared, compare
+from goldenedit.evaluation.harness import HarnessScores, harness_comparison
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
 from goldenedit.lm import LanguageModel
@@ -118,8 +120,41 @@ class MeasuringMixin:
         )
         about = {"own_facts": own_facts, "facts": len(facts)}
         texts = [asdict(text) for text in evaluation.texts]
-        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict(), "texts": texts}
+        active = tuple(self.active_adapters)
+        earlier = self._evaluations.get(active, {})
+        general = {"general": earlier["general"]} if "general" in earlier else {}
+        self._evaluations[active] = {**about, **evaluation.to_dict(), "texts": texts, **general}
         return evaluation
+
+    @outside_inference_mode()
+    def evaluate_general(
+        self,
+        tasks: Sequence[str],
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> dict[str, HarnessScores]:
+        """Run tasks of lm-evaluation-harness with the active edits and without them.
+
+        The latest figures go into the model card when these edits are saved.
+
+        Args:
+            tasks: Names of tasks, or task files in YAML.
+            include_path: A folder with further task files.
+            limit: Use the first so many items of each task.
+            batch_size: How many items go through the model at once.
+
+        Returns:
+            `{"edited": ..., "base": ...}`, each with `value` and `stderr` by task and metric.
+
+        Raises:
+            ModuleNotFoundError: lm-evaluation-harness is not installed.
+            ValueError: There is no such task.
+        """
+        general = harness_comparison(self, tasks, include_path, limit, batch_size)  # type: ignore[arg-type]
+        empty: dict[str, Any] = {"own_facts": True, "facts": 0, "edited": {}, "base": {}, "texts": []}
+        self._evaluations.setdefault(tuple(self.active_adapters), empty)["general"] = general
+        return general
 
     def _measurement(self, facts: Sequence[EditRequest], options: SeenOptions, control: bool) -> Measurement:
         """Ask the base model and the edited one, and compare them."""
