@@ -124,6 +124,9 @@ def edit(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail and save nothing if the edit of any fact does not take.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask the model before and after the edit, as a user would.")
+    ] = False,
     output: Output = None,
 ) -> None:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
@@ -148,8 +151,10 @@ def edit(
     with ExitStack() as stack:
         phases = stack.enter_context(profiling()) if profile else {}
         edit_model = get_edit_model(base, config, tokenizer)
-        new_edit = edit_model.edit(requests, name=name)
+        new_edit = edit_model.edit(requests, name=name, verify=verify)
     console.print(tables.facts_table([new_edit]))
+    if new_edit.verification is not None:
+        console.print(printable(str(new_edit.verification)))
     if profile:
         facts = [rendered(tokenizer, request) for request in requests]
         console.print(tables.profile_table(phases, forward_flops(edit_model.lm, facts)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,14 @@ from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.harness import HarnessScores, harness_comparison
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
+from goldenedit.evaluation.verification import Verification
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
+from goldenedit.lm.decoding import greedy
 from goldenedit.requests import EditRequest, Facts, as_requests
 from goldenedit.storage.folder import Edit
 
+_VERIFIED_NEIGHBORS = 5
 _CONTROL = "_control"  # the adapter with a random change
 
 
@@ -49,6 +53,8 @@ class MeasuringMixin:
         def disable_adapter(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
         def _edit(self, name: str) -> Edit: ...
+
+        def _without(self, name: str) -> AbstractContextManager[None]: ...
 
     @outside_inference_mode()
     def evaluate(
@@ -155,6 +161,19 @@ class MeasuringMixin:
         empty: dict[str, Any] = {"own_facts": True, "facts": 0, "edited": {}, "base": {}, "texts": []}
         self._evaluations.setdefault(tuple(self.active_adapters), empty)["general"] = general
         return general
+
+    def _verified(self, name: str, facts: Sequence[EditRequest]) -> Verification:
+        """Ask the model with a new edit and without it: the edit's facts in every form, and other prompts."""
+        options = SeenOptions(in_prompt=False, neighbors=_VERIFIED_NEIGHBORS, texts=0)
+        with phase("verification"), self._without(name):
+            # Other edits may be on, so the answers of the base model that were kept are not those before this edit.
+            base = baseline(self.lm, self.tokenizer, facts, options, partial(greedy, self.lm))
+        with phase("verification"):
+            state = {"edited": nullcontext}
+            first = self._first_edited_layer()
+            compared = compare(self.lm, base.rows, first, partial(self._without, name), state)["edited"]
+            written, others = ask(self.lm, base, compared)
+        return Verification(tuple(texts_of(Measurement(base, written, others, compared))))
 
     def _measurement(self, facts: Sequence[EditRequest], options: SeenOptions, control: bool) -> Measurement:
         """Ask the base model and the edited one, and compare them."""

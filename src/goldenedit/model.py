@@ -24,6 +24,7 @@ from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.batch import changes_of_batch, check_perplexity
 from goldenedit.editing.calls import (
+    RECHECKED,
     check_facts,
     facts_to_recheck,
     requests_of_call,
@@ -188,6 +189,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         target_true: str | None = None,
         name: str | None = None,
         messages: Sequence[Message] | None = None,
+        verify: bool = False,
     ) -> Edit:
         """Change one fact, or a batch of facts, and switch the new edit on beside the active ones.
 
@@ -202,6 +204,9 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             target_true: The old answer, where known.
             name: Name of the edit and its adapter; `"edit_1"`, `"edit_2"`, ... by default.
             messages: Instead of a prompt, the conversation that a chat model answers with `target_new`.
+            verify: Ask the model afterward: the facts in every form they have a text for, and other questions. The
+                texts before and after are in `verification` of the edit, and the log says what holds and what moved.
+                All facts of other active edits are asked again, instead of a draw.
 
         Returns:
             The edit, with the probability of each new answer before and after.
@@ -229,7 +234,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):
-                others = facts_to_recheck(active, asked)
+                others = facts_to_recheck(active, asked, most=None if verify else RECHECKED)
                 facts, lost = check_facts(self.lm, asked, changes, others, partial(self._without, name))
             if (most := config.max_perplexity_ratio) is not None:
                 check_perplexity(self.lm, name, most, self.disable_adapter)
@@ -248,6 +253,11 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
                 beside=tuple(self.adapters.beside()),
                 lost=lost,
             )
+            if verify:
+                verification = self._verified(name, asked)
+                self.edits[name] = replace(self.edits[name], verification=verification)
+                level = logging.INFO if verification.holds else logging.WARNING
+                logger.log(level, "Edit %r %s.", name, verification.summary)
         warn_of_failed_facts(facts, config)
         warn_of_lost_facts(lost)
         return self.edits[name]

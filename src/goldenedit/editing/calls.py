@@ -21,7 +21,7 @@ from goldenedit.storage.folder import Edit, EditedFact
 logger = logging.getLogger(__name__)
 
 _MOST_WARNINGS = 5  # of one kind, for one batch
-_RECHECKED = 32  # facts of other edits that are asked again after an edit
+RECHECKED = 32  # facts of other edits that are asked again after an edit
 
 
 def requests_of_call(
@@ -61,7 +61,7 @@ def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
 
 
 def facts_to_recheck(
-    edits: Sequence[Edit], requests: Sequence[EditRequest], most: int = _RECHECKED
+    edits: Sequence[Edit], requests: Sequence[EditRequest], most: int | None = RECHECKED
 ) -> list[EditedFact]:
     """Return the facts of earlier edits that a new edit may lose: those that took, in the order they were made.
 
@@ -70,14 +70,14 @@ def facts_to_recheck(
     Args:
         edits: The active edits before the new one.
         requests: The facts of the new edit.
-        most: Largest number of facts. Of more, that many are drawn, always the same.
+        most: Largest number of facts; None for all. Of more, that many are drawn, always the same.
     """
     replaced = {(request.shown, request.messages is None) for request in requests}
     latest: dict[tuple[str, bool], EditedFact] = {}
     for fact in (fact for edit in edits for fact in edit.facts):
         latest[fact.request.shown, fact.request.messages is None] = fact
     facts = [fact for prompt, fact in latest.items() if fact.takes and prompt not in replaced]
-    if len(facts) <= most:
+    if most is None or len(facts) <= most:
         return facts
     logger.info("Of %d facts of the other active edits, %d are asked again.", len(facts), most)
     return [facts[index] for index in sorted(random.Random(0).sample(range(len(facts)), most))]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,11 @@ from goldenedit.evaluation.report import (
 from goldenedit.evaluation.texts import plain_texts
 from goldenedit.evaluation.verdicts import answer_end, answer_of, contains, is_exact, key_word, mentions
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.decoding import Continuation, greedy
+from goldenedit.lm.decoding import Continuation, Ends, greedy
 from goldenedit.lm.tokens import Row
 from goldenedit.requests import EditRequest
+
+Writer = Callable[[Sequence[str], int, Ends | None], list[Continuation]]
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def baseline(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     options: SeenOptions,
+    write: Writer | None = None,
 ) -> Baseline:
     """Ask the base model everything that an edited one will be asked. All edits must be off.
 
@@ -134,15 +137,18 @@ def baseline(
         tokenizer: Its tokenizer.
         requests: The facts, as the user wrote them, not rendered.
         options: What to measure.
+        write: Writes the continuations of prompts, with at most so many tokens, up to an end. By default each
+            continuation of the base model is written once and kept.
     """
+    write = write or lm.answers
     asked = asked_forms(tokenizer, requests, options.forms)
     prompts = [text.prompt for text in asked] + [text.informed for text in asked if options.in_prompt]
-    written = lm.answers(prompts, options.max_new_tokens, has_ended)
+    written = write(prompts, options.max_new_tokens, has_ended)
     texts = [answer_of(continuation.text) for continuation in written]
     if not options.unchanged:
         return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :])
     others = other_prompts(tokenizer, requests, options.neighbors)
-    continuations = lm.answers([other.prompt for other in others], options.continuation, None)
+    continuations = write([other.prompt for other in others], options.continuation, None)
     # A model that writes nothing at all has nothing to compare.
     compared = [place for place, continuation in enumerate(continuations) if continuation.tokens]
     others, continuations = [others[place] for place in compared], [continuations[place] for place in compared]
@@ -166,17 +172,17 @@ def ask(lm: LanguageModel, base: Baseline, compared: Sequence[Compared] = ()) ->
         compared: The edited model on the baseline's rows; empty if not measured.
 
     Returns:
-        Its answers to the texts that ask for facts, and to other prompts by their number.
+        Its answers to the texts that ask for facts, and its continuations of other prompts by their number.
     """
     places = [
         place
         for place, other in enumerate(base.others)
         if other.kind == "subject" or (compared and not all(compared[place].same))
     ]
-    prompts = [text.prompt for text in base.asked] + [base.others[place].prompt for place in places]
-    written = greedy(lm, prompts, base.options.max_new_tokens, has_ended)
-    texts = [answer_of(continuation.text) for continuation in written]
-    return texts[: len(base.asked)], dict(zip(places, texts[len(base.asked) :], strict=True))
+    written = greedy(lm, [text.prompt for text in base.asked], base.options.max_new_tokens, has_ended)
+    others = greedy(lm, [base.others[place].prompt for place in places], base.options.continuation)
+    texts = [continuation.text.strip() for continuation in others]
+    return [answer_of(answer.text) for answer in written], dict(zip(places, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ class Measurement:
     Attributes:
         base: The baseline, or a part of it.
         written: The edited model's answers to the texts that ask for facts.
-        others: Its answers to other prompts by their number: all about subjects, and those that changed.
+        others: Its continuations of other prompts by their number: all about subjects, and those that changed.
         compared: The edited model on the baseline's rows; empty if not measured.
         control: A random change on these rows; empty if not measured.
     """
@@ -278,7 +284,7 @@ def _unchanged(measurements: Sequence[Measurement], edited: bool) -> dict[str, U
                     control.setdefault(group, []).append(all(measured.control[place].same))
                 if kind == "subject" and edited:
                     request = measured.base.requests[other.fact]
-                    answer = measured.others[place]
+                    answer = answer_of(measured.others[place])
                     names = request.names_of(request.target_new)
                     says_new.setdefault(other.fact, []).append(mentions(answer, names))
                     word = key_word(other.question, answer_of(measured.base.continuations[place].text))
@@ -343,7 +349,7 @@ def texts_of(measured: Measurement) -> list[Text]:
         for place, asked in enumerate(base.asked)
     ]
     for place, other in enumerate(base.others if measured.compared else ()):
-        before = answer_of(base.continuations[place].text)
+        before = base.continuations[place].text.strip()
         is_same = all(measured.compared[place].same)
         after = measured.others.get(place, before)
         texts.append(Text(other.fact, other.kind, other.question, before, after, None, (), is_same))

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -25,6 +25,10 @@ from goldenedit.requests import EditRequest
 from goldenedit.storage.atomic import finish_replacing, replace_files
 from goldenedit.storage.fingerprint import Hashed, same_weights
 
+if TYPE_CHECKING:
+    from goldenedit.evaluation.verification import Verification
+
+_SHOWN_FACTS = 10  # when an edit is printed
 FORMAT_VERSION = 2
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -169,7 +173,7 @@ class Beside:
     hash: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit:
     """One batch of facts, and the change of weights that edits them.
 
@@ -189,6 +193,7 @@ class Edit:
         beside: The user's own adapters that were active when it was made.
         lost: Facts of other active edits that took before this edit and no longer do, with their probabilities before
             and after it. It is not saved.
+        verification: What the model writes before and after this edit, if it was verified. It is not saved.
     """
 
     name: str
@@ -204,6 +209,24 @@ class Edit:
     versions: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[Beside, ...] = ()
     lost: tuple[EditedFact, ...] = ()
+    verification: Verification | None = None
+
+    def __repr__(self) -> str:
+        count = f"{len(self.facts)} fact{'' if len(self.facts) == 1 else 's'}"
+        return f"Edit({self.name!r}, {count}, layers={list(self.layers)}, rank={self.rank})"
+
+    def __str__(self) -> str:
+        """Return the facts with their probabilities, and what was verified."""
+        lines = [repr(self)]
+        for fact in self.facts[:_SHOWN_FACTS]:
+            took = "" if fact.failure is None else f" ({fact.failure})"
+            lines.append(
+                f"{fact.request.shown!r} -> {fact.request.target_new!r}: probability {fact.probability_before:.3f} -> "
+                f"{fact.probability_after:.3f}{fact.weakest_note}{took}"
+            )
+        if len(self.facts) > _SHOWN_FACTS:
+            lines.append(f"and {len(self.facts) - _SHOWN_FACTS} more facts")
+        return "\n".join(lines if self.verification is None else [*lines, str(self.verification)])
 
     @property
     def config(self) -> EditConfig | None:
