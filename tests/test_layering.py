@@ -48,10 +48,10 @@ ORDER = (
     "loading",
     "options",
     "terminal",
-    "evaluating",
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",
+    "evaluating",
     "cli",
     "__main__",
 )
