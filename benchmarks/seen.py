@@ -20,18 +20,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RESULTS, applied, load, parser, prepare, record, timed
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.prepared import PreparedFacts
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.seen import Baseline, Measurement, Seen, SeenOptions, ask, baseline, seen
 
-NEIGHBORS = 5
-OPTIONS = SeenOptions(texts=12)
-UNRELATED = 12  # questions that every edit is compared on
+NEIGHBORS = 4
+OPTIONS = SeenOptions(texts=8)
+UNRELATED = 8  # questions that every edit is compared on
 EASYEDIT = "rome as EasyEdit"
 
 
@@ -62,8 +64,7 @@ def main() -> None:
     folder = RESULTS / "seen" / f"{arguments.model}-{arguments.half}-{arguments.layer}"
     folder.mkdir(parents=True, exist_ok=True)
     if not arguments.score:
-        for method in arguments.methods:
-            measure_method(model, base, method, folder / f"{method.replace(' ', '-')}.jsonl")
+        measure(model, base, arguments.methods, folder)
     rows = list(figures(model, base, arguments.methods, folder, seconds_of_base()))
     record(f"seen-{arguments.model}-{arguments.half}-{arguments.layer}", rows)
     for row in rows:
@@ -108,21 +109,27 @@ def few_unrelated(base: Baseline) -> Baseline:
     )
 
 
-def measure_method(model: EditModel, base: Baseline, method: str, path: Path) -> None:
-    """Edit each fact alone, and store what the model writes and how far it is from the base model."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    done = len(lines)
-    if done == len(base.requests):
+def measure(model: EditModel, base: Baseline, methods: Sequence[str], folder: Path) -> None:
+    """Edit each fact alone by each method, and store what the model writes and how far it is from the base model.
+
+    The base model runs once for all edits of a fact.
+    """
+    stored = {method: len(results(folder, method)) for method in methods}
+    if min(stored.values()) == len(base.requests):
         return
-    model.edit_config = config_of(model.edit_config, method)
-    with path.open("a") as file:
-        for index, made in enumerate(edits_of(model, base.requests, done), done):
-            about = base.about(index)
-            with timed() as seconds:
-                state = {"edited": lambda made=made: applied(model, lambda: made.deltas)}
-                compared = compare(model.lm, about.rows, min(model.edit_config.target_layers), nullcontext, state)
-                with applied(model, lambda made=made: made.deltas):
-                    written, others = ask(model.lm, about)
+    made = {method: edits_of(model, base.requests, method, folder) for method in methods}
+    start = min(model.architecture.layer_of(path) for edits in made.values() for edit in edits for path in edit.deltas)
+    for index in range(len(base.requests)):
+        about = base.about(index)
+        edits = {method: made[method][index] for method in methods if stored[method] <= index}
+        states = {name: lambda edit=edit: applied(model, lambda: edit.deltas) for name, edit in edits.items()}
+        if not states:
+            continue
+        with timed() as seconds_of_comparing:
+            compared = compare(model.lm, about.rows, start, nullcontext, states)
+        for method, edit in edits.items():
+            with timed() as seconds, applied(model, lambda edit=edit: edit.deltas):
+                written, others = ask(model.lm, about)
             result = {
                 "fact": index,
                 "prompt": base.requests[index].text,
@@ -130,15 +137,27 @@ def measure_method(model: EditModel, base: Baseline, method: str, path: Path) ->
                 "others": others,
                 "compared": [
                     {"same": [int(agrees) for agrees in row.same], "kl": [round(value, 7) for value in row.kl]}
-                    for row in compared["edited"]
+                    for row in compared[method]
                 ],
-                "seconds": round(made.seconds, 3),
-                "seconds of evaluation": round(seconds(), 3),
-                "layers": model.edit_config.target_layers,
+                "seconds": round(edit.seconds, 3),
+                "seconds of asking": round(seconds(), 3),
+                "seconds of comparing": round(seconds_of_comparing() / len(edits), 3),
+                "layers": sorted({model.architecture.layer_of(path) for path in edit.deltas}),
             }
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            file.flush()
-            print(method, index, written[0], flush=True)
+            with path_of(folder, method).open("a") as file:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        print(index, {method: results(folder, method)[index]["written"][0] for method in methods}, flush=True)
+
+
+def path_of(folder: Path, method: str) -> Path:
+    """Return the file with the results of a method."""
+    return folder / f"{method.replace(' ', '-')}.jsonl"
+
+
+def results(folder: Path, method: str) -> list[dict[str, Any]]:
+    """Return what is stored of a method, fact by fact."""
+    path = path_of(folder, method)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def config_of(config: EditConfig, method: str) -> EditConfig:
@@ -150,25 +169,48 @@ def config_of(config: EditConfig, method: str) -> EditConfig:
     return replace(config, method=method)
 
 
-def edits_of(model: EditModel, requests: Sequence[EditRequest], start: int) -> Iterator[Made]:
-    """Yield the edit of each fact from `start` on. Values are optimized in one batch, for edits made one by one."""
-    config = model.edit_config
-    if config.editor.learns != "values":
-        memory = (
-            learn_facts(model.lm, proxy_facts()[:100], config, {}).state if config.editor.learns == "gradients" else {}
-        )
-        for request in requests[start:]:
+def edits_of(model: EditModel, requests: Sequence[EditRequest], method: str, folder: Path) -> list[Made]:
+    """Return the edit of each fact. Values are optimized once for all methods that optimize them alike."""
+    path = folder / f"{method.replace(' ', '-')}.deltas.pt"
+    if path.is_file():
+        return [
+            Made({name: LowRankDelta(*factors) for name, factors in deltas.items()}, seconds)
+            for deltas, seconds in torch.load(path, weights_only=True)
+        ]
+    model.edit_config = config = config_of(model.edit_config, method)
+    if config.editor.learns == "values":
+        made = _inserted(model, requests, config)
+    else:
+        normalizes = config.editor.learns == "gradients"  # by the features of earlier edits
+        memory = learn_facts(model.lm, proxy_facts()[:100], config, {}).state if normalizes else {}
+        made = []
+        for request in requests:
             with timed() as seconds:
                 deltas = learn_facts(model.lm, [request], config, memory).deltas
-            yield Made(deltas, seconds())
-        return
+            made.append(Made(deltas, seconds()))
+    stored = [({name: (delta.A, delta.B) for name, delta in edit.deltas.items()}, edit.seconds) for edit in made]
+    torch.save(stored, path)
+    print(method, "edited", flush=True)
+    return made
+
+
+_VALUES: dict[tuple[object, ...], tuple[PreparedFacts, float]] = {}  # of one run
+
+
+def _inserted(model: EditModel, requests: Sequence[EditRequest], config: EditConfig) -> list[Made]:
     statistics = model.lm.statistics(config, config.target_layers)
-    with timed() as seconds_of_values:
-        facts = prepare(model, list(requests))
-    for index in range(start, len(requests)):
+    key = (tuple(config.target_layers), config.editor.vectors, config.contrast, config.anchor_bare_prompt)
+    if key not in _VALUES:
+        with timed() as seconds_of_values:
+            facts = prepare(model, list(requests))
+        _VALUES[key] = facts, seconds_of_values()
+    facts, spent = _VALUES[key]
+    made = []
+    for index in range(len(requests)):
         with timed() as seconds:
             deltas = facts.changes(config, statistics, chosen=[index]).deltas
-        yield Made(deltas, seconds_of_values() / len(requests) + seconds())
+        made.append(Made(deltas, spent / len(requests) + seconds()))
+    return made
 
 
 def figures(
@@ -176,22 +218,23 @@ def figures(
 ) -> Iterator[dict[str, Any]]:
     """Yield the figures of the base model, of the fact in the prompt, and of each editor."""
     for method in methods:
-        path = folder / f"{method.replace(' ', '-')}.jsonl"
-        results = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        if not results:
+        stored = results(folder, method)
+        if not stored:
             continue
-        measured = [_measurement(base, result) for result in results]
+        measured = [_measurement(base, result) for result in stored]
         if method == methods[0]:
             unedited = seen(measured, edited=False)
-            yield {"method": "base model", "n": len(results), **unedited.to_dict(), "seconds": seconds_of_base}
-            yield {"method": "in the prompt", "n": len(results), **Seen(says=unedited.in_prompt).to_dict()}
+            yield {"method": "base model", "n": len(stored), **unedited.to_dict(), "seconds": seconds_of_base}
+            yield {"method": "in the prompt", "n": len(stored), **Seen(says=unedited.in_prompt).to_dict()}
         yield {
             "method": method,
-            "n": len(results),
-            "layers": results[0]["layers"],
+            "n": len(stored),
+            "layers": stored[0]["layers"],
             **{name: group for name, group in seen(measured).to_dict().items() if name != "in_prompt"},
-            "seconds": sum(result["seconds"] for result in results) / len(results),
-            "seconds of evaluation": sum(result["seconds of evaluation"] for result in results) / len(results),
+            **{
+                name: sum(result[name] for result in stored) / len(stored)
+                for name in ("seconds", "seconds of asking", "seconds of comparing")
+            },
         }
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,10 @@ from goldenedit.evaluation.texts import plain_texts
 from goldenedit.evaluation.verdicts import answer_end, answer_of, contains, is_exact, key_word, mentions
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.decoding import Continuation, Ends, greedy
-from goldenedit.lm.tokens import Row
+from goldenedit.lm.tokens import Row, prompt_tokens
 from goldenedit.requests import EditRequest
+
+logger = logging.getLogger(__name__)
 
 Writer = Callable[[Sequence[str], int, Ends | None], list[Continuation]]
 
@@ -141,13 +144,18 @@ def baseline(
             continuation of the base model is written once and kept.
     """
     write = write or lm.answers
-    asked = asked_forms(tokenizer, requests, options.forms)
+    asked = _fitting(lm, asked_forms(tokenizer, requests, options.forms), options.in_prompt)
     prompts = [text.prompt for text in asked] + [text.informed for text in asked if options.in_prompt]
     written = write(prompts, options.max_new_tokens, has_ended)
     texts = [answer_of(continuation.text) for continuation in written]
     if not options.unchanged:
         return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :])
     others = other_prompts(tokenizer, requests, options.neighbors)
+    others = [
+        other
+        for other in others
+        if lm.max_length is None or len(prompt_tokens(lm.tokenizer, other.prompt)) < lm.max_length
+    ]
     continuations = write([other.prompt for other in others], options.continuation, None)
     # A model that writes nothing at all has nothing to compare.
     compared = [place for place, continuation in enumerate(continuations) if continuation.tokens]
@@ -158,6 +166,27 @@ def baseline(
     ]
     rows += text_rows(lm, plain_texts()[: options.texts])
     return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :], others, continuations, rows)
+
+
+def _fitting(lm: LanguageModel, asked: Sequence[Asked], in_prompt: bool) -> list[Asked]:
+    """Return the texts that leave the model room for an answer. Edited prompts are kept, so that asking them raises."""
+    limit = lm.max_length
+    if limit is None:
+        return list(asked)
+
+    def fits(text: Asked) -> bool:
+        longest = text.informed if in_prompt else text.prompt
+        return text.form == "completion" or len(prompt_tokens(lm.tokenizer, longest)) < limit
+
+    fitting = [text for text in asked if fits(text)]
+    if len(fitting) < len(asked):
+        logger.warning(
+            "%d of %d texts that ask for facts are left out: they are longer than the model's context of %d tokens.",
+            len(asked) - len(fitting),
+            len(asked),
+            limit,
+        )
+    return fitting
 
 
 def has_ended(text: str) -> bool:

@@ -72,13 +72,13 @@ def greedy(
     Args:
         lm: The model. Its active adapters take effect.
         prompts: Texts, or chats rendered by `goldenedit.lm.chat`.
-        max_new_tokens: Largest number of tokens to write.
+        max_new_tokens: Largest number of tokens to write. A text also ends where the model's context does.
         ends: Called with a text after each token; the text needs no more tokens where it returns True.
         batch_size: Largest number of rows of a forward.
         description: What the progress bar says.
 
     Raises:
-        ValueError: A prompt does not fit in the model's context, or the logits are not finite.
+        ValueError: A prompt fills the model's context, or the logits are not finite.
 
     Example:
         ```python
@@ -91,10 +91,9 @@ def greedy(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     rows = [_Row(prompt_tokens(lm.tokenizer, prompt)) for prompt in prompts]
     for row, prompt in zip(rows, prompts, strict=True):
-        if lm.max_length is not None and len(row.ids) + max_new_tokens > lm.max_length:
+        if lm.max_length is not None and len(row.ids) >= lm.max_length:
             raise ValueError(
-                f"{prompt!r} has {len(row.ids)} tokens and its answer up to {max_new_tokens}, but the model takes "
-                f"{lm.max_length}. Shorten the prompt, or set max_new_tokens."
+                f"{prompt!r} has {len(row.ids)} tokens, and the model takes {lm.max_length} with the answer. Shorten it."
             )
     decoder = _Decoder(lm, max_new_tokens, ends)
     with (
@@ -161,6 +160,7 @@ class _Decoder:
         row.done = (
             row.finished
             or len(row.new) >= self.max_new_tokens
+            or len(row.ids) + len(row.new) == self.lm.max_length
             or (self.ends is not None and self.ends(str(self.lm.tokenizer.decode(row.new, skip_special_tokens=True))))
         )
         return not row.done
