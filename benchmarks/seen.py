@@ -117,7 +117,8 @@ def measure(model: EditModel, base: Baseline, methods: Sequence[str], folder: Pa
     stored = {method: len(results(folder, method)) for method in methods}
     if min(stored.values()) == len(base.requests):
         return
-    made = {method: edits_of(model, base.requests, method, folder) for method in methods}
+    config = model.edit_config
+    made = {method: edits_of(model, base.requests, config_of(config, method), method, folder) for method in methods}
     start = min(model.architecture.layer_of(path) for edits in made.values() for edit in edits for path in edit.deltas)
     for index in range(len(base.requests)):
         about = base.about(index)
@@ -169,7 +170,9 @@ def config_of(config: EditConfig, method: str) -> EditConfig:
     return replace(config, method=method)
 
 
-def edits_of(model: EditModel, requests: Sequence[EditRequest], method: str, folder: Path) -> list[Made]:
+def edits_of(
+    model: EditModel, requests: Sequence[EditRequest], config: EditConfig, method: str, folder: Path
+) -> list[Made]:
     """Return the edit of each fact. Values are optimized once for all methods that optimize them alike."""
     path = folder / f"{method.replace(' ', '-')}.deltas.pt"
     if path.is_file():
@@ -177,7 +180,7 @@ def edits_of(model: EditModel, requests: Sequence[EditRequest], method: str, fol
             Made({name: LowRankDelta(*factors) for name, factors in deltas.items()}, seconds)
             for deltas, seconds in torch.load(path, weights_only=True)
         ]
-    model.edit_config = config = config_of(model.edit_config, method)
+    model.edit_config = config  # which `prepare` reads
     if config.editor.learns == "values":
         made = _inserted(model, requests, config)
     else:

@@ -93,7 +93,8 @@ def greedy(
     for row, prompt in zip(rows, prompts, strict=True):
         if lm.max_length is not None and len(row.ids) >= lm.max_length:
             raise ValueError(
-                f"{prompt!r} has {len(row.ids)} tokens, and the model takes {lm.max_length} with the answer. Shorten it."
+                f"{prompt!r} has {len(row.ids)} tokens, but the model takes {lm.max_length} with the answer. Shorten "
+                "the prompt."
             )
     decoder = _Decoder(lm, max_new_tokens, ends)
     with (
