@@ -16,6 +16,7 @@ from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cost import phase
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
+from goldenedit.evaluation.examples import examples
 from goldenedit.evaluation.forms import FORMS, check_forms
 from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.judges import Judge
@@ -117,7 +118,7 @@ class MeasuringMixin:
             tuple(texts_of(measured)),
         )
         about = {"own_facts": own_facts, "facts": len(facts)}
-        texts = [asdict(text) for text in evaluation.texts]
+        texts = [asdict(text) for text in examples(evaluation.texts)]
         self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict(), "texts": texts}
         return evaluation
 
