@@ -18,6 +18,7 @@ from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cost import phase
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
+from goldenedit.evaluation.examples import examples
 from goldenedit.evaluation.forms import FORMS, check_forms
 from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.harness import HarnessScores, harness_comparison
@@ -125,11 +126,16 @@ class MeasuringMixin:
             tuple(texts_of(measured)),
         )
         about = {"own_facts": own_facts, "facts": len(facts)}
+<<<<<<< HEAD
         texts = [asdict(text) for text in evaluation.texts]
         active = tuple(self.active_adapters)
         earlier = self._evaluations.get(active, {})
         general = {"general": earlier["general"]} if "general" in earlier else {}
         self._evaluations[active] = {**about, **evaluation.to_dict(), "texts": texts, **general}
+=======
+        texts = [asdict(text) for text in examples(evaluation.texts)]
+        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict(), "texts": texts}
+>>>>>>> k4
         return evaluation
 
     @outside_inference_mode()
