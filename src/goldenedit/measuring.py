@@ -126,16 +126,11 @@ class MeasuringMixin:
             tuple(texts_of(measured)),
         )
         about = {"own_facts": own_facts, "facts": len(facts)}
-<<<<<<< HEAD
-        texts = [asdict(text) for text in evaluation.texts]
+        texts = [asdict(text) for text in examples(evaluation.texts)]
         active = tuple(self.active_adapters)
         earlier = self._evaluations.get(active, {})
         general = {"general": earlier["general"]} if "general" in earlier else {}
         self._evaluations[active] = {**about, **evaluation.to_dict(), "texts": texts, **general}
-=======
-        texts = [asdict(text) for text in examples(evaluation.texts)]
-        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict(), "texts": texts}
->>>>>>> k4
         return evaluation
 
     @outside_inference_mode()
