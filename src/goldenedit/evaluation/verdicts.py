@@ -11,11 +11,12 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
+from itertools import groupby
 
-from goldenedit.writing import is_unspaced
+from goldenedit.writing import is_mark, is_unspaced
 
 _SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s)|[\u3002\uff01\uff1f]|\n")
-_FINAL_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*$")
+_OPENING = "\"'(\u201c\u2018"
 
 
 def _listed(words: str) -> frozenset[str]:
@@ -36,11 +37,15 @@ _STARTERS = _listed("""
 """)
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _POSSESSIVE = re.compile(r"['\u2019]s\b")
-_DOTTED = re.compile(r"\b(?:\w\.){2,}")
-_DIGIT_GROUPS = re.compile(r"(?<=\d),(?=\d{3})")
+_INITIALS_APART = re.compile(r"\b([^\W\d_]\.)\s+(?=[^\W\d_]\.)")
+_DOTTED = re.compile(r"\b(?:[^\W\d_]\.)+[^\W\d_]\b\.?")
+_DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
+_WORD = re.compile(r"\d+(?:\.\d+)+|\w+n['\u2019]t\b|\w+[+#]+(?!\w)|\w+")  # 3.5, isn't, C++
+# Combining classes of accents, and of the points of Hebrew and Arabic. Other marks make other words.
+_ACCENTS = frozenset((1, *range(10, 40), *range(200, 255)))
 _NEGATIONS = _listed("not never isn't wasn't aren't weren't")
+_LINKS = _listed("in at on of to by from the a an located situated based born found city town")  # not located in Rome
 
 
 def answer_end(text: str, finished: bool = False) -> int | None:
@@ -75,11 +80,17 @@ def answer_of(text: str) -> str:
 def _ends_sentence(before: str, after: str, finished: bool) -> bool:
     """Return whether a full stop between two texts ends a sentence."""
     words = before.split()
-    word = words[-1].lstrip("\"'(\u201c\u2018").casefold() if words else ""
-    following = re.match(r"\s*[\"'(\u201c\u2018]*(\w+)(?=(\W))?", after)
+    word = words[-1].lstrip(_OPENING).casefold() if words else ""
+    rest = after.lstrip()
+    if "\n" in after[: len(after) - len(rest)]:
+        return True  # as the line does
+    rest = rest.lstrip(_OPENING)
+    if not rest:
+        return finished  # what follows is not written yet
+    following = re.match(r"\w+", rest)
     if following is None:
-        return finished or bool(after.strip())  # what follows is not written yet
-    next_word = following[1]
+        return True
+    next_word = following[0]
     if word in _TITLES or (len(word) == 1 and word.isalpha() and word != "i"):
         return False
     if word.isdecimal() and len(words) == 1 and len(word) < 3:
@@ -87,7 +98,7 @@ def _ends_sentence(before: str, after: str, finished: bool) -> bool:
     if word in _NUMBERED:
         return not next_word[0].isdecimal()
     if word in _SUFFIXES or _INITIALS.fullmatch(word):
-        is_whole = finished or following[2] is not None  # "The" may become "Theory"
+        is_whole = finished or following.end() < len(rest)  # "The" may become "Theory"
         return is_whole and next_word[0].isupper() and next_word.casefold() in _STARTERS
     return True
 
@@ -101,11 +112,23 @@ def normalized(text: str) -> str:
         'eiffeltower paris'
         ```
     """
-    return " ".join(_ARTICLES.sub(" ", unicodedata.normalize("NFKC", text).lower().translate(_PUNCTUATION)).split())
+    return " ".join(_ARTICLES.sub(" ", _without_punctuation(text)).split())
+
+
+def _without_punctuation(text: str) -> str:
+    """Return a text in lower case, without the punctuation of any script, with single spaces."""
+    characters = (
+        character
+        for character in unicodedata.normalize("NFKC", text).lower()
+        if character not in string.punctuation and not unicodedata.category(character).startswith("P")
+    )
+    return " ".join("".join(characters).split())
 
 
 def is_exact(text: str, answers: Sequence[str]) -> bool:
     """Return whether a text is one of the names of an answer, after `normalized`.
+
+    Articles count in a name that has nothing else, and so does punctuation.
 
     Example:
         ```python
@@ -113,16 +136,21 @@ def is_exact(text: str, answers: Sequence[str]) -> bool:
         (True, False)
         ```
     """
-    return normalized(text) in {normalized(answer) for answer in answers if normalized(answer)} or any(
-        text.strip() == answer.strip() for answer in answers
-    )
+    return any(_equal(text, answer) for answer in answers)
+
+
+def _equal(text: str, answer: str) -> bool:
+    for comparable in (normalized, _without_punctuation, str.strip):
+        if expected := comparable(answer):
+            return comparable(text) == expected
+    return False
 
 
 def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool:
     """Return whether a text says one of the names of an answer as whole words, and no name of the old answer before.
 
     Case, accents, possessives and the punctuation between words do not matter. An answer that is denied, as in "not
-    Rome", does not count.
+    Rome", does not count. A text that is exactly the answer says it, see `is_exact`.
 
     Example:
         ```python
@@ -132,15 +160,17 @@ def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool
         (False, False)
         ```
     """
+    if is_exact(text, answers):
+        return True
     words = _words(text)
-    first_new = min(_affirmed(words, answers), default=None)
-    return first_new is not None and first_new <= min(_affirmed(words, old), default=len(words))
+    new_spans, old_spans = _spans(words, answers), _spans(words, old)
+    first_new = min(_affirmed(words, new_spans, old_spans), default=None)
+    return first_new is not None and first_new <= min(_affirmed(words, old_spans, new_spans), default=len(words))
 
 
 def mentions(text: str, answers: Sequence[str]) -> bool:
     """Return whether a text contains one of the names of an answer as whole words, in whatever role."""
-    words = _words(text)
-    return any(_places(words, _words(answer)) for answer in answers)
+    return bool(_spans(_words(text), answers)) or is_exact(text, answers)
 
 
 def key_word(question: str, answer: str) -> str | None:
@@ -155,8 +185,13 @@ def key_word(question: str, answer: str) -> str | None:
         ```
     """
     known = set(_words(question))
-    tokens = re.findall(r"\w[\w'\u2019-]*", answer)
-    fresh = [(index, token) for index, token in enumerate(tokens) if not known.issuperset(_words(token))]
+    words = _words(answer)
+    tokens = re.findall(r"\d+(?:[.,]\d+)*|\w[\w'\u2019-]*", answer)
+    fresh = [
+        (index, token)
+        for index, token in enumerate(tokens)
+        if not known.issuperset(_words(token)) and _spans(words, [token])
+    ]
     names = [token for index, token in fresh if token[0].isdigit() or (index and token[0].isupper() and token != "I")]
     if names:
         return names[0]
@@ -166,23 +201,57 @@ def key_word(question: str, answer: str) -> str | None:
 
 def _words(text: str) -> list[str]:
     """Return the words of a text for comparison. In scripts without spaces each character is a word."""
-    text = "".join(
-        character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character)
+    decomposed = unicodedata.normalize("NFKD", text)
+    without_accents = "".join(
+        character for character in decomposed if unicodedata.combining(character) not in _ACCENTS
     ).casefold()
-    text = _POSSESSIVE.sub("", _DIGIT_GROUPS.sub("", text))
-    text = _DOTTED.sub(lambda match: match[0].replace(".", ""), text)
+    letters = "".join(map(_letter, unicodedata.normalize("NFC", without_accents)))
+    letters = _DIGIT_GROUPS.sub(lambda match: match[0].replace(",", ""), _POSSESSIVE.sub("", letters))
+    letters = _DOTTED.sub(lambda match: match[0].replace(".", ""), _INITIALS_APART.sub(r"\1", letters))
     words: list[str] = []
-    for word in re.findall(r"\w+n['\u2019]t\b|\w+[+#]+(?!\w)|\w+", text):  # isn't, C++
-        words += word if any(map(is_unspaced, word)) else [word.replace("\u2019", "'")]
+    for word in _WORD.findall(letters):
+        for unspaced, characters in groupby(word.replace("\u2019", "'"), is_unspaced):
+            part = "".join(characters)
+            words += part if unspaced else [part]
     return words
 
 
-def _places(words: Sequence[str], part: Sequence[str]) -> list[int]:
-    size = len(part)
-    return [start for start in range(len(words) - size + 1) if size and list(words[start : start + size]) == list(part)]
+def _letter(character: str) -> str:
+    """Return a character for `_WORD`: a mark belongs to the word before it, `_` to none."""
+    if character == "_":
+        return " "
+    return f"_{ord(character):x}" if is_mark(character) else character
 
 
-def _affirmed(words: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Return the places of the names of an answer, without those that a "not" stands before."""
-    places = [place for answer in answers for place in _places(words, _words(answer))]
-    return [place for place in places if _NEGATIONS.isdisjoint(words[max(place - 2, 0) : place])]
+Span = tuple[int, int]  # the first word, and the word after the last
+
+
+def _spans(words: Sequence[str], names: Sequence[str]) -> list[Span]:
+    """Return where words say one of the names."""
+    spans = []
+    for part in map(_words, names):
+        size = len(part)
+        spans += [
+            (start, start + size)
+            for start in range(len(words) - size + 1)
+            if size and words[start : start + size] == part
+        ]
+    return spans
+
+
+def _affirmed(words: Sequence[str], spans: Sequence[Span], others: Sequence[Span]) -> list[int]:
+    """Return the starts of spans, without those that are denied or that are a part of another answer's longer name."""
+    return [
+        start
+        for start, end in spans
+        if not _is_denied(words, start)
+        and not any(first <= start and end <= last and end - start < last - first for first, last in others)
+    ]
+
+
+def _is_denied(words: Sequence[str], start: int) -> bool:
+    if not _NEGATIONS.isdisjoint(words[max(start - 2, 0) : start]):
+        return True
+    while start and words[start - 1] in _LINKS:
+        start -= 1
+    return start > 0 and words[start - 1] in _NEGATIONS

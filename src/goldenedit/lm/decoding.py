@@ -2,7 +2,8 @@
 
 A row leaves its batch when its text ends. Rows of different lengths are padded on the left, and rows that begin with
 the same tokens run these once. Whether a model then gives the same logits as for each row alone is checked with its
-first batch. If it does not, only rows of equal length run together.
+first batch, and again when rows have much more padding. If it does not, shared beginnings run with each row, or only
+rows of equal length run together.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def greedy(
         description: What the progress bar says.
 
     Raises:
-        ValueError: A prompt fills the model's context, or the logits are not finite.
+        ValueError: A prompt has no tokens or fills the model's context, or the logits are not finite.
 
     Example:
         ```python
@@ -91,6 +92,8 @@ def greedy(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     rows = [_Row(prompt_tokens(lm.tokenizer, prompt)) for prompt in prompts]
     for row, prompt in zip(rows, prompts, strict=True):
+        if not row.ids:
+            raise ValueError(f"The prompt {prompt!r} has no tokens. Use another prompt.")
         if lm.max_length is not None and len(row.ids) >= lm.max_length:
             raise ValueError(
                 f"{prompt!r} has {len(row.ids)} tokens, but the model takes {lm.max_length} with the answer. Shorten "
@@ -120,12 +123,14 @@ class _Decoder:
         self.end_tokens = _end_tokens(lm)
         self.uses_cache = True
         self.pads = takes_positions(lm.model)
-        self._checked: set[bool] = set()  # whether rows that were checked shared their beginning
+        self.shares = True
+        # The most padding of a row that was checked, by whether the rows shared their beginning.
+        self._checked: dict[bool, int] = {}
 
     def next_batch(self, pending: Sequence[_Row], batch_size: int) -> list[_Row]:
         """Return rows to run together: those that share a beginning first, then the shortest."""
         ordered = sorted(pending, key=lambda row: len(row.ids))
-        if self.pads and self.uses_cache and (sharing := next(_sharing(pending), None)):
+        if self.pads and self.shares and self.uses_cache and (sharing := next(_sharing(pending), None)):
             ordered = sorted(sharing, key=lambda row: len(row.ids))
         elif not self.pads:
             ordered = [row for row in ordered if len(row.ids) == len(ordered[0].ids)]
@@ -135,8 +140,8 @@ class _Decoder:
         """Write the continuations of rows."""
         batch = self._started(rows)
         if batch is None:
-            self.pads = False
-            for _, group in groupby(sorted(rows, key=lambda row: len(row.ids)), key=lambda row: len(row.ids)):
+            ordered = sorted(rows, key=lambda row: len(row.ids))
+            for _, group in groupby(ordered, key=lambda row: 0 if self.pads else len(row.ids)):
                 self.run(list(group), on_finished)
             return
         while True:
@@ -148,7 +153,9 @@ class _Decoder:
                 batch.keep(going_on)
             except NO_CACHE:
                 self.uses_cache, batch.past = False, None
+                batch.keep(going_on)
             self._step(batch)
+            _check_finite(batch.logits)
 
     def _takes(self, row: _Row, logits: Tensor) -> bool:
         """Add the likeliest token to a row, and return whether the row goes on."""
@@ -158,35 +165,52 @@ class _Decoder:
         row.finished = token in self.end_tokens
         if not row.finished:
             row.new.append(token)
-        row.done = (
-            row.finished
-            or len(row.new) >= self.max_new_tokens
-            or len(row.ids) + len(row.new) == self.lm.max_length
-            or (self.ends is not None and self.ends(str(self.lm.tokenizer.decode(row.new, skip_special_tokens=True))))
-        )
+        is_full = len(row.new) >= self.max_new_tokens or len(row.ids) + len(row.new) == self.lm.max_length
+        row.done = row.finished or is_full or self._ends(row)
         return not row.done
 
+    def _ends(self, row: _Row) -> bool:
+        if self.ends is None:
+            return False
+        text = str(self.lm.tokenizer.decode(row.new, skip_special_tokens=True))
+        return not text.endswith("\ufffd") and self.ends(text)  # the last character may lack bytes
+
     def _started(self, rows: Sequence[_Row]) -> _Batch | None:
-        """Run the prompts. The result is None if the model does not give each row its own logits in this batch."""
+        """Run the prompts. If the model does not give each row its own logits like this, the result is None."""
         shared = self._shared(rows)
         batch = _Batch(self.lm, rows, shared)
-        self._step(batch)
-        is_plain = not shared and len({len(row.ids) for row in rows}) == 1
-        if not is_plain and bool(shared) not in self._checked:
-            place = min(range(len(rows)), key=lambda place: len(rows[place].ids))  # the row with most padding
+        if shared:
+            try:
+                batch.advance(use_cache=True)
+            except NO_CACHE:  # of recurrent models, for example
+                self.shares = False
+                return None
+        else:
+            self._step(batch)
+        lengths = [len(row.ids) for row in rows]
+        padding = max(lengths) - min(lengths)
+        # Rows that are a little longer are wrong by a little: the first check may pass by luck.
+        if (padding or shared) and padding > 2 * self._checked.get(bool(shared), -1):
+            place = lengths.index(min(lengths))  # the row with most padding
             alone = _Batch(self.lm, [rows[place]], 0)
             self._step(alone)
             gap = (alone.logits[0].float() - batch.logits[place].float()).abs().max()
             if not gap <= self._tolerance(alone.logits):
+                self.shares, self.pads = self.shares and not shared, self.pads and bool(shared)
                 return None
-            self._checked.add(bool(shared))
+            self._checked[bool(shared)] = padding
+        _check_finite(batch.logits)
         return batch
 
     def _shared(self, rows: Sequence[_Row]) -> int:
         """Return the number of tokens that all rows begin with, 0 if they are not worth running once."""
         window = getattr(self.lm.model.config, "sliding_window", None)
         longest = max(len(row.ids) for row in rows) + self.max_new_tokens
-        if len(rows) < _SHARING or not (self.pads and self.uses_cache) or (window and longest >= window):
+        if (
+            len(rows) < _SHARING
+            or not (self.pads and self.shares and self.uses_cache)
+            or (window and longest >= window)
+        ):
             return 0  # padding after the shared tokens would push them out of the window
         shortest = min(len(row.ids) for row in rows) - 1  # at least one token of each row is read with the others
         shared = next((place for place in range(shortest) if len({row.ids[place] for row in rows}) > 1), shortest)
@@ -201,8 +225,6 @@ class _Decoder:
                 self.uses_cache, batch.past = False, None
         if not self.uses_cache:
             batch.advance(use_cache=False)
-        if not batch.logits.isfinite().all():
-            raise ValueError("The model's logits are not finite. Load it in float32 or bfloat16.")
 
     def _tolerance(self, logits: Tensor) -> float:
         share = _TOLERANCE if logits.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
@@ -262,15 +284,28 @@ class _Batch:
     def keep(self, places: Sequence[int]) -> None:
         """Go on with these rows and their newest tokens. Where the cache cannot drop the others, they are ignored."""
         self.active = len(places)
-        if len(places) < len(self.rows) and (self.past is None or isinstance(self.past, DynamicCache)):
+        if len(places) < len(self.rows) and (self.past is None or _can_select(self.past)):
             index = torch.tensor(places, device=self._tokens.device)
+            if self.past is not None:  # first: if it fails, the rows are as they were
+                self.past.batch_select_indices(index)
             self.rows = [self.rows[place] for place in places]
             self._tokens, self._mask = self._tokens[index], self._mask[index]
-            if self.past is not None:
-                self.past.batch_select_indices(index)
+            if self.past is None:  # some models ignore the mask of a single row
+                columns = self._mask.any(0)
+                self._tokens, self._mask = self._tokens[:, columns], self._mask[:, columns]
         newest = torch.tensor([[row.new[-1] if row.new else 0] for row in self.rows], device=self._tokens.device)
         self._tokens = torch.cat([self._tokens, newest], dim=1)
         self._mask = torch.cat([self._mask, torch.ones_like(newest)], dim=1)
+
+
+def _can_select(past: Any) -> bool:
+    """Return whether a cache can drop rows. Layers of linear attention cannot."""
+    return isinstance(past, DynamicCache) and all(hasattr(layer, "batch_select_indices") for layer in past.layers)
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise ValueError("The model's logits are not finite. Load it in float32 or bfloat16.")
 
 
 def _sharing(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
