@@ -192,9 +192,8 @@ def _rows(path: Path) -> Iterator[Record]:
             cells = next(reader, None)
         except csv.Error as error:
             # the reader has lost its place, so later rows would be cut anywhere
-            yield Record(
-                ValueError(f"not valid CSV ({error}). Close the quotes, and double those inside."), f"line {start}"
-            )
+            fault = ValueError(f"not valid CSV ({error}). Close all quotes, and double those inside.")
+            yield Record(fault, f"line {start}")
             return
         if cells is None:
             return
@@ -204,9 +203,7 @@ def _rows(path: Path) -> Iterator[Record]:
         if not names:
             names = [_column(cell) for cell in cells]
             if repeated := sorted({name for name in names if name and names.count(name) > 1}):
-                raise ValueError(
-                    f"{path}, {place}: several columns have the names {repeated}. Rename all but one of each."
-                )
+                raise ValueError(f"{path}, {place}: several columns are named {repeated}. Rename all but one of each.")
         elif any(cell.strip() for cell in cells[len(names) :]):
             need = "Put cells that contain the separator in quotes."
             yield Record(ValueError(f"the row has {len(cells)} cells for {len(names)} columns. {need}"), place)
