@@ -105,6 +105,30 @@ def test_the_flat_form_has_one_or_several_unrelated_prompts(change, locality):
     assert (request.target_true, request.paraphrases, request.question) == ("Paris", (FLAT["rephrase_prompt"],), None)
 
 
+def test_the_flat_form_may_have_fields_of_a_request_too():
+    own = {
+        "aliases": ["Roma"],
+        "locality": [["a", "b"]],
+        "neighborhood": ["c"],
+        "question": "Where?",
+        "paraphrases": ["d"],
+    }
+    request = EditRequest.from_dict(FLAT | own | {"ground_truth": ["Paris", "Lutetia"]})
+    assert request.names_of("Rome") == ("Rome", "Roma")
+    assert request.names_of("Paris") == ("Paris", "Lutetia")
+    assert request.locality == (("a", "b"), ("The Louvre is in", "Paris"))
+    assert request.paraphrases == ("d", FLAT["rephrase_prompt"])
+    assert (request.neighborhood, request.question) == (("c",), "Where?")
+    assert EditRequest.from_dict(FLAT | {"ground_truth": " Rome"}).target_true is None
+    with pytest.raises(ValueError, match="aliases must be a list"):
+        EditRequest.from_dict(FLAT | {"aliases": "Roma"})
+
+
+def test_knowedit_of_easyedit_may_call_the_paraphrase_otherwise():
+    record = {name: value for name, value in ZSRE.items() if name != "rephrase_prompt"}
+    assert EditRequest.from_dict(record | {"rephrase": "Where is it?"}).paraphrases == ("Where is it?",)
+
+
 def test_wikibigedit_has_a_question_and_no_old_answer():
     change = {"prompt": "Where is The Eiffel Tower?", "ground_truth": None}
     request = EditRequest.from_dict(FLAT | change)

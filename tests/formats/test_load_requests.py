@@ -78,7 +78,7 @@ def test_a_misspelled_field_of_json_is_an_error_and_another_one_is_ignored(caplo
     assert load_requests([FACT | {"fact_id": 1, "subject_id": "Q1", "source": "x"}]) == [EIFFEL]
     assert "ignored: fact_id, source, subject_id" in caplog.text
     with pytest.raises(ValueError, match=r"record 0: The field 'paraprases' is unknown\. Did you mean 'paraphrases'"):
-        load_requests([FACT | {"paraprases": []}])
+        load_requests([FACT | {"paraprases": ["a"]}])
     with pytest.raises(ValueError, match="The fields 'target_new' and 'target' mean the same"):
         load_requests([FACT | {"target": "Rome"}])
 
@@ -101,6 +101,13 @@ def test_a_damaged_row_is_named_by_its_line(tmp_path, rows, message):
 def test_the_line_of_a_row_counts_the_lines_in_cells(tmp_path):
     with pytest.raises(ValueError, match=r"line 6: "):
         read(tmp_path, 'prompt,subject,target\n"A\nis\nin",A,Rome\n\nB is in,C,Rome\n')
+
+
+def test_a_column_without_a_name_is_ignored_and_told_if_it_has_content(tmp_path, caplog):
+    assert len(read(tmp_path, "prompt,subject,target,\nA is in,A,Rome,\n")) == 1
+    assert not caplog.records
+    assert len(read(tmp_path, ",prompt,subject,target\n0,A is in,A,Rome\n")) == 1
+    assert "ignored: column 1" in caplog.text
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
@@ -218,6 +225,8 @@ def test_facts_come_from_dicts_of_any_format_and_from_requests():
     assert as_requests(EIFFEL) == as_requests([EIFFEL]) == [EIFFEL]
     assert as_requests([]) == []
     assert load_requests(COUNTERFACT) == as_requests(COUNTERFACT)
+    with pytest.raises(ValueError, match="Facts must be a file, a dataset or records, got 7"):
+        load_requests(7)
     with pytest.raises(ValueError, match="Read files with load_requests"):
         as_requests("facts.json")
     with pytest.raises(ValueError, match="record 1: A record must map names of fields to values, got 7"):
