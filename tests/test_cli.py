@@ -334,3 +334,20 @@ def test_an_edit_is_evaluated_beside_its_base_model(folder, facts, tmp_path, cap
     code, output, _ = run(capsys, "evaluate", edit, "--file", str(one), "--model", folder)
     assert code == 0
     assert "probability, n = 1" in output
+
+
+def test_facts_that_cannot_be_read_are_left_out_on_request(folder, tmp_path, capsys, caplog):
+    table, edit = tmp_path / "facts.csv", str(tmp_path / "edit")
+    table.write_text(
+        "prompt,subject,target\nThe Eiffel Tower is in,The Eiffel Tower,Rome\nno subject,The Louvre,Rome\n"
+    )
+    code, _, complaint = run(capsys, "edit", folder, "--file", str(table), *BY_HAND, "-o", edit)
+    assert code == 1
+    assert "line 3" in complaint
+    assert "--skip-bad" in complaint
+    assert run(capsys, "edit", folder, "--file", str(table), "--skip-bad", *BY_HAND, "-o", edit)[0] == 0
+    assert "1 of 2 records cannot be read and were left out" in caplog.text
+    assert run(capsys, "evaluate", edit, "--file", str(table), "--skip-bad", "--model", folder)[0] == 0
+    assert run(capsys, "locate", folder, "--proxy", str(table), "--skip-bad", "--method", "key_response")[0] == 0
+    code, _, complaint = run(capsys, "edit", folder, "--file", str(table), "--format", "memit", *BY_HAND)
+    assert (code, "The format 'memit' is unknown" in " ".join(complaint.split())) == (1, True)

@@ -26,6 +26,8 @@ SETUP = {
     "docs/coming-from-other-tools.md": "",
     "docs/evaluation.md": "from models import tiny_model, tiny_tokenizer\n"
     "base, tokenizer = tiny_model('llama'), tiny_tokenizer()\n",
+    "docs/facts.md": "from pathlib import Path\n"
+    "Path('facts.csv').write_text('prompt,subject,target\\nRome is in,Rome,Spain\\n')\n",
     "docs/extending.md": "from models import tiny_model, tiny_tokenizer\n"
     "base, tokenizer = tiny_model('llama'), tiny_tokenizer()\n",
     "examples/plugin/README.md": f"import sys; sys.path.insert(0, {str(ROOT / 'examples/plugin/src')!r})\n"

@@ -58,6 +58,8 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
         if hasattr(source.get(split), "column_names"):  # a DatasetDict
             return _table(source[split])
         return [Record(source, "record 0")]
+    if not isinstance(source, Iterable):
+        raise ValueError(f"Facts must be a file, a dataset or records, got {source!r}.")
     items = [Record(item, f"record {index}") for index, item in enumerate(source)]
     return _table(item.content for item in items) if hasattr(source, "column_names") else items
 
@@ -192,9 +194,8 @@ def _rows(path: Path) -> Iterator[Record]:
             cells = next(reader, None)
         except csv.Error as error:
             # the reader has lost its place, so later rows would be cut anywhere
-            yield Record(
-                ValueError(f"not valid CSV ({error}). Close the quotes, and double those inside."), f"line {start}"
-            )
+            fault = ValueError(f"not valid CSV ({error}). Close all quotes, and double those inside.")
+            yield Record(fault, f"line {start}")
             return
         if cells is None:
             return
@@ -202,17 +203,15 @@ def _rows(path: Path) -> Iterator[Record]:
         if not any(cell.strip() for cell in cells):
             continue
         if not names:
-            names = [_column(cell) for cell in cells]
-            if repeated := sorted({name for name in names if name and names.count(name) > 1}):
-                raise ValueError(
-                    f"{path}, {place}: several columns have the names {repeated}. Rename all but one of each."
-                )
+            names = [_column(cell) or f"column {number}" for number, cell in enumerate(cells, 1)]
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{path}, {place}: several columns are named {repeated}. Rename all but one of each.")
         elif any(cell.strip() for cell in cells[len(names) :]):
             need = "Put cells that contain the separator in quotes."
             yield Record(ValueError(f"the row has {len(cells)} cells for {len(names)} columns. {need}"), place)
         else:
             row = dict(zip(names, cells, strict=False))
-            yield Record(_unpacked({name: row.get(name) or None for name in names if name}), place, is_row=True)
+            yield Record(_unpacked({name: row.get(name) or None for name in names}), place, is_row=True)
 
 
 def _column(name: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldenedit.formats import Pair, format_named
+from goldenedit.formats.fields import shortened
 from goldenedit.formats.reading import read_facts, read_record
 from goldenedit.records import records_of
 from goldenedit.subjects import Message as Message
@@ -101,12 +102,14 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new") if self.messages is None else ("subject", "target_new"):
             value = getattr(self, name)
             if not _is_text(value):
-                raise ValueError(f"EditRequest.{name} must be a non-empty string, got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a non-empty string, got {shortened(value)}.")
         for name in ("target_true", "relation"):
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"EditRequest.{name} must be a string or None, got {getattr(self, name)!r}.")
+                raise ValueError(f"EditRequest.{name} must be a string or None, got {shortened(getattr(self, name))}.")
         if self.question is not None and not _is_text(self.question):
-            raise ValueError(f"EditRequest.question must be a non-empty string or None, got {self.question!r}.")
+            raise ValueError(
+                f"EditRequest.question must be a non-empty string or None, got {shortened(self.question)}."
+            )
         self._freeze_texts()
         self._freeze_aliases()
         self._check_messages()
@@ -123,7 +126,7 @@ class EditRequest:
         if self.joint is None:
             return
         if not isinstance(self.joint, str) or self.joint.strip():
-            raise ValueError(f"EditRequest.joint must be whitespace, '' or None, got {self.joint!r}.")
+            raise ValueError(f"EditRequest.joint must be whitespace, '' or None, got {shortened(self.joint)}.")
         for name in ("target_new", "target_true"):
             if (answer := getattr(self, name)) is not None:
                 object.__setattr__(self, name, self.joined(answer))
@@ -166,7 +169,7 @@ class EditRequest:
         if messages is None:
             return
         if not isinstance(messages, list | tuple) or not messages:
-            raise ValueError(f"EditRequest.messages must be a list of messages, got {messages!r}.")
+            raise ValueError(f"EditRequest.messages must be a list of messages, got {shortened(messages)}.")
         for message in messages:
             if (
                 not isinstance(message, Mapping)
@@ -174,7 +177,7 @@ class EditRequest:
                 or not all(isinstance(text, str) and text.strip() for text in message.values())
             ):
                 raise ValueError(
-                    f"Each of EditRequest.messages must have a non-empty role and content, got {message!r}."
+                    f"Each of EditRequest.messages must have a non-empty role and content, got {shortened(message)}."
                 )
         if messages[-1]["role"] == "assistant":
             raise ValueError(
@@ -187,14 +190,14 @@ class EditRequest:
         for name in _TEXTS:
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"EditRequest.{name} must be a list of strings, got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a list of strings, got {shortened(value)}.")
             object.__setattr__(self, name, tuple(value))
         for name in _PAIRS:
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(
                 isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_text, pair)) for pair in value
             ):
-                raise ValueError(f"EditRequest.{name} must be a list of (prompt, answer), got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a list of (prompt, answer), got {shortened(value)}.")
             object.__setattr__(self, name, tuple(map(tuple, value)))
 
     def _freeze_aliases(self) -> None:
@@ -207,7 +210,7 @@ class EditRequest:
         ):
             raise ValueError(
                 "EditRequest.aliases must be a list of other names of target_new, or a list of groups of names of one "
-                f"thing, got {value!r}."
+                f"thing, got {shortened(value)}."
             )
         object.__setattr__(self, "aliases", tuple(tuple(group) for group in groups if group))
 

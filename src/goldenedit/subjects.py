@@ -14,7 +14,7 @@ Message = dict[str, str]  # `role` and `content`
 
 _POSSESSIVE = re.compile("['\u2019]s?$")
 _ARTICLE = re.compile("the ", re.IGNORECASE)
-_LEAST = 4  # letters of a subject that may differ in case: "it" is not the film "It"
+_LEAST = 4  # letters of a subject that may be spelled in another way: "it" is not the film "It"
 _ALIKE = {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2010": "-", "\u2011": "-", "\u2013": "-"}
 _HANGUL = re.compile("[\uac00-\ud7a3]")  # Korean particles follow a word without a space
 
@@ -151,7 +151,7 @@ def nearest_text(texts: Iterable[str], subject: str) -> str | None:
     """Return the words in texts that are most like a subject, None if none are alike."""
     folded = _folded(subject)[0]
     count = len(subject.split())
-    best, nearest = 0.6, None
+    best, nearest = 0.7, None
     for text in texts:
         words = [match.span() for match in re.finditer(r"[^\s.,;:!?()]+", text)]
         for start, (begin, _) in enumerate(words):
@@ -167,11 +167,10 @@ def _respelled(text: str, subject: str) -> list[str]:
     folded_text, spans = _folded(text)
     folded = _folded(subject)[0].strip()
     places = []
-    start = folded_text.find(folded) if folded else -1
+    start = folded_text.find(folded) if len(folded) >= _LEAST else -1
     while start >= 0:
         begin, end = spans[start][0], spans[start + len(folded) - 1][1]
-        is_certain = len(folded) >= _LEAST or text[begin:end] == subject
-        if is_certain and _is_whole(text, begin, end):
+        if _is_whole(text, begin, end):
             places.append(text[begin:end])
         start = folded_text.find(folded, start + 1)
     return places

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from goldenedit.formats.fields import Answered, Field, Format, question_in, request_fields
+from goldenedit.formats import plain
+from goldenedit.formats.fields import Answered, Field, Format, question_in
 
 _NAMES = (
     "ground_truth",
     "rephrase_prompt",
+    "rephrase",
     "locality_prompt",
     "locality_ground_truth",
     "portability_prompt",
@@ -23,22 +25,23 @@ def matches(record: Mapping[str, Any]) -> bool:
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the fields of the request."""
+    """Return the fields of the request, together with those that are named as in a request."""
     field = Field(record)
-    prompt = field["prompt"].text()
-    target_new = field.first("target_new", "target").answer()
-    return [
-        request_fields(
-            prompt,
-            field["subject"].label(),
-            target_new,
-            field.first("ground_truth", "target_true").names(),
-            _pairs(field, "portability"),
-            _pairs(field, "locality"),
-            paraphrases=field.first("rephrase_prompt", "paraphrases").texts(),
-            question=field["question"].optional_text() or question_in(prompt),
-        )
-    ]
+    [fields] = plain.read({name: value for name, value in record.items() if name in (*plain.FIELDS, *plain.SYNONYMS)})
+    true = field["ground_truth"].names()
+    if true and true[0].strip() != fields["target_new"].strip():
+        fields.setdefault("target_true", true[0])
+    pairs = {kind: _pairs(field, kind) for kind in ("portability", "locality")}
+    for kind, answered in pairs.items():
+        fields[kind] = [*fields.get(kind, ()), *((prompt, names[0]) for prompt, names in answered)]
+    groups = [true, *(names for answered in pairs.values() for _, names in answered)]
+    if isinstance(fields["aliases"], list):  # otherwise the request raises an error
+        fields["aliases"] += [names for names in groups if len(names) > 1]
+    if rephrased := field.first("rephrase_prompt", "rephrase").texts():
+        fields["paraphrases"] = [*Field(fields.get("paraphrases"), "paraphrases").texts(), *rephrased]
+    if "prompt" in fields:
+        fields.setdefault("question", question_in(fields["prompt"]))
+    return [fields]
 
 
 def _pairs(field: Field, kind: str) -> list[Answered]:

@@ -27,7 +27,7 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             field["ground_truth"].names(),
             field["portability"].kinds(),
             field["locality"].kinds(),
-            paraphrases=field["rephrase_prompt"].texts(),
+            paraphrases=field.first("rephrase_prompt", "rephrase").texts(),
             question=None if is_biography else question_in(prompt.text()),
         )
     ]

@@ -22,8 +22,9 @@ def matches(record: Mapping[str, Any]) -> bool:
 
 
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:
-    """Return the fields that do not belong to a request, sorted."""
-    return sorted(str(name) for name in record if name not in FIELDS and name not in SYNONYMS)
+    """Return the fields with a value that do not belong to a request, sorted."""
+    unknown = [Field(value, str(name)) for name, value in record.items() if name not in FIELDS and name not in SYNONYMS]
+    return sorted(field.path for field in unknown if not field.is_missing)
 
 
 def from_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ def matches(record: Mapping[str, Any]) -> bool:
     """Return whether a record is in the format of QAEdit."""
     locality = record.get("locality")
     entries = locality if isinstance(locality, list | tuple) else [locality]
-    return "rephrase" in record or any(isinstance(entry, Mapping) and "loc" in entry for entry in entries)
+    return any(isinstance(entry, Mapping) and "loc" in entry for entry in entries)
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -31,4 +31,4 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-FORMAT = Format("qaedit", "prompt, target and rephrase", matches, read)
+FORMAT = Format("qaedit", "prompt, target and locality with loc", matches, read)
