@@ -65,7 +65,7 @@ def greedy(
     prompts: Sequence[str],
     max_new_tokens: int = 50,
     ends: Ends | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     description: str = "Asking",
 ) -> list[Continuation]:
     """Return the greedy continuation of each prompt.
