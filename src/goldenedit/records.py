@@ -53,7 +53,7 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
     if hasattr(source, "convert_dtypes"):  # a DataFrame, in which a missing number makes all others decimal
         frame = source.convert_dtypes().astype(object)
         frame = frame.where(frame.notna(), None)
-        return _table(frame.rename(columns=_column).to_dict("records"))
+        return _table(frame.set_axis(_columns(frame.columns, "the DataFrame"), axis=1).to_dict("records"))
     if isinstance(source, Mapping):
         if hasattr(source.get(split), "column_names"):  # a DatasetDict
             return _table(source[split])
@@ -192,20 +192,16 @@ def _rows(path: Path) -> Iterator[Record]:
     while True:
         try:
             cells = next(reader, None)
-        except csv.Error as error:
-            # the reader has lost its place, so later rows would be cut anywhere
-            fault = ValueError(f"not valid CSV ({error}). Close all quotes, and double those inside.")
-            yield Record(fault, f"line {start}")
-            return
+        except csv.Error as error:  # the rest of the file is lost, because it is taken for one cell
+            remedy = "Close all quotes, and double those inside."
+            raise ValueError(f"{path}, line {start}: not valid CSV ({error}). {remedy}") from error
         if cells is None:
             return
         place, start = f"line {start}", reader.line_num + 1
         if not any(cell.strip() for cell in cells):
             continue
         if not names:
-            names = [_column(cell) or f"column {number}" for number, cell in enumerate(cells, 1)]
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"{path}, {place}: several columns are named {repeated}. Rename all but one of each.")
+            names = _columns(cells, f"{path}, {place}")
         elif any(cell.strip() for cell in cells[len(names) :]):
             need = "Put cells that contain the separator in quotes."
             yield Record(ValueError(f"the row has {len(cells)} cells for {len(names)} columns. {need}"), place)
@@ -214,9 +210,13 @@ def _rows(path: Path) -> Iterator[Record]:
             yield Record(_unpacked({name: row.get(name) or None for name in names}), place, is_row=True)
 
 
-def _column(name: Any) -> str:
-    """Return the name of a column as fields are written: `Target new` is `target_new`."""
-    return "_".join(str(name).lower().replace("-", " ").split())
+def _columns(titles: Iterable[Any], place: str) -> list[str]:
+    """Return the names of columns as fields are written: `Target new` is `target_new`."""
+    names = ["_".join(str(title).lower().replace("-", " ").split()) for title in titles]
+    names = [name or f"column {number}" for number, name in enumerate(names, 1)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{place}: several columns are named {repeated}. Rename all but one of each.")
+    return names
 
 
 def _unpacked(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import SAMPLES
 
+from goldenedit.formats import plain
 from goldenedit.requests import EditRequest, load_requests
 
 TEXTS = st.one_of(
@@ -44,8 +45,7 @@ def check(record: Any) -> None:
         message = str(error)
         assert message.startswith("record ")
         if isinstance(record, dict):
-            told = ("field", "subject", "answer", "prompt", "messages", "EditRequest.")
-            assert any(word in message for word in told), message
+            assert any(name in message for name in (*plain.FIELDS, *NAMES)), message
     else:
         assert requests
         assert all(isinstance(request, EditRequest) for request in requests)

@@ -87,7 +87,6 @@ def test_a_misspelled_field_of_json_is_an_error_and_another_one_is_ignored(caplo
     ("rows", "message"),
     [
         ("A is in,A,Rome,more", r"line 3: the row has 4 cells for 3 columns\. Put cells"),
-        ('"A is in,A,Rome', r"line 3: not valid CSV \(unexpected end of data\)\. Close all quotes"),
         ("A is in,A,", r"line 3: The field 'target_new' is missing or empty"),
         ("A is in", r"line 3: The field 'subject' is missing or empty"),
         ("A is in,B,Rome", r"line 3: The subject 'B' is not in the prompt"),
@@ -96,6 +95,13 @@ def test_a_misspelled_field_of_json_is_an_error_and_another_one_is_ignored(caplo
 def test_a_damaged_row_is_named_by_its_line(tmp_path, rows, message):
     with pytest.raises(ValueError, match=r"facts\.csv, " + message):
         read(tmp_path, f"prompt,subject,target\nA is in,A,Rome\n{rows}\n")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_table_whose_rest_is_lost_behind_an_open_quote_is_refused(tmp_path, skip_bad):
+    text = 'prompt,subject,target\nA is in,A,Rome\n"A is in,A,Rome\nA is in,A,Rome\n'
+    with pytest.raises(ValueError, match=r"facts\.csv, line 3: not valid CSV \(unexpected end of data\)\. Close all"):
+        read(tmp_path, text, skip_bad=skip_bad)
 
 
 def test_the_line_of_a_row_counts_the_lines_in_cells(tmp_path):
@@ -113,6 +119,8 @@ def test_a_column_without_a_name_is_ignored_and_told_if_it_has_content(tmp_path,
 def test_columns_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"facts\.csv, line 1: several columns are named \['target'\]"):
         read(tmp_path, "prompt,subject,target,Target\nA is in,A,Rome,Paris\n")
+    with pytest.raises(ValueError, match=r"the DataFrame: several columns are named \['target'\]"):
+        load_requests(pandas.DataFrame([[1, 2]], columns=["target", "Target"]))
 
 
 def test_damaged_records_are_told_together_and_left_out_on_request(tmp_path, caplog):
