@@ -300,7 +300,7 @@ def test_an_evaluation_is_written_into_the_card(capsys, folder, facts, tmp_path)
     assert run(capsys, "edit", folder, "--file", facts, *BY_HAND, "-o", str(saved))[0] == 0
     before = read_edit_folder(saved)
     assert run(capsys, "evaluate", str(saved), "--card")[0] == 0
-    assert "## Evaluation" in (saved / "README.md").read_text()
+    assert "### Scores of papers" in (saved / "README.md").read_text()
     assert read_edit_folder(saved).edits[0].facts == before.edits[0].facts
 
 
