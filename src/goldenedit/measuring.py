@@ -20,7 +20,7 @@ from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.examples import examples
 from goldenedit.evaluation.forms import FORMS, check_forms
-from goldenedit.evaluation.harm import Compared, compare
+from goldenedit.evaluation.harm import Compared, State, compare
 from goldenedit.evaluation.harness import HarnessScores, harness_comparison
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
@@ -32,7 +32,7 @@ from goldenedit.requests import EditRequest, Facts, as_requests
 from goldenedit.storage.folder import Edit
 
 _VERIFIED_NEIGHBORS = 5
-_CONTROL = "_control"  # the adapter with a random change
+_CONTROL = "_control"  # name of the adapter with a random change, unless an edit has it
 
 
 class MeasuringMixin:
@@ -183,8 +183,8 @@ class MeasuringMixin:
         compared: dict[str, list[Compared]] = {"edited": [], "control": []}
         if base.rows:
             deltas = self._control_deltas() if control else {}
-            with phase("evaluation: comparison"), self._with_control(deltas):
-                states = {"edited": nullcontext} | ({"control": self._only_control} if deltas else {})
+            with phase("evaluation: comparison"), self._with_control(deltas) as only_control:
+                states = {"edited": nullcontext} | ({"control": only_control} if deltas else {})
                 compared |= compare(self.lm, base.rows, self._first_edited_layer(), self.disable_adapter, states)
         with phase("evaluation: answers"):
             written, others = ask(self.lm, base, compared["edited"])
@@ -204,25 +204,30 @@ class MeasuringMixin:
         return {path: random_like(delta, generator) for path, delta in deltas.items()}
 
     @contextmanager
-    def _with_control(self, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
+    def _with_control(self, deltas: Mapping[str, LowRankDelta]) -> Iterator[State]:
+        """Add a random change, not switched on. The yielded function switches it on instead of the edits."""
+        name = _CONTROL
+        while name in self.adapters.configs:
+            name = f"_{name}"
+
+        @contextmanager
+        def only_control() -> Iterator[None]:
+            active = list(self.adapters.active)
+            try:
+                self.adapters.activate([name])
+                yield
+            finally:
+                self.adapters.activate(active)
+
         if not deltas:
-            yield
+            yield only_control
             return
         try:
-            with self.adapters.adding({_CONTROL: deltas}, on=False):
+            with self.adapters.adding({name: deltas}, on=False):
                 pass
-            yield
+            yield only_control
         finally:
-            self.adapters.remove(_CONTROL)
-
-    @contextmanager
-    def _only_control(self) -> Iterator[None]:
-        active = list(self.adapters.active)
-        try:
-            self.adapters.activate([_CONTROL])
-            yield
-        finally:
-            self.adapters.activate(active)
+            self.adapters.remove(name)
 
 
 def random_like(delta: LowRankDelta, generator: torch.Generator) -> LowRankDelta:

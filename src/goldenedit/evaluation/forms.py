@@ -28,7 +28,9 @@ FORMS = {
     "negation": "the edited prompt with 'not': the base model's share is that of the old answer",
     "portability": "prompts whose answer follows from the new fact",
 }
-_AUXILIARY = re.compile(r"\b(?:is|are|was|were|can|could|has|have|had|will|would|does|did|do)\b(?! not\b|n't\b)")
+_QUESTION_MARKS = ("?", "\uff1f")
+_AUXILIARY = re.compile(r"\b(?:is|are|was|were|can|could|will|would|(?:has|have|had)(?= been\b))\b")
+_NEGATIVE = re.compile(r"\b(?:not|no|never|none|neither|nor|nobody|nothing|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def question_of(request: EditRequest) -> str | None:
     if request.question is not None:
         return request.question
     last = request.asked[-1]["content"] if request.messages is not None else request.text
-    return last if last.rstrip().endswith(("?", "\uff1f")) else None
+    return last if last.rstrip().endswith(_QUESTION_MARKS) else None
 
 
 def negated(request: EditRequest) -> str | None:
@@ -97,14 +99,16 @@ def negated(request: EditRequest) -> str | None:
         'The Eiffel Tower is not located in the city of'
         ```
     """
-    if request.messages is not None or request.text.rstrip().endswith("?"):
+    if request.messages is not None or request.text.rstrip().endswith(_QUESTION_MARKS):
         return None
+    around = f"{request.text[: request.subject_start]} {request.text[request.subject_end :]}"
     verbs = [
         verb
         for verb in _AUXILIARY.finditer(request.text)
         if not request.subject_start <= verb.start() < request.subject_end
     ]
-    if len(verbs) != 1:
+    # A verb before the subject begins a question or a clause about something else.
+    if len(verbs) != 1 or verbs[0].start() < request.subject_end or _NEGATIVE.search(around):
         return None
     end = verbs[0].end()
     return f"{request.text[:end]} not{request.text[end:]}"
@@ -121,7 +125,7 @@ def fact_sentence(request: EditRequest) -> str:
     """
     shown = request.asked[-1]["content"] if request.messages is not None else request.text
     sentence = str(with_answer(str(shown), request.target_new)).strip()
-    return sentence if sentence.endswith((".", "!", "?", "\u3002")) else f"{sentence}."
+    return sentence if sentence.endswith((".", "!", "\u3002", *_QUESTION_MARKS)) else f"{sentence}."
 
 
 @dataclass(frozen=True)
@@ -203,5 +207,5 @@ def _wordings(request: EditRequest, index: int, chats: bool) -> Iterator[_Wordin
     if (denied := negated(request)) is not None:
         yield _Wording("negation", denied, new)
     for prompt, answer in request.portability:
-        is_question = request.messages is None and prompt.rstrip().endswith("?")
+        is_question = request.messages is None and prompt.rstrip().endswith(_QUESTION_MARKS)
         yield same_way("portability", f"Q: {prompt}\nA:" if is_question else prompt, request.names_of(answer))

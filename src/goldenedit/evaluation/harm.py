@@ -1,8 +1,8 @@
 """What else an edit changed: greedy continuations, next-token distributions on plain text, and the rest of a subject.
 
 The base model writes each continuation once. An edited model writes the same one if, and only if, its first choice
-after each token is the base model's. So it does not generate: one forward over prompt and continuation tells. The
-layers before the edit run once for the base model and all edited states.
+after each token is the base model's, and both end the text or neither does. So it does not generate: one forward over
+prompt and continuation tells. The layers before the edit run once for the base model and all edited states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import conversation, rendered
 from goldenedit.lm.tokens import Row, pad, prompt_tokens
 from goldenedit.requests import EditRequest
-from goldenedit.subjects import subject_places
+from goldenedit.subjects import find_subject
 
 KINDS = {
     "neighbors": "prompts about other subjects of the same kind",
@@ -86,7 +86,7 @@ def other_prompts(
         other for index, request in enumerate(requests) for other in _of_fact(tokenizer, index, request, neighbors)
     ]
     others += [Other(-1, "unrelated", _asking(tokenizer, text), text) for text in unrelated_questions()]
-    return list({(other.kind, other.prompt): other for other in others}.values())
+    return list(dict.fromkeys(others))
 
 
 def _of_fact(
@@ -96,7 +96,8 @@ def _of_fact(
     for prompt, text in list(zip(as_asked.neighborhood, request.neighborhood, strict=True))[:neighbors]:
         yield Other(index, "neighbors", prompt, text)
     for (prompt, _), (text, _) in zip(as_asked.locality, request.locality, strict=True):
-        yield Other(index, "subject" if subject_places(text, request.subject) else "unrelated", prompt, text)
+        place = find_subject(text, request.subject)
+        yield Other(index, "subject" if place is not None and place.whole else "unrelated", prompt, text)
     for template in _ABOUT_SUBJECT:
         text = template.format(request.subject)
         yield Other(index, "subject", _asking(tokenizer, text), text)
@@ -109,11 +110,20 @@ def _asking(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return f"Q: {question}\nA:"
 
 
-def continuation_row(lm: LanguageModel, prompt: str, tokens: Sequence[int]) -> Row:
-    """Return a prompt with the tokens that the base model writes after it. These are the row's target."""
+def continuation_row(lm: LanguageModel, prompt: str, tokens: Sequence[int], finished: bool = False) -> Row:
+    """Return a prompt with the tokens that the base model writes after it. These are the row's target.
+
+    Args:
+        finished: Whether the base model ends the text there. Then the choice after the last token is compared as well.
+    """
     ids = prompt_tokens(lm.tokenizer, prompt)
-    target = tuple(range(len(ids), len(ids) + len(tokens)))
-    return Row((*ids, *tokens), subject=-1, target=target, last=len(ids) + len(tokens) - 1)
+    written = [*tokens, lm.padding_id] if finished else list(tokens)  # the last token is never read
+    return Row(
+        (*ids, *written),
+        subject=-1,
+        target=tuple(range(len(ids), len(ids) + len(written))),
+        last=len(ids) + len(written) - 1,
+    )
 
 
 def text_rows(lm: LanguageModel, texts: Sequence[str], most: int = 512) -> list[Row]:

@@ -151,17 +151,11 @@ def baseline(
     if not options.unchanged:
         return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :])
     others = other_prompts(tokenizer, requests, options.neighbors)
-    others = [
-        other
-        for other in others
-        if lm.max_length is None or len(prompt_tokens(lm.tokenizer, other.prompt)) < lm.max_length
-    ]
+    if (limit := lm.max_length) is not None:
+        others = [other for other in others if len(prompt_tokens(lm.tokenizer, other.prompt)) < limit]
     continuations = write([other.prompt for other in others], options.continuation, None)
-    # A model that writes nothing at all has nothing to compare.
-    compared = [place for place, continuation in enumerate(continuations) if continuation.tokens]
-    others, continuations = [others[place] for place in compared], [continuations[place] for place in compared]
     rows = [
-        continuation_row(lm, other.prompt, continuation.tokens)
+        continuation_row(lm, other.prompt, continuation.tokens, continuation.finished)
         for other, continuation in zip(others, continuations, strict=True)
     ]
     rows += text_rows(lm, plain_texts()[: options.texts])
@@ -347,7 +341,9 @@ def _text(measurements: Sequence[Measurement], edited: bool) -> TextScores | Non
     ]
     if len(measurements) > 1:
         compared, control = [[_joined(texts)] for texts in compared], [[_joined(texts)] for texts in control]
-    texts = [text for several in compared for text in several]
+    texts = [text for several in compared for text in several if text.same]
+    if not texts:
+        return None
     if not edited:
         unchanged = [[True] * len(text.same) for text in texts]
         return text_scores([[0.0] * len(text.kl) for text in texts], unchanged, None)
