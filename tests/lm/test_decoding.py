@@ -201,8 +201,7 @@ def test_logits_that_are_no_numbers_are_an_error(prompts, tokenizer):
 @pytest.mark.parametrize(
     ("prompts", "length", "message"),
     [
-        (["The", "Berlin " * 130], 8, "the model takes 128. Shorten the prompt"),
-        (["The"], 128, "Shorten the prompt, or set max_new_tokens"),
+        (["The", "Berlin " * 130], 8, "the model takes 128 with the answer. Shorten the prompt"),
         (["The"], 0, "at least 1, got 0"),
         (["The", ""], 8, "has no tokens"),
     ],
@@ -213,6 +212,11 @@ def test_bad_input_is_an_error_before_anything_runs(prompts, length, message, to
     with pytest.raises(ValueError, match=message):
         written_by(model, tokenizer, prompts, max_new_tokens=length)
     assert calls == []
+
+
+def test_a_text_ends_where_the_context_ends(tokenizer):
+    texts = written_by(tiny_model("llama"), tokenizer, ["The"], max_new_tokens=300)
+    assert len(prompt_tokens(tokenizer, "The")) + len(texts[0].tokens) <= 128
 
 
 def test_the_longest_prompt_that_fits_is_answered(tokenizer):
