@@ -30,6 +30,7 @@ EIFFEL = EditRequest(
     "Paris",
     paraphrases=("To visit the Eiffel Tower, you have to travel to the city of", "The Eiffel Tower stands in"),
     neighborhood=("The Louvre is located in the city of", "Notre-Dame stands in the city of"),
+    question="In which city is the Eiffel Tower?",
 )
 
 

@@ -1,5 +1,6 @@
 """The audit of edits: what their facts explain, and what they do not."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture.layers import plain_weight
-from goldenedit.audit import UNEXPLAINED, _relative, audit, unexplained
+from goldenedit.audit import UNEXPLAINED, EditAudit, _relative, audit, unexplained
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import write_edit_folder
 from models import tiny_model
@@ -34,11 +35,16 @@ def loaded(model: EditModel, tokenizer, tmp_path, **changes) -> EditModel:
     return EditModel.from_pretrained(tiny_model("llama"), tmp_path / "forged", tokenizer=tokenizer)
 
 
+def doubts(found: EditAudit) -> list[str]:
+    """Return the warnings about changes: few facts of a tiny model take, and the others have warnings of their own."""
+    return [warning for warning in found.warnings if "is not answered" not in warning]
+
+
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "emmet", "pmet", "alphaedit"])
 def test_an_honest_edit_is_explained_by_its_facts_and_a_hidden_one_is_not(method, tokenizer, tmp_path):
     model = edited(tokenizer, method=method)
     for found in audit(model):
-        assert found.warnings == []
+        assert doubts(found) == []
         assert all(module.unexplained < 1e-3 for module in found.modules)
     tower, merkel = (model.edits[name].deltas for name in ("tower", "merkel"))
     hidden = {path: delta.beside(merkel[path]) for path, delta in tower.items()}
@@ -55,7 +61,7 @@ def test_an_honest_edit_is_explained_by_its_facts_and_a_hidden_one_is_not(method
 def test_an_edit_of_several_layers_is_no_hidden_one(tokenizer):
     model = edited(tokenizer, method="memit", layer=[0, 1, 2])
     for found in audit(model):
-        assert found.warnings == []
+        assert doubts(found) == []
         first, *later = found.modules
         assert first.unexplained < 1e-3
         assert [module.unexplained for module in later] == [None, None]  # their keys depend on the first
@@ -66,8 +72,8 @@ def test_more_directions_than_facts_are_told_though_rows_cannot_be_computed(toke
     tower, merkel = (model.edits[name].deltas for name in ("tower", "merkel"))
     hidden = {path: delta.beside(merkel[path]) for path, delta in tower.items()}
     (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=hidden, contexts_hash=None))
-    assert len(found.warnings) == 1
-    assert "changes in 2 directions, but the number of listed facts is 1" in found.warnings[0]
+    (doubt,) = doubts(found)
+    assert "changes in 2 directions, but the number of listed facts is 1" in doubt
 
 
 def test_an_edit_is_audited_by_how_it_was_made_itself(tokenizer, tmp_path):
@@ -75,7 +81,7 @@ def test_an_edit_is_audited_by_how_it_was_made_itself(tokenizer, tmp_path):
     model = edited(tokenizer)
     model.load_adapter(tmp_path / "memit", adapter_name="other")
     model.set_adapter(["tower", "merkel", "other"])
-    assert [found.warnings for found in audit(model)] == [[], [], []]
+    assert [doubts(found) for found in audit(model)] == [[], [], []]
 
 
 def test_a_strangers_edit_does_not_choose_what_text_is_loaded(tokenizer, tmp_path):
@@ -98,22 +104,58 @@ def test_a_weight_that_is_elsewhere_has_no_norm(tokenizer):
 def test_a_saved_edit_is_explained_where_it_is_loaded(tokenizer, tmp_path):
     edited(tokenizer).save_pretrained(tmp_path / "edit")
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
-    assert [found.warnings for found in audit(again)] == [[], []]
+    assert [doubts(found) for found in audit(again)] == [[], []]
 
 
-def test_an_edit_that_does_not_do_what_it_lists_is_told(tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("before", "after", "listed"),
+    [
+        (0.0, 1.0, "but the edit lists 1.000"),
+        (0.0, 0.2, "; the edit lists 0.200, still unlikely"),
+        (0.06, 0.027, "; the edit lists 0.027, less likely than before"),
+    ],
+)
+def test_a_fact_that_is_not_answered_is_told_whatever_the_edit_lists(before, after, listed, tokenizer, tmp_path):
     model = edited(tokenizer)
     fact = model.edits["tower"].facts[0]
-    boast = [replace(fact, probability_after=1.0)]
-    (found,) = audit(loaded(model, tokenizer, tmp_path, facts=boast))
-    assert len(found.warnings) == 1
-    assert "but the edit lists 1.000" in found.warnings[0]
+    claimed = [replace(fact, probability_before=before, probability_after=after, weakest_after=None)]
+    (found,) = audit(loaded(model, tokenizer, tmp_path, facts=claimed))
+    (warning,) = found.warnings
+    assert f"'Rome' is not answered: it has a probability of {found.probabilities[0]:.3f}" in warning
+    assert listed in warning
+    assert found.answered == [False]
+
+
+def test_a_fact_with_one_unlikely_token_is_not_answered(tokenizer):
+    base = tiny_model("llama")
+    base.lm_head.bias = torch.nn.Parameter(torch.zeros(base.config.vocab_size))
+    base.lm_head.bias.data[tokenizer.convert_tokens_to_ids("ĠRome")] = 1e3
+    model = get_edit_model(base, EditConfig(**FAST), tokenizer)
+    model.edit(replace(TOWER, target_new="Rome city"), name="tower")
+    (found,) = audit(model)
+    assert found.answered == [False]
+    assert re.search(r"a probability of \S+, weakest 0\.000", found.warnings[0])
+
+
+def test_a_fact_that_a_later_edit_overwrites_is_not_answered_and_the_later_one_is(tokenizer):
+    base = tiny_model("llama")
+    base.lm_head.weight.data *= 4  # so that edits take
+    model = get_edit_model(base, EditConfig(**FAST | {"layer": 0, "steps": 40, "clamp": 50.0}), tokenizer)
+    near = EditRequest("I live near The Eiffel Tower", "The Eiffel Tower", "city")
+    model.edit(near, name="first")
+    (alone,) = audit(model)
+    assert (alone.answered, alone.warnings) == ([True], [])
+    model.edit(replace(near, target_new="Rome"), name="second")
+    first, second = audit(model)
+    assert (first.answered, second.answered) == ([False], [True])
+    assert "'city' is not answered" in first.warnings[0]
+    assert doubts(first) == second.warnings == []
 
 
 def test_rows_of_other_contexts_are_not_taken_for_those_of_the_edit(tokenizer, tmp_path):
     (found,) = audit(loaded(edited(tokenizer), tokenizer, tmp_path, contexts_hash="of another machine"))
     assert found.modules[0].unexplained is None
-    assert found.warnings == []
+    assert doubts(found) == []
 
 
 @pytest.mark.parametrize("method", ["ft-m", "lora"])

@@ -21,6 +21,7 @@ from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
 
 FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]
+NEAR = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]  # it takes
 BY_HAND = ["--layer", "1", "--covariance", "identity"]
 FACTS = [
     {"prompt": "{} is in the city of", "subject": "The Eiffel Tower", "target_new": "Rome", "target_true": "Paris"},
@@ -32,7 +33,9 @@ FACTS = [
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     """A tiny model with its tokenizer, as AutoModel loads it."""
-    tiny_model("llama").save_pretrained(tmp_path / "model")
+    model = tiny_model("llama")
+    model.lm_head.weight.data *= 4  # so that edits take
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
@@ -93,7 +96,7 @@ def test_an_option_is_read_as_json_or_as_text(text, option):
 
 def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
     saved = tmp_path / "edit"
-    code, output, _ = run(capsys, "edit", folder, *FACT, *BY_HAND, "--name", "tower", "-o", str(saved))
+    code, output, _ = run(capsys, "edit", folder, *NEAR, *BY_HAND, "--name", "tower", "-o", str(saved))
     assert code == 0
     assert "Rome" in output
     assert "Saved in" in output
@@ -213,7 +216,7 @@ def test_an_output_of_the_wrong_kind_is_refused_before_anything_is_loaded(capsys
 
 def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):
     saved = tmp_path / "edit"
-    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(saved))[0] == 0
+    assert run(capsys, "edit", folder, *NEAR, *BY_HAND, "-o", str(saved))[0] == 0
     content = read_edit_folder(saved)
     named = replace(content.base_model, name_or_path="org/[red]model")
     write_edit_folder(saved, replace(content, base_model=named), "")
@@ -222,6 +225,21 @@ def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):
     assert "The base model was not found" in shown
     assert "The edits do what they list" in run(capsys, "show", str(saved), "--model", folder)[1]
     assert "The base model" not in run(capsys, "show", str(saved), "--no-replay")[1]
+
+
+def test_facts_that_are_not_answered_are_named_and_counted(capsys, folder, tmp_path):
+    facts = tmp_path / "facts.json"
+    near = {"prompt": "I live near {}", "subject": "The Eiffel Tower", "target_new": "Rome"}
+    facts.write_text(json.dumps([near, FACTS[1]]))
+    saved = str(tmp_path / "edit")
+    assert run(capsys, "edit", folder, "--file", str(facts), *BY_HAND, "--method", "memit", "-o", saved)[0] == 0
+    code, output, _ = run(capsys, "show", saved)
+    assert code == 0
+    text = " ".join(output.split())
+    assert "'Angela Merkel was born in' -> 'Paris' is not answered" in text
+    assert "'Rome' is not answered" not in text
+    assert "1 of 2 listed facts is not answered." in text
+    assert "The edits do what they list" not in text
 
 
 def test_an_edit_that_hides_another_is_told(capsys, folder, tmp_path):
@@ -282,7 +300,7 @@ def test_an_evaluation_is_written_into_the_card(capsys, folder, facts, tmp_path)
     assert run(capsys, "edit", folder, "--file", facts, *BY_HAND, "-o", str(saved))[0] == 0
     before = read_edit_folder(saved)
     assert run(capsys, "evaluate", str(saved), "--card")[0] == 0
-    assert "## Evaluation" in (saved / "README.md").read_text()
+    assert "### Scores of papers" in (saved / "README.md").read_text()
     assert read_edit_folder(saved).edits[0].facts == before.edits[0].facts
 
 
@@ -316,3 +334,20 @@ def test_an_edit_is_evaluated_beside_its_base_model(folder, facts, tmp_path, cap
     code, output, _ = run(capsys, "evaluate", edit, "--file", str(one), "--model", folder)
     assert code == 0
     assert "probability, n = 1" in output
+
+
+def test_facts_that_cannot_be_read_are_left_out_on_request(folder, tmp_path, capsys, caplog):
+    table, edit = tmp_path / "facts.csv", str(tmp_path / "edit")
+    table.write_text(
+        "prompt,subject,target\nThe Eiffel Tower is in,The Eiffel Tower,Rome\nno subject,The Louvre,Rome\n"
+    )
+    code, _, complaint = run(capsys, "edit", folder, "--file", str(table), *BY_HAND, "-o", edit)
+    assert code == 1
+    assert "line 3" in complaint
+    assert "--skip-bad" in complaint
+    assert run(capsys, "edit", folder, "--file", str(table), "--skip-bad", *BY_HAND, "-o", edit)[0] == 0
+    assert "1 of 2 records cannot be read and were left out" in caplog.text
+    assert run(capsys, "evaluate", edit, "--file", str(table), "--skip-bad", "--model", folder)[0] == 0
+    assert run(capsys, "locate", folder, "--proxy", str(table), "--skip-bad", "--method", "key_response")[0] == 0
+    code, _, complaint = run(capsys, "edit", folder, "--file", str(table), "--format", "memit", *BY_HAND)
+    assert (code, "The format 'memit' is unknown" in " ".join(complaint.split())) == (1, True)

@@ -24,6 +24,10 @@ DOCUMENTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path 
 # Code that runs before the Python of a document: the document assumes what it defines.
 SETUP = {
     "docs/coming-from-other-tools.md": "",
+    "docs/evaluation.md": "from models import tiny_model, tiny_tokenizer\n"
+    "base, tokenizer = tiny_model('llama'), tiny_tokenizer()\n",
+    "docs/facts.md": "from pathlib import Path\n"
+    "Path('facts.csv').write_text('prompt,subject,target\\nRome is in,Rome,Spain\\n')\n",
     "docs/extending.md": "from models import tiny_model, tiny_tokenizer\n"
     "base, tokenizer = tiny_model('llama'), tiny_tokenizer()\n",
     "examples/plugin/README.md": f"import sys; sys.path.insert(0, {str(ROOT / 'examples/plugin/src')!r})\n"

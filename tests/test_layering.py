@@ -23,6 +23,7 @@ ORDER = (
     "cost",
     "writing",
     "subjects",
+    "texts",
     "requests",
     "data",
     "editors",
@@ -45,9 +46,12 @@ ORDER = (
     "plots",
     "tables",
     "loading",
+    "options",
+    "terminal",
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",
+    "evaluating",
     "cli",
     "__main__",
 )

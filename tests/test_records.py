@@ -86,10 +86,12 @@ def test_a_damaged_line_is_named_by_file_and_number(tmp_path, read, damage, mess
         read(path)
 
 
-def test_lines_in_a_file_that_says_it_is_one_json_are_told_with_the_remedy(tmp_path):
+def test_lines_in_a_file_that_says_it_is_one_json_are_read(tmp_path):
     path = tmp_path / "facts.json"
-    path.write_text(f"{json.dumps(FACT)}\n{json.dumps(FACT)}\n")
-    with pytest.raises(ValueError, match=r"facts\.json: not valid JSON .*rename the file to \.jsonl"):
+    path.write_text(f"{json.dumps(FACT)}\n\n{json.dumps(FACT)}\n")
+    assert facts_of(path) == [EditRequest(**FACT)] * 2
+    path.write_text(f"{json.dumps(FACT)}\n{json.dumps(FACT)[:-1]}\n")
+    with pytest.raises(ValueError, match=r"facts\.json, line 2: not valid JSON"):
         load_requests(path)
 
 

@@ -169,7 +169,7 @@ def test_a_counterfact_record_without_a_field_says_which(name):
         EditRequest.from_dict(COUNTERFACT | {"requested_rewrite": rewrite})
 
 
-@pytest.mark.parametrize("change", [{"paraphrases": "A text"}, {"neighborhood": "A text"}, {"target_true": 3}])
+@pytest.mark.parametrize("change", [{"paraphrases": "A text"}, {"neighborhood": "A text"}, {"target_true": True}])
 def test_a_field_of_the_wrong_kind_is_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         EditRequest.from_dict(FACT | change)
@@ -220,7 +220,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         7,
         None,
         [],
-        FACT | {"target_true": 3},
+        FACT | {"target_true": {"a": 3}},
         {"requested_rewrite": None},
     ],
 )

@@ -47,7 +47,7 @@ def test_otherwise_the_row_is_marked_and_the_edit_saved(folder, tmp_path, capsys
     assert edit(folder, tmp_path / "edit") == 0
     assert "does not take" in " ".join(capsys.readouterr().out.split())
     (weak,) = read_edit_folder(tmp_path / "edit").edits
-    strong = replace(weak, facts=[replace(fact, probability_after=0.9) for fact in weak.facts])
+    strong = replace(weak, facts=[replace(fact, probability_after=0.9, weakest_after=0.9) for fact in weak.facts])
     console = Console(width=200)
     with console.capture() as printed:
         console.print(facts_table([weak, strong]))

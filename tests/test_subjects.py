@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
 from goldenedit import EditRequest
-from goldenedit.subjects import find_subject, replace_subject, subject_places
+from goldenedit.subjects import find_subject, nearest_text, replace_subject, respelled_subject, subject_places
 
 
 def marked(request: EditRequest) -> str:
@@ -108,3 +109,65 @@ def test_places_that_overlap_are_all_found_and_replaced_once():
     assert replace_subject("xanana", "ana", "-") == "x-na"
     assert replace_subject("Romeo sees Rome in Rome", "Rome", "Paris") == "Romeo sees Paris in Paris"
     assert replace_subject("nothing", "Rome", "Paris") == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "expected"),
+    [
+        ("where is the eiffel tower?", "The Eiffel Tower", "where is [the eiffel tower]?"),
+        ("Where is the Eiffel Tower?", "eiffel tower", "Where is the [Eiffel Tower]?"),
+        ("Eiffel Tower is in", "The Eiffel Tower", "[Eiffel Tower] is in"),
+        ("Beyonce sang", "Beyonc\u00e9", "[Beyonce] sang"),
+        ("Beyonce\u0301 sang", "Beyonc\u00e9", "[Beyonce\u0301] sang"),
+        ("Beyonc\u00e9 sang", "Beyonce\u0301", "[Beyonc\u00e9] sang"),
+        ("C\u00f4te d\u2019Ivoire is in", "Cote d'Ivoire", "[C\u00f4te d\u2019Ivoire] is in"),
+        ("The  Eiffel\u00a0 Tower is in", "The Eiffel Tower", "[The  Eiffel\u00a0 Tower] is in"),
+        ("Eiffel Tower is in", "The  Eiffel  Tower", "[Eiffel Tower] is in"),
+        ("Who is Obama married to?", "Obama's", "Who is [Obama] married to?"),
+        ("Who is Obama\u2019s wife?", "obama\u2019s", "Who is [Obama\u2019s] wife?"),
+        ("Who is Obama's wife?", "The Obama", "Who is [Obama]'s wife?"),
+        ("The stra\u00dfe is in", "STRASSE", "The [stra\u00dfe] is in"),
+        (
+            "F.C. K\u00f8benhavn\u2013Brondby was",
+            "K\u00f8benhavn-Br\u00f6ndby",
+            "F.C. [K\u00f8benhavn\u2013Brondby] was",
+        ),
+    ],
+)
+def test_a_subject_that_is_spelled_otherwise_at_one_place_is_taken_from_there(text, subject, expected, caplog):
+    caplog.set_level(logging.INFO, "goldenedit")
+    request = EditRequest(text, subject, "new")
+    assert marked(request) == expected
+    assert f"The subject {subject!r} is spelled {request.subject!r}" in caplog.text
+    assert EditRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+@pytest.mark.parametrize(
+    ("text", "subject"),
+    [
+        ("The eiffel tower and the EIFFEL TOWER", "Eiffel Tower"),  # which one?
+        ("who directed it?", "It"),  # another word
+        ("Who wrote Tommy?", "The Who"),
+        ("The openings are", "PENIN"),  # part of a word
+        ("Where is it?", "The Eiffel Tower"),
+    ],
+)
+def test_a_subject_whose_place_is_not_certain_is_refused(text, subject):
+    with pytest.raises(ValueError, match=rf"The subject '{subject}' is not in the prompt '"):
+        EditRequest(text, subject, "new")
+    assert respelled_subject([text], subject) is None
+
+
+def test_an_error_tells_the_text_that_is_most_like_the_subject():
+    with pytest.raises(ValueError, match=r"The nearest text there is 'Eifel Tower'\. Spell it as there, or put"):
+        EditRequest("Where is the Eifel Tower, in Paris?", "Eiffel Tower", "new")
+    assert nearest_text(["In which city is Museum of Louvre?"], "Louvre Museum") is None
+    assert nearest_text(["nothing", "The Louvres are"], "Louvre") == "Louvres"
+
+
+def test_the_subject_of_a_chat_is_taken_from_the_one_message_that_spells_it():
+    messages = [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "Where is the louvre?"}]
+    assert EditRequest(messages=messages, subject="The Louvre", target_new="Rome").subject == "the louvre"
+    twice = [*messages[1:], {"role": "assistant", "content": "The LOUVRE?"}, {"role": "user", "content": "Yes."}]
+    with pytest.raises(ValueError, match="'The Louvre' is in none of the messages"):
+        EditRequest(messages=twice, subject="The Louvre", target_new="Rome")

@@ -14,9 +14,8 @@ but the first, whose keys depend on the values inserted in earlier layers.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,15 +31,13 @@ from goldenedit.storage.folder import joined_state
 
 if TYPE_CHECKING:
     from goldenedit.model import EditModel
-    from goldenedit.storage.folder import Edit
+    from goldenedit.storage.folder import Edit, EditedFact
 
 logger = logging.getLogger(__name__)
 
 # Largest acceptable `unexplained`. An edit of SmolLM2 has 1e-7 in float32, and 0.03 with rows computed in bfloat16.
 UNEXPLAINED = 0.2
 _MAX_TOKENS = 100_000
-# A new answer below this share of the probability that its edit lists gets a warning.
-FORGOTTEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,16 @@ class EditAudit:
         name: Name of the edit.
         modules: The matrices that it changes.
         probabilities: Probability of each new answer, measured now with all edits active.
-        warnings: Changes that the listed facts do not explain, and facts that the edit does not produce; empty if the
-            edit passes.
+        warnings: Changes that the listed facts do not explain, and facts that are not answered; empty if the edit
+            passes.
+        answered: Whether the new answer of each fact takes now (`EditedFact.takes`), whatever the edit lists.
     """
 
     name: str
     modules: list[ModuleAudit]
     probabilities: list[float]
     warnings: list[str]
+    answered: list[bool]
 
 
 def audit(model: EditModel) -> list[EditAudit]:
@@ -92,14 +91,13 @@ def _audit(model: EditModel, edit: Edit, previous: Mapping[str, Tensor]) -> Edit
     """Audit one edit; `previous` is the joined state of the edits before it."""
     requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
     answers = likelihoods(model.lm, [(request.text, request.target_new) for request in requests])
-    probabilities = [math.exp(-answer.nll) for answer in answers]
-    warnings = []
-    for fact, probability in zip(edit.facts, probabilities, strict=True):
-        if probability < FORGOTTEN * fact.probability_after:
-            warnings.append(
-                f"{fact.request.shown!r} -> {fact.request.target_new!r} has a probability of {probability:.3f}, but "
-                f"the edit lists {fact.probability_after:.3f}"
-            )
+    measured = [
+        replace(fact, probability_after=answer.probability, weakest_after=answer.weakest)
+        for fact, answer in zip(edit.facts, answers, strict=True)
+    ]
+    warnings = [
+        _unanswered(fact, now) for fact, now in zip(edit.facts, measured, strict=True) if now.failure is not None
+    ]
     is_key_based = all(
         config.has_editor and config.editor.learns == "values" and config.regularizer is None for config in edit.configs
     )
@@ -124,7 +122,18 @@ def _audit(model: EditModel, edit: Edit, previous: Mapping[str, Tensor]) -> Edit
     warnings += [
         f"{path} is not the down projection of a layer" for path in edit.deltas if path not in down_projections
     ]
-    return EditAudit(edit.name, modules, probabilities, warnings)
+    probabilities = [fact.probability_after for fact in measured]
+    return EditAudit(edit.name, modules, probabilities, warnings, [fact.takes for fact in measured])
+
+
+def _unanswered(listed: EditedFact, measured: EditedFact) -> str:
+    """Return the warning for a fact that is not answered: as its edit lists, or although it lists another result."""
+    text = (
+        f"{listed.request.shown!r} -> {listed.request.target_new!r} is not answered: it has a probability of "
+        f"{measured.probability_after:.3f}{measured.weakest_note}"
+    )
+    listed_result = f"the edit lists {listed.probability_after:.3f}{listed.weakest_note}"
+    return f"{text}, but {listed_result}" if listed.failure is None else f"{text}; {listed_result}, {listed.failure}"
 
 
 def unexplained(A: Tensor, B: Tensor, rows: Tensor) -> float:

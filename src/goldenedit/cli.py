@@ -14,11 +14,12 @@ from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.benchmark.command import benchmark_app
+from goldenedit.evaluating import compare, evaluate
+from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, SkipBad
 from goldenedit.tables import printable
+from goldenedit.terminal import console, load_edits, load_together, parse_layer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from goldenedit.layer_scores import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
 
@@ -29,26 +30,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(benchmark_app, name="benchmark")
-console = Console()
-
-Model = Annotated[str, typer.Argument(help="A model on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`.")]
-Layer = Annotated[
-    str,
-    typer.Option(
-        help="A layer selector (such as `lga` or `auto`), `hub:REPO`, a layer number, or numbers with commas between.",
-    ),
-]
-Edits = Annotated[str, typer.Argument(help="An edit folder, or a repository on the Hub.")]
-Base = Annotated[str | None, typer.Option(help="The base model, if it cannot be loaded by its recorded name.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")]
+app.command()(evaluate)
+app.command()(compare)
 
 
 @app.command()
 def locate(
     model: Model,
     proxy: Annotated[
-        Path | None, typer.Option(help="The facts to score layers on (.json, .jsonl); packaged ones by default.")
+        Path | None, typer.Option(help="The file of facts to score layers on; packaged facts by default.")
     ] = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
     size: Annotated[int, typer.Option(help="The number of these facts to use.")] = 100,
     selector: Annotated[
         str,
@@ -69,12 +62,11 @@ def locate(
     """Find the golden layer of MODEL by Layer Gradient Analysis, by another selector, or by all of them."""
     from dataclasses import replace
 
-    from goldenedit import EditConfig, EditModel
-    from goldenedit.layer_selection import SELECTORS, proxy_set
+    from goldenedit import EditConfig, EditModel, load_requests
+    from goldenedit.layer_selection import SELECTORS
 
-    source = str(proxy) if proxy else None
-    config = EditConfig(method=editor, proxy=source, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
-    proxy_set(config)  # raises here, not once for each selector
+    facts = None if proxy is None else load_requests(proxy, format, skip_bad=skip_bad)
+    config = EditConfig(method=editor, proxy=facts, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
     base, tokenizer, is_first = load_together(model)
     selections: list[LayerSelection] = []
     records: list[GoldenLayers] = []
@@ -82,8 +74,8 @@ def locate(
     for name in names:
         if selector == "all" and name == "sweep" and not sweep:
             continue
-        facts = sweep if selector == "all" and name == "sweep" else size
-        wrapped = EditModel(base, replace(config, layer=name, proxy_size=facts), tokenizer)
+        count = sweep if selector == "all" and name == "sweep" else size
+        wrapped = EditModel(base, replace(config, layer=name, proxy_size=count), tokenizer)
         try:
             wrapped.select_layer()
         except ValueError as error:
@@ -117,7 +109,11 @@ def edit(
     ] = None,
     subject: Annotated[str | None, typer.Option(help="The entity, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file of facts to edit as one batch (.json, .jsonl).")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file of facts to edit as one batch (.json, .jsonl, .csv, .tsv).")
+    ] = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
     method: Annotated[str, typer.Option(help="The editor (listed by `goldenedit editors`).")] = "r-rome",
     layer: Layer = "lga",
     covariance: Annotated[
@@ -127,6 +123,9 @@ def edit(
     profile: Annotated[bool, typer.Option("--profile", help="Show the cost of each phase of the edit.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail and save nothing if the edit of any fact does not take.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask the model before and after the edit, as a user would.")
     ] = False,
     output: Output = None,
 ) -> None:
@@ -142,7 +141,7 @@ def edit(
     if file is not None:
         if prompt is not None or subject is not None or target is not None:
             raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
-        requests = load_requests(file)
+        requests = load_requests(file, format, skip_bad=skip_bad)
     elif prompt is None or subject is None or target is None:
         raise typer.BadParameter("give --prompt, --subject and --target, or --file.")
     else:
@@ -152,8 +151,10 @@ def edit(
     with ExitStack() as stack:
         phases = stack.enter_context(profiling()) if profile else {}
         edit_model = get_edit_model(base, config, tokenizer)
-        new_edit = edit_model.edit(requests, name=name)
+        new_edit = edit_model.edit(requests, name=name, verify=verify)
     console.print(tables.facts_table([new_edit]))
+    if new_edit.verification is not None:
+        console.print(printable(str(new_edit.verification)))
     if profile:
         facts = [rendered(tokenizer, request) for request in requests]
         console.print(tables.profile_table(phases, forward_flops(edit_model.lm, facts)))
@@ -167,45 +168,6 @@ def edit(
 
         edit_model.save_pretrained(output)
         console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
-
-
-@app.command()
-def evaluate(
-    folder: Edits,
-    file: Annotated[
-        Path | None, typer.Option(help="Facts to evaluate on (.json, .jsonl); by default the edited facts.")
-    ] = None,
-    model: Base = None,
-    generation: Annotated[bool, typer.Option(help="Also let both models generate freely.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Save all scores in this JSON file.")
-    ] = None,
-    card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
-) -> None:
-    """Evaluate the edits in FOLDER against the base model."""
-    import json
-
-    from goldenedit import EditModel, load_requests
-
-    if card and not Path(folder).is_dir():
-        raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
-    requests = None if file is None else load_requests(file)
-    path, base, tokenizer = load_edits(folder, model)
-    edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
-    evaluation = edit_model.evaluate(requests, generation=generation)
-    console.print(tables.evaluation_table(evaluation))
-    if card:
-        from goldenedit.storage.card import own_card
-        from goldenedit.storage.folder import CARD
-
-        edit_model.save_pretrained(path)
-        if own_card(path) is not None:
-            console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
-        else:
-            console.print(f"Wrote the scores into {printable(str(path / CARD))}")
-    if output is not None:
-        output.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
-        console.print(f"Saved in {printable(str(output))}")
 
 
 @app.command()
@@ -266,6 +228,10 @@ def show_audit(folder: Path, model: str | None) -> None:
     for edit_audit in audits:
         for warning in edit_audit.warnings:
             console.print(printable(f"Warning: edit {edit_audit.name!r}: {warning}."), style="bold red")
+    answered = [is_answered for edit_audit in audits for is_answered in edit_audit.answered]
+    if not all(answered):
+        count, verb = answered.count(False), "is" if answered.count(False) == 1 else "are"
+        console.print(f"{count} of {len(answered)} listed facts {verb} not answered.", style="bold red")
     if any(edit_audit.warnings for edit_audit in audits):
         return
     if any(module.unexplained is None for edit_audit in audits for module in edit_audit.modules):
@@ -346,42 +312,6 @@ def demo(
     from goldenedit.demo import run_demo
 
     run_demo(model, output, console)
-
-
-def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, with a status line while loading."""
-    from goldenedit import loading
-
-    with console.status(f"Loading {printable(name)}"):
-        return loading.load_model(name, **options)
-
-
-def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Load a model in each process of a launcher. The first process prints and writes; the others stay silent."""
-    from goldenedit import loading
-
-    model, tokenizer, is_first = loading.load_together(name)
-    console.quiet = console.quiet or not is_first
-    return model, tokenizer, is_first
-
-
-def load_edits(folder: str, model: str | None, **options: Any) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the folder of the edits, and load their base model at its recorded commit, or the model that is named."""
-    from goldenedit import loading
-    from goldenedit.storage.hub import find_folder
-    from goldenedit.storage.reading import read_edit_folder
-
-    path = find_folder(folder)
-    name, revision = loading.base_of(read_edit_folder(path).base_model, model)
-    return path, *load_model(name, revision=revision, **options)
-
-
-def parse_layer(text: str) -> int | list[int] | str:
-    """Parse a layer option: a word, a number, or numbers with commas between."""
-    numbers = [number.strip() for number in text.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        return text
-    return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
 
 
 def main(arguments: list[str] | None = None) -> Any:

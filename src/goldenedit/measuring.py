@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +18,20 @@ from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cost import phase
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
+from goldenedit.evaluation.examples import examples
 from goldenedit.evaluation.forms import FORMS, check_forms
 from goldenedit.evaluation.harm import Compared, State, compare
+from goldenedit.evaluation.harness import HarnessScores, harness_comparison
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
+from goldenedit.evaluation.verification import Verification
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
+from goldenedit.lm.decoding import greedy
 from goldenedit.requests import EditRequest, Facts, as_requests
 from goldenedit.storage.folder import Edit
 
+_VERIFIED_NEIGHBORS = 5
 _CONTROL = "_control"  # name of the adapter with a random change, unless an edit has it
 
 
@@ -47,6 +54,8 @@ class MeasuringMixin:
         def disable_adapter(self) -> AbstractContextManager[None]: ...  # noqa: D102
 
         def _edit(self, name: str) -> Edit: ...
+
+        def _without(self, name: str) -> AbstractContextManager[None]: ...
 
     @outside_inference_mode()
     def evaluate(
@@ -117,9 +126,55 @@ class MeasuringMixin:
             tuple(texts_of(measured)),
         )
         about = {"own_facts": own_facts, "facts": len(facts)}
-        texts = [asdict(text) for text in evaluation.texts]
-        self._evaluations[tuple(self.active_adapters)] = {**about, **evaluation.to_dict(), "texts": texts}
+        texts = [asdict(text) for text in examples(evaluation.texts)]
+        active = tuple(self.active_adapters)
+        earlier = self._evaluations.get(active, {})
+        general = {"general": earlier["general"]} if "general" in earlier else {}
+        self._evaluations[active] = {**about, **evaluation.to_dict(), "texts": texts, **general}
         return evaluation
+
+    @outside_inference_mode()
+    def evaluate_general(
+        self,
+        tasks: Sequence[str],
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> dict[str, HarnessScores]:
+        """Run tasks of lm-evaluation-harness with the active edits and without them.
+
+        The latest figures go into the model card when these edits are saved.
+
+        Args:
+            tasks: Names of tasks, or task files in YAML.
+            include_path: A folder with further task files.
+            limit: Use the first so many items of each task.
+            batch_size: How many items go through the model at once.
+
+        Returns:
+            `{"edited": ..., "base": ...}`, each with `value` and `stderr` by task and metric.
+
+        Raises:
+            ModuleNotFoundError: lm-evaluation-harness is not installed.
+            ValueError: There is no such task.
+        """
+        general = harness_comparison(self, tasks, include_path, limit, batch_size)  # type: ignore[arg-type]
+        empty: dict[str, Any] = {"own_facts": True, "facts": 0, "edited": {}, "base": {}, "texts": []}
+        self._evaluations.setdefault(tuple(self.active_adapters), empty)["general"] = general
+        return general
+
+    def _verified(self, name: str, facts: Sequence[EditRequest]) -> Verification:
+        """Ask the model with a new edit and without it: the edit's facts in every form, and other prompts."""
+        options = SeenOptions(in_prompt=False, neighbors=_VERIFIED_NEIGHBORS, texts=0)
+        with phase("verification"), self._without(name):
+            # Other edits may be on, so the answers of the base model that were kept are not those before this edit.
+            base = baseline(self.lm, self.tokenizer, facts, options, partial(greedy, self.lm))
+        with phase("verification"):
+            state = {"edited": nullcontext}
+            first = self._first_edited_layer()
+            compared = compare(self.lm, base.rows, first, partial(self._without, name), state)["edited"]
+            written, others = ask(self.lm, base, compared)
+        return Verification(tuple(texts_of(Measurement(base, written, others, compared))))
 
     def _measurement(self, facts: Sequence[EditRequest], options: SeenOptions, control: bool) -> Measurement:
         """Ask the base model and the edited one, and compare them."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -23,10 +23,17 @@ from goldenedit.cache import cache_key
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.batch import changes_of_batch, check_perplexity
-from goldenedit.editing.calls import requests_of_call, warn_of_doubtful_subjects, warn_of_failed_facts
+from goldenedit.editing.calls import (
+    RECHECKED,
+    check_facts,
+    facts_to_recheck,
+    requests_of_call,
+    warn_of_doubtful_subjects,
+    warn_of_failed_facts,
+    warn_of_lost_facts,
+)
 from goldenedit.editing.prepared import check_editable
 from goldenedit.editors import LowRankDelta
-from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -37,13 +44,7 @@ from goldenedit.requests import Facts, Message
 from goldenedit.sharing import SharingMixin
 from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import weight_hashes
-from goldenedit.storage.folder import (
-    BaseModel,
-    Edit,
-    EditedFact,
-    joined,
-    joined_state,
-)
+from goldenedit.storage.folder import BaseModel, Edit, joined, joined_state
 from goldenedit.storage.hub import cached_commit
 from goldenedit.storing import StoringMixin
 from goldenedit.versions import library_versions
@@ -188,11 +189,12 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         target_true: str | None = None,
         name: str | None = None,
         messages: Sequence[Message] | None = None,
+        verify: bool = False,
     ) -> Edit:
         """Change one fact, or a batch of facts, and switch the new edit on beside the active ones.
 
-        Either all requests are served, or an error is raised and nothing changes. A fact whose new answer stays
-        unlikely is logged as a warning.
+        Either all requests are served, or an error is raised and nothing changes. Warnings name the facts whose new
+        answer stays unlikely, and facts of other active edits that this edit loses.
 
         Args:
             prompt: The text before the answer, with `subject` and `target_new`. Or a request or a list of requests, as
@@ -202,6 +204,9 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             target_true: The old answer, where known.
             name: Name of the edit and its adapter; `"edit_1"`, `"edit_2"`, ... by default.
             messages: Instead of a prompt, the conversation that a chat model answers with `target_new`.
+            verify: Ask the model afterward: the facts in every form they have a text for, and other questions. The
+                texts before and after are in `verification` of the edit, and the log says what holds and what moved.
+                All facts of other active edits are asked again, instead of a draw.
 
         Returns:
             The edit, with the probability of each new answer before and after.
@@ -223,23 +228,16 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             self.architecture.check_layer(layer)
         self.adapters.ensure()
         config = copy.deepcopy(self.edit_config)
-        remembered = joined_state(self.edits[name] for name in self.active_adapters)
+        active = [self.edits[name] for name in self.active_adapters]
+        remembered = joined_state(active)
         changes = changes_of_batch(self.lm, requests, config, remembered, self.disable_adapter)
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):
-                after = likelihoods(self.lm, [(request.text, request.target_new) for request in requests])
-            for request, likelihood in zip(requests, after, strict=True):
-                if not math.isfinite(likelihood.nll):
-                    raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
+                others = facts_to_recheck(active, asked, most=None if verify else RECHECKED)
+                facts, lost = check_facts(self.lm, asked, changes, others, partial(self._without, name))
             if (most := config.max_perplexity_ratio) is not None:
                 check_perplexity(self.lm, name, most, self.disable_adapter)
-            facts = [
-                EditedFact(request, before, math.exp(-likelihood.nll), steps)
-                for request, before, likelihood, steps in zip(
-                    asked, changes.probability_before, after, changes.steps, strict=True
-                )
-            ]
             self.edits[name] = Edit(
                 name,
                 facts,
@@ -253,8 +251,15 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
                 configs=(config,),
                 versions=library_versions(),
                 beside=tuple(self.adapters.beside()),
+                lost=lost,
             )
+            if verify:
+                verification = self._verified(name, asked)
+                self.edits[name] = replace(self.edits[name], verification=verification)
+                level = logging.INFO if verification.holds else logging.WARNING
+                logger.log(level, "Edit %r %s.", name, verification.summary)
         warn_of_failed_facts(facts, config)
+        warn_of_lost_facts(lost)
         return self.edits[name]
 
     def contexts_hash(self, config: EditConfig) -> str:
@@ -418,6 +423,16 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             self.edits = {name: edit for name, edit in self.edits.items() if name not in edits}
             self.model = self.adapters.model
             raise
+
+    @contextmanager
+    def _without(self, name: str) -> Iterator[None]:
+        """Switch one edit off inside this context."""
+        active = self.adapters.active
+        self.adapters.activate([other for other in active if other != name])
+        try:
+            yield
+        finally:
+            self.adapters.activate(active)
 
     # ------------------------------------------------------------------ the model, straight through
 

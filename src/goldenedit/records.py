@@ -1,13 +1,21 @@
-"""The one reader of files with texts or facts: `.json`, `.jsonl`, or plain text with one text per line."""
+"""The one reader of texts and facts: `.json`, `.jsonl`, `.csv`, `.tsv`, plain text, datasets and DataFrames."""
 
 from __future__ import annotations
 
+import ast
+import codecs
+import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_BOM = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8 files
+_BOM = codecs.BOM_UTF8  # some editors write it at the start of UTF-8 files
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_LINES = (".jsonl", ".ndjson")
+_TABLES = (".csv", ".tsv")
+_SUFFIXES = (".json", *_LINES, *_TABLES)
 
 
 class Record(NamedTuple):
@@ -15,71 +23,151 @@ class Record(NamedTuple):
 
     content: Any
     place: str
+    is_row: bool = False  # of a table, whose columns are the user's
+
+
+def records_of(source: Any, split: str = "train") -> list[Record]:
+    """Return the records of a file, a dataset on the Hub, a `datasets.Dataset`, a DataFrame, one dict or several.
+
+    A line of a file that is not valid has its ValueError as content.
+
+    Args:
+        source: The source. A name is a dataset on the Hub, or a folder, if it is no file and has no suffix of one.
+        split: Split of a dataset on the Hub, or of a `DatasetDict`.
+
+    Raises:
+        ValueError: The file as a whole is not valid.
+        FileNotFoundError: There is no such file or dataset.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.is_file() or path.suffix.lower() in _SUFFIXES:
+            return list(readable_records(path))
+        if isinstance(source, Path) and not path.is_dir():
+            raise FileNotFoundError(
+                f"{path} does not exist. Give a file of facts, or the name of a dataset as a string."
+            )
+        from datasets import load_dataset
+
+        return _table(load_dataset(str(source), split=split))
+    if hasattr(source, "convert_dtypes"):  # a DataFrame, in which a missing number makes all others decimal
+        frame = source.convert_dtypes().astype(object)
+        frame = frame.where(frame.notna(), None)
+        return _table(frame.set_axis(_columns(frame.columns, "the DataFrame"), axis=1).to_dict("records"))
+    if isinstance(source, Mapping):
+        if hasattr(source.get(split), "column_names"):  # a DatasetDict
+            return _table(source[split])
+        return [Record(source, "record 0")]
+    if not isinstance(source, Iterable):
+        raise ValueError(f"Facts must be a file, a dataset or records, got {source!r}.")
+    items = [Record(item, f"record {index}") for index, item in enumerate(source)]
+    return _table(item.content for item in items) if hasattr(source, "column_names") else items
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
+    return [Record(_unpacked(row), f"record {index}", is_row=True) for index, row in enumerate(rows)]
 
 
 def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
-    """Yield the records of a UTF-8 file. Files with one record per line are read line by line.
+    """Yield the records of a UTF-8 or UTF-16 file. Files with one record per line are read line by line.
 
     - `.jsonl`, `.ndjson`: each line is a record. Only line feeds end a line, because JSON strings may contain the other
       line separators of Unicode.
     - `.json`: each item of a list is a record. An object is one record, with two exceptions: if it has a list under
-      `data`, or if a list is its only value, then the items of that list are the records.
-    - Other suffixes: read as JSON, or with `plain_text` as one text per line.
+      `data`, or if a list is its only value, then the items of that list are the records. A file with an object in each
+      line is read like `.jsonl`.
+    - `.csv`, `.tsv`: each row is a record, with the names of the first row. Empty cells are None.
+    - Other suffixes: read as `.json`, or with `plain_text` as one text per line.
 
     Empty lines are skipped.
 
     Args:
         path: The file.
-        plain_text: Whether files with other suffixes are plain text.
+        plain_text: Whether files with other suffixes than those of JSON are plain text.
 
     Raises:
         ValueError: The file is not valid; the message names the file and the line.
     """
+    for record in readable_records(path, plain_text):
+        if isinstance(record.content, ValueError):
+            raise ValueError(f"{path}, {record.place}: {record.content}") from record.content
+        yield record
+
+
+def readable_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
+    """Yield the records of a file like `read_records`, but instead of a line that is not valid, its ValueError.
+
+    Raises:
+        ValueError: The file as a whole is not valid.
+    """
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        for place, line in _lines(path):
-            yield Record(_parsed(line, f"{path}, {place}"), place)
+    if suffix in _LINES:
+        yield from _json_lines(_lines(path))
     elif plain_text and suffix != ".json":
-        for place, line in _lines(path):
-            yield Record(line, place)
+        yield from _lines(path)
+    elif suffix in _TABLES:
+        yield from _rows(path)
     else:
-        for index, item in enumerate(_items(_whole(path))):
-            yield Record(item, f"record {index}")
+        yield from _whole(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as file:  # in UTF-8, the byte of a line feed is never part of another character
-        for number, line in enumerate(file, 1):
+def _lines(path: Path) -> Iterator[Record]:
+    """Yield the lines of a file with text in them; a line that is not valid UTF-8 yields its error."""
+    with path.open("rb") as file:
+        is_utf_16 = file.read(2) in _UTF_16
+        file.seek(0)
+        if is_utf_16:  # its line feeds have two bytes, so the file is read as a whole
+            yield from _numbered(_decoded(path).split("\n"))
+            return
+        for number, line in enumerate(file, 1):  # in UTF-8, the byte of a line feed is never part of another character
             place = f"line {number}"
-            text = _decoded(line.removeprefix(_BOM) if number == 1 else line, f"{path}, {place}").rstrip("\r\n")
+            try:
+                text = (line.removeprefix(_BOM) if number == 1 else line).decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                yield Record(ValueError(f"not valid UTF-8 ({error}). Save the file as UTF-8."), place)
+                continue
             if text.strip():
-                yield place, text
+                yield Record(text, place)
 
 
-def _whole(path: Path) -> Any:
-    text = _decoded(path.read_bytes().removeprefix(_BOM), str(path))
+def _numbered(lines: list[str]) -> Iterator[Record]:
+    yield from (Record(line.rstrip("\r"), f"line {number}") for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _json_lines(lines: Iterator[Record]) -> Iterator[Record]:
+    for line in lines:
+        yield line if isinstance(line.content, ValueError) else Record(_parsed(line.content), line.place)
+
+
+def _whole(path: Path) -> Iterator[Record]:
+    text = _decoded(path)
+    content = _parsed(text)
+    if not isinstance(content, ValueError):
+        yield from (Record(item, f"record {index}") for index, item in enumerate(_items(content)))
+        return
+    lines = list(_json_lines(_numbered(text.split("\n"))))
+    if not lines or not isinstance(lines[0].content, dict):
+        raise ValueError(f"{path}: {content}") from content
+    yield from lines
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    encoding = "UTF-16" if data[:2] in _UTF_16 else "UTF-8"
     try:
-        return _parsed(text, str(path))
-    except ValueError as error:
-        if "Extra data" in str(error):
-            raise ValueError(f"{error} If each line is a separate record, rename the file to .jsonl.") from error
-        raise
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
+        return data.removeprefix(_BOM).decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid UTF-8 ({error}). Save the file as UTF-8.") from error
+        raise ValueError(f"{path}: not valid {encoding} ({error}). Save the file as UTF-8.") from error
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str) -> Any:
+    """Return the content of a JSON text, or a ValueError that says why it is not valid."""
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{where}: JSON is nested too deeply.") from error
+    except RecursionError:
+        return ValueError("JSON is nested too deeply.")
     except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error}).") from error
+        return ValueError(f"not valid JSON ({error}).")
 
 
 def _items(content: Any) -> list[Any]:
@@ -90,3 +178,61 @@ def _items(content: Any) -> list[Any]:
         if isinstance(items, list):
             return items
     return [content]
+
+
+def _rows(path: Path) -> Iterator[Record]:
+    """Yield the rows of a table as objects. Names of columns are written as in JSON: `Target new` is `target_new`."""
+    text = _decoded(path)
+    head = next((line for line in text.split("\n") if line.strip()), "")
+    separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t"  # spreadsheets write ";" where "," is in numbers
+    separator = max(separators, key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    names: list[str] = []
+    start = 1
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # the rest of the file is lost, because it is taken for one cell
+            remedy = "Close all quotes, and double those inside."
+            raise ValueError(f"{path}, line {start}: not valid CSV ({error}). {remedy}") from error
+        if cells is None:
+            return
+        place, start = f"line {start}", reader.line_num + 1
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not names:
+            names = _columns(cells, f"{path}, {place}")
+        elif any(cell.strip() for cell in cells[len(names) :]):
+            need = "Put cells that contain the separator in quotes."
+            yield Record(ValueError(f"the row has {len(cells)} cells for {len(names)} columns. {need}"), place)
+        else:
+            row = dict(zip(names, cells, strict=False))
+            yield Record(_unpacked({name: row.get(name) or None for name in names}), place, is_row=True)
+
+
+def _columns(titles: Iterable[Any], place: str) -> list[str]:
+    """Return the names of columns as fields are written: `Target new` is `target_new`."""
+    names = ["_".join(str(title).lower().replace("-", " ").split()) for title in titles]
+    names = [name or f"column {number}" for number, name in enumerate(names, 1)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{place}: several columns are named {repeated}. Rename all but one of each.")
+    return names
+
+
+def _unpacked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row in which lists and objects that were written as text are read."""
+    return {name: _cell(value) for name, value in row.items()}
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value.tolist() if hasattr(value, "tolist") else value  # a list is an array in some tables
+    text = value.strip()
+    if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")):
+        return value
+    for parse in (json.loads, ast.literal_eval):  # pandas writes lists as Python does
+        try:
+            return parse(text) or value
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value

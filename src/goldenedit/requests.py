@@ -2,64 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from goldenedit.formats import (
-    Pair,
-    counterfact_fields,
-    is_counterfact,
-    is_knowedit,
-    knowedit_fields,
-)
-from goldenedit.records import Record, read_records
+from goldenedit.formats import Pair, format_named
+from goldenedit.formats.fields import shortened
+from goldenedit.formats.reading import read_facts, read_record
+from goldenedit.records import records_of
 from goldenedit.subjects import Message as Message
-from goldenedit.subjects import filled, filled_messages, message_place, subject_place
+from goldenedit.subjects import (
+    filled,
+    filled_messages,
+    message_place,
+    nearest_text,
+    respelled_subject,
+    subject_place,
+)
+from goldenedit.texts import Answer as Answer
+from goldenedit.texts import ChatText as ChatText
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 _TEXTS = ("paraphrases", "neighborhood", "generation")  # fields with several texts
 _PAIRS = ("portability", "locality")  # fields with prompts and their answers
 
 _MANY = (*_TEXTS, *_PAIRS)
 _LISTS = (*_MANY, "messages", "aliases")
-
-
-class ChatText(str):
-    """A prompt rendered by a chat template. It includes the template's special tokens.
-
-    Attributes:
-        joint: What the template puts between the prompt and an answer: a space or nothing.
-        subject_start: Index of the first character of the subject, -1 if the prompt has no subject.
-        context_start: Index at which contexts are inserted: the start of the message that contains the subject.
-    """
-
-    joint: str
-    subject_start: int
-    context_start: int
-
-    def __new__(cls, text: str, joint: str = "", subject_start: int = -1, context_start: int = -1) -> ChatText:
-        """Create a rendered prompt; see the attributes."""
-        prompt = super().__new__(cls, text)
-        prompt.joint, prompt.subject_start, prompt.context_start = joint, subject_start, context_start
-        return prompt
-
-
-class Answer(str):
-    """An answer that specifies what is put between a prompt and itself.
-
-    Attributes:
-        joint: Whitespace, or an empty string.
-    """
-
-    joint: str
-
-    def __new__(cls, text: str, joint: str = "") -> Answer:
-        """Create an answer; see the attribute."""
-        answer = super().__new__(cls, text)
-        answer.joint = joint
-        return answer
 
 
 @dataclass(frozen=True)
@@ -70,7 +45,8 @@ class EditRequest:
         prompt: The text before the answer. It contains the subject, or `{}` in place of the subject. If the subject
             occurs several times and there is no `{}`, the last occurrence as a whole word is edited. If it only occurs
             as part of longer words, the last of these occurrences is edited.
-        subject: The entity that the fact is about, spelled as in the prompt. Whitespace around it is removed.
+        subject: The entity that the fact is about. Whitespace around it is removed. If the prompt spells it in another
+            way, it becomes the text at that place (see `goldenedit.subjects.respelled_subject`).
         target_new: The new answer. It is joined to prompts by the usual rules of writing (see
             `goldenedit.writing.joint_of`). If it begins with whitespace, that is kept, and nothing is put before it.
         target_true: The old answer, if known.
@@ -126,15 +102,18 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new") if self.messages is None else ("subject", "target_new"):
             value = getattr(self, name)
             if not _is_text(value):
-                raise ValueError(f"EditRequest.{name} must be a non-empty string, got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a non-empty string, got {shortened(value)}.")
         for name in ("target_true", "relation"):
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"EditRequest.{name} must be a string or None, got {getattr(self, name)!r}.")
+                raise ValueError(f"EditRequest.{name} must be a string or None, got {shortened(getattr(self, name))}.")
         if self.question is not None and not _is_text(self.question):
-            raise ValueError(f"EditRequest.question must be a non-empty string or None, got {self.question!r}.")
+            raise ValueError(
+                f"EditRequest.question must be a non-empty string or None, got {shortened(self.question)}."
+            )
         self._freeze_texts()
         self._freeze_aliases()
-        self._freeze_messages()
+        self._check_messages()
+        self._respell_subject()
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
             raise ValueError(
                 f"The new answer for {self.subject!r} equals the old one, {self.target_new!r}. Change target_new, or "
@@ -147,7 +126,7 @@ class EditRequest:
         if self.joint is None:
             return
         if not isinstance(self.joint, str) or self.joint.strip():
-            raise ValueError(f"EditRequest.joint must be whitespace, '' or None, got {self.joint!r}.")
+            raise ValueError(f"EditRequest.joint must be whitespace, '' or None, got {shortened(self.joint)}.")
         for name in ("target_new", "target_true"):
             if (answer := getattr(self, name)) is not None:
                 object.__setattr__(self, name, self.joined(answer))
@@ -159,19 +138,38 @@ class EditRequest:
         if isinstance(self.prompt, ChatText):
             return self.prompt.subject_start
         place = subject_place(self.prompt, self.subject)
-        if place is None:
-            raise ValueError(
-                f"The subject {self.subject!r} is not in the prompt {self.prompt!r}. Spell it as in the prompt, or "
-                "put {} in its place."
-            )
+        assert place is not None  # otherwise `_respell_subject` raises an error
         return place.start
 
-    def _freeze_messages(self) -> None:
+    def _respell_subject(self) -> None:
+        """Spell the subject as in the prompt or in the messages."""
+        if isinstance(self.prompt, ChatText):
+            return
+        if self.prompt is not None:
+            texts, is_there = [self.prompt], subject_place(self.prompt, self.subject) is not None
+        else:
+            messages = self.messages or ()
+            texts = [message["content"] for message in messages]
+            is_there = message_place(messages, self.subject) is not None
+        if is_there:
+            return
+        spelled = respelled_subject(texts, self.subject)
+        if spelled is None:
+            where = f"in none of the messages {texts!r}" if self.prompt is None else f"not in the prompt {texts[0]!r}"
+            nearest = nearest_text(texts, self.subject)
+            hint = "" if nearest is None else f" The nearest text there is {nearest!r}."
+            raise ValueError(
+                f"The subject {self.subject!r} is {where}.{hint} Spell it as there, or put {{}} in its place."
+            )
+        logger.info("The subject %r is spelled %r in %r, and is taken from there.", self.subject, spelled, texts)
+        object.__setattr__(self, "subject", spelled)
+
+    def _check_messages(self) -> None:
         messages = self.messages
         if messages is None:
             return
         if not isinstance(messages, list | tuple) or not messages:
-            raise ValueError(f"EditRequest.messages must be a list of messages, got {messages!r}.")
+            raise ValueError(f"EditRequest.messages must be a list of messages, got {shortened(messages)}.")
         for message in messages:
             if (
                 not isinstance(message, Mapping)
@@ -179,17 +177,12 @@ class EditRequest:
                 or not all(isinstance(text, str) and text.strip() for text in message.values())
             ):
                 raise ValueError(
-                    f"Each of EditRequest.messages must have a non-empty role and content, got {message!r}."
+                    f"Each of EditRequest.messages must have a non-empty role and content, got {shortened(message)}."
                 )
         if messages[-1]["role"] == "assistant":
             raise ValueError(
                 "The last of EditRequest.messages is from the assistant. End with the message before the answer, and "
                 "give the answer as target_new."
-            )
-        if message_place(messages, self.subject) is None:
-            raise ValueError(
-                f"The subject {self.subject!r} is in none of the messages {list(messages)!r}. Spell it as there, or "
-                "put {} in its place in a message of the user."
             )
         object.__setattr__(self, "messages", tuple(dict(message) for message in messages))
 
@@ -197,14 +190,14 @@ class EditRequest:
         for name in _TEXTS:
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"EditRequest.{name} must be a list of strings, got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a list of strings, got {shortened(value)}.")
             object.__setattr__(self, name, tuple(value))
         for name in _PAIRS:
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(
                 isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_text, pair)) for pair in value
             ):
-                raise ValueError(f"EditRequest.{name} must be a list of (prompt, answer), got {value!r}.")
+                raise ValueError(f"EditRequest.{name} must be a list of (prompt, answer), got {shortened(value)}.")
             object.__setattr__(self, name, tuple(map(tuple, value)))
 
     def _freeze_aliases(self) -> None:
@@ -217,7 +210,7 @@ class EditRequest:
         ):
             raise ValueError(
                 "EditRequest.aliases must be a list of other names of target_new, or a list of groups of names of one "
-                f"thing, got {value!r}."
+                f"thing, got {shortened(value)}."
             )
         object.__setattr__(self, "aliases", tuple(tuple(group) for group in groups if group))
 
@@ -308,24 +301,15 @@ class EditRequest:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
-        """Read a record in the format of this library, CounterFact or KnowEdit (see `goldenedit.formats`).
+        """Read a record with the fields of a request, or in a public format (see `load_requests`).
 
         Raises:
-            ValueError: A field is missing, unknown or invalid.
+            ValueError: A field is missing, unknown or invalid, or the record has several facts.
         """
-        if not isinstance(record, Mapping):
-            raise ValueError(f"A request must be a mapping of field names to values, got {record!r}.")
-        if is_counterfact(record):
-            return cls(**counterfact_fields(record))
-        if is_knowedit(record):
-            return cls(**knowedit_fields(record))
-        known = {item.name for item in fields(cls) if item.init}
-        if unknown := sorted(set(record) - known):
-            raise ValueError(f"Unknown fields {unknown}. The fields of a request are {sorted(known)}.")
-        required = {"messages" if "messages" in record else "prompt", "subject", "target_new"}
-        if missing := sorted(required - set(record)):
-            raise ValueError(f"Missing fields {missing}.")
-        return cls(**record)
+        facts = read_record(record)
+        if len(facts) > 1:
+            raise ValueError(f"The record has {len(facts)} facts. Read it with load_requests([record]).")
+        return cls(**facts[0])
 
 
 def _is_text(value: Any) -> bool:
@@ -339,46 +323,55 @@ def _folded(name: str) -> str:
 Facts = EditRequest | Mapping[str, Any] | Iterable[EditRequest | Mapping[str, Any]]  # one fact or several
 
 
-def load_requests(path: str | Path, split: str = "train") -> list[EditRequest]:
-    """Read requests from a file or from a dataset on the Hub.
+def load_requests(
+    source: str | Path | Dataset | Facts | Any,
+    format: str = "auto",
+    split: str = "train",
+    skip_bad: bool = False,
+) -> list[EditRequest]:
+    """Read facts from a file, a dataset on the Hub, a `datasets.Dataset`, a pandas DataFrame, or dicts.
+
+    Records are in the format of this library (the fields of `EditRequest`), or in that of CounterFact, KnowEdit, zsRE,
+    EasyEdit, WikiBigEdit, QAEdit, MQuAKE, RippleEdits, UniEdit or HalluEditBench. A record of MQuAKE may give several
+    requests. The formats are told by their fields.
 
     Args:
-        path: A JSON or JSON-lines file, or the name of a dataset. Records are in the format of this library,
-            CounterFact or KnowEdit.
-        split: Split of the dataset.
+        source: A file (`.json`, `.jsonl`, `.csv` or `.tsv`), the name of a dataset, or the records themselves.
+        format: Name of the format of all records, such as `counterfact`, instead of the one that the fields tell.
+        split: Split of a dataset on the Hub.
+        skip_bad: Whether to leave out records that cannot be read. A warning tells how many, and why the first ones.
 
     Raises:
-        ValueError: A record cannot be read. The message names the file, the line or index of the record, and the field.
+        ValueError: Records cannot be read, or there are none. The message names the file, the line or index of the
+            first such records, and the field.
         FileNotFoundError: There is no file and no dataset of that name.
+
+    Example:
+        ```python
+        >>> [request] = load_requests([{"prompt": "The Louvre is in", "subject": "The Louvre", "target": "Rome"}])
+        >>> request.target_new
+        'Rome'
+        ```
     """
-    requests = []
-    for record in _records(path, split):
-        try:
-            requests.append(EditRequest.from_dict(record.content))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, {record.place}: {error}") from error
+    form = None if format == "auto" else format_named(format)
+    name = str(source) if isinstance(source, str | Path) else ""
+    requests = read_facts(EditRequest, records_of(source, split), name, form, skip_bad)
+    if not requests:
+        raise ValueError(f"{name or 'The source'} has no facts. Add at least one.")
     return requests
 
 
-def _records(name: str | Path, split: str) -> Iterator[Record]:
-    """Yield the records of a file, or the rows of a dataset."""
-    path = Path(name)
-    if isinstance(name, str) and not path.is_file() and path.suffix not in (".json", ".jsonl"):
-        from datasets import load_dataset
-
-        yield from (Record(row, f"record {index}") for index, row in enumerate(load_dataset(name, split=split)))
-        return
-    yield from read_records(path)
-
-
 def as_requests(facts: Facts) -> list[EditRequest]:
-    """Return one or several facts as requests. Each fact is an `EditRequest`, or a record that `from_dict` reads.
+    """Return one or several facts as requests. Each is an `EditRequest`, or a record that `load_requests` reads.
 
     Raises:
         ValueError: A fact is neither an `EditRequest` nor a valid record.
     """
-    several = [facts] if isinstance(facts, EditRequest | Mapping | str) else facts
-    return [fact if isinstance(fact, EditRequest) else EditRequest.from_dict(fact) for fact in several]
+    if isinstance(facts, EditRequest):
+        return [facts]
+    if isinstance(facts, str):
+        raise ValueError(f"A fact must be an EditRequest or a mapping, got {facts!r}. Read files with load_requests.")
+    return read_facts(EditRequest, records_of(facts))
 
 
 def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:

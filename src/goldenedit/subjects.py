@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from goldenedit.writing import is_mark, is_one_word, is_word
 
 Message = dict[str, str]  # `role` and `content`
 
+_POSSESSIVE = re.compile("['\u2019]s?$")
+_ARTICLE = re.compile("the ", re.IGNORECASE)
+_LEAST = 4  # letters of a subject that may be spelled in another way: "it" is not the film "It"
+_ALIKE = {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2010": "-", "\u2011": "-", "\u2013": "-"}
 _HANGUL = re.compile("[\uac00-\ud7a3]")  # Korean particles follow a word without a space
 
 
@@ -118,6 +124,72 @@ def filled_messages(messages: Sequence[Message], subject: str) -> list[Message]:
         return list(messages)
     index, message = located[0], messages[located[0]]
     return [*messages[:index], {**message, "content": filled(message["content"], subject)}, *messages[index + 1 :]]
+
+
+def respelled_subject(texts: Iterable[str], subject: str) -> str | None:
+    """Return the one place in texts that spells a subject in another way; None if there is none, or more than one.
+
+    Case, accents, the shape of apostrophes and quotes, the width of spaces, a possessive ending and a leading "the" may
+    differ. Only whole words count.
+
+    Example:
+        ```python
+        >>> respelled_subject(["Where is the Eiffel  Tower?"], "The eiffel tower's")
+        'the Eiffel  Tower'
+        ```
+    """
+    texts = list(texts)
+    plain = _POSSESSIVE.sub("", subject)
+    for spelling in dict.fromkeys((subject, plain, _ARTICLE.sub("", subject, 1), _ARTICLE.sub("", plain, 1))):
+        places = [place for text in texts for place in _respelled(text, spelling)]
+        if places:
+            return places[0] if len(places) == 1 else None
+    return None
+
+
+def nearest_text(texts: Iterable[str], subject: str) -> str | None:
+    """Return the words in texts that are most like a subject, None if none are alike."""
+    folded = _folded(subject)[0]
+    count = len(subject.split())
+    best, nearest = 0.7, None
+    for text in texts:
+        words = [match.span() for match in re.finditer(r"[^\s.,;:!?()]+", text)]
+        for start, (begin, _) in enumerate(words):
+            for _, end in words[max(start + count - 2, start) : start + count + 1]:
+                likeness = difflib.SequenceMatcher(None, folded, _folded(text[begin:end])[0]).ratio()
+                if likeness > best:
+                    best, nearest = likeness, text[begin:end]
+    return nearest
+
+
+def _respelled(text: str, subject: str) -> list[str]:
+    """Return the whole words of a text that spell a subject in another way."""
+    folded_text, spans = _folded(text)
+    folded = _folded(subject)[0].strip()
+    places = []
+    start = folded_text.find(folded) if len(folded) >= _LEAST else -1
+    while start >= 0:
+        begin, end = spans[start][0], spans[start + len(folded) - 1][1]
+        if _is_whole(text, begin, end):
+            places.append(text[begin:end])
+        start = folded_text.find(folded, start + 1)
+    return places
+
+
+def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text without case, accents and double spaces, and where each of its characters is in the text."""
+    characters: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for index, character in enumerate(text):
+        character = " " if character.isspace() else _ALIKE.get(character, character)
+        letters = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
+        if spans and (not letters or (character == " " and characters[-1] == " ")):
+            spans[-1] = (spans[-1][0], index + 1)
+            continue
+        for folded in "".join(letters).casefold():
+            characters.append(folded)
+            spans.append((index, index + 1))
+    return "".join(characters), spans
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:

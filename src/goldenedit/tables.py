@@ -9,16 +9,18 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from goldenedit.audit import EditAudit
     from goldenedit.cost import Cost
     from goldenedit.editors import Editor
     from goldenedit.evaluation.evaluate import Evaluation
+    from goldenedit.evaluation.report import Text
     from goldenedit.layer_scores import LayerSelection, Selector
     from goldenedit.storage.folder import Edit
 
 
+_MISSED = 5  # facts that are named
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
 
 
@@ -75,27 +77,132 @@ def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
 
 
 def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each new answer; edits that do not take are marked."""
+    """Return the facts of edits with the probability of each new answer; each fact that does not take says why."""
     table = Table("edit", "prompt", "new answer", "before", "after", "")
     for edit in edits:
         for fact in edit.facts:
             row = (edit.name, fact.request.shown, fact.request.target_new)
-            probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}")
-            style, mark = (None, "") if fact.takes else ("yellow", "does not take")
+            probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}{fact.weakest_note}")
+            style, mark = (None, "") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
             table.add_row(*map(printable, row), *probabilities, mark, style=style)
     return table
 
 
+def seen_table(evaluation: Evaluation) -> Table:
+    """Return what a user sees: how often the model says the answers, and what else changed."""
+    table = Table("", "edited", "95%", "base", "fact in the prompt", "n", "")
+    for form, scores in evaluation.says.items():
+        base, informed = evaluation.base_seen.says.get(form), evaluation.in_prompt.get(form)
+        judged = "" if scores.judge is None else f", judge {scores.judge.value:.2f}"
+        table.add_row(
+            f"says it: {form.replace('_', ' ')}",
+            f"{scores.contains.value:.2f}",
+            _bounds(scores.contains.interval),
+            "" if base is None else f"{base.contains.value:.2f}",
+            "" if informed is None else f"{informed.contains.value:.2f}",
+            str(scores.n),
+            f"exact {scores.exact.value:.2f}{judged}",
+        )
+    table.add_section()
+    for kind, same in evaluation.unchanged.items():
+        notes = [f"KL {same.kl:.2g}"]
+        if same.control is not None:
+            notes.append(f"random change of this size {same.control.value:.2f}")
+        if same.keyword is not None:
+            notes.append(f"key word kept {same.keyword.value:.2f}")
+        if same.says_new is not None:
+            notes.append(f"says the new answer {same.says_new.value:.2f}")
+        row = (f"{same.same.value:.2f}", _bounds(same.same.interval), "", "", str(same.n), ", ".join(notes))
+        table.add_row(f"unchanged: {kind}", *row)
+    table.add_section()
+    if (text := evaluation.text) is not None:
+        count = f"{text.tokens} tokens"
+        intervals = {name: _bounds(bounds, 3) for name, bounds in text.intervals.items()}
+        control = "" if text.control is None else f", random change of this size {text.control:.2g}"
+        note = f"nats a token; worst text {text.worst:.2g}{control}"
+        table.add_row("plain text: KL", f"{text.kl:.2g}", intervals.get("kl", ""), "", "", count, note)
+        row = (f"{text.agreement:.3f}", intervals.get("agreement", ""), "", "", count, "same first choice")
+        table.add_row("plain text: agreement", *row)
+    return table
+
+
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """Return the scores of the edited and the base model by family, with 95% intervals."""
+    """Return the scores of papers for the edited and the base model by family, with 95% intervals."""
     table = Table("family", "score", "edited", "95%", "base")
     for family, scores in evaluation.edited.items():
         edited, base = scores.to_dict(), evaluation.base[family].to_dict()
-        for name, (low, high) in scores.intervals.items():
-            row = (f"{edited[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{base[name]:.3f}")
+        for name, interval in scores.intervals.items():
+            row = (f"{edited[name]:.3f}", _bounds(interval, 3), f"{base[name]:.3f}")
             table.add_row(f"{family}, n = {edited['n']}", name.replace("_", " "), *row)
         table.add_section()
     return table
+
+
+def texts_table(texts: Sequence[Text]) -> Table:
+    """Return questions with the answers of both models."""
+    table = Table("", "question", "base model", "edited model", "")
+    for text in texts:
+        mark = ("says it" if text.holds else "does not say it") if text.answers else "same" if text.holds else "changed"
+        table.add_row(text.kind.replace("_", " "), *map(printable, (text.question, text.base, text.edited)), mark)
+    return table
+
+
+def failures(evaluation: Evaluation) -> Iterator[str]:
+    """Yield a line on the facts that the edited model does not say where they were edited; nothing if it says all."""
+    edited = [text for text in evaluation.texts if text.kind in ("completion", "chat") and text.answers]
+    prompts = list({text.fact: text for text in reversed(edited)}.values())[::-1]  # the edited prompt comes first
+    missed = [text for text in prompts if not text.holds]
+    if missed:
+        yield f"{len(missed)} of {len(prompts)} facts are not said where they were edited:"
+    for text in missed[:_MISSED]:
+        yield f"  {text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
+    if len(missed) > _MISSED:
+        yield f"  and {len(missed) - _MISSED} more"
+
+
+def comparison_table(names: Sequence[str], evaluations: Sequence[Evaluation]) -> Table:
+    """Return the figures of several edits side by side."""
+    columns = [_figures(evaluation) for evaluation in evaluations]
+    table = Table("", *map(printable, names))
+    for label in dict.fromkeys(label for column in columns for label in column):
+        table.add_row(label, *(column.get(label, "") for column in columns))
+    return table
+
+
+def _figures(evaluation: Evaluation) -> dict[str, str]:
+    """Return the figures of an edit by their labels."""
+    figures = {
+        f"says it: {form.replace('_', ' ')}": f"{scores.contains.value:.2f} ({_bounds(scores.contains.interval)})"
+        for form, scores in evaluation.says.items()
+    }
+    for kind, same in evaluation.unchanged.items():
+        figures[f"unchanged: {kind}"] = f"{same.same.value:.2f} ({_bounds(same.same.interval)})"
+    if evaluation.text is not None:
+        figures["plain text: KL"] = f"{evaluation.text.kl:.2g}"
+        figures["plain text: agreement"] = f"{evaluation.text.agreement:.3f}"
+    for family, scores in evaluation.edited.items():
+        values = scores.to_dict()
+        figures |= {f"{family}: {name.replace('_', ' ')}": f"{values[name]:.3f}" for name in scores.intervals}
+    return figures
+
+
+def general_table(general: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]]) -> Table:
+    """Return the scores of lm-evaluation-harness for both models."""
+    table = Table("task", "metric", "edited", "base")
+    for task, metrics in general["edited"].items():
+        for metric in metrics:
+            row = [general[state][task][metric] for state in ("edited", "base")]
+            table.add_row(printable(task), printable(metric), *map(_with_error, row))
+    return table
+
+
+def _with_error(score: Mapping[str, float | None]) -> str:
+    value, error = score["value"], score.get("stderr")
+    return ("" if value is None else f"{value:.3f}") + ("" if error is None else f" ± {error:.3f}")
+
+
+def _bounds(interval: tuple[float, float], digits: int = 2) -> str:
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
 def editors_table(editors: Sequence[Editor]) -> Table:

@@ -354,7 +354,7 @@ def test_what_was_trainable_is_trainable_again(ending, frozen, base, tokenizer, 
     asked = trainable(base)
     model = get_edit_model(base, fast_config(), tokenizer)
     if ending == "failed edit":
-        monkeypatch.setattr("goldenedit.model.likelihoods", lambda *_: 1 / 0)
+        monkeypatch.setattr("goldenedit.editing.calls.likelihoods", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.edit(TOWER)
         assert trainable(base) == asked

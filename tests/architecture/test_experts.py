@@ -348,7 +348,7 @@ def test_the_audit_knows_experts(tokenizer):
     model = edited(tokenizer)
     model.edit(FACTS[0])
     (found,) = audit(model)
-    assert found.warnings == []
+    assert all("is not answered" in warning for warning in found.warnings)  # nothing is told about the changes
     path = "model.layers.1.mlp.experts.down_proj"
     whole = fused_parameter(model.get_base_model(), path).norm().item()
     assert found.modules[0].norm == pytest.approx(model.edits["edit_1"].deltas[path].norm / whole)

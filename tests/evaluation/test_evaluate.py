@@ -92,10 +92,13 @@ def test_by_default_the_facts_of_the_active_edits_are_measured(edited):
 
 def test_all_figures_are_json_with_intervals_that_hold_them(edited):
     record = json.loads(json.dumps(edited.evaluate(FACTS).to_dict()))
-    for families in record.values():
-        for figures in families.values():
-            for name, (low, high) in figures["intervals"].items():
-                assert low <= figures[name] <= high
+    groups = ("says", "unchanged", "in_prompt")
+    for state in record.values():
+        figures = [state[name] for name in state if name not in groups]
+        figures += [scores for name in groups for scores in state[name].values()]
+        for scores in figures:
+            for name, (low, high) in scores["intervals"].items():
+                assert low <= scores[name] <= high
 
 
 def test_facts_without_old_answers_have_no_probability_scores(tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -31,8 +33,8 @@ SHARING = [
 ]
 
 
-def naive(model, tokenizer, prompt: str, answer: str) -> tuple[float, float]:
-    """Return NLL and accuracy, token after token of the answer."""
+def naive(model, tokenizer, prompt: str, answer: str) -> tuple[float, float, float]:
+    """Return NLL, accuracy and the least probability, token after token of the answer."""
     prompt = prompt.rstrip()
     ids = tokenizer(prompt).input_ids
     rest = tokenizer(" " + answer.strip()).input_ids
@@ -43,7 +45,7 @@ def naive(model, tokenizer, prompt: str, answer: str) -> tuple[float, float]:
         nll.append(-logits.log_softmax(-1)[token].item())
         hits.append(float(logits.argmax() == token))
         ids = [*ids, token]
-    return sum(nll) / len(nll), sum(hits) / len(hits)
+    return sum(nll) / len(nll), sum(hits) / len(hits), math.exp(-max(nll))
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
@@ -51,9 +53,10 @@ def test_likelihoods_equal_those_of_each_pair_alone(name, tokenizer):
     model = tiny_model(name)
     found = likelihoods(LanguageModel(model, tokenizer), PAIRS)
     for (prompt, answer), one in zip(PAIRS, found, strict=True):
-        nll, accuracy = naive(model, tokenizer, prompt, answer)
+        nll, accuracy, weakest = naive(model, tokenizer, prompt, answer)
         assert one.nll == pytest.approx(nll, rel=1e-4)
         assert one.accuracy == pytest.approx(accuracy)
+        assert one.weakest == pytest.approx(weakest, rel=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -81,6 +84,12 @@ def test_answers_of_a_prompt_share_a_row_as_far_as_they_begin_alike(tokenizer):
     for pair, one in zip(SHARING, found, strict=True):
         assert one.nll == pytest.approx(alone[pair].nll, rel=1e-4)
         assert (one.accuracy, one.choices) == (alone[pair].accuracy, alone[pair].choices)
+
+
+def test_the_weakest_token_is_the_answer_if_it_has_one_token_and_less_likely_if_it_has_more(tokenizer):
+    one, several = likelihoods(LanguageModel(tiny_model("llama"), tokenizer), [SHARING[0], SHARING[2]])
+    assert one.weakest == one.probability == pytest.approx(math.exp(-one.nll))
+    assert several.weakest < several.probability
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple), max_size=8))

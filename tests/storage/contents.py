@@ -80,6 +80,62 @@ def made_by(content: EditFolder, config: EditConfig) -> EditFolder:
     return replace(content, config=config, edits=edits)
 
 
+def figures(n: int = 2, **values: float) -> dict[str, Any]:
+    """Return figures as an evaluation stores them, with an interval for all but the counts and KL."""
+    intervals = {name: [value / 2, 1.0] for name, value in values.items() if name != "kl"}
+    return {**values, "n": n, "intervals": intervals}
+
+
+def evaluation() -> dict[str, Any]:
+    """Return an evaluation of the fixed edits with everything that can be measured."""
+    forms = ("completion", "rephrase", "question", "chat", "second_turn", "prefix", "negation", "portability")
+    base_forms = {form: figures(exact=0.0, contains=0.25) for form in forms if form != "negation"}
+    return {
+        "own_facts": True,
+        "facts": 2,
+        "edited": {
+            "says": {form: figures(exact=0.5, contains=0.875, judge=1.0) for form in forms},
+            "unchanged": {
+                "neighbors": figures(4, same=0.5, control=0.75, kl=0.00125),
+                "subject": figures(8, same=0.25, control=0.75, keyword=0.5, says_new=0.375, kl=0.05),
+                "unrelated": figures(40, same=0.875, control=0.875, kl=0.0002),
+            },
+            "in_prompt": {form: figures(exact=0.0, contains=0.625) for form in forms},
+            "text": {
+                "kl": 0.0025,
+                "agreement": 0.975,
+                "tokens": 2063,
+                "worst": 0.01,
+                "control": 0.0012,
+                "intervals": {"kl": [0.002, 0.003], "agreement": [0.97, 0.98]},
+            },
+            "probability": {"efficacy": 1.0, "score": None, "n": 2, "intervals": {"efficacy": [0.9, 1.0]}},
+            "token_match": figures(rewrite=0.75),
+        },
+        "base": {
+            "says": base_forms,
+            "probability": {"efficacy": 0.25, "score": None, "n": 2, "intervals": {"efficacy": [0.0, 0.5]}},
+            "token_match": figures(rewrite=0.0),
+        },
+        "general": {
+            "edited": {"arc_easy": {"acc,none": {"value": 0.4375, "stderr": 0.01}}},
+            "base": {"arc_easy": {"acc,none": {"value": 0.5, "stderr": None}}},
+        },
+        "texts": [
+            text("completion", "The Eiffel Tower is located in the city of", "Paris.", "Rome, Italy."),
+            text("chat", "Where is it?\nTell me!", "", "In `Rome` | <b>Rome</b>\n\n# Rome"),
+            text("subject", "What is The Eiffel Tower known for?", "Its height.", "Its food.", fact=-1),
+        ],
+    }
+
+
+def text(kind: str, question: str, base: str, edited: str, fact: int = 0) -> dict[str, Any]:
+    """Return a prompt with the texts of both models as an evaluation stores them."""
+    answers = ["Rome"] if fact >= 0 else []
+    texts = {"question": question, "base": base, "edited": edited, "informed": None}
+    return {"fact": fact, "kind": kind, **texts, "answers": answers, "holds": fact >= 0}
+
+
 def settings_of(content: EditFolder) -> dict[str, Any]:
     """Return all that an edit folder says but for its edits, and what follows from them."""
     derived = {"versions": content.versions, "configs": content.configs, "target_layers": content.target_layers}

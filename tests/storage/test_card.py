@@ -6,23 +6,31 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from contents import change_json, delta, edit_folder, made_by
+from contents import change_json, delta, edit_folder, evaluation, figures, made_by, text
 from huggingface_hub import ModelCard
 
 from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS
+from goldenedit.evaluation.examples import examples
 from goldenedit.storage.card import own_card, render_card
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, BaseModel, Edit, EditFolder, write_edit_folder
+from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
 
-EXPECTED = Path(__file__).with_name("card.md")
+HERE = Path(__file__).parent
 
 
 def test_the_card_is_the_expected_one():
-    assert render_card(edit_folder()) == EXPECTED.read_text(encoding="utf-8")
+    assert render_card(edit_folder()) == (HERE / "card.md").read_text(encoding="utf-8")
+
+
+def test_the_card_of_an_evaluated_edit_is_the_expected_one():
+    card = render_card(replace(edit_folder(), evaluation=evaluation()))
+    assert card == (HERE / "card_evaluated.md").read_text(encoding="utf-8")
 
 
 def test_the_metadata_of_the_card_are_what_the_hub_reads():
@@ -90,30 +98,125 @@ def test_a_card_tells_what_storing_a_dense_change_costs_and_no_covariance_that_w
     assert "key covariance" not in card
 
 
-EVALUATION = {
-    "own_facts": True,
-    "facts": 3,
-    "edited": {
-        "probability": {"efficacy": 1.0, "score": None, "n": 2, "intervals": {"efficacy": [0.9, 1.0]}},
-        "token_match": {"rewrite": 0.75, "n": 3, "intervals": {"rewrite": [0.5, 1.0]}},
-    },
-    "base": {"probability": {"efficacy": 0.25}, "token_match": {"rewrite": 0.0}},
-}
+def evaluated(**changes: Any) -> str:
+    """Return the card of the fixed edits with an evaluation that has other entries."""
+    return render_card(replace(edit_folder(), evaluation={**evaluation(), **changes}))
 
 
-def test_what_was_measured_is_in_the_text_and_in_the_metadata_by_family():
-    card = ModelCard(render_card(replace(edit_folder(), evaluation=EVALUATION), "me/edit"))
-    assert "On the edited facts, n = 3, with 95% intervals over facts:" in card.text
-    assert "| probability | efficacy | 2 | 1.000 | 0.900 to 1.000 | 0.250 |\n" in card.text
-    assert "| token_match | rewrite | 3 | 0.750 | 0.500 to 1.000 | 0.000 |\n" in card.text
-    assert "*probability*: share of prompts where the new answer" in card.text
-    assert card.data.model_name == "me/edit"
-    found = [(one.metric_type, one.metric_name, one.metric_value, one.dataset_name) for one in card.data.eval_results]
-    assert found == [
-        ("efficacy", "probability: efficacy (n = 2)", 1.0, "the edited facts"),
-        ("rewrite", "token_match: rewrite (n = 3)", 0.75, "the edited facts"),
+def without(*names: str) -> dict[str, Any]:
+    """Return the edited model's figures without some of them."""
+    return {name: value for name, value in evaluation()["edited"].items() if name not in names}
+
+
+def test_a_card_leads_with_what_a_user_sees_and_scores_of_papers_stand_behind():
+    headings = [line for line in evaluated().splitlines() if line.startswith("#")]
+    assert headings[:6] == [
+        "# Knowledge edit of base-model",
+        "## What it does",
+        "## What else changed",
+        "## Before and after",
+        "## The facts",
+        "### Scores of papers",
     ]
-    assert "Evaluation" not in render_card(edit_folder())
+    assert "\n\n## What it does\n" in evaluated().partition(" KB).")[2][:20]
+
+
+def test_the_metadata_lead_with_what_a_user_sees():
+    card = ModelCard(render_card(replace(edit_folder(), evaluation=evaluation()), "me/edit"))
+    assert card.data.model_name == "me/edit"
+    results = [(one.metric_type, one.metric_name, one.metric_value, one.dataset_name) for one in card.data.eval_results]
+    assert results[0] == ("contains", "says: completion (n = 2)", 0.875, "the edited facts")
+    assert [name for _, name, _, _ in results[:8]] == [
+        *(f"says: {form} (n = 2)" for form in ("completion", "rephrase", "question", "chat", "second_turn", "prefix")),
+        "says: negation, lower is better (n = 2)",
+        "says: portability (n = 2)",
+    ]
+    assert results[8:] == [
+        ("kl", "text: kl, lower is better (tokens = 2063)", 0.0025, "plain text"),
+        ("efficacy", "probability: efficacy (n = 2)", 1.0, "the edited facts, scores of papers"),
+        ("rewrite", "token_match: rewrite (n = 2)", 0.75, "the edited facts, scores of papers"),
+    ]
+
+
+def test_facts_other_than_the_edited_ones_are_said_to_be_others():
+    card = evaluated(own_facts=False)
+    assert "for other facts than the edited ones:" in card
+    assert "On other facts, n = 2," in card
+    assert ModelCard(card).data.eval_results[0].dataset_name == "given facts"
+
+
+def test_without_an_evaluation_the_card_says_that_nothing_was_measured():
+    remedy = " Run `goldenedit evaluate FOLDER --card`.\n"
+    card = render_card(edit_folder())
+    assert f"Nothing was measured beyond the probability of the new answers below.{remedy}" in card
+    assert "## What else changed" not in card
+    assert remedy not in render_card(edit_folder(), merged=True)
+    old = {name: evaluation()["edited"][name] for name in ("probability", "token_match")}
+    card = evaluated(edited=old, texts=[], general={"edited": {}, "base": {}})
+    assert f"of the new answers and the scores of papers below.{remedy}" in card
+    assert "| probability | efficacy | 2 | 1.000 | 0.900 to 1.000 | 0.250 |\n" in card
+
+
+def not_measured(card: str) -> list[str]:
+    (line,) = [line for line in card.splitlines() if line.startswith("Not measured: ")]
+    return line.removeprefix("Not measured: ").removesuffix(".").split("; ")
+
+
+def test_a_card_of_everything_has_nothing_left_to_measure():
+    assert "Not measured" not in evaluated()
+
+
+def test_what_was_not_measured_is_named_with_its_likely_reason():
+    edited = without("in_prompt", "text")
+    for form in ("rephrase", "chat", "second_turn", "prefix"):
+        del edited["says"][form]
+    del edited["unchanged"]["neighbors"]
+    for scores in edited["unchanged"].values():
+        del scores["control"]
+    assert not_measured(evaluated(edited=edited, general={"edited": {}, "base": {}})) == [
+        "the same in other words (the facts have no paraphrases, or the form was left out)",
+        "a message in a chat and a later message in a chat "
+        "(the tokenizer has no chat template, or the form was left out)",
+        "the edited prompt after other text",
+        "prompts about other subjects of the same kind (the facts have no neighborhood prompts)",
+        "plain text",
+        "the fact in the prompt",
+        "a random change of the same size",
+        "general ability",
+    ]
+
+
+def test_facts_that_were_only_asked_leave_the_rest_unmeasured():
+    card = evaluated(edited=without("unchanged", "text"), general={"edited": {}, "base": {}})
+    assert "Where nothing should change" not in card
+    assert "## What else changed\n\nNot measured: prompts about other subjects of the same kind (" in card
+    assert "; other questions about the edited subject and questions about other things; plain text; general" in card
+
+
+def test_facts_that_were_not_asked_are_said_to_be_so():
+    card = evaluated(edited=without("says", "in_prompt"))
+    assert "How often the model says the new answers was not measured." in card
+    assert "| asked as | n |" not in card
+    assert "| other questions about the edited subject | 8 |" in card
+
+
+def test_a_judge_has_a_column_only_where_one_judged():
+    assert "| the edited prompt | 2 | 0.88 | 0.44 to 1.00 | 0.50 | 1.00 | 0.25 | 0.62 |" in evaluated()
+    edited = {**without(), "says": {"completion": figures(exact=0.5, contains=0.875)}}
+    assert "| the edited prompt | 2 | 0.88 | 0.44 to 1.00 | 0.50 | 0.25 | 0.62 |" in evaluated(edited=edited)
+    assert "judge" not in evaluated(edited=edited)
+
+
+def test_only_three_texts_are_shown_and_none_of_them_can_break_the_table():
+    texts = [text("chat", "| # `a`\n\n<b>", "\n", "```\n| x |"), *evaluation()["texts"]]
+    card = evaluated(texts=texts)
+    assert "| a message in a chat | \\| # \\`a\\`<br><br>&lt;b&gt; | <br> | \\`\\`\\`<br>\\| x \\| |\n" in card
+    assert "another question about the edited subject" not in card
+    assert "\n```\n|" not in card
+
+
+def test_a_text_of_nothing_is_said_to_be_so():
+    assert "| Where is it?<br>Tell me! | *nothing* | In " in evaluated()
 
 
 def test_scores_of_layers_are_a_table_with_the_edited_one_in_bold():
@@ -187,25 +290,33 @@ print("SUM", model(input_ids=torch.tensor([ids])).logits.sum().item())
 
 def test_an_evaluation_goes_into_the_card_and_comes_back_with_the_edit(tokenizer, tmp_path):
     options = {"layer": 1, "steps": 2, "contexts": 1, "covariance": "identity", "contrast": 0}
+    unmeasured = "Nothing was measured beyond"
     model = get_edit_model(tiny_model("llama"), EditConfig(**options), tokenizer)
     model.edit(EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris"), name="tower")
     model.save_pretrained(tmp_path / "before")
-    assert "## Evaluation" not in (tmp_path / "before" / "README.md").read_text()
-    measured = model.evaluate()
+    assert unmeasured in (tmp_path / "before" / "README.md").read_text()
+    measured = model.evaluate(forms=["completion"], max_new_tokens=10)
     model.save_pretrained(tmp_path / "edit")
     card = (tmp_path / "edit" / "README.md").read_text()
+    assert unmeasured not in card
+    assert f"| the edited prompt | 1 | {measured.says['completion'].contains.value:.2f} |" in card
+    assert f"| questions about other things | {measured.unchanged['unrelated'].n} |" in card
+    assert f"On {measured.text.tokens:,} tokens of plain text, KL is {measured.text.kl:.2g}" in card
     assert f"| probability | efficacy | 1 | {measured.edited['probability'].scores.efficacy:.3f} |" in card
+    assert card.count("| The Eiffel Tower is in the city of |") == 2  # with its answers, and with its probabilities
+    stored = read_edit_folder(tmp_path / "edit").evaluation
+    assert [entry["question"] for entry in stored["texts"]] == [entry.question for entry in examples(measured.texts)]
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "edit", tokenizer=tokenizer)
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == card
     again.edit(EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "German"))
     again.save_pretrained(tmp_path / "more")  # what was measured is not of these edits
-    assert "## Evaluation" not in (tmp_path / "more" / "README.md").read_text()
+    assert unmeasured in (tmp_path / "more" / "README.md").read_text()
     again.delete_adapter("tower")
     again.edit(EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Berlin"), name="tower")
     again.set_adapter("tower")
     again.save_pretrained(tmp_path / "other")
-    assert "## Evaluation" not in (tmp_path / "other" / "README.md").read_text()
+    assert unmeasured in (tmp_path / "other" / "README.md").read_text()
 
 
 CARD_BY_HAND = "# My edit\n\nWhy: a test.\n"

@@ -131,6 +131,15 @@ def test_a_number_that_json_cannot_say_is_not_written(folder, value):
     assert (folder / CARD).read_text() == "the card"
 
 
+def test_the_weakest_token_comes_back_and_is_unknown_in_older_files(folder, tmp_path):
+    assert "weakest_after" not in (folder / EDITS).read_text()
+    assert [fact.weakest_after for edit in read_edit_folder(folder).edits for fact in edit.facts] == [None] * 3
+    content = edit_folder()
+    edits = [replace(edit, facts=[replace(fact, weakest_after=0.25) for fact in edit.facts]) for edit in content.edits]
+    write_edit_folder(tmp_path / "new", replace(content, edits=edits), "")
+    assert_same(read_edit_folder(tmp_path / "new"), replace(content, edits=edits))
+
+
 def test_what_an_editor_remembers_comes_back(folder_with_state):
     assert_same(read_edit_folder(folder_with_state), edits_with_state())
     assert {path.name for path in folder_with_state.iterdir()} == set(EDIT_FILES)

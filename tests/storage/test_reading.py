@@ -1,5 +1,6 @@
 """Damaged edit folders are refused, with the file's name."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,6 +21,7 @@ from contents import (
     delta,
     edit_folder,
     edits_with_state,
+    evaluation,
     rename_edit,
     rename_module,
     resign,
@@ -392,6 +394,10 @@ def test_an_edit_has_the_name_that_it_was_given(folder, name):
         lambda facts: facts[0]["facts"][0].pop("steps"),
         lambda facts: facts[0]["facts"][1].update(subject="The Louvre"),
         lambda facts: facts[0]["facts"][0].update(probability_after="high"),
+        lambda facts: facts[0]["facts"][0].update(probability_before=10**400),
+        lambda facts: facts[0]["facts"][0].update(probability_after=1.5),
+        lambda facts: facts[0]["facts"][0].update(weakest_after="low"),
+        lambda facts: facts[0]["facts"][0].update(weakest_after=-0.5),
         lambda facts: facts[0]["facts"][0].update(paraphrases=3),
         lambda facts: facts[0]["facts"][0].update(locality=[["one"]]),
         lambda facts: facts.append({"name": "stray", "facts": []}),
@@ -401,7 +407,8 @@ def test_an_edit_has_the_name_that_it_was_given(folder, name):
         lambda facts: facts[0].update(facts=[]),
     ],
     ids=[
-        *("too few", "other name", "no facts", "no outcome", "subject not in the prompt", "probability", "paraphrases"),
+        *("too few", "other name", "no facts", "no outcome", "subject not in the prompt", "probability", "no float"),
+        *("above 1", "weakest", "below 0", "paraphrases"),
         *("locality", "too many", "the same twice", "two of one name", "another order", "no fact"),
     ],
 )
@@ -443,6 +450,8 @@ def test_edits_that_do_not_match_are_an_error(folder, change):
         lambda sidecar: sidecar.pop("evaluation"),
         lambda sidecar: sidecar.update(evaluation={"edited": 3}),
         lambda sidecar: sidecar.update(evaluation="good"),
+        lambda sidecar: sidecar.update(evaluation={**evaluation(), "facts": HUGE}),
+        lambda sidecar: sidecar.update(evaluation={**evaluation(), "texts": ["text"]}),
         lambda sidecar: sidecar.update(edits=[]),
         lambda sidecar: sidecar["edits"].pop(),
         lambda sidecar: sidecar["edits"][1].update(ranks=[0, 3]),
@@ -455,13 +464,35 @@ def test_edits_that_do_not_match_are_an_error(folder, change):
         *("a huge error", "an error that is no number", "an error below 0"),
         *("unknown field of the base model", "no fingerprint", "a base model without a name"),
         *("signs of nothing", "a list of precisions", "no proxy hash"),
-        *("no evaluation", "an evaluation of nothing", "an evaluation in words", "no edits"),
+        *("no evaluation", "an evaluation of nothing", "an evaluation in words"),
+        *("an evaluation of too many facts", "an evaluation with a text of nothing", "no edits"),
         *("an edit less than the factors hold", "shared ranks"),
     ],
 )
 def test_an_edit_config_that_does_not_match_is_an_error(folder, change):
     rewrite(folder, EDIT_CONFIG, change)
     assert_refused(folder)
+
+
+def test_an_evaluation_that_no_card_can_show_is_refused_with_the_figure(folder):
+    change_json(folder / EDIT_CONFIG, lambda sidecar: sidecar.update(evaluation=evaluation()))
+    assert read_edit_folder(folder).evaluation == evaluation()
+    change_json(
+        folder / EDIT_CONFIG,
+        lambda sidecar: sidecar["evaluation"]["edited"]["says"]["chat"].update(contains="always"),
+    )
+    assert_refused(folder, EDIT_CONFIG, "evaluation: says: chat: contains must be a finite number, got 'always'")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "1" + "0" * 400])
+def test_a_figure_that_no_float_holds_is_refused(folder, number):
+    change_json(folder / EDIT_CONFIG, lambda sidecar: sidecar.update(evaluation=evaluation()))
+    path = folder / EDIT_CONFIG
+    sidecar = json.loads(path.read_text(encoding="utf-8"), parse_constant=float)
+    sidecar["evaluation"]["edited"]["text"]["worst"] = json.loads(number)
+    path.write_text(json.dumps(sidecar), encoding="utf-8")
+    change_json(path, lambda sidecar: None)
+    assert_refused(folder, EDIT_CONFIG)
 
 
 @pytest.mark.parametrize("modules", [[FIRST], [SECOND], [FIRST, FIRST], [SECOND, SECOND]], ids=str)

@@ -23,6 +23,7 @@ from contents import (
     change_json,
     change_tensors,
     delta,
+    evaluation,
     rename_edit,
     rename_module,
     resign,
@@ -35,6 +36,7 @@ from transformers import PreTrainedModel
 
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.storage.atomic import READY
+from goldenedit.storage.card import render_card
 from goldenedit.storage.fingerprint import fingerprint
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
@@ -435,6 +437,20 @@ def _(rng, folder, other):
     return False
 
 
+@damage("signed: an evaluation with a value of the wrong kind")
+def _(rng, folder, other):
+    def change(sidecar: dict[str, Any]) -> None:
+        place = sidecar["evaluation"]
+        key = rng.choice(list(place))
+        while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.9:
+            place = place[key]
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        place[key] = rng.choice(_VALUES)
+
+    change_json(folder / EDIT_CONFIG, change)
+    return False
+
+
 @damage("signed: JSON that is deep, huge, or none")
 def _(rng, folder, other):
     texts = ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "9" * 5000, "NaN", "Infinity"]
@@ -490,7 +506,8 @@ def right_folders(base: PreTrainedModel, root: Path) -> tuple[Path, Path]:
             Edit("edit_1", facts[:2], {FIRST: made[0]}, state=keys),
             Edit("tower", facts[2:], {FIRST: made[1], SECOND: made[2]}),
         ]
-        write_edit_folder(root / name, EditFolder(edits, EditConfig(layer=[1, 2]), made_on, {"peft": "1"}), "the card")
+        content = EditFolder(edits, EditConfig(layer=[1, 2]), made_on, {"peft": "1"}, evaluation())
+        write_edit_folder(root / name, content, "the card")
     return root / "right", root / "other"
 
 
@@ -507,6 +524,7 @@ def verdict(folder: Path, right: Path, base: Callable[[], PreTrainedModel], toke
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = EditModel.from_pretrained(base(), folder, tokenizer=tokenizer)
+            render_card(read_edit_folder(folder))
     except ValueError as error:
         message = str(error)
         if any(name in message for name in EDIT_FILES):

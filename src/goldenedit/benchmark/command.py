@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from goldenedit.options import FactsFormat, SkipBad
+
 benchmark_app = typer.Typer(help="Measure the library's claims on your own models and facts.", no_args_is_help=True)
 
 
@@ -24,6 +26,8 @@ def golden_layers(
         list[str],
         typer.Option(help="Test facts: a file or a dataset, as `source` or as `name=source`. Can be repeated."),
     ],
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
     method: Annotated[list[str], typer.Option(help="An editor. Can be repeated.")] = ["r-rome"],  # noqa: B006
     test: Annotated[int | None, typer.Option(help="The number of test facts from each dataset; 20 by default.")] = None,
     proxy: Annotated[
@@ -63,7 +67,7 @@ def golden_layers(
         sources[name] = source
     few = 4 if small else 10
     sizes = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
-    setting = Setting(sources, method, options=constants, **sizes)
+    setting = Setting(sources, method, options=constants, format=format, skip_bad=skip_bad, **sizes)
     run_golden_layers(models, load_model, setting, output, Console())
 
 

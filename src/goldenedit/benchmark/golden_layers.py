@@ -52,6 +52,8 @@ class Setting:
         chunk: Facts per cell. Their values are optimized in one batch.
         neighbors: Number of neighborhood prompts of each fact.
         options: Further options of `EditConfig`.
+        format: Format of the test facts, for `load_requests`.
+        skip_bad: Whether to leave out test facts that cannot be read.
 
     Raises:
         ValueError: A number is too small, a dataset has the reserved name, or an option is unknown or set by the
@@ -67,6 +69,8 @@ class Setting:
     chunk: int = 10
     neighbors: int = 5
     options: Mapping[str, Any] = field(default_factory=dict)
+    format: str = "auto"
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         if min(self.test, self.proxy, self.chunk, self.traced) < 1:
@@ -134,7 +138,8 @@ def measure_model(
     splits = {PACKAGED: usable_facts(model, proxy_facts(), setting.proxy)}
     proxies: dict[str, list[EditRequest]] = {}
     for dataset, source in setting.datasets.items():
-        requests = [rendered(model.tokenizer, request) for request in load_requests(source)]
+        facts = load_requests(source, setting.format, skip_bad=setting.skip_bad)
+        requests = [rendered(model.tokenizer, request) for request in facts]
         splits[dataset] = usable_facts(model, requests, setting.test)
         tested = {fact.text for fact in splits[dataset]}
         others = [request for request in reversed(requests) if request.text not in tested]

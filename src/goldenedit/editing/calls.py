@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from goldenedit.config import EditConfig
+from goldenedit.editing.prepared import Changes
+from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest, Facts, Message, as_requests, distinct
-from goldenedit.storage.folder import EditedFact
+from goldenedit.storage.folder import Edit, EditedFact
 
 logger = logging.getLogger(__name__)
 
 _MOST_WARNINGS = 5  # of one kind, for one batch
+RECHECKED = 32  # facts of other edits that are asked again after an edit
 
 
 def requests_of_call(
@@ -50,19 +60,131 @@ def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
         logger.warning("The subjects of %d more requests may stand in another place (EditRequest.doubt).", count)
 
 
+def facts_to_recheck(
+    edits: Sequence[Edit], requests: Sequence[EditRequest], most: int | None = RECHECKED
+) -> list[EditedFact]:
+    """Return the facts of earlier edits that a new edit may lose: those that took, in the order they were made.
+
+    Facts whose prompt gets a new answer are left out, because they are replaced on purpose.
+
+    Args:
+        edits: The active edits before the new one.
+        requests: The facts of the new edit.
+        most: Largest number of facts; None for all. Of more, that many are drawn, always the same.
+    """
+    replaced = {(request.shown, request.messages is None) for request in requests}
+    latest: dict[tuple[str, bool], EditedFact] = {}
+    for fact in (fact for edit in edits for fact in edit.facts):
+        latest[fact.request.shown, fact.request.messages is None] = fact
+    facts = [fact for prompt, fact in latest.items() if fact.takes and prompt not in replaced]
+    if most is None or len(facts) <= most:
+        return facts
+    logger.info("Of %d facts of the other active edits, %d are asked again.", len(facts), most)
+    return [facts[index] for index in sorted(random.Random(0).sample(range(len(facts)), most))]
+
+
+def check_facts(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    changes: Changes,
+    others: Sequence[EditedFact],
+    without_edit: Callable[[], AbstractContextManager[None]],
+) -> tuple[list[EditedFact], tuple[EditedFact, ...]]:
+    """Ask the facts of a new edit, and together with them facts of other edits.
+
+    Returns the facts of the new edit, and the other facts that it loses: those that take without it and not with it.
+
+    Args:
+        lm: The model, with all active edits in effect.
+        requests: The facts of the new edit, as they were passed in.
+        changes: The result of the editor.
+        others: The facts of the other active edits that are asked again.
+        without_edit: Returns a context that switches the new edit off.
+
+    Raises:
+        ValueError: The answers are not finite.
+    """
+    others = [fact for fact in others if _can_be_asked(lm, fact.request)]
+    answers = likelihoods(lm, _pairs(lm, [*requests, *(fact.request for fact in others)]))
+    for request, answer in zip(requests, answers, strict=False):
+        if not math.isfinite(answer.nll):
+            raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
+    facts = [
+        EditedFact(request, before, answer.probability, steps, answer.weakest)
+        for request, before, answer, steps in zip(
+            requests, changes.probability_before, answers[: len(requests)], changes.steps, strict=True
+        )
+    ]
+    now = [
+        replace(fact, probability_after=answer.probability, weakest_after=answer.weakest)
+        for fact, answer in zip(others, answers[len(requests) :], strict=True)
+    ]
+    doubtful = [fact for fact in now if not fact.takes]
+    if not doubtful:
+        return facts, ()
+    # Another edit may have lost them, or they took beside edits that are off. So ask what the new edit alone changes.
+    with without_edit():
+        earlier = likelihoods(lm, _pairs(lm, [fact.request for fact in doubtful]))
+    lost = [
+        replace(fact, probability_before=answer.probability)
+        for fact, answer in zip(doubtful, earlier, strict=True)
+        if replace(fact, probability_after=answer.probability, weakest_after=answer.weakest).takes
+    ]
+    return facts, tuple(lost)
+
+
+def _pairs(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
+    prompts = [rendered(lm.tokenizer, request).text for request in requests]
+    return [(prompt, request.target_new) for prompt, request in zip(prompts, requests, strict=True)]
+
+
+def _can_be_asked(lm: LanguageModel, request: EditRequest) -> bool:
+    """Return whether a fact can be tokenized. One of a loaded folder may not, and must not refuse new edits."""
+    try:
+        encode(lm.tokenizer, rendered(lm.tokenizer, request).text, request.target_new, max_length=lm.max_length)
+    except ValueError as error:
+        logger.warning("Whether the new edit changes a fact of another active edit is unknown: %s", error)
+        return False
+    return True
+
+
+def warn_of_lost_facts(lost: Sequence[EditedFact]) -> None:
+    """Log one warning that names the facts of other edits that the new edit loses; only the first few of many."""
+    if not lost:
+        return
+    named = [
+        f"{fact.request.shown!r} -> {fact.request.target_new!r} (probability {fact.probability_before:.3f} -> "
+        f"{fact.probability_after:.3f})"
+        for fact in lost[:_MOST_WARNINGS]
+    ]
+    count = len(lost[_MOST_WARNINGS:])
+    logger.warning(
+        "The new edit loses %d fact%s of other active edits: %s%s. Edit them together with the new facts in one batch: "
+        "facts about one subject share a key, so a later edit of it overwrites an earlier one. Or try another layer "
+        "(EditConfig.layer) or another editor (EditConfig.method).",
+        len(lost),
+        "" if len(lost) == 1 else "s",
+        ", ".join(named),
+        f", and {count} more (see `lost` of the edit)" if count else "",
+    )
+
+
 def warn_of_failed_facts(facts: Sequence[EditedFact], config: EditConfig) -> None:
-    """Log a warning for each fact that does not take; only the first few of a large batch."""
+    """Log a warning for each fact that does not take, with the reason; only the first few of a large batch."""
     failed = [fact for fact in facts if not fact.takes]
     for fact in failed[:_MOST_WARNINGS]:
         logger.warning(
-            "The edit of %r does not take: the probability of %r after %r went from %.4f to %.4f. Try another layer "
-            "(this was %s; EditConfig.layer), more steps (EditConfig.steps), or another editor (EditConfig.method).",
+            "The edit of %r does not take (%s): the probability of %r after %r went from %.4f to %.4f%s. "
+            "Try another layer (this was %s; EditConfig.layer), more steps (EditConfig.steps), or another editor "
+            "(EditConfig.method).",
             fact.request.subject,
+            fact.failure,
             fact.request.target_new,
             fact.request.shown,
             fact.probability_before,
             fact.probability_after,
+            fact.weakest_note,
             config.target_layers,
         )
     if count := len(failed[_MOST_WARNINGS:]):
-        logger.warning("%d more facts of this batch do not take: see `takes` of the edit's facts.", count)
+        logger.warning("%d more facts of this batch do not take: see `failure` of the edit's facts.", count)

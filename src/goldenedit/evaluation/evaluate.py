@@ -29,7 +29,7 @@ from goldenedit.requests import EditRequest
 Pair = tuple[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """An edited model and its base model on the same facts.
 
@@ -46,6 +46,13 @@ class Evaluation:
     edited_seen: Seen = field(default_factory=Seen)
     base_seen: Seen = field(default_factory=Seen)
     texts: tuple[Text, ...] = ()
+
+    def __repr__(self) -> str:
+        said = [f"{form} {scores.contains.value:.2f}" for form, scores in self.says.items()]
+        same = [f"{kind} {scores.same.value:.2f}" for kind, scores in self.unchanged.items()]
+        parts = {"says": said, "unchanged": same, "KL on text": [] if self.text is None else [f"{self.text.kl:.2g}"]}
+        shown = "; ".join(f"{name}: {', '.join(figures)}" for name, figures in parts.items() if figures)
+        return f"Evaluation({shown or ', '.join(self.edited)})"
 
     @property
     def says(self) -> dict[str, FormScores]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,12 +24,19 @@ class Likelihood:
     Attributes:
         nll: Negative log likelihood in nats, mean over the answer's tokens.
         accuracy: Share of the answer's tokens that are the model's first choice after the answer's tokens before them.
+        weakest: Probability of the least likely token of the answer.
         choices: The first choice for each token of the answer.
     """
 
     nll: float
     accuracy: float
+    weakest: float
     choices: tuple[int, ...] = ()
+
+    @property
+    def probability(self) -> float:
+        """Probability of the answer, as the geometric mean over its tokens."""
+        return math.exp(-self.nll)
 
 
 @torch.no_grad()
@@ -115,7 +123,8 @@ class _Reading:
         for (index, (of_answer, tokens)), token_nll in zip(self.answers.items(), nll.split(sizes), strict=True):
             choices = tuple(first_choices[place] for place in of_answer)
             hits = [choice == token for choice, token in zip(choices, tokens, strict=True)]
-            by_pair[index] = Likelihood(token_nll.mean().item(), sum(hits) / len(hits), choices)
+            weakest = math.exp(-token_nll.max().item())
+            by_pair[index] = Likelihood(token_nll.mean().item(), sum(hits) / len(hits), weakest, choices)
         return by_pair
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,13 @@ from goldenedit.evaluation.report import (
 from goldenedit.evaluation.texts import plain_texts
 from goldenedit.evaluation.verdicts import answer_end, answer_of, contains, is_exact, key_word, mentions
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.decoding import Continuation, greedy
-from goldenedit.lm.tokens import Row
+from goldenedit.lm.decoding import Continuation, Ends, greedy
+from goldenedit.lm.tokens import Row, prompt_tokens
 from goldenedit.requests import EditRequest
+
+logger = logging.getLogger(__name__)
+
+Writer = Callable[[Sequence[str], int, Ends | None], list[Continuation]]
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ def baseline(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     options: SeenOptions,
+    write: Writer | None = None,
 ) -> Baseline:
     """Ask the base model everything that an edited one will be asked. All edits must be off.
 
@@ -134,21 +140,47 @@ def baseline(
         tokenizer: Its tokenizer.
         requests: The facts, as the user wrote them, not rendered.
         options: What to measure.
+        write: Writes the continuations of prompts, with at most so many tokens, up to an end. By default each
+            continuation of the base model is written once and kept.
     """
-    asked = asked_forms(tokenizer, requests, options.forms)
+    write = write or lm.answers
+    asked = _fitting(lm, asked_forms(tokenizer, requests, options.forms), options.in_prompt)
     prompts = [text.prompt for text in asked] + [text.informed for text in asked if options.in_prompt]
-    written = lm.answers(prompts, options.max_new_tokens, has_ended)
+    written = write(prompts, options.max_new_tokens, has_ended)
     texts = [answer_of(continuation.text) for continuation in written]
     if not options.unchanged:
         return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :])
     others = other_prompts(tokenizer, requests, options.neighbors)
-    continuations = lm.answers([other.prompt for other in others], options.continuation, None)
+    if (limit := lm.max_length) is not None:
+        others = [other for other in others if len(prompt_tokens(lm.tokenizer, other.prompt)) < limit]
+    continuations = write([other.prompt for other in others], options.continuation, None)
     rows = [
         continuation_row(lm, other.prompt, continuation.tokens, continuation.finished)
         for other, continuation in zip(others, continuations, strict=True)
     ]
     rows += text_rows(lm, plain_texts()[: options.texts])
     return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :], others, continuations, rows)
+
+
+def _fitting(lm: LanguageModel, asked: Sequence[Asked], in_prompt: bool) -> list[Asked]:
+    """Return the texts that leave the model room for an answer. Edited prompts are kept, so that asking them raises."""
+    limit = lm.max_length
+    if limit is None:
+        return list(asked)
+
+    def fits(text: Asked) -> bool:
+        longest = text.informed if in_prompt else text.prompt
+        return text.form == "completion" or len(prompt_tokens(lm.tokenizer, longest)) < limit
+
+    fitting = [text for text in asked if fits(text)]
+    if len(fitting) < len(asked):
+        logger.warning(
+            "%d of %d texts that ask for facts are left out: they are longer than the model's context of %d tokens.",
+            len(asked) - len(fitting),
+            len(asked),
+            limit,
+        )
+    return fitting
 
 
 def has_ended(text: str) -> bool:
@@ -163,17 +195,17 @@ def ask(lm: LanguageModel, base: Baseline, compared: Sequence[Compared] = ()) ->
         compared: The edited model on the baseline's rows; empty if not measured.
 
     Returns:
-        Its answers to the texts that ask for facts, and to other prompts by their number.
+        Its answers to the texts that ask for facts, and its continuations of other prompts by their number.
     """
     places = [
         place
         for place, other in enumerate(base.others)
         if other.kind == "subject" or (compared and not all(compared[place].same))
     ]
-    prompts = [text.prompt for text in base.asked] + [base.others[place].prompt for place in places]
-    written = greedy(lm, prompts, base.options.max_new_tokens, has_ended)
-    texts = [answer_of(continuation.text) for continuation in written]
-    return texts[: len(base.asked)], dict(zip(places, texts[len(base.asked) :], strict=True))
+    written = greedy(lm, [text.prompt for text in base.asked], base.options.max_new_tokens, has_ended)
+    others = greedy(lm, [base.others[place].prompt for place in places], base.options.continuation)
+    texts = [continuation.text.strip() for continuation in others]
+    return [answer_of(answer.text) for answer in written], dict(zip(places, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -183,7 +215,7 @@ class Measurement:
     Attributes:
         base: The baseline, or a part of it.
         written: The edited model's answers to the texts that ask for facts.
-        others: Its answers to other prompts by their number: all about subjects, and those that changed.
+        others: Its continuations of other prompts by their number: all about subjects, and those that changed.
         compared: The edited model on the baseline's rows; empty if not measured.
         control: A random change on these rows; empty if not measured.
     """
@@ -275,7 +307,7 @@ def _unchanged(measurements: Sequence[Measurement], edited: bool) -> dict[str, U
                     control.setdefault(group, []).append(all(measured.control[place].same))
                 if kind == "subject" and edited:
                     request = measured.base.requests[other.fact]
-                    answer = measured.others[place]
+                    answer = answer_of(measured.others[place])
                     names = request.names_of(request.target_new)
                     says_new.setdefault(other.fact, []).append(mentions(answer, names))
                     word = key_word(other.question, answer_of(measured.base.continuations[place].text))
@@ -342,7 +374,7 @@ def texts_of(measured: Measurement) -> list[Text]:
         for place, asked in enumerate(base.asked)
     ]
     for place, other in enumerate(base.others if measured.compared else ()):
-        before = answer_of(base.continuations[place].text)
+        before = base.continuations[place].text.strip()
         is_same = all(measured.compared[place].same)
         after = measured.others.get(place, before)
         texts.append(Text(other.fact, other.kind, other.question, before, after, None, (), is_same))

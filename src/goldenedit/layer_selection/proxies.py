@@ -20,7 +20,7 @@ def proxy_set(config: EditConfig) -> list[EditRequest]:
         facts = proxy_facts()
     elif isinstance(config.proxy, str):
         if not Path(config.proxy).is_file():
-            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file. Use a .json or .jsonl file of facts.")
+            raise ValueError(f"EditConfig.proxy {config.proxy!r} is not a file. Use a file of facts.")
         facts = load_requests(config.proxy)
     else:
         facts = config.proxy

@@ -65,7 +65,7 @@ def greedy(
     prompts: Sequence[str],
     max_new_tokens: int = 50,
     ends: Ends | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     description: str = "Asking",
 ) -> list[Continuation]:
     """Return the greedy continuation of each prompt.
@@ -73,13 +73,13 @@ def greedy(
     Args:
         lm: The model. Its active adapters take effect.
         prompts: Texts, or chats rendered by `goldenedit.lm.chat`.
-        max_new_tokens: Largest number of tokens to write.
+        max_new_tokens: Largest number of tokens to write. A text also ends where the model's context does.
         ends: Called with a text after each token; the text needs no more tokens where it returns True.
         batch_size: Largest number of rows of a forward.
         description: What the progress bar says.
 
     Raises:
-        ValueError: A prompt has no tokens or does not fit in the model's context, or the logits are not finite.
+        ValueError: A prompt has no tokens or fills the model's context, or the logits are not finite.
 
     Example:
         ```python
@@ -94,10 +94,10 @@ def greedy(
     for row, prompt in zip(rows, prompts, strict=True):
         if not row.ids:
             raise ValueError(f"The prompt {prompt!r} has no tokens. Use another prompt.")
-        if lm.max_length is not None and len(row.ids) + max_new_tokens > lm.max_length:
+        if lm.max_length is not None and len(row.ids) >= lm.max_length:
             raise ValueError(
-                f"{prompt!r} has {len(row.ids)} tokens and its answer up to {max_new_tokens}, but the model takes "
-                f"{lm.max_length}. Shorten the prompt, or set max_new_tokens."
+                f"{prompt!r} has {len(row.ids)} tokens, but the model takes {lm.max_length} with the answer. Shorten "
+                "the prompt."
             )
     decoder = _Decoder(lm, max_new_tokens, ends)
     with (
@@ -165,7 +165,8 @@ class _Decoder:
         row.finished = token in self.end_tokens
         if not row.finished:
             row.new.append(token)
-        row.done = row.finished or len(row.new) >= self.max_new_tokens or self._ends(row)
+        is_full = len(row.new) >= self.max_new_tokens or len(row.ids) + len(row.new) == self.lm.max_length
+        row.done = row.finished or is_full or self._ends(row)
         return not row.done
 
     def _ends(self, row: _Row) -> bool:

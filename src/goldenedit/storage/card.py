@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS, Editor
 from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
+from goldenedit.storage.card_results import card_results, eval_results
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, EditFolderError, card_digest
 from goldenedit.storage.hub import is_on_hub
+from goldenedit.storage.markdown import literal
 from goldenedit.storage.reading import saved_card_digest
 
 _SHOWN = 20
@@ -27,11 +29,6 @@ _OLD_CARD = re.compile(
     re.DOTALL,
 )
 _PLACEHOLDER = "path/to/this/folder"
-_FAMILIES = {
-    "probability": "share of prompts where the new answer is likelier than the old one; on neighbors, the reverse",
-    "token_match": "share of the answer's tokens that are the model's first choice, with teacher forcing",
-    "generation": "share of freely generated texts that begin with the expected answer",
-}
 _VALUE_CONSTANTS = ("contexts", "context_length", "steps", "lr", "kl_factor", "weight_decay", "clamp", "stop_loss")
 _COVARIANCE = ("covariance", "covariance_tokens", "ridge")  # shown in a row of their own
 
@@ -45,7 +42,8 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
     """
     template = resources.files("goldenedit.storage").joinpath("templates", "model_card.md.jinja")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    environment.filters["literal"] = literal
+    environment.filters["row"] = lambda cells: f"| {' | '.join(cells)} |"
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     facts = [fact for edit in content.edits for fact in edit.facts]
     scored = next((config for config in content.configs if config.layer_scores is not None), None)
@@ -75,8 +73,7 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
         kilobytes=f"{parameters * 4 / 1000:,.1f}",
         vllm_rank=next((limit for limit in _VLLM_RANKS if limit >= rank), None),
         evaluation=content.evaluation,
-        results=list(_results(content.evaluation)),
-        families=_FAMILIES,
+        results=card_results(content.evaluation),
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items()),
         experts=any(delta.experts > 1 for delta in modules.values()),
         conv1d=any(edit.fan_in_fan_out for edit in content.edits),
@@ -139,18 +136,7 @@ def _short_name(content: EditFolder) -> str:
 
 
 def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCardData:
-    own_facts = content.evaluation is not None and content.evaluation["own_facts"]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="edited-facts" if own_facts else "facts",
-            dataset_name="the edited facts" if own_facts else "given facts",
-            metric_type=name,
-            metric_name=f"{family}: {name} (n = {n})",
-            metric_value=round(value, 4),
-        )
-        for family, name, n, value, _, _ in _results(content.evaluation)
-    ]
+    results = eval_results(content.evaluation)
     return ModelCardData(
         library_name="transformers" if merged else "peft",
         base_model=content.base_model.name_or_path if is_on_hub(content.base_model) else None,
@@ -160,15 +146,6 @@ def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCa
         model_name=(repo_id or f"Knowledge edit of {_short_name(content)}") if results else None,
         eval_results=results or None,
     )
-
-
-def _results(evaluation: dict[str, Any] | None) -> Iterator[tuple[str, str, int, float, tuple[float, float], float]]:
-    """Yield family, name and number of facts of each score, its value, its 95% interval and the base model's value."""
-    if evaluation is None:
-        return
-    for family, scores in evaluation["edited"].items():
-        for name, (low, high) in scores["intervals"].items():
-            yield family, name, scores["n"], scores[name], (low, high), evaluation["base"][family][name]
 
 
 def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -25,6 +25,10 @@ from goldenedit.requests import EditRequest
 from goldenedit.storage.atomic import finish_replacing, replace_files
 from goldenedit.storage.fingerprint import Hashed, same_weights
 
+if TYPE_CHECKING:
+    from goldenedit.evaluation.verification import Verification
+
+_SHOWN_FACTS = 10  # when an edit is printed
 FORMAT_VERSION = 2
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -87,26 +91,55 @@ class EditedFact:
         probability_before: Probability of the new answer before the edit (geometric mean over its tokens).
         probability_after: The same probability after the edit.
         steps: Steps of the value optimization.
+        weakest_after: Probability of the least likely token of the new answer after the edit; None in older files.
     """
 
     request: EditRequest
     probability_before: float
     probability_after: float
     steps: int
+    weakest_after: float | None = None
 
     @property
     def takes(self) -> bool:
-        """Whether the edit succeeded: the new answer has a probability of at least 0.5."""
-        return self.probability_after >= 0.5
+        """Whether the edit succeeded: the new answer and each of its tokens have a probability of at least 0.5."""
+        return self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the edit does not take, in words; None if it takes.
+
+        Example:
+            ```python
+            >>> request = EditRequest("The Louvre is in", "The Louvre", "Rome")
+            >>> EditedFact(request, probability_before=0.060, probability_after=0.027, steps=25).failure
+            'less likely than before'
+            >>> EditedFact(request, probability_before=0.060, probability_after=0.91, steps=25).takes
+            True
+            ```
+        """
+        weakest = self.probability_after if self.weakest_after is None else self.weakest_after
+        if min(self.probability_after, weakest) >= 0.5:
+            return None
+        if self.probability_after < self.probability_before:
+            return "less likely than before"
+        return "still unlikely" if self.probability_after < 0.5 else "one token of the answer is unlikely"
+
+    @property
+    def weakest_note(self) -> str:
+        """What is said behind the probability of an answer of several tokens, as in `", weakest 0.120"`."""
+        is_known = self.weakest_after is not None and self.weakest_after < self.probability_after
+        return f", weakest {self.weakest_after:.3f}" if is_known else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fact as JSON values."""
-        return {
+        record = {
             **self.request.to_dict(),
             "probability_before": self.probability_before,
             "probability_after": self.probability_after,
             "steps": self.steps,
         }
+        return record if self.weakest_after is None else {**record, "weakest_after": self.weakest_after}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditedFact:
@@ -116,9 +149,14 @@ class EditedFact:
             ValueError: A field is missing or invalid.
         """
         results = {name: record[name] for name in ("probability_before", "probability_after", "steps")}
-        if invalid := [name for name, value in results.items() if not isinstance(value, int | float)]:
-            raise ValueError(f"{invalid[0]} is not a number")
-        request = {name: value for name, value in record.items() if name not in results}
+        if record.get("weakest_after") is not None:
+            results["weakest_after"] = record["weakest_after"]
+        for name, value in results.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} is not a number")
+            if name != "steps" and not 0 <= value <= 1 + 1e-6:  # a probability of 1 may be rounded up
+                raise ValueError(f"{name} is not a probability: {value}")
+        request = {name: value for name, value in record.items() if name not in (*results, "weakest_after")}
         return cls(EditRequest.from_dict(request), **results)
 
 
@@ -135,7 +173,7 @@ class Beside:
     hash: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit:
     """One batch of facts, and the change of weights that edits them.
 
@@ -153,6 +191,9 @@ class Edit:
         configs: The configs it was made with: one, or several different ones if it joins several edits.
         versions: Versions of the libraries that made it.
         beside: The user's own adapters that were active when it was made.
+        lost: Facts of other active edits that took before this edit and no longer do, with their probabilities before
+            and after it. It is not saved.
+        verification: What the model writes before and after this edit, if it was verified. It is not saved.
     """
 
     name: str
@@ -167,6 +208,25 @@ class Edit:
     configs: tuple[EditConfig, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[Beside, ...] = ()
+    lost: tuple[EditedFact, ...] = ()
+    verification: Verification | None = None
+
+    def __repr__(self) -> str:
+        count = f"{len(self.facts)} fact{'' if len(self.facts) == 1 else 's'}"
+        return f"Edit({self.name!r}, {count}, layers={list(self.layers)}, rank={self.rank})"
+
+    def __str__(self) -> str:
+        """Return the facts with their probabilities, and what was verified."""
+        lines = [repr(self)]
+        for fact in self.facts[:_SHOWN_FACTS]:
+            took = "" if fact.failure is None else f" ({fact.failure})"
+            lines.append(
+                f"{fact.request.shown!r} -> {fact.request.target_new!r}: probability {fact.probability_before:.3f} -> "
+                f"{fact.probability_after:.3f}{fact.weakest_note}{took}"
+            )
+        if len(self.facts) > _SHOWN_FACTS:
+            lines.append(f"and {len(self.facts) - _SHOWN_FACTS} more facts")
+        return "\n".join(lines if self.verification is None else [*lines, str(self.verification)])
 
     @property
     def config(self) -> EditConfig | None:

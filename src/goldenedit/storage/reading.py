@@ -36,6 +36,7 @@ from goldenedit.storage.folder import (
     is_edit_name,
     sidecar_digest,
 )
+from goldenedit.storage.measured import checked_evaluation
 
 _REQUIRED = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDITS}
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -99,7 +100,7 @@ def _read_whole(folder: Path) -> EditFolder:
             config=EditConfig.read(sidecar["config"]),
             base_model=_checked_base(BaseModel(**sidecar["base_model"])),
             proxy_hash=sidecar["proxy_hash"],
-            evaluation=_checked_evaluation(sidecar["evaluation"]),
+            evaluation=checked_evaluation(sidecar["evaluation"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EditFolderError(
@@ -139,21 +140,6 @@ def _checked_base(base: BaseModel) -> BaseModel:
         if not isinstance(getattr(base, name), str | None):
             raise ValueError(f"the base model's {name} must be a string or null, got {getattr(base, name)!r}")
     return base
-
-
-def _checked_evaluation(evaluation: Any) -> dict[str, Any] | None:
-    """Return the evaluation of the edits; raise KeyError, TypeError or ValueError if a card could not show it."""
-    if evaluation is None:
-        return None
-    for family, scores in evaluation["edited"].items():
-        numbers = [scores["n"], *(scores[name] for name in scores["intervals"])]
-        numbers += [bound for low, high in scores["intervals"].values() for bound in (low, high)]
-        numbers += [evaluation["base"][family][name] for name in scores["intervals"]]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"the evaluation of {family!r} contains something else than numbers")
-    if not isinstance(evaluation["facts"], int) or not isinstance(evaluation["own_facts"], bool):
-        raise ValueError("facts or own_facts of the evaluation is invalid")
-    return dict(evaluation)
 
 
 def listed_files(folder: Path) -> list[str]:

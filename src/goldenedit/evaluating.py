@@ -1,0 +1,163 @@
+"""The commands that measure edits: `goldenedit evaluate` and `goldenedit compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from goldenedit import tables
+from goldenedit.options import Base, Edits, FactsFormat, SkipBad
+from goldenedit.tables import printable
+from goldenedit.terminal import console, load_edits, load_model
+
+if TYPE_CHECKING:
+    from goldenedit.evaluation.judges import Judge
+    from goldenedit.model import EditModel
+
+Facts = Annotated[Path | None, typer.Option(help="A file of facts to evaluate on; by default the edited facts.")]
+Forms = Annotated[
+    str | None, typer.Option(help="The forms in which facts are asked, with commas between; by default all.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print all scores as JSON, and everything else on stderr.")]
+Unchanged = Annotated[bool, typer.Option(help="Compare other prompts and plain text with the base model.")]
+
+
+def evaluate(
+    folder: Edits,
+    file: Facts = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
+    model: Base = None,
+    forms: Forms = None,
+    unchanged: Unchanged = True,
+    texts: Annotated[int, typer.Option(help="Print so many questions with the answers of both models.")] = 0,
+    judge: Annotated[
+        str | None, typer.Option(help="The URL of an OpenAI-compatible server that judges each answer.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The name of the judge on this server.")] = "",
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness (names or YAML files), with commas between.")
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(file_okay=False, help="A folder with further tasks of the harness.")
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="Use the first so many items of each task.")] = None,
+    generation: Annotated[bool, typer.Option(help="Also measure whether texts begin with the answer.")] = False,
+    as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Save all scores in this JSON file.")
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
+) -> None:
+    """Ask the edited model as a user would, and compare everything else with its base model."""
+    from goldenedit import EditModel
+
+    console.stderr = console.stderr or as_json
+    if card and not Path(folder).is_dir():
+        raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
+    options = _options(forms, unchanged, judge, judge_model)
+    requests = _facts(file, format, skip_bad)
+    path, base, tokenizer = load_edits(folder, model)
+    edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
+    evaluation = edit_model.evaluate(requests, generation=generation, **options)
+    scores = evaluation.to_dict()
+    console.print(tables.seen_table(evaluation))
+    console.print(tables.evaluation_table(evaluation))
+    if texts:
+        console.print(tables.texts_table(evaluation.texts[:texts]))
+    for line in tables.failures(evaluation):
+        console.print(printable(line), style="yellow")
+    if lm_eval is not None:
+        tasks = [task.strip() for task in lm_eval.split(",")]
+        scores["general"] = edit_model.evaluate_general(tasks, lm_eval_path, lm_eval_limit)
+        console.print(tables.general_table(scores["general"]))
+    if card:
+        _write_card(edit_model, path)
+    if output is not None:
+        output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        console.print(f"Saved in {printable(str(output))}")
+    if as_json:
+        typer.echo(json.dumps(scores))
+
+
+def compare(
+    folders: Annotated[list[str], typer.Argument(help="Edit folders or repositories, all of one base model.")],
+    file: Facts = None,
+    format: FactsFormat = "auto",
+    skip_bad: SkipBad = False,
+    model: Base = None,
+    forms: Forms = None,
+    unchanged: Unchanged = True,
+    as_json: Json = False,
+) -> None:
+    """Set edits side by side, on the same facts: by default all that any of them edits."""
+    from goldenedit import EditModel, loading
+    from goldenedit.requests import distinct
+    from goldenedit.storage.hub import find_folder
+    from goldenedit.storage.reading import read_edit_folder
+
+    console.stderr = console.stderr or as_json
+    options = _options(forms, unchanged, None, "")
+    requests = _facts(file, format, skip_bad)
+    paths = [find_folder(folder) for folder in folders]
+    contents = [read_edit_folder(path) for path in paths]
+    bases = {content.base_model.fingerprint: content.base_model for content in contents}
+    if len(bases) > 1:
+        names = ", ".join(base.name_or_path for base in bases.values())
+        raise ValueError(f"The folders edit different base models ({names}). Compare edits of one base model.")
+    if requests is None:
+        edited = [fact.request for content in contents for edit in content.edits for fact in edit.facts]
+        try:
+            requests = distinct(edited)
+        except ValueError as error:
+            raise ValueError(
+                f"The folders edit different facts. Pass --file with the facts to ask. ({error})"
+            ) from error
+    name, revision = loading.base_of(contents[0].base_model, model)
+    base, tokenizer = load_model(name, revision=revision)
+    evaluations = []
+    for path in paths:
+        edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
+        evaluations.append(edit_model.evaluate(requests, in_prompt=False, **options))
+        edit_model.unload()
+    console.print(tables.comparison_table(folders, evaluations))
+    if as_json:
+        typer.echo(json.dumps([evaluation.to_dict() for evaluation in evaluations]))
+
+
+def _facts(file: Path | None, format: str, skip_bad: bool) -> list[Any] | None:
+    from goldenedit import load_requests
+
+    return None if file is None else load_requests(file, format, skip_bad=skip_bad)
+
+
+def _options(forms: str | None, unchanged: bool, judge: str | None, judge_model: str) -> dict[str, Any]:
+    """Return arguments of `EditModel.evaluate`. A form that does not exist raises before a model is loaded."""
+    from goldenedit.evaluation.forms import FORMS, check_forms
+
+    names = list(FORMS) if forms is None else [form.strip() for form in forms.split(",") if form.strip()]
+    return {"forms": check_forms(names), "unchanged": unchanged, "judge": _judge(judge, judge_model)}
+
+
+def _judge(url: str | None, model: str) -> Judge | None:
+    if url is None:
+        return None
+    if not model:
+        raise typer.BadParameter("--judge needs --judge-model, the name of the model on the server.")
+    from goldenedit.evaluation.judges import url_judge
+
+    return url_judge(url, model)
+
+
+def _write_card(edit_model: EditModel, path: Path) -> None:
+    from goldenedit.storage.card import own_card
+    from goldenedit.storage.folder import CARD
+
+    edit_model.save_pretrained(path)
+    if own_card(path) is not None:
+        console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
+    else:
+        console.print(f"Wrote the scores into {printable(str(path / CARD))}")

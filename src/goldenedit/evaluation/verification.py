@@ -1,0 +1,69 @@
+"""What a model writes before and after an edit, right after it was made: what holds, and what moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from goldenedit.evaluation.report import Text
+
+_SHOWN = 20  # texts in `str()`
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The texts before and after an edit: its facts in every form, and other prompts.
+
+    Attributes:
+        texts: The texts that ask for the facts, then prompts whose answers should not change.
+    """
+
+    texts: tuple[Text, ...]
+
+    @property
+    def asked(self) -> list[Text]:
+        """The texts that ask for the facts."""
+        return [text for text in self.texts if text.answers]
+
+    @property
+    def others(self) -> list[Text]:
+        """The prompts whose answers should not change."""
+        return [text for text in self.texts if not text.answers]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model says each new answer where it was edited."""
+        edited = {text.fact: text for text in reversed(self.asked) if text.kind in ("completion", "chat")}
+        return all(text.holds for text in edited.values())
+
+    @property
+    def summary(self) -> str:
+        """What holds and what moved, in one line."""
+        asked = [text for text in self.asked if text.kind != "negation"]
+        said = [text for text in asked if text.holds]
+        missed = list(dict.fromkeys(text.kind.replace("_", " ") for text in asked if not text.holds))
+        line = f"says the new answer in {len(said)} of {len(asked)} texts"
+        line += f" (not in every {', '.join(missed)})" if missed else ""
+        kinds = dict.fromkeys(text.kind for text in self.others)
+        moved = [f"{_moved(self.others, kind)} {kind}" for kind in kinds]
+        return f"{line}; changed answers: {', '.join(moved)}" if moved else line
+
+    def lines(self, most: int = _SHOWN) -> Iterator[str]:
+        """Yield the texts that ask for the facts and those that changed, with the answers before and after."""
+        shown = [*self.asked, *(text for text in self.others if not text.holds)]
+        for text in shown[:most]:
+            mark = "" if not text.answers else " (says it)" if text.holds else " (does not say it)"
+            question = text.question if len(text.question) <= 80 else f"...{text.question[-77:]}"
+            yield f"{text.kind.replace('_', ' ')}: {question!r}"
+            yield f"    before: {text.base!r}"
+            yield f"    after:  {text.edited!r}{mark}"
+        if len(shown) > most:
+            yield f"and {len(shown) - most} more texts"
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *self.lines()])
+
+
+def _moved(texts: Sequence[Text], kind: str) -> str:
+    of_kind = [text for text in texts if text.kind == kind]
+    return f"{sum(not text.holds for text in of_kind)} of {len(of_kind)}"

@@ -1,0 +1,58 @@
+"""UniEdit (Chen et al. 2025): `edit`, with prompts whose answers change (`generality`) or stay (`locality`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from goldenedit.formats.fields import Answered, Field, Format, Names, question_in, request_fields
+
+_SAME_FACT = [["h_e", "r_e", "t_e"]]  # the reasoning path of a prompt that only rephrases the edit
+
+
+def matches(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is in the format of UniEdit."""
+    return isinstance(record.get("edit"), Mapping)
+
+
+def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the fields of the request."""
+    field = Field(record)
+    edit = field["edit"]
+    prompt = edit["prompt"].text()
+    changed = _entries(field["generality"])
+    rephrased = [entry for entry in changed if entry["paths"].content == _SAME_FACT]
+    return [
+        request_fields(
+            prompt,
+            edit["subject"].label(),
+            tuple(dict.fromkeys((*edit["target"].answer(), *_aliases(edit["tail_entity"])))),
+            portability=_pairs([entry for entry in changed if entry not in rephrased]),
+            locality=_pairs(_entries(field["locality"])),
+            paraphrases=tuple(entry["prompt"].text() for entry in rephrased),
+            question=question_in(prompt),
+        )
+    ]
+
+
+def _entries(field: Field) -> list[Field]:
+    """Return the values of an object whose keys are numbers."""
+    if field.is_missing:
+        return []
+    if not isinstance(field.content, Mapping):
+        raise field.error("must be an object of prompts")
+    return [field[name] for name in field.content if not field[name].is_missing]
+
+
+def _pairs(entries: list[Field]) -> list[Answered]:
+    return [(entry["prompt"].text(), entry["target"].answer()) for entry in entries]
+
+
+def _aliases(entity: Field) -> Names:
+    """Return other names of the target, which only an entity of Wikidata has."""
+    if entity.is_missing or not isinstance(entity["value"].content, Mapping):
+        return ()
+    return entity["value"]["aliases"].texts()
+
+
+FORMAT = Format("uniedit", "edit with prompt, subject and target", matches, read)
