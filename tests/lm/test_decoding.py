@@ -216,7 +216,7 @@ def test_bad_input_is_an_error_before_anything_runs(prompts, length, message, to
 
 def test_a_text_ends_where_the_context_ends(tokenizer):
     texts = written_by(tiny_model("llama"), tokenizer, ["The"], max_new_tokens=300)
-    assert len(prompt_tokens(tokenizer, "The")) + len(texts[0]) <= 128
+    assert len(prompt_tokens(tokenizer, "The")) + len(texts[0][0]) <= 128
 
 
 def test_the_longest_prompt_that_fits_is_answered(tokenizer):
