@@ -68,7 +68,7 @@ def test_json_alone_is_on_stdout_with_the_figures_of_both_models(edit, capsys):
         assert {"same", "n"} <= set(state["unchanged"]["unrelated"])
         assert {"kl", "agreement", "tokens"} <= set(state["text"])
         assert {"exact", "contains"} <= set(state["in_prompt"]["completion"])
-    assert "says: completion" in errors
+    assert "says the new answer" in errors
     assert figures["base"]["text"]["kl"] == 0
 
 

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 
 _LEGEND = (
-    "says: share of facts whose answer the model writes, in this form. unchanged: share of other prompts after which it "
-    "writes what the base model does. in prompt: the base model with the fact in its prompt. random: a random change of "
-    "the same size. KL in nats. n: facts, prompts or tokens."
+    "Shares of facts, or of prompts. in prompt: the base model with the fact in its prompt. random: a random change of the "
+    "same size. KL in nats. n: facts, prompts or tokens."
 )
 _MISSED = 5  # facts that are named
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
@@ -96,34 +95,43 @@ def facts_table(edits: list[Edit]) -> Table:
 
 def seen_table(evaluation: Evaluation) -> Table:
     """Return what a user sees: how often the model says the answers, and what else changed."""
-    columns = ("", "edited", "95%", "base", "in prompt", "random", "n")
-    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1), caption=_LEGEND, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption=_LEGEND, caption_justify="left")
+    for column in ("", "edited", "95%", "base", "in prompt", "random", "n"):
+        table.add_column(column, no_wrap=True)
+    if evaluation.says:
+        table.add_row("[bold]says the new answer[/bold]")
     for form, scores in evaluation.says.items():
         base, informed = evaluation.base_seen.says.get(form), evaluation.in_prompt.get(form)
         for name in ("contains", "exact", "judge"):
             if (share := getattr(scores, name)) is None:
                 continue
-            label = f"says: {form.replace('_', ' ')}" if name == "contains" else f"  {name}"
+            label = f" {form.replace('_', ' ')}" if name == "contains" else f"   {name}"
             others = ["" if other is None else f"{getattr(other, name).value:.2f}" for other in (base, informed)]
-            table.add_row(label, f"{share.value:.2f}", _bounds(share.interval), *others, "", str(scores.n))
+            table.add_row(label, f"{share.value:.2f}", _range(share.interval), *others, "", str(scores.n))
     table.add_section()
+    if evaluation.unchanged:
+        table.add_row("[bold]writes what the base does[/bold]")
     for kind, same in evaluation.unchanged.items():
         control = "" if same.control is None else f"{same.control.value:.2f}"
-        row = (f"{same.same.value:.2f}", _bounds(same.same.interval), "1.00", "", control, str(same.n))
-        table.add_row(f"unchanged: {kind}", *row)
-        for label, share in (("  key word kept", same.keyword), ("  says new answer", same.says_new)):
+        row = (f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n))
+        table.add_row(f" {kind}", *row)
+        for label, share in (("key word kept", same.keyword), ("says new answer", same.says_new)):
             if share is not None:
-                table.add_row(label, f"{share.value:.2f}", _bounds(share.interval), "", "", "", str(same.n))
-        table.add_row("  KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n))
-    table.add_section()
+                table.add_row(f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(same.n))
+        table.add_row("   KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n))
     if (text := evaluation.text) is not None:
-        intervals = {name: _bounds(bounds, 4) for name, bounds in text.intervals.items()}
+        intervals = {name: _range(bounds, ".2g") for name, bounds in text.intervals.items()}
         control = "" if text.control is None else f"{text.control:.2g}"
-        table.add_row("plain text: KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens))
-        table.add_row("  worst text", f"{text.worst:.2g}", "", "0", "", "", "")
-        agreement = intervals.get("agreement", "")
-        table.add_row("  same first choice", f"{text.agreement:.4f}", agreement, "1", "", "", str(text.tokens))
+        table.add_row(" plain text")
+        table.add_row("   KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens))
+        table.add_row("   KL of worst text", f"{text.worst:.2g}", "", "0", "", "", "")
+        row = (f"{text.agreement:.3f}", intervals.get("agreement", ""), "1", "", "", str(text.tokens))
+        table.add_row("   same first choice", *row)
     return table
+
+
+def _range(interval: tuple[float, float], style: str = ".2f") -> str:
+    return f"{interval[0]:{style}}-{interval[1]:{style}}"
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
