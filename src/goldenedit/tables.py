@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _LEGEND = (
-    "Shares of facts, or of prompts. in prompt: the base model with the fact in its prompt. random: a random change of the "
+    "Shares of facts, or of prompts. prompt: the base model with the fact in its prompt. random: a random change of the "
     "same size. KL in nats. n: facts, prompts or tokens."
 )
 _MISSED = 5  # facts that are named
@@ -95,11 +94,17 @@ def facts_table(edits: list[Edit]) -> Table:
 
 def seen_table(evaluation: Evaluation) -> Table:
     """Return what a user sees: how often the model says the answers, and what else changed."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption=_LEGEND, caption_justify="left")
-    for column in ("", "edited", "95%", "base", "in prompt", "random", "n"):
+    table = Table(box=None, padding=(0, 2, 0, 0), caption=_LEGEND, caption_justify="left")
+    for column in ("", "edited", "95%", "base", "prompt", "random", "n"):
         table.add_column(column, no_wrap=True)
+    for row in (*_rows_of_forms(evaluation), *_rows_of_others(evaluation)):
+        table.add_row(*row)
+    return table
+
+
+def _rows_of_forms(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     if evaluation.says:
-        table.add_row("[bold]says the new answer[/bold]")
+        yield ("[bold]says the new answer[/bold]",)
     for form, scores in evaluation.says.items():
         base, informed = evaluation.base_seen.says.get(form), evaluation.in_prompt.get(form)
         for name in ("contains", "exact", "judge"):
@@ -107,27 +112,26 @@ def seen_table(evaluation: Evaluation) -> Table:
                 continue
             label = f" {form.replace('_', ' ')}" if name == "contains" else f"   {name}"
             others = ["" if other is None else f"{getattr(other, name).value:.2f}" for other in (base, informed)]
-            table.add_row(label, f"{share.value:.2f}", _range(share.interval), *others, "", str(scores.n))
-    table.add_section()
+            yield label, f"{share.value:.2f}", _range(share.interval), *others, "", str(scores.n)
+
+
+def _rows_of_others(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     if evaluation.unchanged:
-        table.add_row("[bold]writes what the base does[/bold]")
+        yield ("[bold]the rest is unchanged[/bold]",)
     for kind, same in evaluation.unchanged.items():
         control = "" if same.control is None else f"{same.control.value:.2f}"
-        row = (f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n))
-        table.add_row(f" {kind}", *row)
+        yield f" {kind}", f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n)
         for label, share in (("key word kept", same.keyword), ("says new answer", same.says_new)):
             if share is not None:
-                table.add_row(f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(same.n))
-        table.add_row("   KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n))
+                yield f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(same.n)
+        yield "   KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n)
     if (text := evaluation.text) is not None:
         intervals = {name: _range(bounds, ".2g") for name, bounds in text.intervals.items()}
         control = "" if text.control is None else f"{text.control:.2g}"
-        table.add_row(" plain text")
-        table.add_row("   KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens))
-        table.add_row("   KL of worst text", f"{text.worst:.2g}", "", "0", "", "", "")
-        row = (f"{text.agreement:.3f}", intervals.get("agreement", ""), "1", "", "", str(text.tokens))
-        table.add_row("   same first choice", *row)
-    return table
+        yield " plain text: KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens)
+        yield "   of worst text", f"{text.worst:.2g}", "", "0", "", "", ""
+        agreement = f"{text.agreement:.3f}", intervals.get("agreement", "")
+        yield "   same first choice", *agreement, "1", "", "", str(text.tokens)
 
 
 def _range(interval: tuple[float, float], style: str = ".2f") -> str:
