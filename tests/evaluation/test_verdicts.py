@@ -67,6 +67,7 @@ _PIECES = st.sampled_from(
         "\u00c9mile",
         "\u00e9",
         "e\u0301",
+        "\u0964",
         "\u7f57\u9a6c",
         "\u0130",
         "\ufb01",
@@ -102,6 +103,12 @@ _TEXTS = st.one_of(st.lists(_PIECES, max_size=9).map("".join), st.text(max_size=
         (" \n ", ""),
         (" .NET is a framework. It", ".NET is a framework."),
         (" Yahoo! It", "Yahoo!"),
+        (" vitamin C. It is", "vitamin C."),
+        (" E. A. Poe. He", "E. A. Poe."),
+        (" George V. He was", "George V."),
+        (" A. The Eiffel Tower\n B. Rome", "A. The Eiffel Tower"),
+        (" \u0930\u094b\u092e\u0964 \u092f\u0939", "\u0930\u094b\u092e\u0964"),
+        (" \u0631\u0648\u0645\u0627\u061f \u0647\u064a", "\u0631\u0648\u0645\u0627\u061f"),
     ],
 )
 def test_an_answer_is_the_first_sentence_or_line(text, answer):
