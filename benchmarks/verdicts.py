@@ -1,7 +1,7 @@
 """How often the verdict `contains` agrees with a reading by hand of generated texts.
 
-`verdicts.jsonl` has texts of edited models, drawn at random from the stored edits of `seen.py`, half of them among those
-that contain some part of the answer. `says` is the reader's judgment: does the text give the new answer to what was asked?
+`verdicts.jsonl` has 100 texts of edited models, drawn at random from the stored edits of `seen.py` over models, editors
+and forms. `says` is the reader's judgment: does the text give the new answer to what was asked?
 """
 
 from __future__ import annotations
