@@ -115,7 +115,7 @@ def test_an_answer_is_the_first_sentence_or_line(text, answer):
     assert answer_of(text) == answer
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(_TEXTS)
 @example("Rome. \nHe")
 @example('St. "Louis')
@@ -128,7 +128,7 @@ def test_an_end_stays_where_it_is_whatever_is_written_after_it(text):
         assert answer_end(text, finished=True) in ends
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(_TEXTS)
 def test_a_text_that_is_finished_has_an_end_and_its_answer_is_one_sentence(text):
     end = answer_end(text, finished=True)
@@ -260,7 +260,7 @@ def test_the_old_answer_before_the_new_one_counts(text, new, old, says):
     assert contains(text, new, old) is says
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(_TEXTS, _TEXTS, _TEXTS)
 def test_no_text_makes_a_verdict_fail(text, answer, old):
     assert isinstance(normalized(text), str)
@@ -272,7 +272,7 @@ def test_no_text_makes_a_verdict_fail(text, answer, old):
     assert word is None or mentions(answer, [word])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(_TEXTS)
 def test_a_text_is_its_own_exact_answer(text):
     assert is_exact(text, [text]) == bool(text.strip())
