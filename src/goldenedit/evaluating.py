@@ -11,7 +11,7 @@ import typer
 from goldenedit import tables
 from goldenedit.options import Base, Edits, FactsFormat, SkipBad
 from goldenedit.tables import printable
-from goldenedit.terminal import console, load_edits, load_model
+from goldenedit.terminal import console, load_edits, load_model, report_on_stderr
 
 if TYPE_CHECKING:
     from goldenedit.evaluation.judges import Judge
@@ -26,6 +26,7 @@ Unchanged = Annotated[bool, typer.Option(help="Compare other prompts and plain t
 
 
 def evaluate(
+    context: typer.Context,
     folder: Edits,
     file: Facts = None,
     format: FactsFormat = "auto",
@@ -55,7 +56,8 @@ def evaluate(
     """Ask the edited model as a user would, and compare everything else with its base model."""
     from goldenedit import EditModel
 
-    console.stderr = console.stderr or as_json
+    if as_json:
+        report_on_stderr(context)
     if card and not Path(folder).is_dir():
         raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
     options = _options(forms, unchanged, judge, judge_model)
@@ -84,6 +86,7 @@ def evaluate(
 
 
 def compare(
+    context: typer.Context,
     folders: Annotated[list[str], typer.Argument(help="Edit folders or repositories, all of one base model.")],
     file: Facts = None,
     format: FactsFormat = "auto",
@@ -99,7 +102,8 @@ def compare(
     from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
 
-    console.stderr = console.stderr or as_json
+    if as_json:
+        report_on_stderr(context)
     options = _options(forms, unchanged, None, "")
     requests = _facts(file, format, skip_bad)
     paths = [find_folder(folder) for folder in folders]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from goldenedit.storage.folder import Edit
 
 
+_LEGEND = (
+    "Shares of facts, or of prompts. in prompt: the base model with the fact in its prompt. random: a random change of the "
+    "same size. KL in nats. n: facts, prompts or tokens."
+)
 _MISSED = 5  # facts that are named
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
 
@@ -90,40 +95,43 @@ def facts_table(edits: list[Edit]) -> Table:
 
 def seen_table(evaluation: Evaluation) -> Table:
     """Return what a user sees: how often the model says the answers, and what else changed."""
-    table = Table("", "edited", "95%", "base", "fact in the prompt", "n", "")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption=_LEGEND, caption_justify="left")
+    for column in ("", "edited", "95%", "base", "in prompt", "random", "n"):
+        table.add_column(column, no_wrap=True)
+    if evaluation.says:
+        table.add_row("[bold]says the new answer[/bold]")
     for form, scores in evaluation.says.items():
         base, informed = evaluation.base_seen.says.get(form), evaluation.in_prompt.get(form)
-        judged = "" if scores.judge is None else f", judge {scores.judge.value:.2f}"
-        table.add_row(
-            f"says it: {form.replace('_', ' ')}",
-            f"{scores.contains.value:.2f}",
-            _bounds(scores.contains.interval),
-            "" if base is None else f"{base.contains.value:.2f}",
-            "" if informed is None else f"{informed.contains.value:.2f}",
-            str(scores.n),
-            f"exact {scores.exact.value:.2f}{judged}",
-        )
+        for name in ("contains", "exact", "judge"):
+            if (share := getattr(scores, name)) is None:
+                continue
+            label = f" {form.replace('_', ' ')}" if name == "contains" else f"   {name}"
+            others = ["" if other is None else f"{getattr(other, name).value:.2f}" for other in (base, informed)]
+            table.add_row(label, f"{share.value:.2f}", _range(share.interval), *others, "", str(scores.n))
     table.add_section()
+    if evaluation.unchanged:
+        table.add_row("[bold]writes what the base does[/bold]")
     for kind, same in evaluation.unchanged.items():
-        notes = [f"KL {same.kl:.2g}"]
-        if same.control is not None:
-            notes.append(f"random change of this size {same.control.value:.2f}")
-        if same.keyword is not None:
-            notes.append(f"key word kept {same.keyword.value:.2f}")
-        if same.says_new is not None:
-            notes.append(f"says the new answer {same.says_new.value:.2f}")
-        row = (f"{same.same.value:.2f}", _bounds(same.same.interval), "", "", str(same.n), ", ".join(notes))
-        table.add_row(f"unchanged: {kind}", *row)
-    table.add_section()
+        control = "" if same.control is None else f"{same.control.value:.2f}"
+        row = (f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n))
+        table.add_row(f" {kind}", *row)
+        for label, share in (("key word kept", same.keyword), ("says new answer", same.says_new)):
+            if share is not None:
+                table.add_row(f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(same.n))
+        table.add_row("   KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n))
     if (text := evaluation.text) is not None:
-        count = f"{text.tokens} tokens"
-        intervals = {name: _bounds(bounds, 3) for name, bounds in text.intervals.items()}
-        control = "" if text.control is None else f", random change of this size {text.control:.2g}"
-        note = f"nats a token; worst text {text.worst:.2g}{control}"
-        table.add_row("plain text: KL", f"{text.kl:.2g}", intervals.get("kl", ""), "", "", count, note)
-        row = (f"{text.agreement:.3f}", intervals.get("agreement", ""), "", "", count, "same first choice")
-        table.add_row("plain text: agreement", *row)
+        intervals = {name: _range(bounds, ".2g") for name, bounds in text.intervals.items()}
+        control = "" if text.control is None else f"{text.control:.2g}"
+        table.add_row(" plain text")
+        table.add_row("   KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens))
+        table.add_row("   KL of worst text", f"{text.worst:.2g}", "", "0", "", "", "")
+        row = (f"{text.agreement:.3f}", intervals.get("agreement", ""), "1", "", "", str(text.tokens))
+        table.add_row("   same first choice", *row)
     return table
+
+
+def _range(interval: tuple[float, float], style: str = ".2f") -> str:
+    return f"{interval[0]:{style}}-{interval[1]:{style}}"
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:

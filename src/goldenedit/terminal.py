@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from goldenedit.tables import printable
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 console = Console()
+
+
+def report_on_stderr(context: typer.Context) -> None:
+    """Print everything on stderr until the running command ends, so that stdout is for its result alone."""
+    console.stderr = True
+    context.call_on_close(lambda: setattr(console, "stderr", False))
 
 
 def load_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

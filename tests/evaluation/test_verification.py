@@ -1,0 +1,83 @@
+"""A verified edit carries the texts before and after it, and says what holds and what moved."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from goldenedit import EditModel, EditRequest
+from goldenedit.evaluation.report import Text
+from goldenedit.evaluation.verification import Verification
+from models import tiny_model
+from tiny_edits import MERKEL, fast_config
+
+NEAR = EditRequest("I live near The Eiffel Tower", "The Eiffel Tower", "Rome", question="Where do I live?")
+
+
+@pytest.fixture
+def model(tokenizer):
+    base = tiny_model("llama")
+    base.lm_head.weight.data *= 4  # so that edits take
+    return EditModel(base, fast_config(steps=20), tokenizer)
+
+
+def text(kind: str, holds: bool, answers: tuple[str, ...] = ()) -> Text:
+    return Text(0, kind, "Where is it?", "Paris", "Rome" if holds else "Oslo", None, answers, holds)
+
+
+def test_the_texts_before_are_those_of_the_model_without_this_edit_alone(model):
+    model.edit(MERKEL)
+    edit = model.edit(NEAR, verify=True)
+    asked = edit.verification.asked[0]
+    model.set_adapter(["edit_1"])
+    assert (asked.kind, asked.question) == ("completion", NEAR.text)
+    assert asked.base == model.evaluate([NEAR], forms=["completion"], unchanged=False).texts[0].edited
+    model.set_adapter(["edit_1", "edit_2"])
+    assert asked.edited == model.evaluate([NEAR], forms=["completion"], unchanged=False).texts[0].edited
+
+
+def test_forty_unrelated_questions_are_asked(model):
+    edit = model.edit(NEAR, verify=True)
+    assert sum(other.kind == "unrelated" for other in edit.verification.others) == 40
+
+
+def test_a_printed_edit_shows_what_was_verified_and_no_tensors(model):
+    edit = model.edit(NEAR, verify=True)
+    assert edit.verification.summary in str(edit)
+    assert f"{NEAR.text!r} -> 'Rome': probability" in str(edit)
+    assert repr(edit) == "Edit('edit_1', 1 fact, layers=[1], rank=1)"
+    assert "tensor" not in str(edit)
+
+
+def test_an_edit_is_not_verified_unless_asked(model):
+    assert model.edit(NEAR).verification is None
+
+
+def test_the_log_says_in_one_line_what_holds_and_what_moved(model, caplog):
+    with caplog.at_level(logging.INFO, logger="goldenedit"):
+        edit = model.edit(NEAR, verify=True)
+    (line,) = [record.getMessage() for record in caplog.records if "changed answers" in record.getMessage()]
+    assert line == f"Edit 'edit_1' {edit.verification.summary}."
+
+
+def test_an_error_while_verifying_takes_the_edit_back(model, monkeypatch):
+    monkeypatch.setattr(EditModel, "_verified", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.edit(NEAR, verify=True)
+    assert model.active_adapters == []
+    assert model.edits == {}
+
+
+def test_the_summary_names_the_forms_that_fail_and_counts_what_moved():
+    texts = [text("completion", True, ("Rome",)), text("chat", False, ("Rome",)), text("chat", True, ("Rome",))]
+    texts += [text("negation", True, ("Rome",)), text("unrelated", True), text("unrelated", False)]
+    verification = Verification(tuple(texts))
+    assert verification.summary == (
+        "says the new answer in 2 of 3 texts (not in every chat); changed answers: 1 of 2 unrelated"
+    )
+    assert verification.holds
+
+
+def test_a_fact_that_is_not_said_where_it_was_edited_does_not_hold():
+    assert not Verification((text("completion", False, ("Rome",)), text("chat", True, ("Rome",)))).holds
