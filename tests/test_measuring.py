@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -76,7 +75,7 @@ def test_the_figures_are_json_with_the_documented_keys(tokenizer):
     assert set(record) == {"edited", "base"}
     expected = {"says", "in_prompt", "unchanged", "text", "probability", "token_match"}
     assert expected <= set(record["edited"])
-    assert set(record["edited"]["says"]) == set(FORMS) - {"chat", "second_turn"}  # the tokenizer has no template
+    assert set(record["edited"]["says"]) == set(FORMS) - {"chat", "second_turn", "prefix"}  # no template, and too long
     assert set(record["edited"]["unchanged"]) == set(KINDS)
     for scores in record["edited"]["says"].values():
         assert {"exact", "contains", "judge", "n", "intervals"} <= set(scores)
@@ -89,7 +88,7 @@ def test_the_figures_are_json_with_the_documented_keys(tokenizer):
 def test_what_each_model_says_is_what_it_writes(tokenizer):
     model = edited_model(tokenizer)
     evaluation = model.evaluate(control=False, **FAST)
-    asked = asked_forms(tokenizer, [FACT])
+    asked = asked_forms(tokenizer, [FACT], set(FORMS) - {"prefix"})  # which does not fit into the model's context
     with model.disable_adapter():
         base = [answer_of(greedy(model.lm, [text.prompt], 4, has_ended)[0].text) for text in asked]
         informed = [answer_of(greedy(model.lm, [text.informed], 4, has_ended)[0].text) for text in asked]
@@ -236,10 +235,8 @@ def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(error, calls, tok
         return replayed(self, captured)
 
     monkeypatch.setattr(replay.Replayer, "__call__", interrupted)
-    with pytest.raises(error, match="in the middle") if calls else nullcontext():
-        model.evaluate(**FAST)  # the first error is one of the check, which falls back for all but an interrupt
-        if not calls:
-            raise error("in the middle")
+    with pytest.raises(error, match="in the middle"):  # the first one may only make the check fall back
+        model.evaluate(**FAST)
     monkeypatch.undo()
     assert state_of(model) == before
     assert "_control" not in model.adapters.configs
@@ -247,7 +244,7 @@ def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(error, calls, tok
 
 def test_an_edit_may_have_the_name_of_the_control(tokenizer):
     model = get_edit_model(tiny_model("llama"), fast_config(steps=8), tokenizer)
-    model.edit(FACT, "_control")
+    model.edit(FACT, name="_control")
     before = state_of(model)
     evaluation = model.evaluate(forms=(), **FAST)
     assert evaluation.text.control is not None
@@ -269,10 +266,9 @@ def test_adapters_of_the_user_stay_on(tokenizer):
 
 
 def test_inference_mode_changes_nothing(tokenizer):
-    model = edited_model(tokenizer)
-    expected = model.evaluate(**FAST)
+    model, other = edited_model(tokenizer), edited_model(tokenizer)
+    expected = other.evaluate(**FAST)
     with torch.inference_mode():
-        assert edited_model(tokenizer).evaluate(**FAST) == expected
         assert model.evaluate(**FAST) == expected
     model.edit(MERKEL)  # what was cached can still be differentiated
 

@@ -15,7 +15,7 @@ from itertools import groupby
 
 from goldenedit.writing import is_mark, is_unspaced
 
-_SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s)|[\u3002\uff01\uff1f]|\n")
+_SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s)|[\u3002\uff01\uff1f\uff61\u0964\u061f\u06d4]|\n")
 _OPENING = "\"'(\u201c\u2018"
 
 
@@ -91,13 +91,16 @@ def _ends_sentence(before: str, after: str, finished: bool) -> bool:
     if following is None:
         return True
     next_word = following[0]
-    if word in _TITLES or (len(word) == 1 and word.isalpha() and word != "i"):
+    if word in _TITLES:
         return False
     if word.isdecimal() and len(words) == 1 and len(word) < 3:
         return False  # the number of a list item
     if word in _NUMBERED:
         return not next_word[0].isdecimal()
-    if word in _SUFFIXES or _INITIALS.fullmatch(word):
+    is_initial = len(word) == 1 and word.isalpha() and word != "i"
+    if is_initial and (len(words) == 1 or len(next_word) == 1):
+        return False  # the letter of a choice; J. R. R. Tolkien
+    if is_initial or word in _SUFFIXES or _INITIALS.fullmatch(word):
         is_whole = finished or following.end() < len(rest)  # "The" may become "Theory"
         return is_whole and next_word[0].isupper() and next_word.casefold() in _STARTERS
     return True
