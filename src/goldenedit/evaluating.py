@@ -69,7 +69,10 @@ def evaluate(
     console.print(tables.seen_table(evaluation))
     console.print(tables.evaluation_table(evaluation))
     if texts:
-        console.print(tables.texts_table(evaluation.texts[:texts]))
+        from goldenedit.evaluation.report import shown, spread
+
+        for text in spread(evaluation.texts)[:texts]:
+            console.print(printable(shown(text, ("base model", "edited model"))))
     for line in tables.failures(evaluation):
         console.print(printable(line), style="yellow")
     if lm_eval is not None:

@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from goldenedit.cost import Cost
     from goldenedit.editors import Editor
     from goldenedit.evaluation.evaluate import Evaluation
-    from goldenedit.evaluation.report import Text
     from goldenedit.layer_scores import LayerSelection, Selector
     from goldenedit.storage.folder import Edit
 
 
 _LEGEND = (
-    "Shares of facts, or of prompts. prompt: the base model with the fact in its prompt. random: a random change of the "
-    "same size. KL in nats. n: facts, prompts or tokens."
+    "Shares of facts, or of prompts. prompt: the base model with the fact in its prompt. random: a random change of "
+    "the same size. KL in nats. n: facts, prompts or tokens."
 )
 _MISSED = 5  # facts that are named
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
@@ -147,15 +146,6 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             row = (f"{edited[name]:.3f}", _bounds(interval, 3), f"{base[name]:.3f}")
             table.add_row(f"{family}, n = {edited['n']}", name.replace("_", " "), *row)
         table.add_section()
-    return table
-
-
-def texts_table(texts: Sequence[Text]) -> Table:
-    """Return questions with the answers of both models."""
-    table = Table("", "question", "base model", "edited model", "")
-    for text in texts:
-        mark = ("says it" if text.holds else "does not say it") if text.answers else "same" if text.holds else "changed"
-        table.add_row(text.kind.replace("_", " "), *map(printable, (text.question, text.base, text.edited)), mark)
     return table
 
 

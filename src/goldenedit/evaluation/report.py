@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -9,6 +10,7 @@ from typing import Any
 
 from goldenedit.evaluation.intervals import Interval, bootstrap, quantile_interval, wilson
 
+_LONG = 100  # characters of a prompt that are shown
 _FEW = 10  # fewer texts give no interval of a figure that has no bounds
 
 
@@ -136,6 +138,31 @@ class Text:
     informed: str | None
     answers: tuple[str, ...]
     holds: bool
+
+
+def spread(texts: Sequence[Text]) -> list[Text]:
+    """Return the texts in an order in which every form and kind comes early: the first of each, then the second."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for text in texts:
+        turns.append(seen[text.kind])
+        seen[text.kind] += 1
+    return [texts[place] for place in sorted(range(len(texts)), key=turns.__getitem__)]
+
+
+def shown(text: Text, names: tuple[str, str] = ("before", "after")) -> str:
+    """Return a prompt and what both models write after it, on three lines.
+
+    Args:
+        names: What the base model's and the edited model's text are called.
+    """
+    mark = "" if not text.answers else " (says it)" if text.holds else " (does not say it)"
+    question = text.question if len(text.question) <= _LONG else f"...{text.question[3 - _LONG :]}"
+    width = max(map(len, names)) + 1
+    lines = [f"{text.kind.replace('_', ' ')}: {question!r}"]
+    for name, written, note in zip(names, (text.base, text.edited), ("", mark), strict=True):
+        lines.append(f"    {name + ':':{width}} {written!r}{note}")
+    return "\n".join(lines)
 
 
 def text_scores(

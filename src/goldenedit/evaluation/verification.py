@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from goldenedit.evaluation.report import Text
+from goldenedit.evaluation.report import Text, shown
 
 _SHOWN = 20  # texts in `str()`
 
@@ -50,15 +50,10 @@ class Verification:
 
     def lines(self, most: int = _SHOWN) -> Iterator[str]:
         """Yield the texts that ask for the facts and those that changed, with the answers before and after."""
-        shown = [*self.asked, *(text for text in self.others if not text.holds)]
-        for text in shown[:most]:
-            mark = "" if not text.answers else " (says it)" if text.holds else " (does not say it)"
-            question = text.question if len(text.question) <= 80 else f"...{text.question[-77:]}"
-            yield f"{text.kind.replace('_', ' ')}: {question!r}"
-            yield f"    before: {text.base!r}"
-            yield f"    after:  {text.edited!r}{mark}"
-        if len(shown) > most:
-            yield f"and {len(shown) - most} more texts"
+        texts = [*self.asked, *(text for text in self.others if not text.holds)]
+        yield from map(shown, texts[:most])
+        if len(texts) > most:
+            yield f"and {len(texts) - most} more texts"
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self.lines()])
