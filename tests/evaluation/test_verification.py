@@ -79,5 +79,21 @@ def test_the_summary_names_the_forms_that_fail_and_counts_what_moved():
     assert verification.holds
 
 
+def test_the_new_answer_behind_not_is_told_as_an_error():
+    texts = (text("completion", True, ("Rome",)), text("negation", False, ("Rome",)), text("negation", True, ("Rome",)))
+    verification = Verification(texts)
+    assert verification.summary == 'says the new answer in 1 of 1 texts, also in 1 of 2 with "not"'
+    assert [line.rpartition("(")[2] for line in verification.lines()] == ["says it)", "says it)", "does not say it)"]
+
+
+def test_of_many_texts_those_that_fail_are_shown_first():
+    texts = [text("completion", place != 4, ("Rome",)) for place in range(5)] + [text("unrelated", False)]
+    lines = list(Verification(tuple(texts)).lines(most=3))
+    assert ["does not say it" in line for line in lines] == [True, False, False, False]
+    assert lines[1].startswith("unrelated: ")
+    assert lines[2].startswith("completion: ")
+    assert lines[3] == "and 3 more texts"
+
+
 def test_a_fact_that_is_not_said_where_it_was_edited_does_not_hold():
     assert not Verification((text("completion", False, ("Rome",)), text("chat", True, ("Rome",)))).holds

@@ -75,7 +75,7 @@ class Evaluation:
         return self.edited_seen.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all scores as JSON values, and the first texts of the first facts."""
+        """Return all scores as JSON values, without the texts."""
         states = {"edited": (self.edited_seen, self.edited), "base": (self.base_seen, self.base)}
         return {
             state: {**seen.to_dict(), **{family: measured.to_dict() for family, measured in families.items()}}

@@ -127,7 +127,8 @@ class Text:
         edited: The edited model's text.
         informed: The base model's text with the fact in its prompt; None if it was not asked.
         answers: The expected answer and its other names; empty if nothing should change.
-        holds: Whether the edited model's text contains the answer, or whether nothing changed.
+        holds: Whether the edited model's text is as it should be: it says the answer, it does not say it behind "not"
+            (the form "negation"), or it is the base model's, token for token, if nothing should change.
     """
 
     fact: int
@@ -138,6 +139,11 @@ class Text:
     informed: str | None
     answers: tuple[str, ...]
     holds: bool
+
+    @property
+    def says(self) -> bool:
+        """Whether the edited model's text says the answer; False if there is none to say."""
+        return bool(self.answers) and self.holds != (self.kind == "negation")
 
 
 def spread(texts: Sequence[Text]) -> list[Text]:
@@ -156,7 +162,7 @@ def shown(text: Text, names: tuple[str, str] = ("before", "after")) -> str:
     Args:
         names: What the base model's and the edited model's text are called.
     """
-    mark = "" if not text.answers else " (says it)" if text.holds else " (does not say it)"
+    mark = "" if not text.answers else " (says it)" if text.says else " (does not say it)"
     question = text.question if len(text.question) <= _LONG else f"...{text.question[3 - _LONG :]}"
     width = max(map(len, names)) + 1
     lines = [f"{text.kind.replace('_', ' ')}: {question!r}"]

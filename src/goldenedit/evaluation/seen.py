@@ -369,7 +369,7 @@ def texts_of(measured: Measurement) -> list[Text]:
             edited=measured.written[place],
             informed=base.informed[place] if base.informed else None,
             answers=asked.answers,
-            holds=contains(measured.written[place], asked.answers, asked.old),
+            holds=contains(measured.written[place], asked.answers, asked.old) != (asked.form == "negation"),
         )
         for place, asked in enumerate(base.asked)
     ]

@@ -44,13 +44,22 @@ class Verification:
         missed = list(dict.fromkeys(text.kind.replace("_", " ") for text in asked if not text.holds))
         line = f"says the new answer in {len(said)} of {len(asked)} texts"
         line += f" (not in every {', '.join(missed)})" if missed else ""
+        negated = [text for text in self.asked if text.kind == "negation"]
+        if denied := sum(text.says for text in negated):
+            line += f', also in {denied} of {len(negated)} with "not"'
         kinds = dict.fromkeys(text.kind for text in self.others)
         moved = [f"{_moved(self.others, kind)} {kind}" for kind in kinds]
         return f"{line}; changed answers: {', '.join(moved)}" if moved else line
 
     def lines(self, most: int = _SHOWN) -> Iterator[str]:
-        """Yield the texts that ask for the facts and those that changed, with the answers before and after."""
+        """Yield the texts that ask for the facts and those that changed, with the answers before and after.
+
+        Args:
+            most: Largest number of texts. Of more, those that are not as they should be come first.
+        """
         texts = [*self.asked, *(text for text in self.others if not text.holds)]
+        if len(texts) > most:
+            texts.sort(key=lambda text: text.holds)
         yield from map(shown, texts[:most])
         if len(texts) > most:
             yield f"and {len(texts) - most} more texts"
