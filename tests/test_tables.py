@@ -9,7 +9,7 @@ from rich.console import Console
 
 from goldenedit import EditRequest
 from goldenedit.storage.folder import Edit, EditedFact
-from goldenedit.tables import facts_table, printable
+from goldenedit.tables import facts_table, general_table, printable
 
 
 def printed(content: object) -> str:
@@ -57,3 +57,13 @@ def test_the_probability_of_several_tokens_is_shown_with_the_weakest(weakest, sh
     output = printed(facts_table([Edit("edit_1", [fact], {})]))
     assert shown in output
     assert output.count("weakest") == ("weakest" in shown)
+
+
+def test_scores_of_the_harness_have_their_number_of_items():
+    score = {"value": 0.5, "stderr": 0.05, "n": 100}
+    group = {"value": None, "stderr": None, "n": None}
+    output = printed(
+        general_table({state: {"arc": {"acc": score}, "mmlu": {"acc": group}} for state in ("edited", "base")})
+    )
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "acc" in line]
+    assert rows == [["arc", "acc", "100", "0.500 ± 0.050", "0.500 ± 0.050"], ["mmlu", "acc", "", "", ""]]

@@ -189,12 +189,13 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
 
 
 def general_table(general: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]]) -> Table:
-    """Return the scores of lm-evaluation-harness for both models."""
-    table = Table("task", "metric", "edited", "base")
+    """Return the scores of lm-evaluation-harness for both models, with the number of items that they are over."""
+    table = Table("task", "metric", "n", "edited", "base")
     for task, metrics in general["edited"].items():
-        for metric in metrics:
+        for metric, score in metrics.items():
+            count = "" if score.get("n") is None else str(score["n"])
             row = [general[state][task][metric] for state in ("edited", "base")]
-            table.add_row(printable(task), printable(metric), *map(_with_error, row))
+            table.add_row(printable(task), printable(metric), count, *map(_with_error, row))
     return table
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, get_edit_model
-from goldenedit.evaluation.harness import harness_comparison, harness_scores
+from goldenedit.evaluation.harness import _by_metric, harness_comparison, harness_scores
 from goldenedit.packaged import is_installed, packaged_model
 from models import tiny_model, tiny_tokenizer
 from tiny_edits import MERKEL, TOWER, fast_config
@@ -246,3 +246,14 @@ def test_a_pretrained_model_knows_more_cities_than_chance(folder):
     scores = harness_comparison(model, [str(folder / "choosing_cities.yaml")])
     assert scores["base"]["choosing_cities"]["acc"]["value"] > 1 / len(CITIES)
     assert scores["edited"]["choosing_cities"]["brier_score"] != scores["base"]["choosing_cities"]["brier_score"]
+
+
+def test_figures_that_are_not_finite_are_none():
+    row = {
+        "f1,none": float("nan"),
+        "f1_stderr,none": "N/A",
+        "acc,none": np.float32(0.5),
+        "acc_stderr,none": float("nan"),
+    }
+    scores = _by_metric(row, {"original": 2, "effective": 1})
+    assert scores == {"f1": {"value": None, "stderr": None, "n": 1}, "acc": {"value": 0.5, "stderr": None, "n": 1}}

@@ -118,8 +118,8 @@ def evaluation() -> dict[str, Any]:
             "token_match": figures(rewrite=0.0),
         },
         "general": {
-            "edited": {"arc_easy": {"acc,none": {"value": 0.4375, "stderr": 0.01}}},
-            "base": {"arc_easy": {"acc,none": {"value": 0.5, "stderr": None}}},
+            "edited": {"arc_easy": {"acc,none": {"value": 0.4375, "stderr": 0.01, "n": 100}}},
+            "base": {"arc_easy": {"acc,none": {"value": 0.5, "stderr": None, "n": 100}}},
         },
         "texts": [
             text("completion", "The Eiffel Tower is located in the city of", "Paris.", "Rome, Italy."),

@@ -200,6 +200,17 @@ def test_facts_that_were_not_asked_are_said_to_be_so():
     assert "| other questions about the edited subject | 8 |" in card
 
 
+def test_general_ability_alone_is_a_measurement_and_its_figures_have_their_number_of_items():
+    empty = {"edited": {}, "base": {}, "texts": [], "own_facts": True, "facts": 0}
+    card = evaluated(**empty)
+    assert "Nothing was measured" not in card
+    assert "How often the model says the new answers was not measured." in card
+    assert "| arc\\_easy | acc,none | 100 | 0.438 ± 0.010 | 0.500 |" in card
+    unknown = {"arc_easy": {"acc,none": {"value": None, "stderr": None}}}
+    card = evaluated(**empty, general={"edited": unknown, "base": unknown})
+    assert "| arc\\_easy | acc,none | - | - | - |" in card
+
+
 def test_a_judge_has_a_column_only_where_one_judged():
     assert "| the edited prompt | 2 | 0.88 | 0.44 to 1.00 | 0.50 | 1.00 | 0.25 | 0.62 |" in evaluated()
     edited = {**without(), "says": {"completion": figures(exact=0.5, contains=0.875)}}

@@ -82,7 +82,6 @@ def test_unknown_forms_kinds_and_families_are_right():
         (("edited", "probability", "efficacy"), "probability: efficacy"),
         (("base", "probability", "efficacy"), "probability of the base model: efficacy"),
         (("base", "says", "chat", "contains"), "says of the base model: chat: contains"),
-        (("general", "edited", "arc_easy", "acc,none", "value"), "general: arc_easy: acc,none: value"),
     ],
 )
 def test_a_figure_that_is_no_finite_number_is_named(path, named, bad):
@@ -115,7 +114,10 @@ def test_a_figure_that_is_no_finite_number_is_named(path, named, bad):
         (("texts", 1, "holds"), None, "text 1: fact must be a whole number and holds"),
         (("general",), None, "general"),
         (("general", "base"), [], "general: base"),
+        (("general", "edited", "arc_easy", "acc,none"), {"stderr": 0.1}, "acc,none: there is no value"),
+        (("general", "edited", "arc_easy", "acc,none", "value"), float("nan"), "acc,none: value must be a finite"),
         (("general", "edited", "arc_easy", "acc,none", "stderr"), "N/A", "acc,none: stderr"),
+        (("general", "edited", "arc_easy", "acc,none", "n"), True, "acc,none: n must be a finite number"),
     ],
 )
 def test_what_is_damaged_is_named(path, bad, named):

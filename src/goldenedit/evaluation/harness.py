@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class HarnessScore(TypedDict):
     """A figure of the harness, its standard error where it has one, and the number of items it is over."""
 
-    value: float
+    value: float | None
     stderr: float | None
     n: int | None
 
@@ -54,9 +56,9 @@ def harness_scores(
         batch_size: How many items go through the model at once. Figures differ by rounding between batch sizes.
 
     Returns:
-        By task, and in it by metric, the value, its standard error (None where the task has none) and the number of
-        items (None for groups of tasks). A metric that filters answers is called `"exact_match,strict-match"`, others
-        `"acc"`.
+        By task, and in it by metric, the value, its standard error and the number of items. Value and error are None
+        where the task has none or they are not finite, and the number is None for groups of tasks. A metric that
+        filters answers is called `"exact_match,strict-match"`, others `"acc"`.
 
     Raises:
         ModuleNotFoundError: lm-evaluation-harness is not installed.
@@ -165,11 +167,15 @@ def _by_metric(row: Mapping[str, Any], samples: Mapping[str, int] | None) -> dic
             continue
         stderr = row.get(f"{metric}_stderr,{answers}")
         scores[metric if answers == "none" else entry] = {
-            "value": float(value),
-            "stderr": float(stderr) if isinstance(stderr, float | int) else None,  # "N/A" where there is none
+            "value": _finite(value),
+            "stderr": _finite(stderr),  # "N/A" where there is none
             "n": samples["effective"] if samples else None,
         }
     return scores
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 @contextmanager

@@ -191,11 +191,12 @@ def _general_rows(evaluation: Mapping[str, Any]) -> Iterator[Row]:
     for task, metrics in general["edited"].items():
         for metric, result in metrics.items():
             before = general["base"].get(task, {}).get(metric)
-            yield [literal(task), literal(metric), _with_error(result), _with_error(before)]
+            count = _MISSING if result.get("n") is None else str(result["n"])
+            yield [literal(task), literal(metric), count, _with_error(result), _with_error(before)]
 
 
 def _with_error(result: Mapping[str, Any] | None) -> str:
-    if result is None:
+    if result is None or result.get("value") is None:
         return _MISSING
     error = result.get("stderr")
     return f"{result['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -99,9 +99,11 @@ def _check_general(general: Any) -> None:
             for metric, result in _record(f"evaluation: general: {task}", metrics).items():
                 where = f"evaluation: general: {task}: {metric}"
                 figures = _record(where, result)
-                _check_number(f"{where}: value", figures.get("value"))
-                if figures.get("stderr") is not None:
-                    _check_number(f"{where}: stderr", figures["stderr"])
+                if "value" not in figures:
+                    raise ValueError(f"{where}: there is no value")
+                for name in ("value", "stderr", "n"):
+                    if figures.get(name) is not None:
+                        _check_number(f"{where}: {name}", figures[name])
 
 
 def _record(where: str, value: Any) -> dict[str, Any]:
