@@ -187,6 +187,41 @@ def test_bad_arguments_are_an_error_before_anything_runs(tokenizer, monkeypatch)
         model.evaluate(forms=["riddle"])
     with pytest.raises(ValueError, match="no facts to evaluate"):
         model.evaluate([])
+    with pytest.raises(ValueError, match="tokens, but the model takes"):
+        model.evaluate([FACT, EditRequest("The Louvre " * 300 + "is in", "The Louvre", "Rome")])
+
+
+def test_a_fact_that_a_later_edit_replaced_is_not_asked_for(tokenizer):
+    model = edited_model(tokenizer)
+    model.edit(EditRequest(FACT.prompt, FACT.subject, "Berlin", question=FACT.question))
+    evaluation = model.evaluate(forms=["completion"], unchanged=False, in_prompt=False, **FAST)
+    assert evaluation.says["completion"].n == 1
+    assert [text.answers for text in evaluation.texts] == [("Berlin",)]
+
+
+def test_facts_that_are_passed_are_told_from_the_edited_ones(tokenizer):
+    model = edited_model(tokenizer)
+    options = {"forms": (), "unchanged": False}
+    longer = EditRequest(FACT.prompt, FACT.subject, "Rome", paraphrases=("One sees The Eiffel Tower in",))
+    for facts, is_own in (([longer], True), ([MERKEL], False), ([FACT, MERKEL], False)):
+        model.evaluate(facts, **options)
+        assert model._evaluations["edit_1",]["own_facts"] is is_own
+
+
+def test_an_adapter_that_was_switched_on_since_changes_the_base_model(tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=64)
+    get_peft_model(tiny_model("llama"), lora).save_pretrained(tmp_path)
+    model, fresh = edited_model(tokenizer), edited_model(tokenizer)
+    options = {"forms": ["completion"], "in_prompt": False, "control": False, "max_new_tokens": 8}
+    before = model.evaluate(**options)
+    for one in (model, fresh):
+        one.load_adapter(tmp_path, "beside")
+        one.set_adapter(["edit_1", "beside"])
+    after = model.evaluate(**options)
+    assert [text.base for text in after.texts] != [text.base for text in before.texts]
+    assert after == fresh.evaluate(**options)
 
 
 def test_a_judge_sees_question_answer_and_text(tokenizer):
@@ -194,7 +229,7 @@ def test_a_judge_sees_question_answer_and_text(tokenizer):
 
     def judge(question, answer, text):
         calls.append((question, answer, text))
-        return question == FACT.text and len(calls) % 2 == 1
+        return question == FACT.text
 
     evaluation = edited_model(tokenizer).evaluate(
         forms=["completion", "portability"], unchanged=False, judge=judge, **FAST
@@ -203,6 +238,7 @@ def test_a_judge_sees_question_answer_and_text(tokenizer):
     for kind, answer in (("completion", "Rome"), ("portability", "Italy")):
         for written in (texts[kind].edited, texts[kind].base, texts[kind].informed):
             assert (texts[kind].question, answer, written) in calls
+    assert len(calls) == len(set(calls))  # also where both models write the same
     assert evaluation.says["completion"].judge.value == 1.0
     assert evaluation.says["portability"].judge.value == 0.0
 

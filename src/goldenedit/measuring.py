@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ class MeasuringMixin:
 
         def _edit(self, name: str) -> Edit: ...
 
+        def _see_model(self) -> None: ...
+
         def _without(self, name: str) -> AbstractContextManager[None]: ...
 
     @outside_inference_mode()
@@ -76,13 +78,15 @@ class MeasuringMixin:
         The latest figures go into the model card when these edits are saved.
 
         Args:
-            requests: The facts, as `edit` takes them; by default the facts of the active edits.
+            requests: The facts, as `edit` takes them; by default the facts of the active edits, without those that a
+                later edit gives a new answer.
             forms: The forms in which facts are asked, see `goldenedit.evaluation.forms.FORMS`. Forms that a fact has no
                 text for are left out.
             unchanged: Also compare other prompts and plain text with the base model.
             in_prompt: Also ask the base model with the fact in its prompt.
             control: Also compare a random change of the same rank and norm at the same place.
-            judge: Also let a judge decide on each answer: a callable `(question, answer, text) -> bool`.
+            judge: Also let a judge decide on each answer: a callable `(question, answer, text) -> bool`. It is called
+                once for the same three texts.
             neighbors: Use the first so many neighborhood prompts of each fact; None for all.
             max_new_tokens: Largest number of tokens of an answer, which ends with its first sentence.
             generation: Also measure the `generation` family: whether texts begin with the answer.
@@ -97,10 +101,8 @@ class MeasuringMixin:
             1.0
             ```
         """
-        own_facts = requests is None
-        if requests is None:
-            requests = [fact.request for name in self.active_adapters for fact in self._edit(name).facts]
-        facts = as_requests(requests)
+        edited_facts = self._edited_facts()
+        facts = list(edited_facts.values()) if requests is None else as_requests(requests)
         if not facts:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
         options = SeenOptions(
@@ -109,15 +111,17 @@ class MeasuringMixin:
             in_prompt=in_prompt,
             neighbors=neighbors,
             max_new_tokens=max_new_tokens,
-            judge=judge,
+            judge=None if judge is None else cache(judge),
         )
+        self._see_model()
         self.adapters.ensure()
-        measured = self._measurement(facts, options, control)
         prompts = [rendered(self.tokenizer, request) for request in facts]
         with phase("evaluation: likelihoods"):
             edited, before = observe_with_and_without(
                 self.lm, prompts, self._first_edited_layer(), self.disable_adapter, generation, neighbors
             )
+        # It takes longest, so it runs once all facts are known to be such that the model can be asked for them.
+        measured = self._measurement(facts, options, control)
         evaluation = Evaluation(
             measure(prompts, edited, before, neighbors),
             measure(prompts, before, before, neighbors),
@@ -125,7 +129,8 @@ class MeasuringMixin:
             seen([measured], edited=False),
             tuple(texts_of(measured)),
         )
-        about = {"own_facts": own_facts, "facts": len(facts)}
+        is_edited = (_answers_as(edited_facts.get(_place(fact)), fact) for fact in facts)
+        about = {"own_facts": all(is_edited), "facts": len(facts)}
         texts = [asdict(text) for text in examples(evaluation.texts)]
         active = tuple(self.active_adapters)
         earlier = self._evaluations.get(active, {})
@@ -162,6 +167,11 @@ class MeasuringMixin:
         empty: dict[str, Any] = {"own_facts": True, "facts": 0, "edited": {}, "base": {}, "texts": []}
         self._evaluations.setdefault(tuple(self.active_adapters), empty)["general"] = general
         return general
+
+    def _edited_facts(self) -> dict[tuple[str, bool], EditRequest]:
+        """Return the facts of the active edits by their prompts; of one prompt, the fact that was edited last."""
+        facts = (fact.request for name in self.active_adapters for fact in self._edit(name).facts)
+        return {_place(request): request for request in facts}
 
     def _verified(self, name: str, facts: Sequence[EditRequest]) -> Verification:
         """Ask the model with a new edit and without it: the edit's facts in every form, and other prompts."""
@@ -228,6 +238,15 @@ class MeasuringMixin:
             yield only_control
         finally:
             self.adapters.remove(name)
+
+
+def _place(request: EditRequest) -> tuple[str, bool]:
+    """Return what tells facts apart: two with the same prompt, or the same messages, replace each other."""
+    return request.shown, request.messages is None
+
+
+def _answers_as(edited: EditRequest | None, fact: EditRequest) -> bool:
+    return edited is not None and edited.target_new.strip() == fact.target_new.strip()
 
 
 def random_like(delta: LowRankDelta, generator: torch.Generator) -> LowRankDelta:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from goldenedit.evaluation.forms import FORMS, Asked, asked_forms
 from goldenedit.evaluation.harm import KINDS, Compared, Other, continuation_row, other_prompts, text_rows
@@ -264,21 +265,21 @@ def _form_scores(
         is_base: Whether the answers are the base model's. It should answer a negated prompt with the old answer no more
             often than the edited model answers it with the new one.
     """
+    by_form: dict[str, dict[int, list[tuple[bool, bool, bool]]]] = {form: {} for form in FORMS}
+    for text, answer in tqdm(answered, desc="Judging", unit="text", leave=False, disable=judge is None):
+        expected, unwanted = text.answers, text.old
+        if is_base and text.form == "negation":
+            expected, unwanted = text.old, ()
+        if not expected:
+            continue
+        judged = judge is not None and bool(judge(text.question, expected[0], answer))
+        verdicts = is_exact(answer, expected), contains(answer, expected, unwanted), judged
+        by_form[text.form].setdefault(text.fact, []).append(verdicts)
     scores = {}
-    for form in FORMS:
-        groups: dict[int, list[tuple[bool, bool, bool]]] = {}
-        for text, answer in answered:
-            expected, unwanted = text.answers, text.old
-            if is_base and form == "negation":
-                expected, unwanted = text.old, ()
-            if text.form != form or not expected:
-                continue
-            judged = judge is not None and bool(judge(text.question, expected[0], answer))
-            verdicts = is_exact(answer, expected), contains(answer, expected, unwanted), judged
-            groups.setdefault(text.fact, []).append(verdicts)
-        if groups:
+    for form, by_fact in by_form.items():
+        if by_fact:
             exact, said, judged_so = (
-                share_of([[verdicts[place] for verdicts in group] for group in groups.values()]) for place in range(3)
+                share_of([[verdicts[place] for verdicts in group] for group in by_fact.values()]) for place in range(3)
             )
             scores[form] = FormScores(exact, said, None if judge is None else judged_so)
     return scores
