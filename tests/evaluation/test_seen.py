@@ -13,7 +13,7 @@ from goldenedit.evaluation.seen import Baseline, Measurement, SeenOptions, ask, 
 from goldenedit.evaluation.texts import plain_texts, unrelated_questions
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.decoding import Continuation
-from goldenedit.lm.tokens import Row
+from goldenedit.lm.tokens import Row, prompt_tokens
 from models import tiny_model
 from tiny_edits import MERKEL, TOWER
 
@@ -231,6 +231,21 @@ def test_texts_that_do_not_fit_are_left_out_and_said_so(tokenizer, caplog):
         )
     assert [text.form for text in base.asked] == ["completion"]
     assert "1 of 2 texts that ask for facts are left out" in caplog.text
+
+
+def test_a_prompt_that_has_no_room_for_the_fact_before_it_is_asked_without(tokenizer, caplog):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    length = len(prompt_tokens(tokenizer, TOWER.text))
+    lm.model.config.max_position_embeddings = length + 3  # with the fact before it, the prompt is twice as long
+    options = SeenOptions(("completion",), unchanged=False, max_new_tokens=2)
+    base = baseline(lm, tokenizer, [TOWER], options)
+    assert [text.form for text in base.asked] == ["completion"]
+    assert list(base.informed) == [None]
+    assert "1 of 1 texts are not asked with the fact in the prompt" in caplog.text
+    result = Measurement(base, list(base.answers), {})
+    assert seen([result]).in_prompt == {}
+    assert seen([result]).says["completion"].n == 1
+    assert texts_of(result)[0].informed is None
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Baseline:
         options: What is measured.
         asked: The texts that ask for the facts.
         answers: The base model's answer to each of them.
-        informed: Its answer with the fact in its prompt; empty if it was not asked.
+        informed: Its answer with the fact in its prompt, None where that is too long; empty if it was not asked.
         others: Prompts whose answers should not change.
         continuations: What the base model writes after them.
         rows: The others with their continuations, then the plain texts, as token rows.
@@ -81,7 +81,7 @@ class Baseline:
     options: SeenOptions
     asked: Sequence[Asked]
     answers: Sequence[str]
-    informed: Sequence[str]
+    informed: Sequence[str | None]
     others: Sequence[Other] = ()
     continuations: Sequence[Continuation] = ()
     rows: Sequence[Row] = ()
@@ -145,43 +145,44 @@ def baseline(
             continuation of the base model is written once and kept.
     """
     write = write or lm.answers
-    asked = _fitting(lm, asked_forms(tokenizer, requests, options.forms), options.in_prompt)
-    prompts = [text.prompt for text in asked] + [text.informed for text in asked if options.in_prompt]
-    written = write(prompts, options.max_new_tokens, has_ended)
-    texts = [answer_of(continuation.text) for continuation in written]
+    asked = _fitting(lm, asked_forms(tokenizer, requests, options.forms))
+    told = [text.informed if _fits(lm, text.informed) else None for text in asked] if options.in_prompt else []
+    if left_out := told.count(None):
+        logger.warning(
+            "%d of %d texts are not asked with the fact in the prompt: %s.", left_out, len(asked), _too_long(lm)
+        )
+    prompts = [text.prompt for text in asked] + [prompt for prompt in told if prompt is not None]
+    texts = iter([answer_of(continuation.text) for continuation in write(prompts, options.max_new_tokens, has_ended)])
+    answers = [next(texts) for _ in asked]
+    informed = [None if prompt is None else next(texts) for prompt in told]
     if not options.unchanged:
-        return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :])
+        return Baseline(requests, options, asked, answers, informed)
     others = other_prompts(tokenizer, requests, options.neighbors)
-    if (limit := lm.max_length) is not None:
-        others = [other for other in others if len(prompt_tokens(lm.tokenizer, other.prompt)) < limit]
+    others = [other for other in others if _fits(lm, other.prompt)]
     continuations = write([other.prompt for other in others], options.continuation, None)
     rows = [
         continuation_row(lm, other.prompt, continuation.tokens, continuation.finished)
         for other, continuation in zip(others, continuations, strict=True)
     ]
     rows += text_rows(lm, plain_texts()[: options.texts])
-    return Baseline(requests, options, asked, texts[: len(asked)], texts[len(asked) :], others, continuations, rows)
+    return Baseline(requests, options, asked, answers, informed, others, continuations, rows)
 
 
-def _fitting(lm: LanguageModel, asked: Sequence[Asked], in_prompt: bool) -> list[Asked]:
+def _fitting(lm: LanguageModel, asked: Sequence[Asked]) -> list[Asked]:
     """Return the texts that leave the model room for an answer. Edited prompts are kept, so that asking them raises."""
-    limit = lm.max_length
-    if limit is None:
-        return list(asked)
-
-    def fits(text: Asked) -> bool:
-        longest = text.informed if in_prompt else text.prompt
-        return text.form == "completion" or len(prompt_tokens(lm.tokenizer, longest)) < limit
-
-    fitting = [text for text in asked if fits(text)]
-    if len(fitting) < len(asked):
-        logger.warning(
-            "%d of %d texts that ask for facts are left out: they are longer than the model's context of %d tokens.",
-            len(asked) - len(fitting),
-            len(asked),
-            limit,
-        )
+    fitting = [text for text in asked if text.form == "completion" or _fits(lm, text.prompt)]
+    if left_out := len(asked) - len(fitting):
+        logger.warning("%d of %d texts that ask for facts are left out: %s.", left_out, len(asked), _too_long(lm))
     return fitting
+
+
+def _fits(lm: LanguageModel, prompt: str) -> bool:
+    """Return whether a prompt leaves the model room for an answer."""
+    return lm.max_length is None or len(prompt_tokens(lm.tokenizer, prompt)) < lm.max_length
+
+
+def _too_long(lm: LanguageModel) -> str:
+    return f"they leave no room for an answer in the model's context of {lm.max_length} tokens"
 
 
 def has_ended(text: str) -> bool:
@@ -243,10 +244,11 @@ def seen(measurements: Sequence[Measurement], edited: bool = True) -> Seen:
         for text, answer in zip(measured.base.asked, measured.written if edited else measured.base.answers, strict=True)
     ]
     informed = [
-        pair
+        (text, answer)
         for measured in measurements
         if measured.base.informed
-        for pair in zip(measured.base.asked, measured.base.informed, strict=True)
+        for text, answer in zip(measured.base.asked, measured.base.informed, strict=True)
+        if answer is not None
     ]
     return Seen(
         says=_form_scores(own, judge, is_base=not edited),
