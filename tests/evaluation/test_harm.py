@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from goldenedit import EditRequest, get_edit_model
-from goldenedit.evaluation.harm import compare, continuation_row, other_prompts, text_rows
+from goldenedit.evaluation.harm import _batches, compare, continuation_row, other_prompts, text_rows
 from goldenedit.evaluation.texts import plain_texts, unrelated_questions
 from goldenedit.lm.decoding import greedy
 from goldenedit.lm.tokens import Row, prompt_tokens
@@ -152,9 +152,19 @@ def test_the_size_of_batches_changes_nothing(tokenizer, monkeypatch):
     whole = compare(model.lm, rows, 1, model.disable_adapter, {"edited": nullcontext})["edited"]
     monkeypatch.setattr("goldenedit.evaluation.harm._LOGITS", 200 * 10)
     small = compare(model.lm, rows, 1, model.disable_adapter, {"edited": nullcontext})["edited"]
-    for one, other in zip(whole, small, strict=True):
-        assert one.same == other.same
-        assert one.kl == pytest.approx(other.kl, abs=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr("goldenedit.evaluation.harm._TOKENS", 40)
+    short = compare(model.lm, rows, 1, model.disable_adapter, {"edited": nullcontext})["edited"]
+    for one, *others in zip(whole, small, short, strict=True):
+        for other in others:
+            assert one.same == other.same
+            assert one.kl == pytest.approx(other.kl, abs=1e-5)
+
+
+def test_batches_of_long_rows_have_few_of_them(monkeypatch):
+    monkeypatch.setattr("goldenedit.evaluation.harm._TOKENS", 40)
+    rows = [Row(tuple(range(length)), -1, (length - 1,), length - 1) for length in (3, 10, 12, 20, 21, 60)]
+    assert list(_batches(range(6), rows, 1000)) == [[0, 1, 2], [3], [4], [5]]
 
 
 def test_no_rows_are_nothing_to_compare(tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -9,7 +11,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from goldenedit import get_edit_model
 from goldenedit.evaluation.seen import has_ended
-from goldenedit.lm import LanguageModel
+from goldenedit.lm import LanguageModel, decoding
 from goldenedit.lm.decoding import greedy
 from goldenedit.lm.tokens import prompt_tokens
 from models import EXPERTS_CONFIGS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, tiny_model
@@ -130,6 +132,41 @@ def test_a_shared_beginning_runs_once(tokenizer):
     shared = len(prompt_tokens(tokenizer, _BEGINNING.rstrip()))
     assert calls[0]["input_ids"].shape == (1, shared)
     assert all(call["input_ids"].shape[1] < shared for call in calls[1:] if len(call["input_ids"]) > 1)
+
+
+def test_a_beginning_is_not_shared_where_it_leaves_the_window_of_the_text_model(tokenizer, monkeypatch):
+    model = tiny_model("llama")
+    text_config = SimpleNamespace(sliding_window=8)  # as in models of texts and images
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda *_, **__: text_config)
+    calls = watched(model)
+    written_by(model, tokenizer)
+    assert all(len(call["input_ids"]) > 1 for call in calls[:1])
+
+
+def test_batches_of_long_prompts_have_few_of_them(tokenizer, monkeypatch):
+    model = tiny_model("llama")
+    expected = written_by(model, tokenizer)
+    monkeypatch.setattr(decoding, "_TOKENS", 64)
+    monkeypatch.setattr(decoding, "_SHARING", 100)
+    calls = watched(model)
+    assert written_by(model, tokenizer) == expected
+    assert all(call["attention_mask"].numel() <= 64 for call in calls if len(call["input_ids"]) > 1)
+    assert any(len(call["input_ids"]) > 1 for call in calls)
+
+
+def test_rows_are_dropped_from_a_cache_on_other_devices_than_the_tokens():
+    devices = []
+
+    class SpreadCache(DynamicCache):
+        def batch_select_indices(self, indices):
+            devices.append(indices.device.type)  # tensors on any device take indices on the CPU
+
+    rows = [decoding._Row([3, 4], new=[5]), decoding._Row([3, 4], new=[6])]
+    batch = decoding._Batch(SimpleNamespace(device="meta", padding_id=0), rows, 0)
+    batch.past = SpreadCache()
+    batch.keep([1])
+    assert devices == ["cpu"]
+    assert len(batch._tokens) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "qwen3_next", "bamba"])

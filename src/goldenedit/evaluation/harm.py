@@ -38,6 +38,7 @@ _ABOUT_SUBJECT = (
     "Can you describe {} in one sentence?",
 )
 _LOGITS = 1 << 26  # largest number of logits of a batch, over all positions read
+_TOKENS = 1 << 15  # largest number of tokens of a batch
 
 State = Callable[[], AbstractContextManager[None]]  # switches a state of the model on
 
@@ -188,11 +189,12 @@ def _differences(expected: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batches(order: Sequence[int], rows: Sequence[Row], most: int, largest: int = 64) -> Iterator[list[int]]:
-    """Yield rows in batches with at most `most` target tokens."""
+    """Yield rows, the shortest first, in batches with at most `most` target tokens."""
     batch: list[int] = []
     size = 0
     for index in order:
-        if batch and (size + len(rows[index].target) > most or len(batch) >= largest):
+        tokens = (len(batch) + 1) * len(rows[index].input_ids)
+        if batch and (size + len(rows[index].target) > most or len(batch) >= largest or tokens > _TOKENS):
             yield batch
             batch, size = [], 0
         batch.append(index)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _SHARED = 16  # a common beginning of at least so many tokens, in at least so many rows, runs once
 _SHARING = 3
+_TOKENS = 1 << 15  # largest number of tokens of a batch, with those to be written: what its cache has room for
 _TOLERANCE = 1e-3  # largest difference of logits that counts as rounding, relative to the largest logit
 
 
@@ -75,7 +76,7 @@ def greedy(
         prompts: Texts, or chats rendered by `goldenedit.lm.chat`.
         max_new_tokens: Largest number of tokens to write. A text also ends where the model's context does.
         ends: Called with a text after each token; the text needs no more tokens where it returns True.
-        batch_size: Largest number of rows of a forward.
+        batch_size: Largest number of rows of a forward. Batches of long prompts have fewer.
         description: What the progress bar says.
 
     Raises:
@@ -134,7 +135,10 @@ class _Decoder:
             ordered = sorted(sharing, key=lambda row: len(row.ids))
         elif not self.pads:
             ordered = [row for row in ordered if len(row.ids) == len(ordered[0].ids)]
-        return ordered[:batch_size]
+        batch = ordered[:batch_size]
+        while len(batch) > 1 and len(batch) * (len(batch[-1].ids) + self.max_new_tokens) > _TOKENS:
+            batch.pop()  # the longest
+        return batch
 
     def run(self, rows: Sequence[_Row], on_finished: Callable[[int], Any]) -> None:
         """Write the continuations of rows."""
@@ -204,7 +208,8 @@ class _Decoder:
 
     def _shared(self, rows: Sequence[_Row]) -> int:
         """Return the number of tokens that all rows begin with, 0 if they are not worth running once."""
-        window = getattr(self.lm.model.config, "sliding_window", None)
+        text_config = self.lm.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        window = getattr(text_config, "sliding_window", None)
         longest = max(len(row.ids) for row in rows) + self.max_new_tokens
         if (
             len(rows) < _SHARING
@@ -285,7 +290,7 @@ class _Batch:
         """Go on with these rows and their newest tokens. Where the cache cannot drop the others, they are ignored."""
         self.active = len(places)
         if len(places) < len(self.rows) and (self.past is None or _can_select(self.past)):
-            index = torch.tensor(places, device=self._tokens.device)
+            index = torch.tensor(places)  # on the CPU: the layers of the cache may be on several devices
             if self.past is not None:  # first: if it fails, the rows are as they were
                 self.past.batch_select_indices(index)
             self.rows = [self.rows[place] for place in places]
