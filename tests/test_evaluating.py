@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from goldenedit import EditModel
 from goldenedit.cli import main
+from goldenedit.lm.decoding import greedy
 from goldenedit.storage.card import own_card
 from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
@@ -88,7 +90,7 @@ def test_questions_are_shown_with_both_answers_and_facts_that_are_not_said_are_t
     facts.write_text("prompt,subject,target\nI live near Berlin,Berlin,Hamburg\n")
     output = run(capsys, "evaluate", edit, "--file", str(facts), "--texts", "1", "--no-unchanged")[1]
     assert "base model" in output
-    assert "1 of 1 facts are not said where they were edited:" in output
+    assert "The edited model does not say 1 of 1 facts:" in output
     assert "'I live near Berlin': expected 'Hamburg'" in " ".join(output.split())
 
 
@@ -116,9 +118,23 @@ def test_general_ability_of_both_models_goes_into_scores_and_card(edit, tmp_path
     assert "general ability" not in card.split("Not measured:")[1].split("\n")[0]
 
 
-def test_edits_are_set_side_by_side_on_the_facts_of_all(folder, edit, tmp_path, capsys):
+def test_tasks_of_the_harness_that_do_not_exist_are_an_error_before_anything_is_asked(edit, capsys, monkeypatch):
+    monkeypatch.setattr(EditModel, "evaluate", lambda *_, **__: pytest.fail("the model was asked"))
+    code, _, errors = run(capsys, "evaluate", edit, "--lm-eval", "no such task")
+    assert code == 1
+    assert "no such task" in errors or "not installed" in errors
+
+
+def test_edits_are_set_side_by_side_on_the_facts_of_all(folder, edit, tmp_path, capsys, monkeypatch):
     other = str(tmp_path / "other")
     assert run(capsys, "edit", folder, *OTHER, *BY_HAND, "-o", other)[0] == 0
+    asked: list[str] = []
+
+    def counted(lm, prompts, *arguments, **options):
+        asked.extend(prompts)
+        return greedy(lm, prompts, *arguments, **options)
+
+    monkeypatch.setattr("goldenedit.lm.language_model.greedy", counted)
     code, output, errors = run(capsys, "compare", edit, other, "--json", "--forms", "completion")
     assert code == 0
     one, two = json.loads(output)
@@ -126,6 +142,7 @@ def test_edits_are_set_side_by_side_on_the_facts_of_all(folder, edit, tmp_path, 
     assert one["base"] == two["base"]
     assert one["edited"] != two["edited"]
     assert "plain text: KL" in errors
+    assert len(asked) == len(set(asked)) > 40  # the base model is asked once for all edits
 
 
 def test_edits_of_different_models_are_not_compared(edit, tmp_path, tokenizer, capsys):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
 from goldenedit import EditRequest
+from goldenedit.evaluation.evaluate import Evaluation
+from goldenedit.evaluation.report import FormScores, Share, Text, TextScores, UnchangedScores
+from goldenedit.evaluation.seen import Seen
 from goldenedit.storage.folder import Edit, EditedFact
-from goldenedit.tables import facts_table, general_table, printable
+from goldenedit.tables import comparison_table, facts_table, failures, general_table, printable, seen_table
+from goldenedit.terminal import console
 
 
 def printed(content: object) -> str:
@@ -67,3 +72,64 @@ def test_scores_of_the_harness_have_their_number_of_items():
     )
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "acc" in line]
     assert rows == [["arc", "acc", "100", "0.500 ± 0.050", "0.500 ± 0.050"], ["mmlu", "acc", "", "", ""]]
+
+
+def evaluation(*texts: Text, form: str = "completion") -> Evaluation:
+    """Return an evaluation of eight facts."""
+    share, half = Share(0.75, 8), Share(0.5, 2)
+    edited = Seen(
+        says={form: FormScores(exact=half, contains=share)},
+        in_prompt={form: FormScores(exact=half, contains=Share(1.0, 8))},
+        unchanged={"subject": UnchangedScores(share, 32, 0.01, control=half, keyword=half, says_new=share)},
+        text=TextScores(kl=0.002, agreement=0.97, tokens=100, worst=0.01, control=0.001),
+    )
+    base = Seen(says={form: FormScores(exact=half, contains=Share(0.25, 8))})
+    return Evaluation({}, {}, edited, base, texts)
+
+
+def rows(content: object) -> dict[str, list[str]]:
+    """Return the cells of the rows of a table without lines, by their labels."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in printed(content).splitlines()]
+    return {label: cells for label, *cells in lines}
+
+
+def test_each_figure_stands_beside_its_own_number_of_facts_or_prompts():
+    table = rows(seen_table(evaluation()))
+    assert table["completion"] == ["0.75", "0.41-0.93", "0.25", "1.00", "8"]
+    assert table["subject"] == ["0.75", "0.41-0.93", "1.00", "0.50", "32"]
+    assert table["key word kept"] == ["0.50", "0.09-0.91", "2"]  # the base model's answer has one for two facts
+    assert table["says new answer"] == ["0.75", "0.41-0.93", "8"]
+    assert table["plain text: KL"] == ["0.002", "0", "0.001", "100"]
+
+
+def test_a_negation_is_said_to_be_an_error_where_there_is_one():
+    assert "saying the new answer is an error" in " ".join(printed(seen_table(evaluation(form="negation"))).split())
+    assert "is an error" not in printed(seen_table(evaluation()))
+
+
+def test_edits_are_compared_beside_a_random_change():
+    output = printed(comparison_table(["a", "[b]"], [evaluation(), evaluation()]))
+    assert "[b]" in output
+    assert output.count("0.75 (0.41 to 0.93), random 0.50") == 2
+    assert output.count("0.002, random 0.001") == 2
+
+
+def test_facts_that_are_not_said_are_named_once_by_their_prompts():
+    def text(fact: int, kind: str, holds: bool) -> Text:
+        return Text(fact, kind, f"{kind} {fact}", "", "Oslo", None, ("Rome",), holds)
+
+    texts = [text(0, "completion", True), text(0, "chat", False), text(0, "negation", False), text(1, "chat", False)]
+    assert list(failures(evaluation(*texts))) == [
+        "The edited model does not say 1 of 2 facts:",
+        "  'chat 1': expected 'Rome', got 'Oslo'",
+    ]
+    assert list(failures(evaluation(texts[0]))) == []
+    many = list(failures(evaluation(*(text(fact, "completion", False) for fact in range(3000)))))
+    assert len(many) == 7
+    assert many[-1] == "  and 2995 more"
+
+
+def test_words_between_colons_are_no_emoji():
+    with console.capture() as captured:
+        console.print(printable("Note :smile: it :warning:"))
+    assert captured.get() == "Note :smile: it :warning:\n"

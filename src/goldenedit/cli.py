@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(arguments)
     except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {printable(str(message))}")
+        Console(stderr=True, emoji=False).print(f"[bold red]Error:[/bold red] {printable(str(message))}")
         sys.exit(1)
 
 

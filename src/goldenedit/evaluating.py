@@ -14,6 +14,7 @@ from goldenedit.tables import printable
 from goldenedit.terminal import console, load_edits, load_model, report_on_stderr
 
 if TYPE_CHECKING:
+    from goldenedit.evaluation.evaluate import Evaluation
     from goldenedit.evaluation.judges import Judge
     from goldenedit.model import EditModel
 
@@ -34,7 +35,7 @@ def evaluate(
     model: Base = None,
     forms: Forms = None,
     unchanged: Unchanged = True,
-    texts: Annotated[int, typer.Option(help="Print so many questions with the answers of both models.")] = 0,
+    texts: Annotated[int, typer.Option(min=0, help="Print so many questions with the answers of both models.")] = 0,
     judge: Annotated[
         str | None, typer.Option(help="The URL of an OpenAI-compatible server that judges each answer.")
     ] = None,
@@ -45,7 +46,7 @@ def evaluate(
     lm_eval_path: Annotated[
         Path | None, typer.Option(file_okay=False, help="A folder with further tasks of the harness.")
     ] = None,
-    lm_eval_limit: Annotated[int | None, typer.Option(help="Use the first so many items of each task.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items of each task.")] = None,
     generation: Annotated[bool, typer.Option(help="Also measure whether texts begin with the answer.")] = False,
     as_json: Json = False,
     output: Annotated[
@@ -64,20 +65,14 @@ def evaluate(
     requests = _facts(file, format, skip_bad)
     path, base, tokenizer = load_edits(folder, model)
     edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
-    evaluation = edit_model.evaluate(requests, generation=generation, **options)
-    scores = evaluation.to_dict()
-    console.print(tables.seen_table(evaluation))
-    console.print(tables.evaluation_table(evaluation))
-    if texts:
-        from goldenedit.evaluation.report import shown, spread
-
-        for text in spread(evaluation.texts)[:texts]:
-            console.print(printable(shown(text, ("base model", "edited model"))))
-    for line in tables.failures(evaluation):
-        console.print(printable(line), style="yellow")
-    if lm_eval is not None:
+    scores: dict[str, Any] = {}
+    if lm_eval is not None:  # first: a task that does not exist is an error before anything takes long
         tasks = [task.strip() for task in lm_eval.split(",")]
         scores["general"] = edit_model.evaluate_general(tasks, lm_eval_path, lm_eval_limit)
+    evaluation = edit_model.evaluate(requests, generation=generation, **options)
+    scores = {**evaluation.to_dict(), **scores}
+    _print(evaluation, texts)
+    if "general" in scores:
         console.print(tables.general_table(scores["general"]))
     if card:
         _write_card(edit_model, path)
@@ -126,8 +121,10 @@ def compare(
     name, revision = loading.base_of(contents[0].base_model, model)
     base, tokenizer = load_model(name, revision=revision)
     evaluations = []
+    lm = None
     for path in paths:
         edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
+        lm = edit_model.lm = lm or edit_model.lm  # it keeps what the base model answers, which is asked once
         evaluations.append(edit_model.evaluate(requests, in_prompt=False, **options))
         edit_model.unload()
     console.print(tables.comparison_table(folders, evaluations))
@@ -157,6 +154,18 @@ def _judge(url: str | None, model: str) -> Judge | None:
     from goldenedit.evaluation.judges import url_judge
 
     return url_judge(url, model)
+
+
+def _print(evaluation: Evaluation, texts: int) -> None:
+    """Print the figures, so many questions with the answers of both models, and the facts that are not said."""
+    from goldenedit.evaluation.report import shown, spread
+
+    console.print(tables.seen_table(evaluation))
+    console.print(tables.evaluation_table(evaluation))
+    for text in spread(evaluation.texts)[:texts]:
+        console.print(printable(shown(text, ("base model", "edited model"))))
+    for line in tables.failures(evaluation):
+        console.print(printable(line), style="yellow")
 
 
 def _write_card(edit_model: EditModel, path: Path) -> None:

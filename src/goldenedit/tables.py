@@ -23,6 +23,8 @@ _LEGEND = (
     "Shares of facts, or of prompts. prompt: the base model with the fact in its prompt. random: a random change of "
     "the same size. KL in nats. n: facts, prompts or tokens."
 )
+_LEGEND_OF_NEGATION = 'negation ("not"): saying the new answer is an error; base: the share that says the old one.'
+_LEGEND_OF_COMPARISON = "In brackets 95% intervals over facts. random: a random change of the same size. KL in nats."
 _MISSED = 5  # facts that are named
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
 
@@ -93,7 +95,8 @@ def facts_table(edits: list[Edit]) -> Table:
 
 def seen_table(evaluation: Evaluation) -> Table:
     """Return what a user sees: how often the model says the answers, and what else changed."""
-    table = Table(box=None, padding=(0, 2, 0, 0), caption=_LEGEND, caption_justify="left")
+    legend = f"{_LEGEND} {_LEGEND_OF_NEGATION}" if "negation" in evaluation.says else _LEGEND
+    table = Table(box=None, padding=(0, 2, 0, 0), caption=legend, caption_justify="left")
     for column in ("", "edited", "95%", "base", "prompt", "random", "n"):
         table.add_column(column, no_wrap=True)
     for row in (*_rows_of_forms(evaluation), *_rows_of_others(evaluation)):
@@ -122,7 +125,7 @@ def _rows_of_others(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
         yield f" {kind}", f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n)
         for label, share in (("key word kept", same.keyword), ("says new answer", same.says_new)):
             if share is not None:
-                yield f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(same.n)
+                yield f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(share.facts)
         yield "   KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n)
     if (text := evaluation.text) is not None:
         intervals = {name: _range(bounds, ".2g") for name, bounds in text.intervals.items()}
@@ -150,12 +153,15 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def failures(evaluation: Evaluation) -> Iterator[str]:
-    """Yield a line on the facts that the edited model does not say where they were edited; nothing if it says all."""
+    """Yield lines on the facts that the edited model does not say; nothing if it says all.
+
+    Each fact counts once: asked by its prompt or, if it has messages or this form was left out, in a chat.
+    """
     edited = [text for text in evaluation.texts if text.kind in ("completion", "chat") and text.answers]
     prompts = list({text.fact: text for text in reversed(edited)}.values())[::-1]  # the edited prompt comes first
     missed = [text for text in prompts if not text.holds]
     if missed:
-        yield f"{len(missed)} of {len(prompts)} facts are not said where they were edited:"
+        yield f"The edited model does not say {len(missed)} of {len(prompts)} facts:"
     for text in missed[:_MISSED]:
         yield f"  {text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
     if len(missed) > _MISSED:
@@ -165,7 +171,7 @@ def failures(evaluation: Evaluation) -> Iterator[str]:
 def comparison_table(names: Sequence[str], evaluations: Sequence[Evaluation]) -> Table:
     """Return the figures of several edits side by side."""
     columns = [_figures(evaluation) for evaluation in evaluations]
-    table = Table("", *map(printable, names))
+    table = Table("", *map(printable, names), caption=_LEGEND_OF_COMPARISON, caption_justify="left")
     for label in dict.fromkeys(label for column in columns for label in column):
         table.add_row(label, *(column.get(label, "") for column in columns))
     return table
@@ -178,9 +184,11 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
         for form, scores in evaluation.says.items()
     }
     for kind, same in evaluation.unchanged.items():
-        figures[f"unchanged: {kind}"] = f"{same.same.value:.2f} ({_bounds(same.same.interval)})"
+        control = "" if same.control is None else f", random {same.control.value:.2f}"
+        figures[f"unchanged: {kind}"] = f"{same.same.value:.2f} ({_bounds(same.same.interval)}){control}"
     if evaluation.text is not None:
-        figures["plain text: KL"] = f"{evaluation.text.kl:.2g}"
+        control = "" if evaluation.text.control is None else f", random {evaluation.text.control:.2g}"
+        figures["plain text: KL"] = f"{evaluation.text.kl:.2g}{control}"
         figures["plain text: agreement"] = f"{evaluation.text.agreement:.3f}"
     for family, scores in evaluation.edited.items():
         values = scores.to_dict()

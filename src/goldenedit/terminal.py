@@ -13,7 +13,7 @@ from goldenedit.tables import printable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-console = Console()
+console = Console(emoji=False)  # texts may have words between colons
 
 
 def report_on_stderr(context: typer.Context) -> None:
