@@ -242,8 +242,26 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path):
 
 def test_the_same_change_asked_for_twice_is_one_and_two_answers_contradict():
     fact = EditRequest("Paris is in", "Paris", "Italy")
-    again = EditRequest("{} is in", "Paris", " Italy", "France", paraphrases=("Paris lies in",))
+    again = EditRequest("{} is in", "Paris", " Italy")
     other = EditRequest("Berlin is in", "Berlin", "Italy")
     assert distinct([fact, other, again, other]) == [fact, other]
     with pytest.raises(ValueError, match="'Paris is in' -> 'Italy' and -> 'Spain'"):
         distinct([fact, EditRequest("{} is in", "Paris", "Spain")])
+
+
+def test_equal_requests_are_united_with_all_that_each_of_them_says():
+    first = EditRequest("{} is in", "Paris", "Italy", paraphrases=("Paris lies in",), question="Where?")
+    second = EditRequest(
+        "Paris is in", "Paris", "Italy", "France", paraphrases=("Paris lies in", "One finds Paris in"),
+        portability=(("The president of Paris's country is", "Mattarella"),), question="Where is Paris?",
+        aliases=[["Italy", "Italia"]],
+    )  # fmt: skip
+    (united,) = distinct([first, second])
+    assert (united.prompt, united.question, united.target_true) == ("{} is in", "Where?", "France")
+    assert united.paraphrases == ("Paris lies in", "One finds Paris in")
+    assert united.portability == second.portability
+    assert united.names_of("Italy") == ("Italy", "Italia")
+    assert distinct([first, first]) == [first]
+    joined = EditRequest("巴黎在", "巴黎", "罗马", joint="")
+    (united,) = distinct([joined, EditRequest("巴黎在", "巴黎", "罗马", "法国", joint="")])
+    assert united.target_true.joint == united.target_new.joint == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ _TEXTS = ("paraphrases", "neighborhood", "generation")  # fields with several te
 _PAIRS = ("portability", "locality")  # fields with prompts and their answers
 
 _MANY = (*_TEXTS, *_PAIRS)
+_SINGLE = ("target_true", "relation", "question")  # fields with one text or none
 _LISTS = (*_MANY, "messages", "aliases")
 
 
@@ -377,19 +378,35 @@ def as_requests(facts: Facts) -> list[EditRequest]:
 def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:
     """Return the requests without duplicates, that is, requests with the same prompt or messages and the same answer.
 
+    The first of several keeps its fields. What it lacks, and further paraphrases and other prompts, come from the
+    later ones.
+
     Raises:
         ValueError: Two requests have different answers to the same prompt.
     """
-    first_by_prompt: dict[tuple[str, bool, str], EditRequest] = {}
+    by_prompt: dict[tuple[str, bool, str], list[EditRequest]] = {}
     for request in requests:
-        key = request.shown, request.messages is None, request.subject
-        target = first_by_prompt.setdefault(key, request).target_new
-        if target.strip() != request.target_new.strip():
+        equal = by_prompt.setdefault((request.shown, request.messages is None, request.subject), [])
+        if equal and equal[0].target_new.strip() != request.target_new.strip():
             raise ValueError(
-                f"Two requests contradict each other: {request.shown!r} -> {target!r} and -> {request.target_new!r}. "
-                "Remove one of them."
+                f"Two requests contradict each other: {request.shown!r} -> {equal[0].target_new!r} and -> "
+                f"{request.target_new!r}. Remove one of them."
             )
-    return list(first_by_prompt.values())
+        equal.append(request)
+    return [equal[0] if len(equal) == 1 else _united(equal) for equal in by_prompt.values()]
+
+
+def _united(requests: Sequence[EditRequest]) -> EditRequest:
+    """Return the first of equal requests, with the fields and the further prompts of the others."""
+    first = requests[0]
+    values = {name: [getattr(request, name) for request in requests] for name in (*_SINGLE, *_MANY, "aliases")}
+    fields: dict[str, Any] = {
+        name: next((value for value in values[name] if value is not None), None) for name in _SINGLE
+    }
+    for name in (*_MANY, "aliases"):
+        fields[name] = tuple(dict.fromkeys(item for items in values[name] for item in items))
+    changed = {name: value for name, value in fields.items() if value != getattr(first, name)}
+    return replace(first, **changed) if changed else first
 
 
 def proxy_facts() -> list[EditRequest]:
