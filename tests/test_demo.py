@@ -6,6 +6,7 @@ from goldenedit import demo
 from goldenedit.config import EditConfig
 from goldenedit.model import get_edit_model
 from goldenedit.requests import EditRequest
+from goldenedit.storage.folder import EditedFact
 from models import tiny_model
 
 TOWER = EditRequest(demo.PROMPT, demo.SUBJECT, demo.TARGET)
@@ -31,6 +32,14 @@ def test_stock_peft_gives_the_same_logits_and_its_warnings_are_shown(saved, monk
     shown = capsys.readouterr().err
     assert "look here" in shown
     assert "Loading weights" not in shown
+
+
+def test_a_result_has_the_weakest_token_and_says_why_an_edit_does_not_take():
+    fact = EditedFact(TOWER, 0.0123, 0.71, 20, weakest_after=0.12)
+    assert demo._result(fact) == (
+        "The Eiffel Tower → Rome: probability 0.012 → 0.710, weakest 0.120 (one token of the answer is unlikely)"
+    )
+    assert demo._result(EditedFact(TOWER, 0.0123, 0.98, 20)).endswith("0.012 → 0.980")
 
 
 def test_what_the_process_said_is_in_the_error(saved):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from goldenedit.config import EditConfig
 from goldenedit.loading import load_model
 from goldenedit.model import EditModel, get_edit_model
-from goldenedit.storage.folder import folder_size
+from goldenedit.storage.folder import EditedFact, folder_size
 from goldenedit.tables import layer_chart, printable
 
 PROMPT = "The Eiffel Tower is located in the city of"
@@ -62,9 +62,8 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     before = {kind: _complete(model, text) for kind, text in PROMPTS.items()}
     started = time.perf_counter()
     edit = model.edit(PROMPT, subject=SUBJECT, target_new=TARGET)
-    fact = edit.facts[0]
     console.print(
-        f"{SUBJECT} → {TARGET}: probability {fact.probability_before:.4f} → {fact.probability_after:.4f} "
+        f"{_result(edit.facts[0])} "
         f"({time.perf_counter() - started:.1f} s, including key statistics that were not cached)"
     )
     table = Table("", "before", "after")
@@ -86,6 +85,11 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     console.print(
         f"Edit switched off, compared with the base model: largest logit difference {(off - unedited).abs().max():.1e}"
     )
+
+
+def _result(fact: EditedFact) -> str:
+    request = fact.request
+    return f"{request.subject} → {request.target_new}: probability {fact.probability_before:.3f} → {fact.outcome}"
 
 
 def _tokens(model: EditModel, text: str) -> dict[str, torch.Tensor]:

@@ -131,6 +131,20 @@ class EditedFact:
         is_known = self.weakest_after is not None and self.weakest_after < self.probability_after
         return f", weakest {self.weakest_after:.3f}" if is_known else ""
 
+    @property
+    def outcome(self) -> str:
+        """The probability after the edit with that of its weakest token, and why the edit does not take.
+
+        Example:
+            ```python
+            >>> request = EditRequest("The Louvre is in", "The Louvre", "New York")
+            >>> EditedFact(request, 0.060, probability_after=0.71, steps=25, weakest_after=0.12).outcome
+            '0.710, weakest 0.120 (one token of the answer is unlikely)'
+            ```
+        """
+        reason = "" if self.failure is None else f" ({self.failure})"
+        return f"{self.probability_after:.3f}{self.weakest_note}{reason}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fact as JSON values."""
         record = {
@@ -219,10 +233,9 @@ class Edit:
         """Return the facts with their probabilities, and what was verified."""
         lines = [repr(self)]
         for fact in self.facts[:_SHOWN_FACTS]:
-            took = "" if fact.failure is None else f" ({fact.failure})"
             lines.append(
                 f"{fact.request.shown!r} -> {fact.request.target_new!r}: probability {fact.probability_before:.3f} -> "
-                f"{fact.probability_after:.3f}{fact.weakest_note}{took}"
+                f"{fact.outcome}"
             )
         if len(self.facts) > _SHOWN_FACTS:
             lines.append(f"and {len(self.facts) - _SHOWN_FACTS} more facts")
