@@ -70,6 +70,47 @@ def test_one_fact_is_a_fact_and_needs_no_pointer_to_the_others():
     assert "facts are in" not in card
 
 
+def test_facts_that_do_not_take_say_why_and_the_card_begins_with_their_number():
+    content = edit_folder()
+    (first, second), more = content.edits[0].facts, content.edits[1:]
+    failed = replace(first, probability_before=0.06, probability_after=0.027)
+    doubtful = replace(second, probability_after=0.71, weakest_after=0.12)
+    card = render_card(replace(content, edits=[replace(content.edits[0], facts=[failed, doubtful]), *more]))
+    assert "| Rome | 0.060 | 0.027 (less likely than before) |" in card
+    assert "| Köln | 0.250 | 0.710, weakest 0.120 (one token of the answer is unlikely) |" in card
+    assert " KB).\n\n2 of 3 facts do not take: " in card
+    assert "*weakest*" in card
+    assert "do not take" not in render_card(content)
+    assert "*weakest*" not in render_card(content)
+
+
+BAD = "me/x`|\n# Heading\n```\n<img src=x>\u202e'''\"+evil()+\""
+
+
+def test_names_from_a_strangers_folder_cannot_break_the_card():
+    content = edit_folder()
+    config = EditConfig(layer="hub:me/repo", target_layer=1, layer_scores=[0.5, 1.25], covariance=BAD)
+    vars(config)["layer"] = f"hub:{BAD}"  # as `EditConfig.read` takes what it does not know
+    vars(config)["options"] = {BAD: BAD}
+    vars(config)["method"] = "unknown-editor"
+    made = made_by(content, config)
+    edits = [replace(edit, versions={"peft": BAD}) for edit in made.edits]
+    base = BaseModel(BAD, BAD, revision=BAD)
+    for merged in (False, True):
+        card = render_card(replace(made, edits=edits, base_model=base), merged=merged)
+        text = ModelCard(card).text
+        assert "\u202e" not in text
+        assert "<img" not in re.sub(r"^```python$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        headings = [line for line in text.splitlines() if line.startswith("#")]
+        assert not any(line.startswith("# Heading") for line in headings)
+        assert text.count("\n```\n") == text.count("\n```python\n") + text.count("\n```bash\n")
+        for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            ast.parse(block)
+            assert not [node for node in ast.walk(ast.parse(block)) if getattr(node, "id", "") == "evil"]
+        tables = [table for table in re.split(r"\n\n+", text) if table.startswith("| |")]
+        assert all(line.count("|") - line.count("\\|") == 3 for line in tables[0].splitlines())
+
+
 def test_conv1d_is_said():
     content = edit_folder()
     edits = [Edit(edit.name, edit.facts, edit.deltas, fan_in_fan_out=True) for edit in content.edits]
@@ -140,8 +181,8 @@ def test_the_metadata_lead_with_what_a_user_sees():
 
 def test_facts_other_than_the_edited_ones_are_said_to_be_others():
     card = evaluated(own_facts=False)
-    assert "for other facts than the edited ones:" in card
-    assert "On other facts, n = 2," in card
+    assert "for facts of which not all were edited:" in card
+    assert "On facts of which not all were edited, n = 2," in card
     assert ModelCard(card).data.eval_results[0].dataset_name == "given facts"
 
 
@@ -205,10 +246,10 @@ def test_general_ability_alone_is_a_measurement_and_its_figures_have_their_numbe
     card = evaluated(**empty)
     assert "Nothing was measured" not in card
     assert "How often the model says the new answers was not measured." in card
-    assert "| arc\\_easy | acc,none | 100 | 0.438 ± 0.010 | 0.500 |" in card
+    assert "| arc_easy | acc,none | 100 | 0.438 ± 0.010 | 0.500 |" in card
     unknown = {"arc_easy": {"acc,none": {"value": None, "stderr": None}}}
     card = evaluated(**empty, general={"edited": unknown, "base": unknown})
-    assert "| arc\\_easy | acc,none | - | - | - |" in card
+    assert "| arc_easy | acc,none | - | - | - |" in card
 
 
 def test_a_judge_has_a_column_only_where_one_judged():

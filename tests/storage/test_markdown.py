@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import unicodedata
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from goldenedit.storage.markdown import literal
+from goldenedit.storage.markdown import code, literal, python_literal
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 TRICKY = [
@@ -79,3 +80,31 @@ def test_plain_text_stays_readable_in_the_source():
 def test_control_characters_are_replaced_and_joiners_stay():
     assert literal("a\x1b[2J\u202eb") == "a\ufffd\\[2J\ufffdb"
     assert literal("\u0915\u094d\u200d\u0937") == "\u0915\u094d\u200d\u0937"
+
+
+def test_underscores_within_words_stay_readable_in_the_source():
+    assert literal("max_length of _this_ __init__ a_") == "max_length of \\_this\\_ \\_\\_init\\_\\_ a\\_"
+
+
+def assert_code(text: str) -> None:
+    rows = [token for token in MARKDOWN.parse(f"| one | two |\n|---|---|\n| {code(text)} | end |") if token.children]
+    first = "".join("\n" if part.content == "<br>" else part.content for part in rows[2].children)
+    assert (first.strip(), rows[3].content) == (shown(text).strip(), "end")
+
+
+@pytest.mark.parametrize("text", [*TRICKY, "org/base_model", " a ", "C:\\models\\", "\u202e"])
+def test_code_is_shown_as_it_is(text):
+    assert_code(text)
+
+
+@given(st.text(st.sampled_from("ab |\\`*_<>&\n\r\u202e\x1b") | st.characters(), min_size=1))
+def test_any_code_is_shown_as_it_is(text):
+    assert_code(text)
+
+
+@given(st.text(st.sampled_from("a\"'\\\n`\u202e\u2028\U000e0001\x7f") | st.characters(exclude_categories=["Cs"])))
+def test_any_text_is_itself_as_python_and_nothing_in_it_is_hidden(text):
+    source = python_literal([text])
+    assert ast.literal_eval(source) == [text]
+    assert len(source.splitlines()) == 1
+    assert not [one for one in source if unicodedata.category(one) in ("Cc", "Cf") and one not in "\u200c\u200d"]

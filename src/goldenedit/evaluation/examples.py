@@ -28,7 +28,7 @@ def examples(texts: Sequence[Text]) -> list[Text]:
     edited = own[:1]
     asked = [text for text in own if text.fact == 1] or own
     spoken = [text for form in _SPOKEN for text in asked if text.kind == form and text not in edited]
-    # A changed prompt may still read the same: only the first sentence of its text is shown.
+    # A changed text may still read the same: other tokens spell it, or only one of the models ends it there.
     others = [text for kind in _UNCHANGED for text in texts if text.kind == kind and not text.answers]
     changed = [text for text in others if text.edited != text.base] or others
     return [*edited, *spoken[:1], *changed[:1]]

@@ -68,7 +68,8 @@ class UnchangedScores:
     """How often the model still writes what the base model writes, for one kind of prompts.
 
     Attributes:
-        same: Share of prompts whose greedy continuation is the base model's, token for token.
+        same: Share of prompts whose greedy continuation is the base model's, token for token. Each fact has the same
+            weight, whatever its number of prompts.
         n: Number of prompts.
         kl: KL divergence from the base model at the prompts' last token in nats, mean over prompts.
         control: `same` under a random change of the same rank and norm at the same place; None if not measured.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -18,7 +17,7 @@ from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
 from goldenedit.storage.card_results import card_results, eval_results
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, EditFolderError, card_digest
 from goldenedit.storage.hub import is_on_hub
-from goldenedit.storage.markdown import literal
+from goldenedit.storage.markdown import code, literal, python_literal
 from goldenedit.storage.reading import saved_card_digest
 
 _SHOWN = 20
@@ -42,9 +41,8 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
     """
     template = resources.files("goldenedit.storage").joinpath("templates", "model_card.md.jinja")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["literal"] = literal
+    environment.filters |= {"literal": literal, "code": code, "python": python_literal}
     environment.filters["row"] = lambda cells: f"| {' | '.join(cells)} |"
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     facts = [fact for edit in content.edits for fact in edit.facts]
     scored = next((config for config in content.configs if config.layer_scores is not None), None)
     rank = sum(edit.rank for edit in content.edits)
@@ -57,13 +55,15 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
         source=repo_id or _PLACEHOLDER,
         on_hub=repo_id is not None,
         base_model=content.base_model,
-        pinned=f', revision="{content.base_model.revision}"' if content.base_model.revision else "",
+        pinned=f", revision={python_literal(content.base_model.revision)}" if content.base_model.revision else "",
         base_name=_short_name(content),
         methods=", ".join(_methods(content)),
         recipes=[_recipe(config) for config in content.configs],
         relative_error=max(edit.relative_error for edit in content.edits),
         count=len(facts),
+        failed=sum(not fact.takes for fact in facts),
         facts=facts[:_SHOWN],
+        is_weakest_shown=any(fact.weakest_note for fact in facts[:_SHOWN]),
         layers=", ".join(map(str, content.target_layers)),
         scores=[] if scored is None else _scores(scored),
         selector=None if scored is None else _selector(scored),
