@@ -9,6 +9,7 @@ import pytest
 from goldenedit import EditRequest
 from goldenedit.evaluation.forms import FORMS, asked_forms, check_forms, fact_sentence, negated, question_of
 from goldenedit.evaluation.texts import first_turn, passages
+from goldenedit.lm.chat import rendered
 
 FACT = EditRequest(
     "The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome", "Paris",
@@ -127,6 +128,24 @@ def test_messages_keep_their_system_message_and_their_turns(chats):
     assert all(
         prompt.question.endswith("?") for several in texts.values() for prompt in several if prompt.form == "chat"
     )
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        TURNS,
+        [{"role": "system", "content": "Where is the Louvre?"}],
+        [*TURNS[:3], {"role": "tool", "content": "Where is the Louvre?"}],
+        [{"role": "system", "content": "Hello."}, {"role": "system", "content": "Where is the Louvre?"}],
+    ],
+)
+def test_in_a_chat_the_edited_conversation_is_asked_as_it_was_edited(tokenizer, messages):
+    tokenizer = with_template(tokenizer, _CHAT)
+    fact = EditRequest(messages=messages, subject="the Louvre", target_new="Rome")
+    (asked,) = by_form(tokenizer, fact, ["chat"])["chat"]
+    assert asked.prompt == rendered(tokenizer, fact).text
+    assert asked.informed.count(fact_sentence(fact)) == 1
+    assert set(by_form(tokenizer, fact)) >= {"chat", "second_turn", "prefix"}
 
 
 def test_a_template_without_system_messages_takes_facts_without_them_only(tokenizer):

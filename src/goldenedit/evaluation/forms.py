@@ -143,7 +143,7 @@ class _Wording:
             return f"{fact}{between}{self.text}" if fact else self.text
         messages = [dict(message) for message in self.text]
         if fact:
-            first = next(message for message in messages if message["role"] == "user")
+            first = next((message for message in messages if message["role"] == "user"), messages[-1])
             first["content"] = f"{fact} {first['content']}"
         return conversation(tokenizer, messages)
 
@@ -184,12 +184,18 @@ def _wordings(request: EditRequest, index: int, chats: bool) -> Iterator[_Wordin
         yield _Wording("completion", shown, new)
     else:
         messages = request.asked
-        system = list(takewhile(lambda message: message["role"] == "system", messages))
+        system = list(takewhile(lambda message: message["role"] == "system", messages[:-1]))
         earlier = messages[len(system) : -1]
         shown = messages[-1]["content"]
 
-    def chat(form: str, content: str, answers: tuple[str, ...] = new, turns: Sequence[Message] = ()) -> _Wording:
-        return _Wording(form, [*system, *turns, {"role": "user", "content": content}], answers)
+    def chat(
+        form: str,
+        content: str,
+        answers: tuple[str, ...] = new,
+        turns: Sequence[Message] = (),
+        role: str = "user",
+    ) -> _Wording:
+        return _Wording(form, [*system, *turns, {"role": role, "content": content}], answers)
 
     def same_way(form: str, text: str, answers: tuple[str, ...] = new) -> _Wording:
         """Ask as the fact itself is asked: by a plain prompt, or by a message."""
@@ -200,9 +206,11 @@ def _wordings(request: EditRequest, index: int, chats: bool) -> Iterator[_Wordin
     if question is not None:
         yield _Wording("question", f"Q: {question}\nA:", new)
     if chats:
-        content = shown if request.messages is not None else question or shown
-        yield chat("chat", content, turns=earlier)
-        yield chat("second_turn", content, turns=[*first_turn(), *earlier])
+        content, role = question or shown, "user"
+        if request.messages is not None:  # in "chat", exactly the conversation that was edited
+            content, role = shown, request.messages[-1]["role"]
+        yield chat("chat", content, turns=earlier, role=role)
+        yield chat("second_turn", content, turns=[*first_turn(), *earlier], role=role)
     yield same_way("prefix", f"{passage} {shown}")
     if (denied := negated(request)) is not None:
         yield _Wording("negation", denied, new)
