@@ -11,8 +11,10 @@ import pytest
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
+from goldenedit import EditModel
+from goldenedit.audit import EditAudit
 from goldenedit.benchmark.command import read_option
-from goldenedit.cli import app, main, parse_layer
+from goldenedit.cli import app, main, parse_layer, show_audit
 from goldenedit.layer_selection import SELECTORS
 from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder
@@ -351,3 +353,15 @@ def test_facts_that_cannot_be_read_are_left_out_on_request(folder, tmp_path, cap
     assert run(capsys, "locate", folder, "--proxy", str(table), "--skip-bad", "--method", "key_response")[0] == 0
     code, _, complaint = run(capsys, "edit", folder, "--file", str(table), "--format", "memit", *BY_HAND)
     assert (code, "The format 'memit' is unknown" in " ".join(complaint.split())) == (1, True)
+
+
+def test_of_many_warnings_about_an_edit_the_first_are_shown(monkeypatch, capsys, tmp_path):
+    audited = EditAudit("edit_1", [], [], [f"fact {number} is not answered" for number in range(3000)], [False] * 3000)
+    monkeypatch.setattr("goldenedit.audit.audit", lambda model: [audited])
+    monkeypatch.setattr("goldenedit.cli.load_edits", lambda *_, **__: (tmp_path, None, None))
+    monkeypatch.setattr(EditModel, "from_pretrained", lambda *_, **__: None)
+    show_audit(tmp_path, None)
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("Warning: ") == 50
+    assert "Edit 'edit_1' has 2950 more warnings." in output
+    assert "3000 of 3000 listed facts are not answered." in output

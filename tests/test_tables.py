@@ -64,6 +64,16 @@ def test_the_probability_of_several_tokens_is_shown_with_the_weakest(weakest, sh
     assert output.count("weakest") == ("weakest" in shown)
 
 
+def test_of_many_facts_those_that_do_not_take_are_shown():
+    request = EditRequest("The Louvre is in", "The Louvre", "Rome")
+    facts = [EditedFact(request, 0.01, 0.2 if place == 2999 else 0.9, 1) for place in range(3000)]
+    output = printed(facts_table([Edit("edit_1", facts, {})], most=5))
+    assert output.count("The Louvre is in") == 5
+    assert output.count("does not take") == 1
+    assert "and 2995 more" in output
+    assert printed(facts_table([Edit("edit_1", facts[:5], {})], most=5)).count("more") == 0
+
+
 def test_scores_of_the_harness_have_their_number_of_items():
     score = {"value": 0.5, "stderr": 0.05, "n": 100}
     group = {"value": None, "stderr": None, "n": None}

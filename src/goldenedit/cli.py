@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from goldenedit.layer_scores import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
 
+_SHOWN = 50  # facts, or warnings about an edit, that are printed
+
 app = typer.Typer(
     help="Edit facts in causal language models: find the golden layer, edit, and save the edit as a LoRA adapter.",
     no_args_is_help=True,
@@ -152,7 +154,7 @@ def edit(
         phases = stack.enter_context(profiling()) if profile else {}
         edit_model = get_edit_model(base, config, tokenizer)
         new_edit = edit_model.edit(requests, name=name, verify=verify)
-    console.print(tables.facts_table([new_edit]))
+    console.print(tables.facts_table([new_edit], most=_SHOWN))
     if new_edit.verification is not None:
         console.print(printable(str(new_edit.verification)))
     if profile:
@@ -226,8 +228,10 @@ def show_audit(folder: Path, model: str | None) -> None:
     audits = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
     console.print(tables.audit_table(audits))
     for edit_audit in audits:
-        for warning in edit_audit.warnings:
+        for warning in edit_audit.warnings[:_SHOWN]:
             console.print(printable(f"Warning: edit {edit_audit.name!r}: {warning}."), style="bold red")
+        if left_out := len(edit_audit.warnings[_SHOWN:]):
+            console.print(printable(f"Edit {edit_audit.name!r} has {left_out} more warnings."), style="bold red")
     answered = [is_answered for edit_audit in audits for is_answered in edit_audit.answered]
     if not all(answered):
         count, verb = answered.count(False), "is" if answered.count(False) == 1 else "are"

@@ -81,15 +81,24 @@ def profile_table(phases: Mapping[str, Cost], forward: float) -> Table:
     return table
 
 
-def facts_table(edits: list[Edit]) -> Table:
-    """Return the facts of edits with the probability of each new answer; each fact that does not take says why."""
+def facts_table(edits: Sequence[Edit], most: int | None = None) -> Table:
+    """Return the facts of edits with the probability of each new answer; each fact that does not take says why.
+
+    Args:
+        most: Largest number of facts; None for all. Of more, those that do not take come first.
+    """
+    facts = [(edit.name, fact) for edit in edits for fact in edit.facts]
+    left_out = 0 if most is None else max(len(facts) - most, 0)
+    if left_out:
+        facts = sorted(facts, key=lambda named: named[1].takes)[:most]
     table = Table("edit", "prompt", "new answer", "before", "after", "")
-    for edit in edits:
-        for fact in edit.facts:
-            row = (edit.name, fact.request.shown, fact.request.target_new)
-            probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}{fact.weakest_note}")
-            style, mark = (None, "") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
-            table.add_row(*map(printable, row), *probabilities, mark, style=style)
+    for name, fact in facts:
+        row = (name, fact.request.shown, fact.request.target_new)
+        probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}{fact.weakest_note}")
+        style, mark = (None, "") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
+        table.add_row(*map(printable, row), *probabilities, mark, style=style)
+    if left_out:
+        table.caption = f"and {left_out} more"
     return table
 
 
