@@ -44,8 +44,9 @@ _DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _WORD = re.compile(r"\d+(?:\.\d+)+|\w+n['\u2019]t\b|\w+[+#]+(?!\w)|\w+")  # 3.5, isn't, C++
 # Combining classes of accents, and of the points of Hebrew and Arabic. Other marks make other words.
 _ACCENTS = frozenset((1, *range(10, 40), *range(200, 255)))
-_NEGATIONS = _listed("not never isn't wasn't aren't weren't")
-_LINKS = _listed("in at on of to by from the a an located situated based born found city town")  # not located in Rome
+_NEGATIONS = _listed("not never neither nor cannot isn't wasn't aren't weren't can't couldn't doesn't didn't")
+# Words between a denial and what it denies: not located in Rome.
+_LINKS = _listed("in at on of to by from the a an be been lie stand located situated based born found city town")
 
 
 def answer_end(text: str, finished: bool = False) -> int | None:
@@ -67,7 +68,10 @@ def answer_end(text: str, finished: bool = False) -> int | None:
     for match in _SENTENCE_END.finditer(text, start):
         if match[0] == "\n":
             return match.start()
-        if match[0][0] != "." or _ends_sentence(text[start : match.start()], text[match.end() :], finished):
+        before = text[start : match.start()]
+        if match[0].startswith(("..", "\u2026")) and not any(map(str.isalnum, before)):
+            continue  # the dots that a sentence begins with
+        if match[0][0] != "." or _ends_sentence(before, text[match.end() :], finished):
             return match.end()
     return len(text.rstrip()) if finished else None
 
@@ -97,10 +101,10 @@ def _ends_sentence(before: str, after: str, finished: bool) -> bool:
         return False  # the number of a list item
     if word in _NUMBERED:
         return not next_word[0].isdecimal()
-    is_initial = len(word) == 1 and word.isalpha() and word != "i"
+    is_initial = len(word) == 1 and word.isalpha()
     if is_initial and (len(words) == 1 or len(next_word) == 1):
         return False  # the letter of a choice; J. R. R. Tolkien
-    if is_initial or word in _SUFFIXES or _INITIALS.fullmatch(word):
+    if (is_initial and word != "i") or word in _SUFFIXES or _INITIALS.fullmatch(word):
         is_whole = finished or following.end() < len(rest)  # "The" may become "Theory"
         return is_whole and next_word[0].isupper() and next_word.casefold() in _STARTERS
     return True
