@@ -157,6 +157,17 @@ def test_without_an_active_edit_nothing_has_changed(tokenizer):
     assert evaluation.text.control is None
 
 
+def test_figures_of_the_model_with_its_edits_off_are_not_kept_as_those_of_the_edits(tokenizer):
+    model = edited_model(tokenizer)
+    model.evaluate(forms=["completion"], **FAST)
+    kept = dict(model._evaluations["edit_1",])
+    with model.disable_adapter():
+        off = model.evaluate(forms=["completion"], **FAST)
+    assert off.says["completion"] == off.base_seen.says["completion"]
+    assert off.text.control is None
+    assert model._evaluations["edit_1",] == kept
+
+
 def test_nothing_is_asked_that_was_not_wanted(tokenizer):
     model = edited_model(tokenizer)
     evaluation = model.evaluate(forms=(), unchanged=False)

@@ -132,7 +132,7 @@ class MeasuringMixin:
         is_edited = (_answers_as(edited_facts.get(_place(fact)), fact) for fact in facts)
         about = {"own_facts": all(is_edited), "facts": len(facts)}
         texts = [asdict(text) for text in examples(evaluation.texts)]
-        active = tuple(self.active_adapters)
+        active = tuple(self._edits_in_effect())
         earlier = self._evaluations.get(active, {})
         general = {"general": earlier["general"]} if "general" in earlier else {}
         self._evaluations[active] = {**about, **evaluation.to_dict(), "texts": texts, **general}
@@ -165,8 +165,12 @@ class MeasuringMixin:
         """
         general = harness_comparison(self, tasks, include_path, limit, batch_size)  # type: ignore[arg-type]
         empty: dict[str, Any] = {"own_facts": True, "facts": 0, "edited": {}, "base": {}, "texts": []}
-        self._evaluations.setdefault(tuple(self.active_adapters), empty)["general"] = general
+        self._evaluations.setdefault(tuple(self._edits_in_effect()), empty)["general"] = general
         return general
+
+    def _edits_in_effect(self) -> list[str]:
+        """Return the names of the active edits; none inside `disable_adapter()`."""
+        return [] if self.adapters.is_disabled else self.active_adapters
 
     def _edited_facts(self) -> dict[tuple[str, bool], EditRequest]:
         """Return the facts of the active edits by their prompts; of one prompt, the fact that was edited last."""
@@ -208,7 +212,7 @@ class MeasuringMixin:
         """Return a random change with rank and norm of the active edits' changes, for each module."""
         generator = torch.Generator().manual_seed(0)
         deltas: dict[str, LowRankDelta] = {}
-        for name in self.active_adapters:
+        for name in self._edits_in_effect():
             for path, delta in self._edit(name).deltas.items():
                 deltas[path] = deltas[path].beside(delta) if path in deltas else delta
         return {path: random_like(delta, generator) for path, delta in deltas.items()}

@@ -84,6 +84,11 @@ class Adapters:
         configs = configs_in(self.base)
         return [key for key in layer.active_adapters if key not in configs or mark_of(configs[key]) is None]
 
+    @property
+    def is_disabled(self) -> bool:
+        """Whether a context of `disabled` is open, so that no edit takes effect."""
+        return self._disabled > 0
+
     def beside(self) -> list[Beside]:
         """Return name and hash of the user's active adapters."""
         return [Beside(key, hash_of(self.base, key)) for key in self.others]
