@@ -154,6 +154,21 @@ def test_batches_of_long_prompts_have_few_of_them(tokenizer, monkeypatch):
     assert any(len(call["input_ids"]) > 1 for call in calls)
 
 
+def test_batches_are_planned_once_however_many_there_are(tokenizer, monkeypatch):
+    model = tiny_model("llama")
+    expected = generated(model, tokenizer)
+    plans = []
+    groups_of = decoding._sharing
+
+    def counted(rows):
+        plans.append(len(rows))
+        return groups_of(rows)
+
+    monkeypatch.setattr(decoding, "_sharing", counted)
+    assert written_by(model, tokenizer, batch_size=2) == expected
+    assert plans == [len(PROMPTS)]
+
+
 def test_rows_are_dropped_from_a_cache_on_other_devices_than_the_tokens():
     devices = []
 

@@ -107,7 +107,8 @@ def greedy(
         tqdm(total=len(rows), desc=description, unit="text", leave=False) as progress,
     ):
         while pending := [row for row in rows if not row.done]:
-            decoder.run(decoder.next_batch(pending, batch_size), progress.update)
+            for batch in decoder.batches(pending, batch_size):
+                decoder.run(batch, progress.update)
     return [
         Continuation(tuple(row.new), continuation(lm.tokenizer, [*row.ids, *row.new], len(row.ids)), row.finished)
         for row in rows
@@ -128,14 +129,38 @@ class _Decoder:
         # The most padding of a row that was checked, by whether the rows shared their beginning.
         self._checked: dict[bool, int] = {}
 
-    def next_batch(self, pending: Sequence[_Row], batch_size: int) -> list[_Row]:
-        """Return rows to run together: those that share a beginning first, then the shortest."""
-        ordered = sorted(pending, key=lambda row: len(row.ids))
-        if self.pads and self.shares and self.uses_cache and (sharing := next(_sharing(pending), None)):
-            ordered = sorted(sharing, key=lambda row: len(row.ids))
-        elif not self.pads:
-            ordered = [row for row in ordered if len(row.ids) == len(ordered[0].ids)]
-        batch = ordered[:batch_size]
+    def batches(self, pending: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
+        """Yield rows to run together: those that share a beginning first, then the shortest.
+
+        It ends early once a batch has shown that another way of batching is needed.
+        """
+        way = self._way
+        can_share = self.pads and self.shares and self.uses_cache
+        for group in _sharing(pending) if can_share else ():
+            while len(group) >= _SHARING:
+                batch = self._first_of(group, batch_size)
+                yield batch
+                if self._way != way:
+                    return
+                group = group[len(batch) :]
+        left = sorted((row for row in pending if not row.done), key=lambda row: len(row.ids))
+        while left:
+            batch = self._first_of(left, batch_size)
+            yield batch
+            if self._way != way:
+                return
+            left = left[len(batch) :]
+
+    @property
+    def _way(self) -> tuple[bool, bool, bool]:
+        """How rows are batched."""
+        return self.uses_cache, self.pads, self.shares
+
+    def _first_of(self, rows: Sequence[_Row], batch_size: int) -> list[_Row]:
+        """Return the first rows that can run together, of rows in ascending order of length."""
+        batch = list(rows[:batch_size])
+        if not self.pads:
+            batch = [row for row in batch if len(row.ids) == len(batch[0].ids)]
         while len(batch) > 1 and len(batch) * (len(batch[-1].ids) + self.max_new_tokens) > _TOKENS:
             batch.pop()  # the longest
         return batch
@@ -314,7 +339,7 @@ def _check_finite(logits: Tensor) -> None:
 
 
 def _sharing(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Yield groups of rows that begin with the same tokens."""
+    """Yield groups of rows that begin with the same tokens, each in ascending order of length."""
     by_beginning = sorted(
         (row for row in rows if len(row.ids) > _SHARED), key=lambda row: (row.ids[:_SHARED], len(row.ids))
     )
