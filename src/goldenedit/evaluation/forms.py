@@ -43,7 +43,7 @@ class Asked:
         prompt: What the model reads.
         informed: The same behind the new fact as a sentence.
         question: What a judge is shown.
-        answers: The answer that the edited model should give, and its other names.
+        answers: The answer that the edited model should give, or not give in the form "negation", and its other names.
         old: The old answer and its other names; empty if it is not known.
     """
 

@@ -127,7 +127,7 @@ class Text:
         base: The base model's text.
         edited: The edited model's text.
         informed: The base model's text with the fact in its prompt; None if it was not asked.
-        answers: The expected answer and its other names; empty if nothing should change.
+        answers: The answer that is looked for and its other names; empty if nothing should change.
         holds: Whether the edited model's text is as it should be: it says the answer, it does not say it behind "not"
             (the form "negation"), or it is the base model's, token for token, if nothing should change.
     """
