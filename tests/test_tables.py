@@ -115,6 +115,7 @@ def test_each_figure_stands_beside_its_own_number_of_facts_or_prompts():
 def test_a_negation_is_said_to_be_an_error_where_there_is_one():
     assert "saying the new answer is an error" in " ".join(printed(seen_table(evaluation(form="negation"))).split())
     assert "is an error" not in printed(seen_table(evaluation()))
+    assert "says it: negation (an error)" in printed(comparison_table(["a"], [evaluation(form="negation")]))
 
 
 def test_edits_are_compared_beside_a_random_change():

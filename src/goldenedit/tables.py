@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "Shares of facts, or of prompts. prompt: the base model with the fact in its prompt. random: a random change of "
-    "the same size. KL in nats. n: facts, prompts or tokens."
+    "the same size. KL in nats. n: facts, prompts or tokens. 95%: over facts, on plain text over texts."
 )
 _LEGEND_OF_NEGATION = 'negation ("not"): saying the new answer is an error; base: the share that says the old one.'
 _LEGEND_OF_COMPARISON = "In brackets 95% intervals over facts. random: a random change of the same size. KL in nats."
@@ -189,7 +189,7 @@ def comparison_table(names: Sequence[str], evaluations: Sequence[Evaluation]) ->
 def _figures(evaluation: Evaluation) -> dict[str, str]:
     """Return the figures of an edit by their labels."""
     figures = {
-        f"says it: {form.replace('_', ' ')}": f"{scores.contains.value:.2f} ({_bounds(scores.contains.interval)})"
+        f"says it: {form.replace('_', ' ')}{' (an error)' if form == 'negation' else ''}": f"{scores.contains.value:.2f} ({_bounds(scores.contains.interval)})"
         for form, scores in evaluation.says.items()
     }
     for kind, same in evaluation.unchanged.items():
