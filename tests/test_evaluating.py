@@ -94,6 +94,12 @@ def test_questions_are_shown_with_both_answers_and_facts_that_are_not_said_are_t
     assert "'I live near Berlin': expected 'Hamburg'" in " ".join(output.split())
 
 
+def test_scores_that_could_not_be_saved_are_an_error_before_a_model_is_loaded(edit, tmp_path, capsys):
+    code, _, errors = run(capsys, "evaluate", edit, "-o", str(tmp_path / "no" / "scores.json"), "--model", "no/model")
+    assert code != 0
+    assert "--output does not exist" in " ".join(errors.replace("│", "").split())
+
+
 def test_a_judge_needs_the_name_of_its_model(edit, capsys):
     code, _, errors = run(capsys, "evaluate", edit, "--judge", "http://localhost:1/v1")
     assert code != 0

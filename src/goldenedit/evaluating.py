@@ -59,8 +59,7 @@ def evaluate(
 
     if as_json:
         report_on_stderr(context)
-    if card and not Path(folder).is_dir():
-        raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
+    _check_destinations(folder, card, output)
     options = _options(forms, unchanged, judge, judge_model)
     requests = _facts(file, format, skip_bad)
     path, base, tokenizer = load_edits(folder, model)
@@ -130,6 +129,14 @@ def compare(
     console.print(tables.comparison_table(folders, evaluations))
     if as_json:
         typer.echo(json.dumps([evaluation.to_dict() for evaluation in evaluations]))
+
+
+def _check_destinations(folder: str, card: bool, output: Path | None) -> None:
+    """Raise an error now if the scores could not be written once they are measured."""
+    if card and not Path(folder).is_dir():
+        raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"The folder {output.parent} of --output does not exist. Create it first.")
 
 
 def _facts(file: Path | None, format: str, skip_bad: bool) -> list[Any] | None:

@@ -188,10 +188,10 @@ def comparison_table(names: Sequence[str], evaluations: Sequence[Evaluation]) ->
 
 def _figures(evaluation: Evaluation) -> dict[str, str]:
     """Return the figures of an edit by their labels."""
-    figures = {
-        f"says it: {form.replace('_', ' ')}{' (an error)' if form == 'negation' else ''}": f"{scores.contains.value:.2f} ({_bounds(scores.contains.interval)})"
-        for form, scores in evaluation.says.items()
-    }
+    figures = {}
+    for form, said in evaluation.says.items():
+        label = "negation (an error)" if form == "negation" else form.replace("_", " ")
+        figures[f"says it: {label}"] = f"{said.contains.value:.2f} ({_bounds(said.contains.interval)})"
     for kind, same in evaluation.unchanged.items():
         control = "" if same.control is None else f", random {same.control.value:.2f}"
         figures[f"unchanged: {kind}"] = f"{same.same.value:.2f} ({_bounds(same.same.interval)}){control}"
