@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -231,6 +232,14 @@ def test_texts_that_do_not_fit_are_left_out_and_said_so(tokenizer, caplog):
         )
     assert [text.form for text in base.asked] == ["completion"]
     assert "1 of 2 texts that ask for facts are left out" in caplog.text
+
+
+def test_other_prompts_that_do_not_fit_are_left_out_and_said_so(tokenizer, caplog):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    fact = replace(TOWER, neighborhood=("The river is in", "The river " * 200 + "is in"))
+    base = baseline(lm, tokenizer, [fact], SeenOptions((), max_new_tokens=2, continuation=2, texts=0))
+    assert [other.question for other in base.others if other.kind == "neighbors"] == ["The river is in"]
+    assert "1 of 46 prompts whose answers should not change are left out" in caplog.text
 
 
 def test_a_prompt_that_has_no_room_for_the_fact_before_it_is_asked_without(tokenizer, caplog):

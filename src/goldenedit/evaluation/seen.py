@@ -157,8 +157,15 @@ def baseline(
     informed = [None if prompt is None else next(texts) for prompt in told]
     if not options.unchanged:
         return Baseline(requests, options, asked, answers, informed)
-    others = other_prompts(tokenizer, requests, options.neighbors)
-    others = [other for other in others if _fits(lm, other.prompt)]
+    prompts_of_others = other_prompts(tokenizer, requests, options.neighbors)
+    others = [other for other in prompts_of_others if _fits(lm, other.prompt)]
+    if left_out := len(prompts_of_others) - len(others):
+        logger.warning(
+            "%d of %d prompts whose answers should not change are left out: %s.",
+            left_out,
+            len(prompts_of_others),
+            _too_long(lm),
+        )
     continuations = write([other.prompt for other in others], options.continuation, None)
     rows = [
         continuation_row(lm, other.prompt, continuation.tokens, continuation.finished)
