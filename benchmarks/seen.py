@@ -67,8 +67,7 @@ def main() -> None:
         measure(model, base, arguments.methods, folder)
     rows = list(figures(model, base, arguments.methods, folder, seconds_of_base()))
     record(f"seen-{arguments.model}-{arguments.half}-{arguments.layer}", rows)
-    for row in rows:
-        print(json.dumps(row))
+    print("\n".join(table(rows)))
 
 
 def known_mquake(model: EditModel, data: Path, half: str) -> list[EditRequest]:
@@ -239,6 +238,24 @@ def figures(
                 for name in ("seconds", "seconds of asking", "seconds of comparing")
             },
         }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the figures as a table in Markdown."""
+    forms = ("completion", "question", "chat", "second_turn", "prefix", "negation", "portability")
+    kinds = ("neighbors", "subject", "unrelated")
+    heads = [*(form.replace("_", " ") for form in forms), *kinds, "key word", "says new", "KL", "worst", "agree", "s"]
+    yield "| " + " | ".join(["editor", *heads]) + " |"
+    yield "|---" * (len(heads) + 1) + "|"
+    for row in rows:
+        unchanged, text = row.get("unchanged", {}), row.get("text", {})
+        shares = [row["says"].get(form, {}).get("contains") for form in forms]
+        shares += [unchanged.get(kind, {}).get("same") for kind in kinds]
+        shares += [unchanged.get("subject", {}).get(name) for name in ("keyword", "says_new")]
+        cells = ["" if share is None else f"{share:.2f}" for share in shares]
+        cells += [f"{text[name]:.4f}" if name in text else "" for name in ("kl", "worst")]
+        cells += [f"{text['agreement']:.3f}" if text else "", f"{row['seconds']:.1f}" if "seconds" in row else ""]
+        yield "| " + " | ".join([row["method"], *cells]) + " |"
 
 
 def _measurement(base: Baseline, result: dict[str, Any]) -> Measurement:
