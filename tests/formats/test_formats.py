@@ -223,7 +223,11 @@ def test_uniedit_has_paraphrases_where_a_prompt_is_about_the_same_fact_and_else_
         "Gull Lake",
         "Ohio",
         paraphrases=("Gull Lake's state is",),
-        portability=(("The capital of Gull Lake's state is", "Columbus"),),
+        portability=(
+            ("The capital of Gull Lake's state is", "Columbus"),
+            ("A lake in Ohio is", "Gull Lake"),
+            ("Gull Lake's state and the state of Toledo are the same. The answer is (Yes/No):", "Yes"),
+        ),
         locality=(("The Louvre is in", "Paris"),),
         aliases=["OH"],
     )
