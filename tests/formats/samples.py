@@ -156,6 +156,20 @@ UNIEDIT = {
     },
     "locality": {"0": {"loc_type": "none", "path_type": "single", "prompt": "The Louvre is in", "target": "Paris"}},
 }
+WIKIBIGEDIT = {
+    "tag": "simple",
+    "subject": "Gull Lake",
+    "relation": "located in",
+    "object": "Ohio",
+    "update": "In which state is Gull Lake?",
+    "rephrase": "Which state has Gull Lake?",
+    "personas": "Ahoy, in what state lies Gull Lake?",
+    "ans": "Ohio",
+    "loc": "In which city is the Louvre?",
+    "loc_ans": "Paris",
+    "mhop": "What is the capital of the state of Gull Lake?",
+    "mhop_ans": "Columbus",
+}
 HALLUEDITBENCH = {
     "topic": "art_sculpture",
     "subject": "Goya memorial",
@@ -191,6 +205,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "mquake": MQUAKE,
     "rippleedits": RIPPLEEDITS,
     "uniedit": UNIEDIT,
+    "wikibigedit": WIKIBIGEDIT,
     "hallueditbench": HALLUEDITBENCH,
     "plain": PLAIN,
 }

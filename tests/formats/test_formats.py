@@ -18,6 +18,7 @@ from samples import (
     RIPPLEEDITS,
     SAMPLES,
     UNIEDIT,
+    WIKIBIGEDIT,
     ZSRE,
 )
 
@@ -129,7 +130,31 @@ def test_knowedit_of_easyedit_may_call_the_paraphrase_otherwise():
     assert EditRequest.from_dict(record | {"rephrase": "Where is it?"}).paraphrases == ("Where is it?",)
 
 
-def test_wikibigedit_has_a_question_and_no_old_answer():
+def test_wikibigedit_is_read_whole():
+    assert EditRequest.from_dict(WIKIBIGEDIT) == EditRequest(
+        "In which state is Gull Lake?",
+        "Gull Lake",
+        "Ohio",
+        paraphrases=("Which state has Gull Lake?",),
+        portability=(
+            ("Ahoy, in what state lies Gull Lake?", "Ohio"),
+            ("What is the capital of the state of Gull Lake?", "Columbus"),
+        ),
+        locality=(("In which city is the Louvre?", "Paris"),),
+        relation="located in",
+        question="In which state is Gull Lake?",
+    )
+    assert len(EditRequest.from_dict(WIKIBIGEDIT | {"mhop": None, "mhop_ans": None}).portability) == 1
+
+
+def test_ultraeditbench_is_read_as_wikibigedit():
+    record = {"prompt": "Where is Gull Lake?", "subject": "Gull Lake", "ans": "Ohio", "rephrase_prompt": "Its state?"}
+    request = EditRequest.from_dict(record | {"loc": "Where is Paris?", "loc_ans": "France"})
+    assert (request.question, request.target_new) == ("Where is Gull Lake?", "Ohio")
+    assert (request.paraphrases, request.locality) == (("Its state?",), (("Where is Paris?", "France"),))
+
+
+def test_wikibigedit_in_the_flat_form_has_a_question_and_no_old_answer():
     change = {"prompt": "Where is The Eiffel Tower?", "ground_truth": None}
     request = EditRequest.from_dict(FLAT | change)
     assert (request.question, request.target_true) == ("Where is The Eiffel Tower?", None)
