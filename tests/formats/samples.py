@@ -180,6 +180,7 @@ HALLUEDITBENCH = {
     "paraphrased_question": "Who is the owner of the Goya memorial?",
     "yes_question": "Is the Goya memorial owned by Zaragoza City Council?",
     "locality_question": "In which city is the Goya memorial located?",
+    "reversed_relation_question": "What does Zaragoza City Council own?",
     "question_2hop": "Who leads the owner of the Goya memorial?",
     "answer_2hop": "Natalia",
     "question_3hop": None,

@@ -266,7 +266,10 @@ def test_hallueditbench_has_questions_with_their_answers():
         "Zaragoza City Council",
         "Goya",
         paraphrases=("Who is the owner of the Goya memorial?",),
-        portability=(("Who leads the owner of the Goya memorial?", "Natalia"),),
+        portability=(
+            ("What does Zaragoza City Council own?", "Goya memorial"),
+            ("Who leads the owner of the Goya memorial?", "Natalia"),
+        ),
         relation="owned by",
         question="Who owns the Goya memorial?",
     )

@@ -67,6 +67,19 @@ def test_a_cell_may_have_several_lines_a_list_or_a_single_item_of_a_list(tmp_pat
     assert (second.paraphrases, second.aliases) == (("One in", "Two in"), (("Rome", "Roma"),))
 
 
+@pytest.mark.parametrize("names", ["src,alt", "concept,text", "object,question"])
+def test_columns_of_ones_own_make_no_other_format_of_a_table_with_prompts(tmp_path, names):
+    text = f"prompt,subject,target,{names}\nA is in,A,Rome,x,y\n"
+    assert [request.target_new for request in read(tmp_path, text)] == ["Rome"]
+
+
+@pytest.mark.parametrize("column", ["ground_truth", "rephrase_prompt"])
+def test_a_single_text_in_a_column_of_a_list_is_its_only_item_beside_columns_of_easyedit_too(tmp_path, column):
+    text = f"prompt,subject,target,aliases,neighborhood,{column}\nA is in,A,Rome,Roma,B is in,Paris\n"
+    (request,) = read(tmp_path, text)
+    assert (request.aliases, request.neighborhood) == ((("Rome", "Roma"),), ("B is in",))
+
+
 def test_other_columns_of_a_table_are_ignored_and_named_once(tmp_path, caplog):
     text = "fact_id,prompt,subject,target,targets\n1,A is in,A,Rome,x\n2,B is in,B,Rome,y\n"
     assert [request.target_new for request in read(tmp_path, text)] == ["Rome", "Rome"]

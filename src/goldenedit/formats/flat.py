@@ -27,7 +27,7 @@ def matches(record: Mapping[str, Any]) -> bool:
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the request, together with those that are named as in a request."""
     field = Field(record)
-    [fields] = plain.read({name: value for name, value in record.items() if name in (*plain.FIELDS, *plain.SYNONYMS)})
+    [fields] = plain.read(plain.known_fields(record))
     true = field["ground_truth"].names()
     if true and true[0].strip() != fields["target_new"].strip():
         fields.setdefault("target_true", true[0])

@@ -10,7 +10,7 @@ from goldenedit.formats.fields import Field, Format, question_in, request_fields
 
 def matches(record: Mapping[str, Any]) -> bool:
     """Return whether a record is in the format of KnowEdit, which groups locality and portability by kind."""
-    return "concept" in record or any(isinstance(record.get(name), Mapping) for name in ("locality", "portability"))
+    return ("concept" in record and "prompt" not in record) or any(isinstance(record.get(name), Mapping) for name in ("locality", "portability"))
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -27,11 +27,15 @@ def unknown_fields(record: Mapping[str, Any]) -> list[str]:
     return sorted(field.path for field in unknown if not field.is_missing)
 
 
-def from_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of a table as a record, without other columns. A text in the column of a list is its only item."""
-    known = {name: value for name, value in row.items() if name in FIELDS or name in SYNONYMS}
-    lists = {name for name in known if SYNONYMS.get(name, name) in LISTS}
-    return {name: [value] if name in lists and isinstance(value, str) else value for name, value in known.items()}
+def known_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record that belong to a request."""
+    return {name: value for name, value in record.items() if name in FIELDS or name in SYNONYMS}
+
+
+def with_lists(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a table as a record: a text in the column of a list is its only item."""
+    lists = {name for name in row if SYNONYMS.get(name, name) in LISTS}
+    return {name: [value] if name in lists and isinstance(value, str) else value for name, value in row.items()}
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
