@@ -20,8 +20,8 @@ def matches(record: Mapping[str, Any]) -> bool:
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the request. The wrong answer of a model is the old one, if the table has only one.
 
-    The answer of `reversed_relation_question` is the subject. Questions without an answer (`locality_question`) and those
-    that name the answer (`yes_question`, choices) are not read.
+    The answer of `reversed_relation_question` is the subject. Questions without an answer (`locality_question`) and
+    those that name the answer (`yes_question`, choices) are not read.
     """
     field = Field(record)
     question = field["question"].text()
