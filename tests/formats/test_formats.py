@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
+import numpy
+import pandas
 import pytest
 from datasets import Dataset
 from samples import (
@@ -121,7 +123,7 @@ def test_the_flat_form_may_have_fields_of_a_request_too():
     assert request.paraphrases == ("d", FLAT["rephrase_prompt"])
     assert (request.neighborhood, request.question) == (("c",), "Where?")
     assert EditRequest.from_dict(FLAT | {"ground_truth": " Rome"}).target_true is None
-    with pytest.raises(ValueError, match="aliases must be a list"):
+    with pytest.raises(ValueError, match="'aliases' must be a list"):
         EditRequest.from_dict(FLAT | {"aliases": "Roma"})
 
 
@@ -286,6 +288,25 @@ def test_a_plain_record_may_have_numbers_names_and_answers_of_other_forms():
     assert (request.names_of("Roma"), request.names_of("Italia")) == (("Roma", "Rome"), ("Italia", "Italy"))
     assert load_requests([PLAIN | {"target": 12}])[0].target_new == "12"
     assert load_requests([PLAIN | {"target": ["Rome", "Roma"]}])[0].names_of("Rome") == ("Rome", "Roma")
+
+
+def test_lists_of_a_plain_record_may_have_gaps_and_numbers():
+    lists = {"paraphrases": ["", "One in", None], "aliases": [1889, None], "relation": 12, "neighborhood": ["B is in"]}
+    request = EditRequest.from_dict(PLAIN | lists)
+    assert (request.paraphrases, request.neighborhood) == (("One in",), ("B is in",))
+    assert (request.names_of("Rome"), request.relation) == (("Rome", "1889"), "12")
+    with pytest.raises(ValueError, match=r"'paraphrases\[1\]' must be a text, got 3"):
+        EditRequest.from_dict(PLAIN | {"paraphrases": ["a", 3]})
+    with pytest.raises(ValueError, match=r"'aliases\[1\]' must be a list, got 'Roma'"):
+        EditRequest.from_dict(PLAIN | {"aliases": [["Rome"], "Roma"]})
+
+
+def test_values_of_pandas_and_numpy_in_a_dict_are_read():
+    record = PLAIN | {"target": numpy.int64(12), "target_true": pandas.NA, "question": numpy.float32("nan")}
+    request = load_requests([record])[0]
+    assert (request.target_new, request.target_true, request.question) == ("12", None, None)
+    with pytest.raises(ValueError, match=r"record 0: The field 'locality' must be a list, got array"):
+        load_requests([PLAIN | {"locality": numpy.array(["a", "b"])}])
 
 
 @pytest.mark.parametrize(

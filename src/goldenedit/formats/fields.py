@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 Pair = tuple[str, str]
@@ -60,7 +61,7 @@ class Field:
         content = self.content
         if isinstance(content, str):
             return not content.strip()
-        return content is None or content != content or (isinstance(content, Sequence | Mapping) and not content)
+        return content is None or _is_nan(content) or (isinstance(content, Sequence | Mapping) and not content)
 
     def error(self, need: str) -> ValueError:
         """Return an error that says what the field needs."""
@@ -195,5 +196,15 @@ def question_in(prompt: str) -> str | None:
     return prompt if prompt.rstrip().endswith(("?", "\uff1f", "\u061f")) and "{}" not in prompt else None
 
 
+def _is_nan(value: Any) -> bool:
+    """Return whether a value is NaN, or pandas' NA, which is neither equal to itself nor unequal."""
+    try:
+        return bool(value != value)
+    except TypeError:
+        return True
+    except ValueError:  # an array
+        return False
+
+
 def _is_number(field: Field) -> bool:
-    return isinstance(field.content, int | float) and not isinstance(field.content, bool) and not field.is_missing
+    return isinstance(field.content, Real) and not isinstance(field.content, bool) and not field.is_missing

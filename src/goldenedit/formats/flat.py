@@ -35,10 +35,9 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     for kind, answered in pairs.items():
         fields[kind] = [*fields.get(kind, ()), *((prompt, names[0]) for prompt, names in answered)]
     groups = [true, *(names for answered in pairs.values() for _, names in answered)]
-    if isinstance(fields["aliases"], list):  # otherwise the request raises an error
-        fields["aliases"] += [names for names in groups if len(names) > 1]
+    fields["aliases"] += [names for names in groups if len(names) > 1]
     if rephrased := field.first("rephrase_prompt", "rephrase").texts():
-        fields["paraphrases"] = [*Field(fields.get("paraphrases"), "paraphrases").texts(), *rephrased]
+        fields["paraphrases"] = [*fields.get("paraphrases", ()), *rephrased]
     if "prompt" in fields:
         fields.setdefault("question", question_in(fields["prompt"]))
     return [fields]

@@ -8,8 +8,9 @@ from typing import Any
 
 from goldenedit.formats.fields import Field, Format, Names
 
+_TEXTS = ("paraphrases", "neighborhood", "generation")
 _PAIRS = ("portability", "locality")
-LISTS = ("paraphrases", "neighborhood", "generation", *_PAIRS, "aliases")
+LISTS = (*_TEXTS, *_PAIRS, "aliases")
 FIELDS = (
     "prompt", "messages", "subject", "target_new", "target_true", "question", "relation", "joint", *LISTS
 )  # fmt: skip
@@ -63,7 +64,8 @@ def _request(values: Mapping[str, Field]) -> dict[str, Any]:
     fields = {name: field.content for name, field in values.items()}
     if "prompt" in values:
         fields["prompt"] = values["prompt"].text()
-    fields["subject"] = values["subject"].label()
+    fields |= {name: values[name].label() for name in ("subject", "relation") if name in values}
+    fields |= {name: tuple(item.text() for item in values[name].items()) for name in _TEXTS if name in values}
     groups: list[Names] = []
     for name in ("target_new", "target_true"):
         if name in values:
@@ -74,12 +76,17 @@ def _request(values: Mapping[str, Field]) -> dict[str, Any]:
             pairs = [_pair(item) for item in values[name].items()]
             groups += [names for _, names in pairs]
             fields[name] = [(prompt, names[0]) for prompt, names in pairs]
-    aliases = fields.get("aliases", ())
-    if isinstance(aliases, list | tuple):  # otherwise the request raises an error
-        if aliases and all(isinstance(name, str) for name in aliases):
-            aliases = [(fields["target_new"], *aliases)]
-        fields["aliases"] = [*(names for names in groups if len(names) > 1), *aliases]
+    aliases = _groups(values["aliases"], fields["target_new"]) if "aliases" in values else []
+    fields["aliases"] = [*(names for names in groups if len(names) > 1), *aliases]
     return fields
+
+
+def _groups(aliases: Field, target_new: str) -> list[Names]:
+    """Return groups of names of one thing. A list without groups has other names of the new answer."""
+    items = aliases.items()
+    if not any(isinstance(item.content, list | tuple) for item in items):
+        return [(target_new, *(item.label() for item in items))] if items else []
+    return [tuple(name.label() for name in group.items()) for group in items]
 
 
 def _pair(item: Field) -> tuple[str, Names]:
