@@ -244,6 +244,39 @@ def test_the_sentences_of_rippleedits_are_taken_apart(sentence, expected):
     assert sentence.startswith(f"{request.prompt} {request.target_new}")
 
 
+@pytest.mark.parametrize(
+    ("sentence", "fields", "expected"),
+    [
+        (
+            "The name of the director of Life is Beautiful is Ada.",
+            {"Relation_Specificity": [("The name of the composer of Life is Beautiful is", "Bea")]},
+            ("Life is Beautiful", "Ada", None),
+        ),
+        (
+            "The name of the director of Life is Beautiful is Ada.",
+            {"original_fact": "The name of the director of Life is Beautiful is Bea."},
+            ("Life is Beautiful", "Ada", "Bea"),
+        ),
+        (
+            "The Office follows Life is Beautiful.",
+            {"Relation_Specificity": [("The name of the composer of The Office is", "Bea")]},
+            ("The Office", "Life is Beautiful", None),
+        ),
+    ],
+)
+def test_a_subject_of_rippleedits_may_contain_the_verb(sentence, fields, expected):
+    edit = {"prompt": sentence, "subject_id": "Q1", "target_id": "Q2"}
+    tests = {}
+    for name, value in fields.items():
+        if name == "original_fact":
+            edit[name] = {"prompt": value}
+        else:
+            queries = [{"prompt": prompt, "answers": [{"value": answer, "aliases": []}]} for prompt, answer in value]
+            tests[name] = [{"test_queries": queries}]
+    request = EditRequest.from_dict({"edit": edit, **tests})
+    assert (request.subject, request.target_new, request.target_true) == expected
+
+
 def test_uniedit_has_paraphrases_where_a_prompt_is_about_the_same_fact_and_else_what_follows():
     expected = EditRequest(
         "Gull Lake is located in the state of",
