@@ -76,7 +76,8 @@ def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
     - `.json`: each item of a list is a record. An object is one record, with two exceptions: if it has a list under
       `data`, or if a list is its only value, then the items of that list are the records. A file with an object in each
       line is read like `.jsonl`.
-    - `.csv`, `.tsv`: each row is a record, with the names of the first row. Empty cells are None.
+    - `.csv`, `.tsv`: each row is a record, with the names of the first row. Empty cells are None, and spaces around the
+      text of a cell are removed: nobody sees them in a spreadsheet.
     - Other suffixes: read as `.json`, or with `plain_text` as one text per line.
 
     Empty lines are skipped.
@@ -206,7 +207,7 @@ def _rows(path: Path) -> Iterator[Record]:
             need = "Put cells that contain the separator in quotes."
             yield Record(ValueError(f"the row has {len(cells)} cells for {len(names)} columns. {need}"), place)
         else:
-            row = dict(zip(names, cells, strict=False))
+            row = dict(zip(names, (cell.rstrip(" \t") for cell in cells), strict=False))
             yield Record(_unpacked({name: row.get(name) or None for name in names}), place, is_row=True)
 
 

@@ -38,9 +38,20 @@ def read(tmp_path, text: str | bytes, name: str = "facts.csv", **options) -> lis
         TABLE.encode("utf-16"),
         TABLE.replace("prompt,subject,target,target_true", "Prompt, Subject,TARGET , Target true").encode(),
         TABLE.replace(",Rome", ", Rome").encode(),
+        TABLE.replace("Rome", "Rome ").replace(" in,", " in ,").replace('France"', 'France "').encode(),
         TABLE.replace("\n", "\n,,,\n").encode(),
     ],
-    ids=["plain", "BOM", "CRLF", "blank lines", "UTF-16", "names of columns", "spaces", "empty rows"],
+    ids=[
+        "plain",
+        "BOM",
+        "CRLF",
+        "blank lines",
+        "UTF-16",
+        "names of columns",
+        "spaces before",
+        "spaces behind",
+        "empty rows",
+    ],
 )
 def test_a_table_is_read_however_it_was_saved(tmp_path, data):
     first, second = read(tmp_path, data)
