@@ -9,7 +9,7 @@ from rich.console import Console
 
 from goldenedit import EditRequest
 from goldenedit.storage.folder import Edit, EditedFact
-from goldenedit.tables import facts_table, general_table, printable
+from goldenedit.tables import facts_table, printable
 
 
 def printed(content: object) -> str:
@@ -57,15 +57,3 @@ def test_the_probability_of_several_tokens_is_shown_with_the_weakest(weakest, sh
     output = printed(facts_table([Edit("edit_1", [fact], {})]))
     assert shown in output
     assert output.count("weakest") == ("weakest" in shown)
-
-
-def test_figures_of_the_harness_have_their_error_and_the_number_of_items():
-    score = {"value": 0.61, "stderr": 0.049, "n": 100}
-    group = {"value": 0.5, "stderr": None, "n": None}
-    output = printed(
-        general_table({state: {"arc": {"acc": score}, "all": {"acc": group}} for state in ("edited", "base")})
-    )
-    (row,) = [line.split() for line in output.splitlines() if " arc " in line]
-    assert row.count("0.610") == 2
-    assert "100" in row
-    assert "None" not in output

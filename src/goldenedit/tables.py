@@ -190,14 +190,11 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
 
 def general_table(general: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]]) -> Table:
     """Return the scores of lm-evaluation-harness for both models."""
-    table = Table("task", "metric", "edited", "base", "n")
+    table = Table("task", "metric", "edited", "base")
     for task, metrics in general["edited"].items():
         for metric in metrics:
             row = [general[state][task][metric] for state in ("edited", "base")]
-            items = row[0].get("n")
-            table.add_row(
-                printable(task), printable(metric), *map(_with_error, row), "" if items is None else f"{items}"
-            )
+            table.add_row(printable(task), printable(metric), *map(_with_error, row))
     return table
 
 
