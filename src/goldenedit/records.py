@@ -36,8 +36,9 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
         split: Split of a dataset on the Hub, or of a `DatasetDict`.
 
     Raises:
-        ValueError: The file as a whole is not valid.
+        ValueError: The file or dataset as a whole is not valid.
         FileNotFoundError: There is no such file or dataset.
+        ConnectionError: There is no such file, and the Hub cannot be reached.
     """
     if isinstance(source, str | Path):
         path = Path(source)
@@ -47,9 +48,7 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
             raise FileNotFoundError(
                 f"{path} does not exist. Give a file of facts, or the name of a dataset as a string."
             )
-        from datasets import load_dataset
-
-        return _table(load_dataset(str(source), split=split))
+        return _table(_dataset(str(source), split))
     if hasattr(source, "convert_dtypes"):  # a DataFrame, in which a missing number makes all others decimal
         frame = source.convert_dtypes().astype(object)
         frame = frame.where(frame.notna(), None)
@@ -62,6 +61,22 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
         raise ValueError(f"Facts must be a file, a dataset or records, got {source!r}.")
     items = [Record(item, f"record {index}") for index, item in enumerate(source)]
     return _table(item.content for item in items) if hasattr(source, "column_names") else items
+
+
+def _dataset(name: str, split: str) -> Iterable[Mapping[str, Any]]:
+    """Return a split of a dataset on the Hub or in a folder."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetBuildError
+
+    try:
+        return load_dataset(name, split=split)  # type: ignore[no-any-return]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name!r} is neither a file nor a dataset ({error}). Check the name.") from error
+    except ConnectionError as error:
+        raise ConnectionError(f"{name!r} is no file, and cannot be loaded as a dataset ({error}).") from error
+    except DatasetBuildError as error:  # no ValueError, and without the reason
+        reason = error.__cause__ or error
+        raise ValueError(f"The dataset {name!r} cannot be read ({reason}). Pass one of its files instead.") from error
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> list[Record]:

@@ -265,6 +265,18 @@ def test_facts_come_from_dicts_of_any_format_and_from_requests():
         as_requests([EIFFEL, 7])
 
 
+def test_a_dataset_that_cannot_be_read_is_told_with_the_reason(tmp_path):
+    (tmp_path / "train.json").write_text('[{"prompt": 1')
+    with pytest.raises(ValueError, match=rf"The dataset '{tmp_path}' cannot be read \(.*position 13"):
+        load_requests(str(tmp_path))
+
+
+def test_a_name_that_is_neither_file_nor_dataset_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is neither a file nor a dataset .* Check the name"):
+        load_requests(tmp_path / "empty")
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     for name in ("gone.json", "gone.csv", "gone"):
         with pytest.raises(FileNotFoundError, match=name):
