@@ -402,8 +402,12 @@ def test_the_other_sets_are_read_too():
     assert bio.locality == ()  # a prompt without an answer says nothing
 
 
-def test_an_old_answer_that_is_the_new_one_is_left_out():
-    assert EditRequest.from_dict(ZSRE | {"ground_truth": ["Rome"]}).target_true is None
+@pytest.mark.parametrize("record", [ZSRE, MEND, FLAT], ids=["knowedit", "zsre", "flat"])
+@pytest.mark.parametrize("old", [["Rome"], ["rome ", "Lyon"], ["Paris", "Rome"]], ids=str)
+def test_old_answers_with_the_new_one_are_left_out_and_no_names_of_it(record, old):
+    field = "answers" if record is MEND else "ground_truth"
+    request = EditRequest.from_dict(record | {field: old})
+    assert (request.target_true, request.names_of("Rome")) == (None, ("Rome",))
 
 
 @pytest.mark.parametrize("record", [ZSRE, COUNTERFACTUAL, RECENT, BIO])

@@ -174,21 +174,27 @@ def request_fields(
 ) -> dict[str, Any]:
     """Return the fields of an `EditRequest`: the first name of each answer, and the groups of names.
 
-    An old answer that equals the new one is left out, because there is nothing to compare.
+    Old answers of which one equals the new answer are left out: there is nothing to compare, and a set that lists
+    several answers of a fact would make the others names of the new one.
     """
+    target_true = () if is_among(target_new[0], target_true) else target_true
     answers = [names for _, names in (*portability, *locality)]
     groups = [names for names in (target_new, target_true, *aliases, *answers) if len(names) > 1]
-    is_other = bool(target_true) and target_true[0].strip() != target_new[0].strip()
     return {
         "prompt": prompt,
         "subject": subject,
         "target_new": target_new[0],
-        "target_true": target_true[0] if is_other else None,
+        "target_true": target_true[0] if target_true else None,
         "portability": tuple((text, names[0]) for text, names in portability),
         "locality": tuple((text, names[0]) for text, names in locality),
         "aliases": tuple(dict.fromkeys(groups)),
         **others,
     }
+
+
+def is_among(answer: str, names: Names) -> bool:
+    """Return whether an answer is one of the names, whatever the case and the spaces around it."""
+    return answer.strip().casefold() in {name.strip().casefold() for name in names}
 
 
 def question_in(prompt: str) -> str | None:

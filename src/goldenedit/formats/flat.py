@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from goldenedit.formats import plain
-from goldenedit.formats.fields import Answered, Field, Format, question_in
+from goldenedit.formats.fields import Answered, Field, Format, is_among, question_in
 
 _NAMES = (
     "ground_truth",
@@ -29,7 +29,8 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     field = Field(record)
     [fields] = plain.read(plain.known_fields(record))
     true = field["ground_truth"].names()
-    if true and true[0].strip() != fields["target_new"].strip():
+    true = () if is_among(fields["target_new"], true) else true
+    if true:
         fields.setdefault("target_true", true[0])
     pairs = {kind: _pairs(field, kind) for kind in ("portability", "locality")}
     for kind, answered in pairs.items():
