@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 _BOM = codecs.BOM_UTF8  # some editors write it at the start of UTF-8 files
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\x1f\x8b")  # .xlsx and .zip, .xls, .parquet, .gz
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv")
 _SUFFIXES = (".json", *_LINES, *_TABLES)
@@ -169,6 +170,10 @@ def _whole(path: Path) -> Iterator[Record]:
 
 def _decoded(path: Path) -> str:
     data = path.read_bytes()
+    if data.startswith(_BINARY):
+        raise ValueError(
+            f"{path} is a spreadsheet or an archive, no text. Save it as CSV or JSON, or pass a DataFrame."
+        )
     encoding = "UTF-16" if data[:2] in _UTF_16 else "UTF-8"
     try:
         return data.removeprefix(_BOM).decode(encoding)

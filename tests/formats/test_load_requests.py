@@ -265,6 +265,12 @@ def test_facts_come_from_dicts_of_any_format_and_from_requests():
         as_requests([EIFFEL, 7])
 
 
+@pytest.mark.parametrize(("name", "start"), [("facts.xlsx", b"PK\x03\x04\xff"), ("facts.csv", b"\x1f\x8b\x08")])
+def test_a_spreadsheet_or_an_archive_is_told_with_what_to_do(tmp_path, name, start):
+    with pytest.raises(ValueError, match=rf"{name} is a spreadsheet or an archive, no text\. Save it as CSV"):
+        read(tmp_path, start + b"\x00\xe9" * 9, name)
+
+
 def test_a_dataset_that_cannot_be_read_is_told_with_the_reason(tmp_path):
     (tmp_path / "train.json").write_text('[{"prompt": 1')
     with pytest.raises(ValueError, match=rf"The dataset '{tmp_path}' cannot be read \(.*position 13"):
