@@ -171,9 +171,7 @@ def _whole(path: Path) -> Iterator[Record]:
 def _decoded(path: Path) -> str:
     data = path.read_bytes()
     if data.startswith(_BINARY):
-        raise ValueError(
-            f"{path} is a spreadsheet or an archive, no text. Save it as CSV or JSON, or pass a DataFrame."
-        )
+        raise ValueError(f"{path} is a spreadsheet or an archive, no text. Save it as CSV, or pass a DataFrame.")
     encoding = "UTF-16" if data[:2] in _UTF_16 else "UTF-8"
     try:
         return data.removeprefix(_BOM).decode(encoding)
