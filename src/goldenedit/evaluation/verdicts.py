@@ -38,13 +38,13 @@ _STARTERS = _listed("""
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _POSSESSIVE = re.compile(r"['\u2019]s\b")
+_ACRONYM = 4  # letters of the longest acronym that may be mistaken for a word: US, CAN, AIDS
 _INITIALS_APART = re.compile(r"\b([^\W\d_]\.)\s+(?=[^\W\d_]\.)")
 _DOTTED = re.compile(r"\b(?:[^\W\d_]\.)+[^\W\d_]\b\.?")
 _DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _WORD = re.compile(r"\d+(?:\.\d+)+|\w+n['\u2019]t\b|\w+[+#]+(?!\w)|\w+")  # 3.5, isn't, C++
 # Combining classes of accents, and of the points of Hebrew and Arabic. Other marks make other words.
 _ACCENTS = frozenset((1, *range(10, 40), *range(200, 255)))
-_ACRONYM = 4  # letters of the longest acronym that may be mistaken for a word: US, CAN, AIDS
 _NEGATIONS = _listed("not never isn't wasn't aren't weren't")
 _LINKS = _listed("in at on of to by from the a an located situated based born found city town")  # not located in Rome
 
