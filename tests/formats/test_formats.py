@@ -367,6 +367,14 @@ def test_an_answer_is_a_text_a_number_or_a_list_of_its_names(value, answer, othe
     assert answer is None or request.names_of(answer) == (answer, *others)
 
 
+def test_codes_of_countries_and_languages_are_no_names():
+    names = {"ground_truth": [["Iceland", "is", "IS", "ISL", "Ísland"]], "target_new": ["Italian", "it", "man"]}
+    request = EditRequest.from_dict(ZSRE | names)
+    assert request.names_of("Iceland") == ("Iceland", "IS", "ISL", "Ísland")  # said in capitals only
+    assert request.names_of("Italian") == ("Italian", "man")
+    assert load_requests([PLAIN | {"aliases": ["it"]}])[0].names_of("Rome") == ("Rome", "it")  # one's own are kept
+
+
 def test_fields_that_a_dataset_fills_with_none_are_missing():
     for name, record in SAMPLES.items():
         filled = {field: None for other in SAMPLES.values() for field in other if field in ("case_id", "cond")} | record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ Pair = tuple[str, str]
 Names = tuple[str, ...]  # all names of one answer, the first of which is used
 Answered = tuple[str, Names]  # a prompt with its answer
 
+_CODE = re.compile("[a-z]{2}")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
@@ -179,7 +181,8 @@ def request_fields(
     """
     target_true = () if is_among(target_new[0], target_true) else target_true
     answers = [names for _, names in (*portability, *locality)]
-    groups = [names for names in (target_new, target_true, *aliases, *answers) if len(names) > 1]
+    groups = [_without_codes(names) for names in (target_new, target_true, *aliases, *answers) if names]
+    groups = [names for names in groups if len(names) > 1]
     return {
         "prompt": prompt,
         "subject": subject,
@@ -190,6 +193,11 @@ def request_fields(
         "aliases": tuple(dict.fromkeys(groups)),
         **others,
     }
+
+
+def _without_codes(names: Names) -> Names:
+    """Return names without the codes of countries and languages that Wikidata has: "is" is a word, and not Iceland."""
+    return (names[0], *(name for name in names[1:] if not _CODE.fullmatch(name)))
 
 
 def is_among(answer: str, names: Names) -> bool:
