@@ -36,7 +36,8 @@ def evaluate(
     unchanged: Unchanged = True,
     texts: Annotated[int, typer.Option(help="Print so many questions with the answers of both models.")] = 0,
     judge: Annotated[
-        str | None, typer.Option(help="The URL of an OpenAI-compatible server that judges each answer.")
+        str | None,
+        typer.Option(help="The URL of an OpenAI-compatible server that judges each answer. It gets OPENAI_API_KEY."),
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The name of the judge on this server.")] = "",
     lm_eval: Annotated[
