@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, applied, load, parser, prepare, record, timed
+from torch import Tensor, nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.editing.learn import learn_facts
@@ -29,11 +30,13 @@ from goldenedit.editing.prepared import PreparedFacts
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.evaluation.harm import Compared, compare
-from goldenedit.evaluation.seen import Baseline, Measurement, Seen, SeenOptions, ask, baseline, seen
+from goldenedit.evaluation.seen import Baseline, Measurement, Seen, SeenOptions, baseline, has_ended, seen
+from goldenedit.evaluation.verdicts import answer_of
+from goldenedit.lm.decoding import Within, greedy
 
-NEIGHBORS = 4
-OPTIONS = SeenOptions(texts=8)
-UNRELATED = 8  # questions that every edit is compared on
+NEIGHBORS = 3
+OPTIONS = SeenOptions(texts=4)
+UNRELATED = 4  # questions that every edit is compared on
 EASYEDIT = "rome as EasyEdit"
 
 
@@ -67,8 +70,7 @@ def main() -> None:
         measure(model, base, arguments.methods, folder)
     rows = list(figures(model, base, arguments.methods, folder, seconds_of_base()))
     record(f"seen-{arguments.model}-{arguments.half}-{arguments.layer}", rows)
-    for row in rows:
-        print(json.dumps(row))
+    print("\n".join(table(rows)))
 
 
 def known_mquake(model: EditModel, data: Path, half: str) -> list[EditRequest]:
@@ -128,9 +130,9 @@ def measure(model: EditModel, base: Baseline, methods: Sequence[str], folder: Pa
             continue
         with timed() as seconds_of_comparing:
             compared = compare(model.lm, about.rows, start, nullcontext, states)
-        for method, edit in edits.items():
-            with timed() as seconds, applied(model, lambda edit=edit: edit.deltas):
-                written, others = ask(model.lm, about)
+        with timed() as seconds_of_asking:
+            asked = ask_all(model, about, list(edits.values()))
+        for (method, edit), (written, others) in zip(edits.items(), asked, strict=True):
             result = {
                 "fact": index,
                 "prompt": base.requests[index].text,
@@ -141,13 +143,62 @@ def measure(model: EditModel, base: Baseline, methods: Sequence[str], folder: Pa
                     for row in compared[method]
                 ],
                 "seconds": round(edit.seconds, 3),
-                "seconds of asking": round(seconds(), 3),
+                "seconds of asking": round(seconds_of_asking() / len(edits), 3),
                 "seconds of comparing": round(seconds_of_comparing() / len(edits), 3),
                 "layers": sorted({model.architecture.layer_of(path) for path in edit.deltas}),
             }
             with path_of(folder, method).open("a") as file:
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
         print(index, {method: results(folder, method)[index]["written"][0] for method in methods}, flush=True)
+
+
+def ask_all(model: EditModel, base: Baseline, edits: Sequence[Made]) -> list[tuple[list[str], dict[int, str]]]:
+    """Ask the models of several edits at once: each row of a batch has the deltas of its own edit.
+
+    Returns the same as `goldenedit.evaluation.seen.ask` for each of them.
+    """
+    subjects = [place for place, other in enumerate(base.others) if other.kind == "subject"]
+    asked = [text.prompt for text in base.asked]
+    others = [base.others[place].prompt for place in subjects]
+
+    def within(count: int) -> Within:
+        return lambda prompts: applied_by_row(model, [edits[prompt // count].deltas for prompt in prompts])
+
+    options = base.options
+    answers = greedy(model.lm, asked * len(edits), options.max_new_tokens, has_ended, within=within(len(asked)))
+    texts = greedy(model.lm, others * len(edits), options.continuation, within=within(len(others)))
+    written = [answer_of(answer.text) for answer in answers]
+    return [
+        (
+            written[number * len(asked) : (number + 1) * len(asked)],
+            {place: texts[number * len(subjects) + order].text.strip() for order, place in enumerate(subjects)},
+        )
+        for number in range(len(edits))
+    ]
+
+
+@contextmanager
+def applied_by_row(model: EditModel, deltas: Sequence[dict[str, LowRankDelta]]) -> Iterator[None]:
+    """Apply to each row of a batch the deltas of its own edit inside this context."""
+    rows: dict[str, dict[int, tuple[LowRankDelta, list[int]]]] = {}
+    for row, of_row in enumerate(deltas):
+        for path, delta in of_row.items():
+            rows.setdefault(path, {}).setdefault(id(delta), (delta, []))[1].append(row)
+
+    def hook(parts: Sequence[tuple[LowRankDelta, list[int]]]) -> Callable[..., Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            output = output.clone()
+            for delta, members in parts:
+                output[members] += args[0][members] @ delta.A.T @ delta.B.T
+            return output
+
+        return add
+
+    with ExitStack() as stack:
+        for path, parts in rows.items():
+            module = model.lm.model.get_submodule(path)
+            stack.callback(module.register_forward_hook(hook(list(parts.values()))).remove)
+        yield
 
 
 def path_of(folder: Path, method: str) -> Path:
@@ -239,6 +290,24 @@ def figures(
                 for name in ("seconds", "seconds of asking", "seconds of comparing")
             },
         }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the figures as a table in Markdown."""
+    forms = ("completion", "question", "chat", "second_turn", "prefix", "negation", "portability")
+    kinds = ("neighbors", "subject", "unrelated")
+    heads = [*(form.replace("_", " ") for form in forms), *kinds, "key word", "says new", "KL", "worst", "agree", "s"]
+    yield "| " + " | ".join(["editor", *heads]) + " |"
+    yield "|---" * (len(heads) + 1) + "|"
+    for row in rows:
+        unchanged, text = row.get("unchanged", {}), row.get("text", {})
+        shares = [row["says"].get(form, {}).get("contains") for form in forms]
+        shares += [unchanged.get(kind, {}).get("same") for kind in kinds]
+        shares += [unchanged.get("subject", {}).get(name) for name in ("keyword", "says_new")]
+        cells = ["" if share is None else f"{share:.2f}" for share in shares]
+        cells += [f"{text[name]:.4f}" if name in text else "" for name in ("kl", "worst")]
+        cells += [f"{text['agreement']:.3f}" if text else "", f"{row['seconds']:.1f}" if "seconds" in row else ""]
+        yield "| " + " | ".join([row["method"], *cells]) + " |"
 
 
 def _measurement(base: Baseline, result: dict[str, Any]) -> Measurement:

@@ -1,7 +1,8 @@
 """How often the verdict `contains` agrees with a reading by hand of generated texts.
 
-`verdicts.jsonl` has 100 texts of edited models, drawn at random from the stored edits of `seen.py` over models, editors
-and forms. `says` is the reader's judgment: does the text give the new answer to what was asked?
+`verdicts.jsonl` has 100 texts of edited models, drawn at random over models, editors and forms from the first edits
+that `seen.py` stored. `says` is the reader's judgment: is the new answer what this text replies? `unsure` marks texts
+that name the new answer alone, but do not say of whom.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ def main() -> None:
     texts = [json.loads(line) for line in TEXTS.read_text().splitlines()]
     differing = [text for text in texts if contains(text["text"], text["answers"], text["old"]) != text["says"]]
     agreed = 1 - len(differing) / len(texts)
-    row = {"texts": len(texts), "agreement": agreed, "95%": wilson(agreed, len(texts)), "differing": differing}
+    row = {
+        "texts": len(texts),
+        "agreement": agreed,
+        "95%": wilson(agreed, len(texts)),
+        "agreement if no unsure text says it": agreed - sum(text["unsure"] for text in texts) / len(texts),
+        "differing": differing,
+    }
     (RESULTS / "verdicts.json").write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(row, indent=1, ensure_ascii=False))
 

@@ -94,16 +94,19 @@ def test_questions_are_shown_with_both_answers_and_facts_that_are_not_said_are_t
     assert "'I live near Berlin': expected 'Hamburg'" in " ".join(output.split())
 
 
-def test_scores_that_could_not_be_saved_are_an_error_before_a_model_is_loaded(edit, tmp_path, capsys):
-    code, _, errors = run(capsys, "evaluate", edit, "-o", str(tmp_path / "no" / "scores.json"), "--model", "no/model")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--judge", "http://localhost:1/v1"], "--judge needs --judge-model"),
+        (["--judge-model", "judge"], "--judge-model needs --judge"),
+        (["--lm-eval-limit", "3"], "need --lm-eval"),
+        (["--output", "no/such/folder/scores.json"], "which is no folder"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path, capsys, options, message):
+    code, _, errors = run(capsys, "evaluate", str(tmp_path), "--model", "no/such/model", *options)
     assert code != 0
-    assert "--output does not exist" in " ".join(errors.replace("│", "").split())
-
-
-def test_a_judge_needs_the_name_of_its_model(edit, capsys):
-    code, _, errors = run(capsys, "evaluate", edit, "--judge", "http://localhost:1/v1")
-    assert code != 0
-    assert "--judge-model" in errors
+    assert message in " ".join(errors.replace("\u2502", " ").split())
 
 
 def test_general_ability_of_both_models_goes_into_scores_and_card(edit, tmp_path, capsys):

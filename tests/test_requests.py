@@ -169,6 +169,32 @@ def test_a_counterfact_record_without_a_field_says_which(name):
         EditRequest.from_dict(COUNTERFACT | {"requested_rewrite": rewrite})
 
 
+def test_the_place_of_the_subject_is_filled_in_all_texts_about_it():
+    request = EditRequest(
+        "{} plays",
+        "Ada",
+        "tennis",
+        paraphrases=["The sport of {} is"],
+        question="Which sport does {} play?",
+        generation=["{} began"],
+        portability=[("The ball of {} is", "{}")],
+        locality=[("{} was born in", "Rome")],
+        neighborhood=["{} is a format string in"],
+    )
+    assert (request.paraphrases, request.generation) == (("The sport of Ada is",), ("Ada began",))
+    assert request.question == "Which sport does Ada play?"
+    assert (request.portability, request.locality) == ((("The ball of Ada is", "{}"),), (("Ada was born in", "Rome"),))
+    assert request.neighborhood == ("{} is a format string in",)  # about others
+    assert EditRequest.from_dict(request.to_dict()) == request
+    assert EditRequest("{} is", "a{}", "b", paraphrases=["{} or a{}"]).paraphrases == ("{} or a{}",)
+
+
+@pytest.mark.parametrize("name", ["paraphrases", "neighborhood", "generation"])
+def test_an_empty_text_asks_nothing_and_is_refused(name):
+    with pytest.raises(ValueError, match=f"EditRequest.{name} must be a list of non-empty strings"):
+        EditRequest(**FACT, **{name: ["The tower is in", " "]})
+
+
 @pytest.mark.parametrize("change", [{"paraphrases": "A text"}, {"neighborhood": "A text"}, {"target_true": True}])
 def test_a_field_of_the_wrong_kind_is_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):

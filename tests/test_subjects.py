@@ -171,3 +171,9 @@ def test_the_subject_of_a_chat_is_taken_from_the_one_message_that_spells_it():
     twice = [*messages[1:], {"role": "assistant", "content": "The LOUVRE?"}, {"role": "user", "content": "Yes."}]
     with pytest.raises(ValueError, match="'The Louvre' is in none of the messages"):
         EditRequest(messages=twice, subject="The Louvre", target_new="Rome")
+
+
+def test_a_single_word_is_the_subject_without_its_article_only_if_it_is_spelled_alike():
+    assert respelled_subject(["Which band recorded The Weight?"], "The Band") is None
+    assert respelled_subject(["Which label did Beatles found?"], "The Beatles") == "Beatles"
+    assert respelled_subject(["Where is the rolling stones from?"], "The Rolling Stones") == "the rolling stones"

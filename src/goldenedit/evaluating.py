@@ -37,7 +37,8 @@ def evaluate(
     unchanged: Unchanged = True,
     texts: Annotated[int, typer.Option(min=0, help="Print so many questions with the answers of both models.")] = 0,
     judge: Annotated[
-        str | None, typer.Option(help="The URL of an OpenAI-compatible server that judges each answer.")
+        str | None,
+        typer.Option(help="The URL of an OpenAI-compatible server that judges each answer. It gets OPENAI_API_KEY."),
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The name of the judge on this server.")] = "",
     lm_eval: Annotated[
@@ -59,7 +60,9 @@ def evaluate(
 
     if as_json:
         report_on_stderr(context)
-    _check_destinations(folder, card, output)
+    if lm_eval is None and (lm_eval_path, lm_eval_limit) != (None, None):
+        raise typer.BadParameter("--lm-eval-path and --lm-eval-limit need --lm-eval, the tasks.")
+    _check_outputs(folder if card else None, output)
     options = _options(forms, unchanged, judge, judge_model)
     requests = _facts(file, format, skip_bad)
     path, base, tokenizer = load_edits(folder, model)
@@ -131,12 +134,12 @@ def compare(
         typer.echo(json.dumps([evaluation.to_dict() for evaluation in evaluations]))
 
 
-def _check_destinations(folder: str, card: bool, output: Path | None) -> None:
-    """Raise an error now if the scores could not be written once they are measured."""
-    if card and not Path(folder).is_dir():
+def _check_outputs(folder: str | None, output: Path | None) -> None:
+    """Raise BadParameter if the card of a folder, or an output file, cannot be written after a long evaluation."""
+    if folder is not None and not Path(folder).is_dir():
         raise typer.BadParameter(f"--card writes into a local edit folder, and {folder} is not one. Download it first.")
     if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"The folder {output.parent} of --output does not exist. Create it first.")
+        raise typer.BadParameter(f"--output is in {output.parent}, which is no folder. Make it first.")
 
 
 def _facts(file: Path | None, format: str, skip_bad: bool) -> list[Any] | None:
@@ -154,8 +157,10 @@ def _options(forms: str | None, unchanged: bool, judge: str | None, judge_model:
 
 
 def _judge(url: str | None, model: str) -> Judge | None:
-    if url is None:
+    if url is None and not model:
         return None
+    if url is None:
+        raise typer.BadParameter("--judge-model needs --judge, the URL of its server.")
     if not model:
         raise typer.BadParameter("--judge needs --judge-model, the name of the model on the server.")
     from goldenedit.evaluation.judges import url_judge

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 _BOM = codecs.BOM_UTF8  # some editors write it at the start of UTF-8 files
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\x1f\x8b")  # .xlsx and .zip, .xls, .parquet, .gz
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv")
 _SUFFIXES = (".json", *_LINES, *_TABLES)
@@ -36,8 +37,9 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
         split: Split of a dataset on the Hub, or of a `DatasetDict`.
 
     Raises:
-        ValueError: The file as a whole is not valid.
+        ValueError: The file or dataset as a whole is not valid.
         FileNotFoundError: There is no such file or dataset.
+        ConnectionError: There is no such file, and the Hub cannot be reached.
     """
     if isinstance(source, str | Path):
         path = Path(source)
@@ -47,9 +49,7 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
             raise FileNotFoundError(
                 f"{path} does not exist. Give a file of facts, or the name of a dataset as a string."
             )
-        from datasets import load_dataset
-
-        return _table(load_dataset(str(source), split=split))
+        return _table(_dataset(str(source), split))
     if hasattr(source, "convert_dtypes"):  # a DataFrame, in which a missing number makes all others decimal
         frame = source.convert_dtypes().astype(object)
         frame = frame.where(frame.notna(), None)
@@ -64,6 +64,22 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
     return _table(item.content for item in items) if hasattr(source, "column_names") else items
 
 
+def _dataset(name: str, split: str) -> Iterable[Mapping[str, Any]]:
+    """Return a split of a dataset on the Hub or in a folder."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetBuildError
+
+    try:
+        return load_dataset(name, split=split)  # type: ignore[no-any-return]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name!r} is neither a file nor a dataset ({error}). Check the name.") from error
+    except ConnectionError as error:
+        raise ConnectionError(f"{name!r} is no file, and cannot be loaded as a dataset ({error}).") from error
+    except DatasetBuildError as error:  # no ValueError, and without the reason
+        reason = error.__cause__ or error
+        raise ValueError(f"The dataset {name!r} cannot be read ({reason}). Pass one of its files instead.") from error
+
+
 def _table(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
     return [Record(_unpacked(row), f"record {index}", is_row=True) for index, row in enumerate(rows)]
 
@@ -76,7 +92,8 @@ def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
     - `.json`: each item of a list is a record. An object is one record, with two exceptions: if it has a list under
       `data`, or if a list is its only value, then the items of that list are the records. A file with an object in each
       line is read like `.jsonl`.
-    - `.csv`, `.tsv`: each row is a record, with the names of the first row. Empty cells are None.
+    - `.csv`, `.tsv`: each row is a record, with the names of the first row. Empty cells are None, and spaces around the
+      text of a cell are removed: nobody sees them in a spreadsheet.
     - Other suffixes: read as `.json`, or with `plain_text` as one text per line.
 
     Empty lines are skipped.
@@ -153,6 +170,8 @@ def _whole(path: Path) -> Iterator[Record]:
 
 def _decoded(path: Path) -> str:
     data = path.read_bytes()
+    if data.startswith(_BINARY):
+        raise ValueError(f"{path} is a spreadsheet or an archive, no text. Save it as CSV, or pass a DataFrame.")
     encoding = "UTF-16" if data[:2] in _UTF_16 else "UTF-8"
     try:
         return data.removeprefix(_BOM).decode(encoding)
@@ -206,7 +225,7 @@ def _rows(path: Path) -> Iterator[Record]:
             need = "Put cells that contain the separator in quotes."
             yield Record(ValueError(f"the row has {len(cells)} cells for {len(names)} columns. {need}"), place)
         else:
-            row = dict(zip(names, cells, strict=False))
+            row = dict(zip(names, (cell.rstrip(" \t") for cell in cells), strict=False))
             yield Record(_unpacked({name: row.get(name) or None for name in names}), place, is_row=True)
 
 

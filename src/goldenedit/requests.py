@@ -51,7 +51,8 @@ class EditRequest:
         target_new: The new answer. It is joined to prompts by the usual rules of writing (see
             `goldenedit.writing.joint_of`). If it begins with whitespace, that is kept, and nothing is put before it.
         target_true: The old answer, if known.
-        paraphrases: Other prompts for the same fact.
+        paraphrases: Other prompts for the same fact. Here and in the other texts about the subject (`question`,
+            `generation`, `portability`, `locality`), `{}` stands for it too.
         neighborhood: Prompts about other subjects, whose answers must not change. Their answer is `target_true`.
         relation: Name of the relation, for statistics.
         generation: Beginnings of texts about the subject. The edited model continues them to measure its fluency.
@@ -121,6 +122,7 @@ class EditRequest:
                 "omit target_true."
             )
         self._mark_answers()
+        self._fill_subject()
         object.__setattr__(self, "subject_start", self._find_subject())
 
     def _mark_answers(self) -> None:
@@ -165,6 +167,21 @@ class EditRequest:
         logger.info("The subject %r is spelled %r in %r, and is taken from there.", self.subject, spelled, texts)
         object.__setattr__(self, "subject", spelled)
 
+    def _fill_subject(self) -> None:
+        """Put the subject in place of `{}` in the other texts about it."""
+        if "{}" in self.subject:
+            return
+        for name in ("paraphrases", "generation"):
+            object.__setattr__(self, name, tuple(self._with_subject(text) for text in getattr(self, name)))
+        for name in _PAIRS:
+            pairs = tuple((self._with_subject(prompt), answer) for prompt, answer in getattr(self, name))
+            object.__setattr__(self, name, pairs)
+        if self.question is not None:
+            object.__setattr__(self, "question", self._with_subject(self.question))
+
+    def _with_subject(self, text: str) -> str:
+        return text if isinstance(text, ChatText) else text.replace("{}", self.subject)
+
     def _check_messages(self) -> None:
         messages = self.messages
         if messages is None:
@@ -190,8 +207,8 @@ class EditRequest:
     def _freeze_texts(self) -> None:
         for name in _TEXTS:
             value = getattr(self, name)
-            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"EditRequest.{name} must be a list of strings, got {shortened(value)}.")
+            if not isinstance(value, list | tuple) or not all(map(_is_text, value)):
+                raise ValueError(f"EditRequest.{name} must be a list of non-empty strings, got {shortened(value)}.")
             object.__setattr__(self, name, tuple(value))
         for name in _PAIRS:
             value = getattr(self, name)

@@ -130,7 +130,7 @@ def respelled_subject(texts: Iterable[str], subject: str) -> str | None:
     """Return the one place in texts that spells a subject in another way; None if there is none, or more than one.
 
     Case, accents, the shape of apostrophes and quotes, the width of spaces, a possessive ending and a leading "the" may
-    differ. Only whole words count.
+    differ. Only whole words count. A single word is the subject without its "the" only if it is spelled alike.
 
     Example:
         ```python
@@ -142,6 +142,8 @@ def respelled_subject(texts: Iterable[str], subject: str) -> str | None:
     plain = _POSSESSIVE.sub("", subject)
     for spelling in dict.fromkeys((subject, plain, _ARTICLE.sub("", subject, 1), _ARTICLE.sub("", plain, 1))):
         places = [place for text in texts for place in _respelled(text, spelling)]
+        if spelling not in (subject, plain) and " " not in spelling:
+            places = [place for place in places if place == spelling]  # a band is not The Band
         if places:
             return places[0] if len(places) == 1 else None
     return None

@@ -191,6 +191,24 @@ def test_the_empty_answer_is_never_said():
 
 
 @pytest.mark.parametrize(
+    ("text", "acronym"),
+    [
+        ("He told us so.", "US"),
+        ("It can be seen.", "CAN"),
+        ("It is where it is.", "I.T."),
+        ("He aids the poor.", "AIDS"),
+        ("In c minor", "C$"),
+    ],
+)
+def test_a_word_is_no_acronym(text, acronym):
+    assert not contains(text, ["Its full name", acronym])
+    assert not mentions(text, [acronym])
+    assert contains(f"{text[:-1]} Rome.", ["Rome"], ["Its full name", acronym])  # nor the old answer before the new one
+    assert contains(f"In the {acronym} today", [acronym])
+    assert contains(acronym.casefold(), [acronym])  # the whole text is the answer
+
+
+@pytest.mark.parametrize(
     ("text", "answers"),
     [
         ("It stands in ROME, Italy.", ["Rome"]),
@@ -207,6 +225,9 @@ def test_the_empty_answer_is_never_said():
         ("in the U.S. Navy", ["US"]),
         ("in the US.", ["U.S."]),
         ("in the U.S today", ["U.S."]),
+        ("in the US today", ["U. S. A.", "U. S."]),
+        ("\u4f4d\u4e8eUS\u7684", ["US"]),
+        ("born in NASA\u2019s town", ["NASA"]),
         ("by J. R. R. Tolkien", ["J.R.R. Tolkien"]),
         ("by J.R.R. Tolkien", ["J. R. R. Tolkien"]),
         ("written in C++.", ["C++"]),

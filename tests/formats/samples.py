@@ -128,10 +128,47 @@ UNIEDIT = {
         "tail_entity": {"datatype": "wikibase-item", "value": {"id": "Q2", "label": "Ohio", "aliases": ["OH"]}},
     },
     "generality": {
-        "0": {"prompt": "The capital of Gull Lake's state is", "target": "Columbus", "paths": [["t_e", "r_1", "e_1"]]},
-        "1": {"prompt": "Gull Lake's state is", "target": "Ohio", "paths": [["h_e", "r_e", "t_e"]]},
+        "0": {
+            "path_type": "single",
+            "prompt": "The capital of Gull Lake's state is",
+            "target": "Columbus",
+            "paths": [["h_e", "r_e", "t_e", "f", "s"], ["t_e", "r_0", "e_0", "f", "s"]],
+        },
+        "1": {
+            "path_type": "single",
+            "prompt": "Gull Lake's state is",
+            "target": "Ohio",
+            "paths": [["h_e", "r_e", "t_e", "f", "m"]],
+        },
+        "2": {
+            "path_type": "single",
+            "prompt": "A lake in Ohio is",
+            "target": "Gull Lake",
+            "paths": [["t_e", "r_e", "h_e", "b", "m"]],
+        },
+        "3": {
+            "path_type": "double",
+            "prompt": "Gull Lake's state and the state of Toledo are the same.",
+            "target": "Yes",
+            "single_path1": {"path_type": "single", "paths": [["h_e", "r_e", "t_e", "f", "s"]]},
+            "single_path2": {"path_type": "single", "paths": [["e_0", "r_0", "t_e", "f", "s"]]},
+        },
     },
-    "locality": {"0": {"loc_type": "none", "prompt": "The Louvre is in", "target": "Paris"}},
+    "locality": {"0": {"loc_type": "none", "path_type": "single", "prompt": "The Louvre is in", "target": "Paris"}},
+}
+WIKIBIGEDIT = {
+    "tag": "simple",
+    "subject": "Gull Lake",
+    "relation": "located in",
+    "object": "Ohio",
+    "update": "In which state is Gull Lake?",
+    "rephrase": "Which state has Gull Lake?",
+    "personas": "Ahoy, in what state lies Gull Lake?",
+    "ans": "Ohio",
+    "loc": "In which city is the Louvre?",
+    "loc_ans": "Paris",
+    "mhop": "What is the capital of the state of Gull Lake?",
+    "mhop_ans": "Columbus",
 }
 HALLUEDITBENCH = {
     "topic": "art_sculpture",
@@ -143,6 +180,7 @@ HALLUEDITBENCH = {
     "paraphrased_question": "Who is the owner of the Goya memorial?",
     "yes_question": "Is the Goya memorial owned by Zaragoza City Council?",
     "locality_question": "In which city is the Goya memorial located?",
+    "reversed_relation_question": "What does Zaragoza City Council own?",
     "question_2hop": "Who leads the owner of the Goya memorial?",
     "answer_2hop": "Natalia",
     "question_3hop": None,
@@ -168,6 +206,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "mquake": MQUAKE,
     "rippleedits": RIPPLEEDITS,
     "uniedit": UNIEDIT,
+    "wikibigedit": WIKIBIGEDIT,
     "hallueditbench": HALLUEDITBENCH,
     "plain": PLAIN,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
+import numpy
+import pandas
 import pytest
 from datasets import Dataset
 from samples import (
@@ -18,6 +20,7 @@ from samples import (
     RIPPLEEDITS,
     SAMPLES,
     UNIEDIT,
+    WIKIBIGEDIT,
     ZSRE,
 )
 
@@ -120,7 +123,7 @@ def test_the_flat_form_may_have_fields_of_a_request_too():
     assert request.paraphrases == ("d", FLAT["rephrase_prompt"])
     assert (request.neighborhood, request.question) == (("c",), "Where?")
     assert EditRequest.from_dict(FLAT | {"ground_truth": " Rome"}).target_true is None
-    with pytest.raises(ValueError, match="aliases must be a list"):
+    with pytest.raises(ValueError, match="'aliases' must be a list"):
         EditRequest.from_dict(FLAT | {"aliases": "Roma"})
 
 
@@ -129,7 +132,31 @@ def test_knowedit_of_easyedit_may_call_the_paraphrase_otherwise():
     assert EditRequest.from_dict(record | {"rephrase": "Where is it?"}).paraphrases == ("Where is it?",)
 
 
-def test_wikibigedit_has_a_question_and_no_old_answer():
+def test_wikibigedit_is_read_whole():
+    assert EditRequest.from_dict(WIKIBIGEDIT) == EditRequest(
+        "In which state is Gull Lake?",
+        "Gull Lake",
+        "Ohio",
+        paraphrases=("Which state has Gull Lake?",),
+        portability=(
+            ("Ahoy, in what state lies Gull Lake?", "Ohio"),
+            ("What is the capital of the state of Gull Lake?", "Columbus"),
+        ),
+        locality=(("In which city is the Louvre?", "Paris"),),
+        relation="located in",
+        question="In which state is Gull Lake?",
+    )
+    assert len(EditRequest.from_dict(WIKIBIGEDIT | {"mhop": None, "mhop_ans": None}).portability) == 1
+
+
+def test_ultraeditbench_is_read_as_wikibigedit():
+    record = {"prompt": "Where is Gull Lake?", "subject": "Gull Lake", "ans": "Ohio", "rephrase_prompt": "Its state?"}
+    request = EditRequest.from_dict(record | {"loc": "Where is Paris?", "loc_ans": "France"})
+    assert (request.question, request.target_new) == ("Where is Gull Lake?", "Ohio")
+    assert (request.paraphrases, request.locality) == (("Its state?",), (("Where is Paris?", "France"),))
+
+
+def test_wikibigedit_in_the_flat_form_has_a_question_and_no_old_answer():
     change = {"prompt": "Where is The Eiffel Tower?", "ground_truth": None}
     request = EditRequest.from_dict(FLAT | change)
     assert (request.question, request.target_true) == ("Where is The Eiffel Tower?", None)
@@ -217,13 +244,50 @@ def test_the_sentences_of_rippleedits_are_taken_apart(sentence, expected):
     assert sentence.startswith(f"{request.prompt} {request.target_new}")
 
 
+@pytest.mark.parametrize(
+    ("sentence", "fields", "expected"),
+    [
+        (
+            "The name of the director of Life is Beautiful is Ada.",
+            {"Relation_Specificity": [("The name of the composer of Life is Beautiful is", "Bea")]},
+            ("Life is Beautiful", "Ada", None),
+        ),
+        (
+            "The name of the director of Life is Beautiful is Ada.",
+            {"original_fact": "The name of the director of Life is Beautiful is Bea."},
+            ("Life is Beautiful", "Ada", "Bea"),
+        ),
+        (
+            "The Office follows Life is Beautiful.",
+            {"Relation_Specificity": [("The name of the composer of The Office is", "Bea")]},
+            ("The Office", "Life is Beautiful", None),
+        ),
+    ],
+)
+def test_a_subject_of_rippleedits_may_contain_the_verb(sentence, fields, expected):
+    edit = {"prompt": sentence, "subject_id": "Q1", "target_id": "Q2"}
+    tests = {}
+    for name, value in fields.items():
+        if name == "original_fact":
+            edit[name] = {"prompt": value}
+        else:
+            queries = [{"prompt": prompt, "answers": [{"value": answer, "aliases": []}]} for prompt, answer in value]
+            tests[name] = [{"test_queries": queries}]
+    request = EditRequest.from_dict({"edit": edit, **tests})
+    assert (request.subject, request.target_new, request.target_true) == expected
+
+
 def test_uniedit_has_paraphrases_where_a_prompt_is_about_the_same_fact_and_else_what_follows():
     expected = EditRequest(
         "Gull Lake is located in the state of",
         "Gull Lake",
         "Ohio",
         paraphrases=("Gull Lake's state is",),
-        portability=(("The capital of Gull Lake's state is", "Columbus"),),
+        portability=(
+            ("The capital of Gull Lake's state is", "Columbus"),
+            ("A lake in Ohio is", "Gull Lake"),
+            ("Gull Lake's state and the state of Toledo are the same. The answer is (Yes/No):", "Yes"),
+        ),
         locality=(("The Louvre is in", "Paris"),),
         aliases=["OH"],
     )
@@ -237,7 +301,10 @@ def test_hallueditbench_has_questions_with_their_answers():
         "Zaragoza City Council",
         "Goya",
         paraphrases=("Who is the owner of the Goya memorial?",),
-        portability=(("Who leads the owner of the Goya memorial?", "Natalia"),),
+        portability=(
+            ("What does Zaragoza City Council own?", "Goya memorial"),
+            ("Who leads the owner of the Goya memorial?", "Natalia"),
+        ),
         relation="owned by",
         question="Who owns the Goya memorial?",
     )
@@ -254,6 +321,25 @@ def test_a_plain_record_may_have_numbers_names_and_answers_of_other_forms():
     assert (request.names_of("Roma"), request.names_of("Italia")) == (("Roma", "Rome"), ("Italia", "Italy"))
     assert load_requests([PLAIN | {"target": 12}])[0].target_new == "12"
     assert load_requests([PLAIN | {"target": ["Rome", "Roma"]}])[0].names_of("Rome") == ("Rome", "Roma")
+
+
+def test_lists_of_a_plain_record_may_have_gaps_and_numbers():
+    lists = {"paraphrases": ["", "One in", None], "aliases": [1889, None], "relation": 12, "neighborhood": ["B is in"]}
+    request = EditRequest.from_dict(PLAIN | lists)
+    assert (request.paraphrases, request.neighborhood) == (("One in",), ("B is in",))
+    assert (request.names_of("Rome"), request.relation) == (("Rome", "1889"), "12")
+    with pytest.raises(ValueError, match=r"'paraphrases\[1\]' must be a text, got 3"):
+        EditRequest.from_dict(PLAIN | {"paraphrases": ["a", 3]})
+    with pytest.raises(ValueError, match=r"'aliases\[1\]' must be a list, got 'Roma'"):
+        EditRequest.from_dict(PLAIN | {"aliases": [["Rome"], "Roma"]})
+
+
+def test_values_of_pandas_and_numpy_in_a_dict_are_read():
+    record = PLAIN | {"target": numpy.int64(12), "target_true": pandas.NA, "question": numpy.float32("nan")}
+    request = load_requests([record])[0]
+    assert (request.target_new, request.target_true, request.question) == ("12", None, None)
+    with pytest.raises(ValueError, match=r"record 0: The field 'locality' must be a list, got array"):
+        load_requests([PLAIN | {"locality": numpy.array(["a", "b"])}])
 
 
 @pytest.mark.parametrize(
@@ -279,6 +365,14 @@ def test_an_answer_is_a_text_a_number_or_a_list_of_its_names(value, answer, othe
     request = EditRequest.from_dict(ZSRE | {"ground_truth": value})
     assert request.target_true == answer
     assert answer is None or request.names_of(answer) == (answer, *others)
+
+
+def test_codes_of_countries_and_languages_are_no_names():
+    names = {"ground_truth": [["Iceland", "is", "IS", "ISL", "Ísland"]], "target_new": ["Italian", "it", "man"]}
+    request = EditRequest.from_dict(ZSRE | names)
+    assert request.names_of("Iceland") == ("Iceland", "IS", "ISL", "Ísland")  # said in capitals only
+    assert request.names_of("Italian") == ("Italian", "man")
+    assert load_requests([PLAIN | {"aliases": ["it"]}])[0].names_of("Rome") == ("Rome", "it")  # one's own are kept
 
 
 def test_fields_that_a_dataset_fills_with_none_are_missing():
@@ -316,8 +410,12 @@ def test_the_other_sets_are_read_too():
     assert bio.locality == ()  # a prompt without an answer says nothing
 
 
-def test_an_old_answer_that_is_the_new_one_is_left_out():
-    assert EditRequest.from_dict(ZSRE | {"ground_truth": ["Rome"]}).target_true is None
+@pytest.mark.parametrize("record", [ZSRE, MEND, FLAT], ids=["knowedit", "zsre", "flat"])
+@pytest.mark.parametrize("old", [["Rome"], ["rome ", "Lyon"], ["Paris", "Rome"]], ids=str)
+def test_old_answers_with_the_new_one_are_left_out_and_no_names_of_it(record, old):
+    field = "answers" if record is MEND else "ground_truth"
+    request = EditRequest.from_dict(record | {field: old})
+    assert (request.target_true, request.names_of("Rome")) == (None, ("Rome",))
 
 
 @pytest.mark.parametrize("record", [ZSRE, COUNTERFACTUAL, RECENT, BIO])

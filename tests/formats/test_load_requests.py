@@ -38,9 +38,20 @@ def read(tmp_path, text: str | bytes, name: str = "facts.csv", **options) -> lis
         TABLE.encode("utf-16"),
         TABLE.replace("prompt,subject,target,target_true", "Prompt, Subject,TARGET , Target true").encode(),
         TABLE.replace(",Rome", ", Rome").encode(),
+        TABLE.replace("Rome", "Rome ").replace(" in,", " in ,").replace('France"', 'France "').encode(),
         TABLE.replace("\n", "\n,,,\n").encode(),
     ],
-    ids=["plain", "BOM", "CRLF", "blank lines", "UTF-16", "names of columns", "spaces", "empty rows"],
+    ids=[
+        "plain",
+        "BOM",
+        "CRLF",
+        "blank lines",
+        "UTF-16",
+        "names of columns",
+        "spaces before",
+        "spaces behind",
+        "empty rows",
+    ],
 )
 def test_a_table_is_read_however_it_was_saved(tmp_path, data):
     first, second = read(tmp_path, data)
@@ -65,6 +76,19 @@ def test_a_cell_may_have_several_lines_a_list_or_a_single_item_of_a_list(tmp_pat
     assert (first.paraphrases, first.aliases) == (("One in",), (("12", "Roma", "Urbs"),))
     assert first.locality == (("a is", "b"),)
     assert (second.paraphrases, second.aliases) == (("One in", "Two in"), (("Rome", "Roma"),))
+
+
+@pytest.mark.parametrize("names", ["src,alt", "concept,text", "object,question"])
+def test_columns_of_ones_own_make_no_other_format_of_a_table_with_prompts(tmp_path, names):
+    text = f"prompt,subject,target,{names}\nA is in,A,Rome,x,y\n"
+    assert [request.target_new for request in read(tmp_path, text)] == ["Rome"]
+
+
+@pytest.mark.parametrize("column", ["ground_truth", "rephrase_prompt"])
+def test_a_single_text_in_a_column_of_a_list_is_its_only_item_beside_columns_of_easyedit_too(tmp_path, column):
+    text = f"prompt,subject,target,aliases,neighborhood,{column}\nA is in,A,Rome,Roma,B is in,Paris\n"
+    (request,) = read(tmp_path, text)
+    assert (request.aliases, request.neighborhood) == ((("Rome", "Roma"),), ("B is in",))
 
 
 def test_other_columns_of_a_table_are_ignored_and_named_once(tmp_path, caplog):
@@ -239,6 +263,24 @@ def test_facts_come_from_dicts_of_any_format_and_from_requests():
         as_requests("facts.json")
     with pytest.raises(ValueError, match="record 1: A record must map names of fields to values, got 7"):
         as_requests([EIFFEL, 7])
+
+
+@pytest.mark.parametrize(("name", "start"), [("facts.xlsx", b"PK\x03\x04\xff"), ("facts.csv", b"\x1f\x8b\x08")])
+def test_a_spreadsheet_or_an_archive_is_told_with_what_to_do(tmp_path, name, start):
+    with pytest.raises(ValueError, match=rf"{name} is a spreadsheet or an archive, no text\. Save it as CSV"):
+        read(tmp_path, start + b"\x00\xe9" * 9, name)
+
+
+def test_a_dataset_that_cannot_be_read_is_told_with_the_reason(tmp_path):
+    (tmp_path / "train.json").write_text('[{"prompt": 1')
+    with pytest.raises(ValueError, match=rf"The dataset '{tmp_path}' cannot be read \(.*position 13"):
+        load_requests(str(tmp_path))
+
+
+def test_a_name_that_is_neither_file_nor_dataset_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is neither a file nor a dataset .* Check the name"):
+        load_requests(tmp_path / "empty")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

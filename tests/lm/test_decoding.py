@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -176,7 +177,7 @@ def test_rows_are_dropped_from_a_cache_on_other_devices_than_the_tokens():
         def batch_select_indices(self, indices):
             devices.append(indices.device.type)  # tensors on any device take indices on the CPU
 
-    rows = [decoding._Row([3, 4], new=[5]), decoding._Row([3, 4], new=[6])]
+    rows = [decoding._Row(0, [3, 4], new=[5]), decoding._Row(1, [3, 4], new=[6])]
     batch = decoding._Batch(SimpleNamespace(device="meta", padding_id=0), rows, 0)
     batch.past = SpreadCache()
     batch.keep([1])
@@ -344,3 +345,27 @@ def test_modes_and_gradients_are_as_before(tokenizer):
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == asking
     assert torch.is_grad_enabled()
+
+
+def test_rows_that_run_in_models_of_their_own_give_what_each_model_gives_alone(tokenizer):
+    model = tiny_model("llama")
+    module = model.model.layers[1].mlp.down_proj
+    changes = [torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    prompts = ["The Eiffel Tower is in", "I live near Berlin", "The"]
+
+    def changed(rows):
+        def add(module, args, output):
+            return output + torch.stack([args[0][place] @ changes[row].T for place, row in enumerate(rows)])
+
+        return removed(module.register_forward_hook(add))
+
+    together = written_by(model, tokenizer, prompts, within=changed)
+    for row, prompt in enumerate(prompts):
+        with changed([row]):
+            assert together[row] == written_by(model, tokenizer, [prompt])[0]
+
+
+@contextmanager
+def removed(handle):
+    yield
+    handle.remove()

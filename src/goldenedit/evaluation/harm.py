@@ -7,6 +7,7 @@ prompt and continuation tells. The layers before the edit run once for the base 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _of_fact(
         place = find_subject(text, request.subject)
         yield Other(index, "subject" if place is not None and place.whole else "unrelated", prompt, text)
     for template in _ABOUT_SUBJECT:
-        text = template.format(request.subject)
+        text = template.format(re.sub(r"^The (?=[A-Z])", "the ", request.subject))
         yield Other(index, "subject", _asking(tokenizer, text), text)
 
 

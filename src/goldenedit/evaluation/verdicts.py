@@ -38,6 +38,7 @@ _STARTERS = _listed("""
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _POSSESSIVE = re.compile(r"['\u2019]s\b")
+_ACRONYM = 4  # letters of the longest acronym that may be mistaken for a word: US, CAN, AIDS
 _INITIALS_APART = re.compile(r"\b([^\W\d_]\.)\s+(?=[^\W\d_]\.)")
 _DOTTED = re.compile(r"\b(?:[^\W\d_]\.)+[^\W\d_]\b\.?")
 _DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
@@ -156,7 +157,8 @@ def _equal(text: str, answer: str) -> bool:
 def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool:
     """Return whether a text says one of the names of an answer as whole words, and no name of the old answer before.
 
-    Case, accents, possessives and the punctuation between words do not matter. An answer that is denied, as in "not
+    Case, accents, possessives and the punctuation between words do not matter, but the case of an acronym does: "us" is
+    not the US. An answer that is denied, as in "not
     Rome", does not count. A text that is exactly the answer says it, see `is_exact`.
 
     Example:
@@ -170,14 +172,14 @@ def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool
     if is_exact(text, answers):
         return True
     words = _words(text)
-    new_spans, old_spans = _spans(words, answers), _spans(words, old)
+    new_spans, old_spans = _spans(words, _spelled(text, answers)), _spans(words, _spelled(text, old))
     first_new = min(_affirmed(words, new_spans, old_spans), default=None)
     return first_new is not None and first_new <= min(_affirmed(words, old_spans, new_spans), default=len(words))
 
 
 def mentions(text: str, answers: Sequence[str]) -> bool:
     """Return whether a text contains one of the names of an answer as whole words, in whatever role."""
-    return bool(_spans(_words(text), answers)) or is_exact(text, answers)
+    return bool(_spans(_words(text), _spelled(text, answers))) or is_exact(text, answers)
 
 
 def key_word(question: str, answer: str) -> str | None:
@@ -244,6 +246,18 @@ def _spans(words: Sequence[str], names: Sequence[str]) -> list[Span]:
             if size and words[start : start + size] == part
         ]
     return spans
+
+
+def _spelled(text: str, names: Sequence[str]) -> list[str]:
+    """Return the names without acronyms that a text does not have in capitals: "can" is a word, CAN is Canada."""
+    plain = _INITIALS_APART.sub(r"\1", text).replace(".", "")
+    spelled = []
+    for name in names:
+        letters = name.replace(".", "").replace(" ", "")
+        is_acronym = letters.isupper() and len(letters) <= _ACRONYM
+        if not is_acronym or re.search(rf"(?<![A-Za-z0-9]){re.escape(letters)}(?![A-Za-z0-9])", plain):
+            spelled.append(name)
+    return spelled
 
 
 def _affirmed(words: Sequence[str], spans: Sequence[Span], others: Sequence[Span]) -> list[int]:

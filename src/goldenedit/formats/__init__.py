@@ -18,6 +18,7 @@ from goldenedit.formats import (
     qaedit,
     rippleedits,
     uniedit,
+    wikibigedit,
     zsre,
 )
 from goldenedit.formats.fields import Format, Pair
@@ -30,6 +31,7 @@ FORMATS = (
     counterfact.FORMAT,
     rippleedits.FORMAT,
     uniedit.FORMAT,
+    wikibigedit.FORMAT,
     zsre.FORMAT,
     hallueditbench.FORMAT,
     qaedit.FORMAT,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 Pair = tuple[str, str]
 Names = tuple[str, ...]  # all names of one answer, the first of which is used
 Answered = tuple[str, Names]  # a prompt with its answer
 
+_CODE = re.compile("[a-z]{2}")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
@@ -60,7 +63,7 @@ class Field:
         content = self.content
         if isinstance(content, str):
             return not content.strip()
-        return content is None or content != content or (isinstance(content, Sequence | Mapping) and not content)
+        return content is None or _is_nan(content) or (isinstance(content, Sequence | Mapping) and not content)
 
     def error(self, need: str) -> ValueError:
         """Return an error that says what the field needs."""
@@ -173,16 +176,18 @@ def request_fields(
 ) -> dict[str, Any]:
     """Return the fields of an `EditRequest`: the first name of each answer, and the groups of names.
 
-    An old answer that equals the new one is left out, because there is nothing to compare.
+    Old answers of which one equals the new answer are left out: there is nothing to compare, and a set that lists
+    several answers of a fact would make the others names of the new one.
     """
+    target_true = () if is_among(target_new[0], target_true) else target_true
     answers = [names for _, names in (*portability, *locality)]
-    groups = [names for names in (target_new, target_true, *aliases, *answers) if len(names) > 1]
-    is_other = bool(target_true) and target_true[0].strip() != target_new[0].strip()
+    groups = [_without_codes(names) for names in (target_new, target_true, *aliases, *answers) if names]
+    groups = [names for names in groups if len(names) > 1]
     return {
         "prompt": prompt,
         "subject": subject,
         "target_new": target_new[0],
-        "target_true": target_true[0] if is_other else None,
+        "target_true": target_true[0] if target_true else None,
         "portability": tuple((text, names[0]) for text, names in portability),
         "locality": tuple((text, names[0]) for text, names in locality),
         "aliases": tuple(dict.fromkeys(groups)),
@@ -190,10 +195,30 @@ def request_fields(
     }
 
 
+def _without_codes(names: Names) -> Names:
+    """Return names without the codes of countries and languages that Wikidata has: "is" is a word, and not Iceland."""
+    return (names[0], *(name for name in names[1:] if not _CODE.fullmatch(name)))
+
+
+def is_among(answer: str, names: Names) -> bool:
+    """Return whether an answer is one of the names, whatever the case and the spaces around it."""
+    return answer.strip().casefold() in {name.strip().casefold() for name in names}
+
+
 def question_in(prompt: str) -> str | None:
     """Return a prompt that is a question, or None."""
     return prompt if prompt.rstrip().endswith(("?", "\uff1f", "\u061f")) and "{}" not in prompt else None
 
 
+def _is_nan(value: Any) -> bool:
+    """Return whether a value is NaN, or pandas' NA, which is neither equal to itself nor unequal."""
+    try:
+        return bool(value != value)
+    except TypeError:
+        return True
+    except ValueError:  # an array
+        return False
+
+
 def _is_number(field: Field) -> bool:
-    return isinstance(field.content, int | float) and not isinstance(field.content, bool) and not field.is_missing
+    return isinstance(field.content, Real) and not isinstance(field.content, bool) and not field.is_missing

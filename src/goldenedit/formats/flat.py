@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from goldenedit.formats import plain
-from goldenedit.formats.fields import Answered, Field, Format, question_in
+from goldenedit.formats.fields import Answered, Field, Format, is_among, question_in
 
 _NAMES = (
     "ground_truth",
@@ -27,18 +27,18 @@ def matches(record: Mapping[str, Any]) -> bool:
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the request, together with those that are named as in a request."""
     field = Field(record)
-    [fields] = plain.read({name: value for name, value in record.items() if name in (*plain.FIELDS, *plain.SYNONYMS)})
+    [fields] = plain.read(plain.known_fields(record))
     true = field["ground_truth"].names()
-    if true and true[0].strip() != fields["target_new"].strip():
+    true = () if is_among(fields["target_new"], true) else true
+    if true:
         fields.setdefault("target_true", true[0])
     pairs = {kind: _pairs(field, kind) for kind in ("portability", "locality")}
     for kind, answered in pairs.items():
         fields[kind] = [*fields.get(kind, ()), *((prompt, names[0]) for prompt, names in answered)]
     groups = [true, *(names for answered in pairs.values() for _, names in answered)]
-    if isinstance(fields["aliases"], list):  # otherwise the request raises an error
-        fields["aliases"] += [names for names in groups if len(names) > 1]
+    fields["aliases"] += [names for names in groups if len(names) > 1]
     if rephrased := field.first("rephrase_prompt", "rephrase").texts():
-        fields["paraphrases"] = [*Field(fields.get("paraphrases"), "paraphrases").texts(), *rephrased]
+        fields["paraphrases"] = [*fields.get("paraphrases", ()), *rephrased]
     if "prompt" in fields:
         fields.setdefault("question", question_in(fields["prompt"]))
     return [fields]

@@ -14,24 +14,27 @@ _OUTPUT = "output_"  # the wrong answer of a model, with its name
 
 def matches(record: Mapping[str, Any]) -> bool:
     """Return whether a record is in the format of HalluEditBench."""
-    return "object" in record and ("question" in record or "paraphrased_question" in record)
+    return "object" in record and "prompt" not in record and ("question" in record or "paraphrased_question" in record)
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the request. The wrong answer of a model is the old one, if the table has only one.
 
-    Questions without an answer (`locality_question`) and with choices (`yes_question`) are not read.
+    The answer of `reversed_relation_question` is the subject. Questions without an answer (`locality_question`) and
+    those that name the answer (`yes_question`, choices) are not read.
     """
     field = Field(record)
     question = field["question"].text()
+    subject = field["subject"].label()
+    turned = field["reversed_relation_question"].optional_text()
     outputs = [name for name in record if str(name).startswith(_OUTPUT)]
     return [
         request_fields(
             question,
-            field["subject"].label(),
+            subject,
             field["object"].answer(),
             field[outputs[0]].names() if len(outputs) == 1 else (),
-            _hops(field),
+            [*([(turned, (subject,))] if turned else []), *_hops(field)],
             paraphrases=field["paraphrased_question"].texts(),
             question=question,
             relation=field["relation"].optional_text(),

@@ -8,8 +8,9 @@ from typing import Any
 
 from goldenedit.formats.fields import Field, Format, Names
 
+_TEXTS = ("paraphrases", "neighborhood", "generation")
 _PAIRS = ("portability", "locality")
-LISTS = ("paraphrases", "neighborhood", "generation", *_PAIRS, "aliases")
+LISTS = (*_TEXTS, *_PAIRS, "aliases")
 FIELDS = (
     "prompt", "messages", "subject", "target_new", "target_true", "question", "relation", "joint", *LISTS
 )  # fmt: skip
@@ -27,11 +28,15 @@ def unknown_fields(record: Mapping[str, Any]) -> list[str]:
     return sorted(field.path for field in unknown if not field.is_missing)
 
 
-def from_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of a table as a record, without other columns. A text in the column of a list is its only item."""
-    known = {name: value for name, value in row.items() if name in FIELDS or name in SYNONYMS}
-    lists = {name for name in known if SYNONYMS.get(name, name) in LISTS}
-    return {name: [value] if name in lists and isinstance(value, str) else value for name, value in known.items()}
+def known_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record that belong to a request."""
+    return {name: value for name, value in record.items() if name in FIELDS or name in SYNONYMS}
+
+
+def with_lists(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a table as a record: a text in the column of a list is its only item."""
+    lists = {name for name in row if SYNONYMS.get(name, name) in LISTS}
+    return {name: [value] if name in lists and isinstance(value, str) else value for name, value in row.items()}
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -59,7 +64,8 @@ def _request(values: Mapping[str, Field]) -> dict[str, Any]:
     fields = {name: field.content for name, field in values.items()}
     if "prompt" in values:
         fields["prompt"] = values["prompt"].text()
-    fields["subject"] = values["subject"].label()
+    fields |= {name: values[name].label() for name in ("subject", "relation") if name in values}
+    fields |= {name: tuple(item.text() for item in values[name].items()) for name in _TEXTS if name in values}
     groups: list[Names] = []
     for name in ("target_new", "target_true"):
         if name in values:
@@ -70,12 +76,17 @@ def _request(values: Mapping[str, Field]) -> dict[str, Any]:
             pairs = [_pair(item) for item in values[name].items()]
             groups += [names for _, names in pairs]
             fields[name] = [(prompt, names[0]) for prompt, names in pairs]
-    aliases = fields.get("aliases", ())
-    if isinstance(aliases, list | tuple):  # otherwise the request raises an error
-        if aliases and all(isinstance(name, str) for name in aliases):
-            aliases = [(fields["target_new"], *aliases)]
-        fields["aliases"] = [*(names for names in groups if len(names) > 1), *aliases]
+    aliases = _groups(values["aliases"], fields["target_new"]) if "aliases" in values else []
+    fields["aliases"] = [*(names for names in groups if len(names) > 1), *aliases]
     return fields
+
+
+def _groups(aliases: Field, target_new: str) -> list[Names]:
+    """Return groups of names of one thing. A list without groups has other names of the new answer."""
+    items = aliases.items()
+    if not any(isinstance(item.content, list | tuple) for item in items):
+        return [(target_new, *(item.label() for item in items))] if items else []
+    return [tuple(name.label() for name in group.items()) for group in items]
 
 
 def _pair(item: Field) -> tuple[str, Names]:

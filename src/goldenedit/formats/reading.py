@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from goldenedit.formats import FORMATS, Format, format_of, plain
+from goldenedit.formats import FORMATS, Format, flat, format_of, plain
 from goldenedit.formats.fields import shortened
 from goldenedit.records import Record
 
@@ -91,7 +91,9 @@ def _fields(record: Record, form: Format | None) -> list[dict[str, Any]]:
         raise content
     if form is None or not isinstance(content, Mapping):
         raise ValueError(f"A record must map names of fields to values, got {shortened(content)}.")
-    return form.read(plain.from_row(content) if record.is_row and form == plain.FORMAT else content)
+    if record.is_row and form in (plain.FORMAT, flat.FORMAT):
+        content = plain.with_lists(plain.known_fields(content) if form == plain.FORMAT else content)
+    return form.read(content)
 
 
 def _unknown(record: Mapping[str, Any]) -> str:

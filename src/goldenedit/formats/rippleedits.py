@@ -34,9 +34,8 @@ _AFTER = (
     " is",
     " are",
 )
-_SENTENCE = re.compile(
-    rf"(?P<prompt>(?:{'|'.join(_BEFORE)})(?P<subject>.+?)(?:{'|'.join(_AFTER)})) (?P<target>.+?)\.?\s*", re.DOTALL
-)
+_VERB = re.compile(rf"(?:{'|'.join(_AFTER)}) ")
+_PROMPT = re.compile(rf"(?:{'|'.join(_BEFORE)})(?P<subject>.+?)(?:{'|'.join(_AFTER)})", re.DOTALL)
 
 
 def matches(record: Mapping[str, Any]) -> bool:
@@ -49,23 +48,40 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the request."""
     field = Field(record)
     edit = field["edit"]
-    sentence = _SENTENCE.fullmatch(edit["prompt"].text())
-    if sentence is None:
-        raise edit["prompt"].error("must be a sentence such as 'The name of the mother of Ada Lovelace is Anne Byron.'")
     old = edit.first("original_fact", "previous_fact")
     old_sentence = "" if old.is_missing else old["prompt"].text().strip().removesuffix(".")
-    prompt = f"{sentence['prompt']} "
+    following, unrelated = _pairs(field, _FOLLOWING), _pairs(field, _UNRELATED)
+    others = [old_sentence, *(prompt for prompt, _ in (*following, *unrelated))]
+    prompt, subject, target = _parts(edit["prompt"], others)
     return [
         request_fields(
-            sentence["prompt"],
-            sentence["subject"],
-            (sentence["target"],),
-            (old_sentence.removeprefix(prompt),) if old_sentence.startswith(prompt) else (),
-            _pairs(field, _FOLLOWING),
-            _pairs(field, _UNRELATED),
+            prompt,
+            subject,
+            (target,),
+            (old_sentence.removeprefix(f"{prompt} "),) if old_sentence.startswith(f"{prompt} ") else (),
+            following,
+            unrelated,
             relation=edit["relation"].optional_text(),
         )
     ]
+
+
+def _parts(edited: Field, others: list[str]) -> tuple[str, str, str]:
+    """Return prompt, subject and target of a sentence.
+
+    A verb can be part of the subject, as in "Life is Beautiful". So the longest subject counts that the other sentences
+    of the record are about too, else the shortest.
+    """
+    sentence = edited.text().rstrip().removesuffix(".")
+    parts = []
+    for verb in _VERB.finditer(sentence):
+        prompt, target = sentence[: verb.end() - 1], sentence[verb.end() :]
+        if (match := _PROMPT.fullmatch(prompt)) and target.strip():
+            parts.append((prompt, match["subject"], target))
+    if not parts:
+        raise edited.error("must be a sentence such as 'The name of the mother of Ada Lovelace is Anne Byron.'")
+    named = [part for part in parts if any(part[1] in other for other in others)]
+    return named[-1] if named else parts[0]
 
 
 def _pairs(field: Field, names: tuple[str, ...]) -> list[Answered]:

@@ -12,7 +12,7 @@ _MARKER = "nq question: "  # tells the origin of an unrelated question; no text 
 
 def matches(record: Mapping[str, Any]) -> bool:
     """Return whether a record is in the form of MEND."""
-    return "src" in record or "alt" in record
+    return "prompt" not in record and ("src" in record or "alt" in record)
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -49,12 +50,14 @@ class Continuation:
 
 
 Ends = Callable[[str], bool]  # whether a text needs no more tokens
+Within = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
 @dataclass
 class _Row:
     """One prompt, and the tokens that the model has written after it."""
 
+    index: int
     ids: list[int]
     new: list[int] = field(default_factory=list)
     finished: bool = False  # the model ended its text
@@ -68,6 +71,7 @@ def greedy(
     ends: Ends | None = None,
     batch_size: int = 128,
     description: str = "Asking",
+    within: Within | None = None,
 ) -> list[Continuation]:
     """Return the greedy continuation of each prompt.
 
@@ -78,6 +82,8 @@ def greedy(
         ends: Called with a text after each token; the text needs no more tokens where it returns True.
         batch_size: Largest number of rows of a forward. Batches of long prompts have fewer.
         description: What the progress bar says.
+        within: Returns a context for a forward over the prompts with these numbers, in the order of its rows: for
+            models that differ by row.
 
     Raises:
         ValueError: A prompt has no tokens or fills the model's context, or the logits are not finite.
@@ -91,7 +97,7 @@ def greedy(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    rows = [_Row(prompt_tokens(lm.tokenizer, prompt)) for prompt in prompts]
+    rows = [_Row(index, prompt_tokens(lm.tokenizer, prompt)) for index, prompt in enumerate(prompts)]
     for row, prompt in zip(rows, prompts, strict=True):
         if not row.ids:
             raise ValueError(f"The prompt {prompt!r} has no tokens. Use another prompt.")
@@ -100,7 +106,7 @@ def greedy(
                 f"{prompt!r} has {len(row.ids)} tokens, but the model takes {lm.max_length} with the answer. Shorten "
                 "the prompt."
             )
-    decoder = _Decoder(lm, max_new_tokens, ends)
+    decoder = _Decoder(lm, max_new_tokens, ends, within)
     with (
         torch.no_grad(),
         evaluating(lm.model),
@@ -118,14 +124,15 @@ def greedy(
 class _Decoder:
     """Runs batches of rows, and remembers which ways of batching are exact for the model."""
 
-    def __init__(self, lm: TokenizedModel, max_new_tokens: int, ends: Ends | None) -> None:
+    def __init__(self, lm: TokenizedModel, max_new_tokens: int, ends: Ends | None, within: Within | None) -> None:
         self.lm = lm
+        self.within = within
         self.max_new_tokens = max_new_tokens
         self.ends = ends
         self.end_tokens = _end_tokens(lm)
         self.uses_cache = True
         self.pads = takes_positions(lm.model)
-        self.shares = True
+        self.shares = within is None  # shared tokens run for all rows at once
         # The most padding of a row that was checked, by whether the rows shared their beginning.
         self._checked: dict[bool, int] = {}
 
@@ -250,11 +257,15 @@ class _Decoder:
         """Compute the logits after the last token of each row."""
         if self.uses_cache:
             try:
-                batch.advance(use_cache=True)
+                self._advance(batch, use_cache=True)
             except NO_CACHE:
                 self.uses_cache, batch.past = False, None
         if not self.uses_cache:
-            batch.advance(use_cache=False)
+            self._advance(batch, use_cache=False)
+
+    def _advance(self, batch: _Batch, use_cache: bool) -> None:
+        with nullcontext() if self.within is None else self.within([row.index for row in batch.rows]):
+            batch.advance(use_cache)
 
     def _tolerance(self, logits: Tensor) -> float:
         share = _TOLERANCE if logits.dtype in (torch.float32, torch.float64) else 30 * _TOLERANCE
