@@ -293,6 +293,7 @@ def test_the_old_answer_before_the_new_one_counts(text, new, old, says):
 
 @settings(max_examples=300)
 @given(_TEXTS, _TEXTS, _TEXTS)
+@example("", "StU.S", "")
 def test_no_text_makes_a_verdict_fail(text, answer, old):
     assert isinstance(normalized(text), str)
     if is_exact(text, [answer]):

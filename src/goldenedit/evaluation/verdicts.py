@@ -158,8 +158,8 @@ def contains(text: str, answers: Sequence[str], old: Sequence[str] = ()) -> bool
     """Return whether a text says one of the names of an answer as whole words, and no name of the old answer before.
 
     Case, accents, possessives and the punctuation between words do not matter, but the case of an acronym does: "us" is
-    not the US. An answer that is denied, as in "not
-    Rome", does not count. A text that is exactly the answer says it, see `is_exact`.
+    not the US. An answer that is denied, as in "not Rome", does not count. A text that is exactly the answer says it,
+    see `is_exact`.
 
     Example:
         ```python
@@ -250,12 +250,13 @@ def _spans(words: Sequence[str], names: Sequence[str]) -> list[Span]:
 
 def _spelled(text: str, names: Sequence[str]) -> list[str]:
     """Return the names without acronyms that a text does not have in capitals: "can" is a word, CAN is Canada."""
-    plain = _INITIALS_APART.sub(r"\1", text).replace(".", "")
+    without_stops = _INITIALS_APART.sub(r"\1", text).replace(".", "")
     spelled = []
     for name in names:
         letters = name.replace(".", "").replace(" ", "")
         is_acronym = letters.isupper() and len(letters) <= _ACRONYM
-        if not is_acronym or re.search(rf"(?<![A-Za-z0-9]){re.escape(letters)}(?![A-Za-z0-9])", plain):
+        as_word = rf"(?<![A-Za-z0-9]){re.escape(letters)}(?![A-Za-z0-9])"
+        if not is_acronym or re.search(as_word, text) or re.search(as_word, without_stops):
             spelled.append(name)
     return spelled
 
