@@ -972,7 +972,7 @@ def test_records_are_edited_and_measured_as_the_requests_that_they_are(tokenizer
 
 @pytest.mark.parametrize("one", ["Paris is in", ["Paris is in"], [{"prompt": "Paris is in"}], [3]])
 def test_what_is_no_request_is_named(edit_model, one):
-    with pytest.raises(ValueError, match=r"'Paris is in'|'subject', 'target_new'|got 3"):
+    with pytest.raises(ValueError, match=r"'Paris is in'|'subject' is missing|got 3"):
         edit_model.evaluate(one)
 
 

@@ -55,14 +55,16 @@ class Verification:
         """Yield the texts that ask for the facts and those that changed, with the answers before and after.
 
         Args:
-            most: Largest number of texts. Of more, those that are not as they should be come first.
+            most: Largest number of texts. Of more, at least half ask for the facts, those that fail first.
         """
-        texts = [*self.asked, *(text for text in self.others if not text.holds)]
-        if len(texts) > most:
-            texts.sort(key=lambda text: text.holds)
-        yield from map(shown, texts[:most])
-        if len(texts) > most:
-            yield f"and {len(texts) - most} more texts"
+        asked, moved = self.asked, [text for text in self.others if not text.holds]
+        if len(asked) + len(moved) > most:
+            asked.sort(key=lambda text: text.holds)
+            asked = asked[: max(most - len(moved), most // 2)]
+            moved = moved[: most - len(asked)]
+        yield from map(shown, (*asked, *moved))
+        if left_out := len(self.asked) + sum(not text.holds for text in self.others) - len(asked) - len(moved):
+            yield f"and {left_out} more texts"
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self.lines()])
