@@ -4,7 +4,7 @@ The facts are those of MQuAKE whose old answer the model prefers: each has a com
 figures are from the second half of the file; constants are chosen on the first half (`--half first`). Neighbors are
 other subjects of the same relation. Edits are made at LGA's golden layer with default settings. The row `in the prompt`
 is the base model with the fact in its prompt. The row `rome as EasyEdit` has C = I, no contrast and the layer of
-EasyEdit's file for Llama, 5.
+EasyEdit's file for Llama, 5. `random change` is the control.
 
 Each edit is stored with all texts in `results/seen/`, so the run can be interrupted, and new verdicts can be computed
 from stored texts (`--score`).
@@ -33,11 +33,13 @@ from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.seen import Baseline, Measurement, Seen, SeenOptions, baseline, has_ended, seen
 from goldenedit.evaluation.verdicts import answer_of
 from goldenedit.lm.decoding import Within, greedy
+from goldenedit.measuring import random_like
 
 NEIGHBORS = 3
 OPTIONS = SeenOptions(texts=4)
 UNRELATED = 4  # questions that every edit is compared on
 EASYEDIT = "rome as EasyEdit"
+CONTROL = "random change"  # of rank and norm of the default editor's, at the same place
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,12 @@ class Made:
 def main() -> None:
     """Measure every editor, or only score what was measured."""
     options = parser(__doc__)
+    every = dict.fromkeys(["r-rome", CONTROL, *EDITORS.names(), EASYEDIT])
     options.add_argument("--facts", type=int, default=40)
     options.add_argument("--half", choices=("first", "second"), default="second")
-    options.add_argument("--methods", nargs="+", default=[*EDITORS.names(), EASYEDIT])
+    options.add_argument(
+        "--methods", nargs="+", default=["r-rome", CONTROL, *sorted({*EDITORS.names()} - {"r-rome"}), EASYEDIT]
+    )
     options.add_argument("--layer", default="lga", help="a layer selector or a number")
     options.add_argument("--score", action="store_true", help="only compute figures from stored texts")
     arguments = options.parse_args()
@@ -218,7 +223,7 @@ def config_of(config: EditConfig, method: str) -> EditConfig:
         return replace(
             config, method="rome", layer=5, covariance="identity", contrast=0, anchor_bare_prompt=False, target_layer=5
         )
-    return replace(config, method=method)
+    return config if method == CONTROL else replace(config, method=method)
 
 
 def edits_of(
@@ -230,6 +235,12 @@ def edits_of(
         return [
             Made({name: LowRankDelta(*factors) for name, factors in deltas.items()}, seconds)
             for deltas, seconds in torch.load(path, weights_only=True)
+        ]
+    if method == CONTROL:
+        generator = torch.Generator().manual_seed(0)
+        default = edits_of(model, requests, config, config.method, folder)
+        return [
+            Made({name: random_like(delta, generator) for name, delta in edit.deltas.items()}, 0.0) for edit in default
         ]
     model.edit_config = config  # which `prepare` reads
     if config.editor.learns == "values":
