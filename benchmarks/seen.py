@@ -56,9 +56,7 @@ def main() -> None:
     every = dict.fromkeys(["r-rome", CONTROL, *EDITORS.names(), EASYEDIT])
     options.add_argument("--facts", type=int, default=40)
     options.add_argument("--half", choices=("first", "second"), default="second")
-    options.add_argument(
-        "--methods", nargs="+", default=["r-rome", CONTROL, *sorted({*EDITORS.names()} - {"r-rome"}), EASYEDIT]
-    )
+    options.add_argument("--methods", nargs="+", default=list(every))
     options.add_argument("--layer", default="lga", help="a layer selector or a number")
     options.add_argument("--score", action="store_true", help="only compute figures from stored texts")
     arguments = options.parse_args()
