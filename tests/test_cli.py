@@ -11,10 +11,11 @@ import pytest
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
+from command import run
 from goldenedit import EditModel
 from goldenedit.audit import EditAudit
 from goldenedit.benchmark.command import read_option
-from goldenedit.cli import app, main, parse_layer, show_audit
+from goldenedit.cli import app, parse_layer, show_audit
 from goldenedit.layer_selection import SELECTORS
 from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder
@@ -47,14 +48,6 @@ def facts(tmp_path):
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS))
     return str(path)
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Run the command line and return its exit code, what it printed, and what it complained about."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def test_help_lists_the_commands():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from command import run
 from goldenedit import EditModel
-from goldenedit.cli import main
 from goldenedit.lm.decoding import greedy
 from goldenedit.storage.card import own_card
 from goldenedit.storage.reading import read_edit_folder
@@ -50,14 +50,6 @@ def edit(folder, tmp_path, capsys):
     """An edit of this model, in a folder."""
     assert run(capsys, "edit", folder, *NEAR, *BY_HAND, "-o", str(tmp_path / "edit"))[0] == 0
     return str(tmp_path / "edit")
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Run the command line and return its exit code, what it printed, and what it complained about."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def test_json_alone_is_on_stdout_with_the_figures_of_both_models(edit, capsys):
