@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from goldenedit.cli import main
+from models import tiny_model
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -13,3 +16,12 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         main(list(arguments))
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
+
+
+def saved_model(folder: Path, tokenizer) -> str:
+    """Save a tiny model with its tokenizer, as AutoModel loads it, and return the folder."""
+    model = tiny_model("llama")
+    model.lm_head.weight.data *= 4  # so that edits take
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
-from command import run
+from command import run, saved_model
 from goldenedit import EditModel
 from goldenedit.audit import EditAudit
 from goldenedit.benchmark.command import read_option
@@ -21,7 +21,6 @@ from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder
 from goldenedit.storage.hub import find_golden_layers
 from goldenedit.storage.reading import read_edit_folder
-from models import tiny_model
 
 FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]
 NEAR = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]  # it takes
@@ -36,11 +35,7 @@ FACTS = [
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     """A tiny model with its tokenizer, as AutoModel loads it."""
-    model = tiny_model("llama")
-    model.lm_head.weight.data *= 4  # so that edits take
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    return saved_model(tmp_path / "model", tokenizer)
 
 
 @pytest.fixture

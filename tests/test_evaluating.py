@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command import run
+from command import run, saved_model
 from goldenedit import EditModel
 from goldenedit.lm.decoding import greedy
 from goldenedit.storage.card import own_card
@@ -38,11 +38,7 @@ metric_list:
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     """A tiny model with its tokenizer, as AutoModel loads it."""
-    model = tiny_model("llama")
-    model.lm_head.weight.data *= 4  # so that edits take
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    return saved_model(tmp_path / "model", tokenizer)
 
 
 @pytest.fixture

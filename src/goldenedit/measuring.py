@@ -16,6 +16,7 @@ from goldenedit.adapters import Adapters
 from goldenedit.architecture import Architecture
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cost import phase
+from goldenedit.editing.calls import latest_facts
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation, measure, observe_with_and_without
 from goldenedit.evaluation.examples import examples
@@ -101,7 +102,8 @@ class MeasuringMixin:
             1.0
             ```
         """
-        edited_facts = self._edited_facts()
+        latest = latest_facts(map(self._edit, self.active_adapters))
+        edited_facts = {prompt: fact.request for prompt, fact in latest.items()}
         facts = list(edited_facts.values()) if requests is None else as_requests(requests)
         if not facts:
             raise ValueError("There are no facts to evaluate: make an edit first, or pass requests.")
@@ -129,7 +131,7 @@ class MeasuringMixin:
             seen([measured], edited=False),
             tuple(texts_of(measured)),
         )
-        is_edited = (_answers_as(edited_facts.get(_place(fact)), fact) for fact in facts)
+        is_edited = (_answers_as(edited_facts.get(fact.prompt_key), fact) for fact in facts)
         about = {"own_facts": all(is_edited), "facts": len(facts)}
         texts = [asdict(text) for text in examples(evaluation.texts)]
         active = tuple(self._edits_in_effect())
@@ -171,11 +173,6 @@ class MeasuringMixin:
     def _edits_in_effect(self) -> list[str]:
         """Return the names of the active edits; none inside `disable_adapter()`."""
         return [] if self.adapters.is_disabled else self.active_adapters
-
-    def _edited_facts(self) -> dict[tuple[str, bool], EditRequest]:
-        """Return the facts of the active edits by their prompts; of one prompt, the fact that was edited last."""
-        facts = (fact.request for name in self.active_adapters for fact in self._edit(name).facts)
-        return {_place(request): request for request in facts}
 
     def _verified(self, name: str, facts: Sequence[EditRequest]) -> Verification:
         """Ask the model with a new edit and without it: the edit's facts in every form, and other prompts."""
@@ -242,11 +239,6 @@ class MeasuringMixin:
             yield only_control
         finally:
             self.adapters.remove(name)
-
-
-def _place(request: EditRequest) -> tuple[str, bool]:
-    """Return what tells facts apart: two with the same prompt, or the same messages, replace each other."""
-    return request.shown, request.messages is None
 
 
 def _answers_as(edited: EditRequest | None, fact: EditRequest) -> bool:

@@ -261,6 +261,11 @@ class EditRequest:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.asked)
 
     @property
+    def prompt_key(self) -> tuple[str, bool]:
+        """What tells prompts apart: facts with the same prompt, or the same messages, replace each other."""
+        return self.shown, self.messages is None
+
+    @property
     def subject_end(self) -> int:
         """Index in `text` of the first character after the subject."""
         return self.subject_start + len(self.subject)
@@ -403,7 +408,7 @@ def distinct(requests: Sequence[EditRequest]) -> list[EditRequest]:
     """
     by_prompt: dict[tuple[str, bool, str], list[EditRequest]] = {}
     for request in requests:
-        equal = by_prompt.setdefault((request.shown, request.messages is None, request.subject), [])
+        equal = by_prompt.setdefault((*request.prompt_key, request.subject), [])
         if equal and equal[0].target_new.strip() != request.target_new.strip():
             raise ValueError(
                 f"Two requests contradict each other: {request.shown!r} -> {equal[0].target_new!r} and -> "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -60,6 +60,11 @@ def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
         logger.warning("The subjects of %d more requests may stand in another place (EditRequest.doubt).", count)
 
 
+def latest_facts(edits: Iterable[Edit]) -> dict[tuple[str, bool], EditedFact]:
+    """Return the facts of edits by their prompts; of one prompt, the fact that was edited last."""
+    return {fact.request.prompt_key: fact for edit in edits for fact in edit.facts}
+
+
 def facts_to_recheck(
     edits: Sequence[Edit], requests: Sequence[EditRequest], most: int | None = RECHECKED
 ) -> list[EditedFact]:
@@ -72,11 +77,8 @@ def facts_to_recheck(
         requests: The facts of the new edit.
         most: Largest number of facts; None for all. Of more, that many are drawn, always the same.
     """
-    replaced = {(request.shown, request.messages is None) for request in requests}
-    latest: dict[tuple[str, bool], EditedFact] = {}
-    for fact in (fact for edit in edits for fact in edit.facts):
-        latest[fact.request.shown, fact.request.messages is None] = fact
-    facts = [fact for prompt, fact in latest.items() if fact.takes and prompt not in replaced]
+    replaced = {request.prompt_key for request in requests}
+    facts = [fact for prompt, fact in latest_facts(edits).items() if fact.takes and prompt not in replaced]
     if most is None or len(facts) <= most:
         return facts
     logger.info("Of %d facts of the other active edits, %d are asked again.", len(facts), most)
