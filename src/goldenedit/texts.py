@@ -10,16 +10,20 @@ class ChatText(str):
         joint: What the template puts between the prompt and an answer: a space or nothing.
         subject_start: Index of the first character of the subject, -1 if the prompt has no subject.
         context_start: Index at which contexts are inserted: the start of the message that contains the subject.
+        end: The special token that the template writes after an answer; empty if it writes none.
     """
 
     joint: str
     subject_start: int
     context_start: int
+    end: str
 
-    def __new__(cls, text: str, joint: str = "", subject_start: int = -1, context_start: int = -1) -> ChatText:
+    def __new__(
+        cls, text: str, joint: str = "", subject_start: int = -1, context_start: int = -1, end: str = ""
+    ) -> ChatText:
         """Create a rendered prompt; see the attributes."""
         prompt = super().__new__(cls, text)
-        prompt.joint, prompt.subject_start, prompt.context_start = joint, subject_start, context_start
+        prompt.joint, prompt.subject_start, prompt.context_start, prompt.end = joint, subject_start, context_start, end
         return prompt
 
 

@@ -73,6 +73,8 @@ class Batch:
         subject: `(B,)`, index of the last token of the subject.
         read_rows: `(M,)`, the row of each position to read.
         read_positions: `(M,)`, its index in the row.
+        later_rows: `(L,)`, the row of each further mention of the subject.
+        later_positions: `(L,)`, index in the row of its last token, after `subject`.
     """
 
     input_ids: Tensor
@@ -80,6 +82,8 @@ class Batch:
     subject: Tensor
     read_rows: Tensor
     read_positions: Tensor
+    later_rows: Tensor
+    later_positions: Tensor
 
     @property
     def flat_subject(self) -> Tensor:
@@ -91,7 +95,7 @@ class Batch:
     def suffix(self) -> Suffix:
         """The tokens that a replay needs."""
         first = self.subject
-        last = torch.zeros_like(first).scatter_reduce(0, self.read_rows, self.read_positions, "amax")
+        last = first.scatter_reduce(0, self.read_rows, self.read_positions, "amax")
         lengths = last + 1 - first
         steps = torch.arange(int(lengths.max()), device=first.device)
         return Suffix(
@@ -106,12 +110,15 @@ class Batch:
         new_index = torch.full((len(self.input_ids),), -1, device=rows.device)
         new_index[rows] = torch.arange(len(rows), device=rows.device)
         is_read = new_index[self.read_rows] >= 0
+        is_later = new_index[self.later_rows] >= 0
         batch = Batch(
             self.input_ids[rows],
             self.attention_mask[rows],
             self.subject[rows],
             new_index[self.read_rows[is_read]],
             self.read_positions[is_read],
+            new_index[self.later_rows[is_later]],
+            self.later_positions[is_later],
         )
         return batch, is_read
 
@@ -228,12 +235,25 @@ class Replayer:
 
     def subjects(self, batch: Batch) -> Tensor:
         """Return the index of each subject's last token among the replayed tokens, flattened row by row, `(B,)`."""
-        if self.way == "packed":
-            return batch.suffix.starts
         rows = torch.arange(len(batch.subject), device=batch.subject.device)
+        return self._replayed(batch, rows, batch.subject)
+
+    def mentions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return all mentions of the subjects, as rows `(B + L,)` and indices among the replayed tokens `(B + L,)`.
+
+        The edited mentions of all rows come first, then the later ones.
+        """
+        rows = torch.arange(len(batch.subject), device=batch.subject.device)
+        rows = torch.cat([rows, batch.later_rows])
+        return rows, self._replayed(batch, rows, torch.cat([batch.subject, batch.later_positions]))
+
+    def _replayed(self, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the index of each token among the replayed tokens, flattened row by row."""
+        if self.way == "packed":
+            return batch.suffix.starts[rows] + positions - batch.subject[rows]
         if self.way == "suffix":
-            return rows * batch.suffix.positions.shape[1]
-        return batch.flat_subject
+            return rows * batch.suffix.positions.shape[1] + positions - batch.subject[rows]
+        return rows * batch.input_ids.shape[1] + positions
 
     def __call__(self, captured: Capture) -> Tensor:
         """Return the logits at the positions read, `(M, V)`."""

@@ -22,7 +22,7 @@ def fact_keys(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     layers: Sequence[int],
-    keys: Sequence[Tensor],
+    keys: Sequence[Sequence[Tensor]],
     config: EditConfig,
 ) -> dict[int, list[FactKeys]]:
     """Return the keys of each fact as the configured editor reads them, by layer.
@@ -51,7 +51,7 @@ def weighted_contrasts(
 
 
 def with_contrasts(
-    layers: Sequence[int], keys: Sequence[Tensor], contrasts: Sequence[list[Tensor] | None], config: EditConfig
+    layers: Sequence[int], keys: Sequence[Sequence[Tensor]], contrasts: Sequence[list[Tensor] | None], config: EditConfig
 ) -> dict[int, list[FactKeys]]:
     """Return the keys of each fact as the configured editor reads them, by layer. Arguments are as in `fact_keys`.
 
@@ -59,11 +59,13 @@ def with_contrasts(
         contrasts: By fact and layer, from `weighted_contrasts`.
     """
     # With a single context the bare key equals the mean.
-    anchor = "anchor" in config.editor.reads and config.anchor_bare_prompt and keys[0].shape[1] > 1
+    anchor = "anchor" in config.editor.reads and config.anchor_bare_prompt and len(keys[0][0]) > 1
     return {
         layer: [
             # A copy, because a view would keep the keys of all contexts in memory.
-            FactKeys(of_fact[0].clone(), of_fact.mean(0), None if contrast is None else contrast[index], anchor)
+            FactKeys(
+                of_fact[0].clone(), of_fact.mean(0), None if contrast is None else contrast[index], anchor, of_fact.T
+            )
             for of_fact, contrast in zip(of_layer, contrasts, strict=True)
         ]
         for index, (layer, of_layer) in enumerate(zip(layers, keys, strict=True))

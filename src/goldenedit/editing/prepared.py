@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,12 +13,14 @@ from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.keys import contrast_count, weighted_contrasts, with_contrasts
-from goldenedit.editing.values import ValueOptions, Values, optimize_values
+from goldenedit.editing.rows import kept_rows, subject_rows, subjects_of
+from goldenedit.editing.wordings import worded
+from goldenedit.editing.values import SubjectRows, ValueOptions, Values, optimize_values
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
 from goldenedit.lm.statistics import check_widths
-from goldenedit.lm.tokens import encode_request
 from goldenedit.requests import EditRequest
 
 
@@ -54,6 +57,7 @@ class PreparedFacts:
 
     lm: LanguageModel
     requests: Sequence[EditRequest]
+    subjects: Sequence[Sequence[int]]
     layers: Sequence[int]
     values: Values
     vectors: tuple[str, ...]
@@ -66,7 +70,7 @@ class PreparedFacts:
         constants = (*contrast_constants, "anchor" in config.editor.reads, config.anchor_bare_prompt)
         if contrast_constants not in self._contrasts:
             with phase("contrast keys"):
-                self._contrasts[contrast_constants] = weighted_contrasts(self.lm, self.requests, self.layers, config)
+                self._contrasts[contrast_constants] = weighted_contrasts(self.lm, [rendered(self.lm.tokenizer, self.requests[group[0]]) for group in self.subjects], self.layers, config)
         if constants not in self._keys:
             contrasts = self._contrasts[contrast_constants]
             self._keys[constants] = with_contrasts(self.layers, self.values.keys, contrasts, config)
@@ -97,21 +101,24 @@ class PreparedFacts:
                 f"The values were not optimized for the editor {config.method!r}. Call prepare_facts with its config."
             )
         chosen = range(len(self.requests)) if chosen is None else chosen
+        subjects = [place for place, group in enumerate(self.subjects) if set(group) & set(chosen)]
         deltas, state, errors = {}, {}, []
         for index, (layer, keys) in enumerate(self.keys(config).items()):
             path = self.lm.architecture.down_projections[layer]
             previous = (remembered or {}).get(f"keys/{path}") if editor.remembers_keys else None
-            residuals = self.values.delta[list(chosen), index].T
-            problem = Problem([keys[fact] for fact in chosen], residuals, statistics[layer], previous=previous)
+            residuals = self.values.delta[subjects, index].T
+            problem = Problem([keys[subject] for subject in subjects], residuals, statistics[layer], previous=previous)
             change = config.solve(problem)
-            self._check_change(change, config, layer, [self.requests[fact] for fact in chosen])
+            self._check_change(change, config, layer, [self.requests[self.subjects[subject][0]] for subject in subjects])
             delta, error = stored(self.lm, change, layer, config)
             deltas[path] = delta
             errors.append(error)
             if editor.remembers_keys:
                 state[f"keys/{path}"] = problem.keys
-        before = [self.values.target_probability[fact] for fact in chosen]
-        return Changes(deltas, before, [self.values.steps[fact] for fact in chosen], state, max(errors))
+        places = {fact: (subject, place) for subject, group in enumerate(self.subjects) for place, fact in enumerate(group)}
+        before = [self.values.target_probability[places[fact][0]][places[fact][1]] for fact in chosen]
+        steps = [self.values.steps[places[fact][0]] for fact in chosen]
+        return Changes(deltas, before, steps, state, max(errors))
 
     def _check_change(
         self, change: LowRankDelta | Tensor, config: EditConfig, layer: int, requests: Sequence[EditRequest]
@@ -186,7 +193,11 @@ def stored(
 
 
 def prepare_facts(
-    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, contexts: Sequence[str]
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    contexts: Sequence[str],
+    joint: bool = False,
 ) -> PreparedFacts:
     """Optimize the values that make the model give each new answer, and find the keys to insert them under.
 
@@ -200,33 +211,37 @@ def prepare_facts(
     options = ValueOptions(
         steps=config.steps,
         lr=config.lr,
-        kl_factor=config.kl_factor,
         weight_decay=config.weight_decay,
         clamp=config.clamp,
         stop_loss=config.stop_loss,
         vectors=config.editor.vectors,
     )
+    groups = subjects_of(requests) if joint else [[index] for index in range(len(requests))]
+    wordings_ = worded(lm, requests) if os.environ.get("WORD", "1") == "1" else ()
+    subjects = [
+        subject_rows(
+            lm, [requests[i] for i in group], contexts, [wordings_[i] for i in group] if wordings_ else (), kept_rows(lm, rendered(lm.tokenizer, requests[group[0]]), config)
+        )
+        for group in groups
+    ]
     if isinstance(config.batch_size, int):
         batch_size = config.batch_size
     else:
-        batch_size = _batch_size(lm, requests, layers, contexts)
+        batch_size = _batch_size(lm, subjects, layers)
     with phase("values"):
-        values = optimize_values(lm, requests, layers, contexts, options, batch_size)
-    facts = PreparedFacts(lm, requests, layers, values, config.editor.vectors)
+        values = optimize_values(lm, subjects, layers, options, batch_size)
+    facts = PreparedFacts(lm, requests, groups, layers, values, config.editor.vectors)
     facts.keys(config)  # runs the model now; solving does not run it
     return facts
 
 
-def _batch_size(
-    lm: LanguageModel, requests: Sequence[EditRequest], layers: Sequence[int], contexts: Sequence[str]
-) -> int:
-    longest_context = max(contexts, key=len)
-    rows = [encode_request(lm.tokenizer, request, request.target_new, longest_context) for request in requests]
+def _batch_size(lm: LanguageModel, subjects: Sequence[SubjectRows], layers: Sequence[int]) -> int:
+    rows = [row for subject in subjects for row in subject.rows]
     return facts_at_once(
         lm.model,
         layers=lm.architecture.num_layers - layers[0],
         mlp_width=lm.architecture.shape(lm.model, layers[0])[1],
-        rows=len(contexts) + 1,
+        rows=max(len(subject.rows) for subject in subjects),
         tokens=max(len(row.input_ids) for row in rows),
-        answer_tokens=max(len(row.target) for row in rows),
+        answer_tokens=max(len(row.reads) for row in rows),
     )

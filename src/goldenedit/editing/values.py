@@ -17,21 +17,20 @@ attention contributes to the answer need not go into the MLP.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import adding, evaluating, outside_inference_mode, recording
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
 from goldenedit.editing.budget import groups_by_length
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.tokens import Row, encode, encode_request, pad, target_ids
-from goldenedit.requests import EditRequest
+from goldenedit.lm.tokens import Row, pad, target_ids
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,6 @@ class ValueOptions:
 
     steps: int
     lr: float
-    kl_factor: float
     weight_decay: float
     clamp: float
     stop_loss: float
@@ -50,140 +48,150 @@ class ValueOptions:
 
 
 @dataclass(frozen=True)
+class SubjectRows:
+    """The texts of one subject. All its facts share one value.
+
+    Attributes:
+        answers: By fact, its prompt with the new answer in each wording, with the weight of each; the bare prompt
+            comes first.
+        kept: Texts about the subject whose next-token distributions stay as they are, with the weight of each.
+        name: What error messages call the subject.
+    """
+
+    answers: Sequence[Sequence[tuple[Row, float]]]
+    kept: Sequence[tuple[Row, float]]
+    name: str
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows: those with answers, fact by fact, then the kept ones."""
+        return [row for of_fact in (*self.answers, self.kept) for row, _ in of_fact]
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a replay runs of one of the rows."""
+        return max(max(row.reads) + 1 - row.subject for row in self.rows)
+
+
+@dataclass(frozen=True)
 class Values:
-    """Results of the optimization for N facts at m layers.
+    """Results of the optimization for N subjects at m layers.
 
     Attributes:
         delta: `(N, m, d_model)` float32, the vectors to add to the values.
-        keys: By layer `(N, contexts, d_in)` float32, keys in each context, with the bare prompt's key first.
-        steps: Optimizer steps of each fact.
-        target_probability: Probability of each target at its bare prompt before the edit (geometric mean over tokens).
+        keys: By layer and subject `(rows with answers, d_in)` float32, the keys, in the order of `SubjectRows.answers`.
+        steps: Optimizer steps of each subject.
+        target_probability: By subject and fact, the probability of the target at its bare prompt before the edit
+            (geometric mean over tokens).
         replay: How the model was run again: `packed`, `suffix`, `layers` or `whole`.
     """
 
     delta: Tensor
-    keys: list[Tensor]
+    keys: list[list[Tensor]]
     steps: list[int]
-    target_probability: list[float]
+    target_probability: list[list[float]]
     replay: str
 
 
 @outside_inference_mode()
 def optimize_values(
     lm: LanguageModel,
-    requests: Sequence[EditRequest],
+    subjects: Sequence[SubjectRows],
     layers: Sequence[int],
-    contexts: Sequence[str],
     options: ValueOptions,
     batch_size: int = 8,
 ) -> Values:
-    """Optimize the values of all requests, up to `batch_size` of them in one batch. The requests stay independent.
+    """Optimize the values of all subjects, up to `batch_size` of them in one batch. The subjects stay independent.
 
     Args:
+        subjects: The texts of each subject.
         layers: The layers to edit, ascending. The deltas of several layers are optimized together.
-        contexts: Prefixes of each prompt, the first of them empty.
         options: Constants. If `vectors` names attention, its outputs are optimized too, and only the values of the
             MLPs are returned (PMET).
-        batch_size: Largest number of requests of a batch.
+        batch_size: Largest number of subjects of a batch.
 
     Raises:
-        ValueError: A request cannot be tokenized, or its loss is not finite.
+        ValueError: A loss is not finite.
     """
-    # All requests are tokenized before the model runs, so that a bad request costs no time.
-    rows = fact_rows(lm.tokenizer, requests, contexts, lm.max_length)
-    lengths = [max(max(row.reads) + 1 - row.subject for row in of_request) for of_request in rows]
-    order = sorted(range(len(requests)), key=lengths.__getitem__)
+    order = sorted(range(len(subjects)), key=lambda index: subjects[index].length)
+    most_rows = max(len(subject.rows) for subject in subjects)
 
     def split(indices: list[int], padded: bool) -> list[list[int]]:
-        sorted_lengths = [lengths[index] for index in indices]
-        slices = groups_by_length(sorted_lengths, len(contexts) + 1, batch_size, lm.device, padded)
+        sorted_lengths = [subjects[index].length for index in indices]
+        slices = groups_by_length(sorted_lengths, most_rows, batch_size, lm.device, padded)
         return [indices[members] for members in slices]
 
     results: list[Values] = []
     with (
         evaluating(lm.model),
         torch.enable_grad(),  # the caller may have disabled gradients
-        tqdm(total=len(requests), desc="Values", unit="edit", disable=len(requests) == 1, leave=False) as progress,
+        tqdm(total=len(subjects), desc="Values", unit="edit", disable=len(subjects) == 1, leave=False) as progress,
     ):
         padded = not may_pack(lm.model)
         groups = split(order, padded)
         while groups:
             members = groups.pop(0)
-            group = _Group(lm, [requests[index] for index in members], [rows[index] for index in members])
-            results.append(_optimize(lm, group, layers, options))
+            results.append(_optimize(lm, _Group(lm, [subjects[index] for index in members]), layers, options))
             progress.update(len(members))
             if padded != (results[-1].replay != "packed"):  # the replay does not pack as expected: split the rest again
                 padded = not padded
                 groups = split([index for later in groups for index in later], padded)
+    ranks = sorted(range(len(order)), key=order.__getitem__)  # back to the order of the subjects
     steps = [step for result in results for step in result.steps]
-    probabilities = [value for result in results for value in result.target_probability]
-    ranks = sorted(range(len(order)), key=order.__getitem__)  # back to the order of the requests
+    probabilities = [values for result in results for values in result.target_probability]
     keys_by_layer = zip(*(result.keys for result in results), strict=True)
     return Values(
         delta=torch.cat([result.delta for result in results])[ranks],
-        keys=[torch.cat(of_layer)[ranks] for of_layer in keys_by_layer],
+        keys=[[[keys for group in of_layer for keys in group][rank] for rank in ranks] for of_layer in keys_by_layer],
         steps=[steps[index] for index in ranks],
         target_probability=[probabilities[index] for index in ranks],
         replay=results[0].replay,
     )
 
 
-def fact_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    contexts: Sequence[str],
-    max_length: int | None,
-) -> list[list[Row]]:
-    """Return the rows of each request: one per context, then the row `"{subject} is a"`."""
-    return [
-        [
-            *(encode_request(tokenizer, request, request.target_new, prefix, max_length) for prefix in contexts),
-            encode(tokenizer, f"{request.subject} is a", None, len(request.subject), max_length),
-        ]
-        for request in requests
-    ]
-
-
 class _Group:
-    """The rows of requests that are optimized in one batch, from `fact_rows`."""
+    """The rows of subjects that are optimized in one batch.
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        requests: Sequence[EditRequest],
-        rows: Sequence[Sequence[Row]],
-    ) -> None:
-        self.requests = requests
-        self.rows_each = len(rows[0])
+    Attributes:
+        owners: `(R,)`, the subject of each row.
+        answers: `(R,)`, the weight of each row in the mean over the answers of its subject; 0 for a kept row.
+        kept: `(R,)`, the weight of each kept row; 0 for a row with an answer.
+        bare: By subject, the row of each fact's bare prompt.
+    """
+
+    def __init__(self, lm: LanguageModel, subjects: Sequence[SubjectRows]) -> None:
         device = lm.device
-        flat_rows = [row for of_request in rows for row in of_request]
-        self.batch = pad(flat_rows, lm.padding_id, device)
-        self.targets = target_ids(flat_rows, device)
+        self.subjects = subjects
+        rows = [subject.rows for subject in subjects]
+        flat = [row for of_subject in rows for row in of_subject]
+        self.batch = pad(flat, lm.padding_id, device)
+        self.targets = target_ids(flat, device)
+        self.owners = torch.tensor([index for index, of in enumerate(rows) for _ in of], device=device)
+        answers: list[float] = []
+        scales: list[float] = []
+        kept: list[float] = []
+        self.bare: list[list[int]] = []
+        for subject in subjects:
+            bare = []
+            for of_fact in subject.answers:
+                bare.append(len(answers))
+                answers += [1 / (len(of_fact) * len(subject.answers))] * len(of_fact)
+                scales += [scale for _, scale in of_fact]
+                kept += [0.0] * len(of_fact)
+            answers += [0.0] * len(subject.kept)
+            scales += [0.0] * len(subject.kept)
+            kept += [weight for _, weight in subject.kept]
+            self.bare.append(bare)
+        self.answers = torch.tensor(answers, device=device)
+        self.scales = torch.tensor(scales, device=device)
+        self.kept = torch.tensor(kept, device=device)
 
-    def rows_of(self, members: Tensor) -> Tensor:
-        """Return the indices of the rows of the requests `members`."""
-        offsets = torch.arange(self.rows_each, device=members.device)
-        return (members[:, None] * self.rows_each + offsets).reshape(-1)
-
-    def nll(self, batch: Batch, targets: Tensor, log_probs: Tensor) -> Tensor:
-        """Return the mean NLL of the target's tokens in each context, `(requests, contexts)`."""
-        token_nll = -log_probs.gather(1, targets[:, None])[:, 0]
-        count = len(batch.input_ids)
-        sums = token_nll.new_zeros(count).index_add(0, batch.read_rows, token_nll)
-        lengths = token_nll.new_zeros(count).index_add(0, batch.read_rows, torch.ones_like(token_nll))
-        return (sums / lengths).view(-1, self.rows_each)[:, :-1]
-
-    def is_essence(self, batch: Batch) -> Tensor:
-        """Return which of the logits belong to the rows `"{subject} is a"`."""
-        return batch.read_rows % self.rows_each == self.rows_each - 1
+    def per_subject(self, rows: Tensor, of_rows: Tensor) -> Tensor:
+        """Return the sums of values of some rows, by subject."""
+        return of_rows.new_zeros(len(self.subjects)).index_add(0, self.owners[rows], of_rows)
 
 
-def _optimize(
-    lm: LanguageModel,
-    group: _Group,
-    layers: Sequence[int],
-    options: ValueOptions,
-) -> Values:
+def _optimize(lm: LanguageModel, group: _Group, layers: Sequence[int], options: ValueOptions) -> Values:
     """Optimize the values of one batch."""
     sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
     if "attention" in options.vectors:
@@ -192,65 +200,100 @@ def _optimize(
         lm.model, lm.architecture, layers[0], group.batch, {str(index): site for index, site in enumerate(sites)}
     )
     replay = Replayer(lm.model, lm.architecture, layers[0])
+    every = torch.arange(len(group.owners), device=group.owners.device)
+    count, device = len(group.subjects), every.device
 
-    count, rows_each = len(group.requests), group.rows_each
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
-    v0_norm = values.view(count, rows_each, len(sites), -1)[:, :-1].norm(dim=-1).mean(1)  # (N, sites)
-    log_probs = whole.logits.float().log_softmax(-1)
+    v0_norm = torch.stack(
+        [group.per_subject(every, group.answers * of_site) for of_site in values.norm(dim=-1).T], 1
+    )  # (N, sites)
+    original = whole.logits.float().log_softmax(-1)
     with torch.no_grad():
-        bare_nll = group.nll(group.batch, group.targets, log_probs)[:, 0]
-    essence = log_probs[group.is_essence(group.batch)]  # (N, V), after "{subject} is a"
+        bare_nll = _row_nll(whole, group.targets, original)[0]
 
-    delta = torch.zeros_like(values[::rows_each]).requires_grad_()
+    delta = values.new_zeros(count, *values.shape[1:]).requires_grad_()
     optimizer = torch.optim.Adam([delta], lr=options.lr)
-    active = torch.ones(count, dtype=torch.bool, device=delta.device)
+    active = torch.ones(count, dtype=torch.bool, device=device)
     steps = [0] * count
-    captured, targets, members = whole, group.targets, active.nonzero()[:, 0]
+    captured, targets, before, rows = whole, group.targets, original, every
 
     for step in range(options.steps):
-        if len(members) != int(active.sum()):  # finished facts are not run again
-            members = active.nonzero()[:, 0]
-            rows = group.rows_of(members)
+        if len(rows) != int(active[group.owners].sum()):  # finished subjects are not run again
+            rows = active[group.owners].nonzero()[:, 0]
             captured = whole.select(rows)
-            targets = group.targets[group.batch.select(rows)[1]]
+            is_read = group.batch.select(rows)[1]
+            targets, before = group.targets[is_read], original[is_read]
 
-        run = partial(_edited, replay, captured, sites, delta[members], rows_each)
+        run = partial(_edited, replay, captured, sites, delta, group.owners[rows])
         # The first step adds zeros, so its logits must equal the captured ones.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
-        nll = group.nll(captured.batch, targets, log_probs).mean(1)
-        edited = log_probs[group.is_essence(captured.batch)]
-        kl = (edited.exp() * (edited - essence[members])).sum(-1)
-        decay = (delta[members].norm(dim=-1) / v0_norm[members] ** 2).sum(-1)
-        loss = nll + options.kl_factor * kl + options.weight_decay * decay
-        if not loss.isfinite().all():
-            index = int(members[~loss.isfinite()][0])
+        mean_nll, weakest_nll = _row_nll(captured, targets, log_probs)
+        changed = (log_probs.exp() * (log_probs - before)).sum(-1)
+        loss = group.per_subject(rows, (group.answers * group.scales)[rows] * mean_nll)
+        loss = loss + group.per_subject(rows, group.kept[rows] * _row_mean(captured, changed))
+        loss = loss + options.weight_decay * (delta.norm(dim=-1) / v0_norm**2).sum(-1)
+        if not loss[active].isfinite().all():
+            index = int((active & ~loss.isfinite()).nonzero()[0])
             raise ValueError(
-                f"The optimization for {group.requests[index].subject!r} -> {group.requests[index].target_new!r} is "
-                f"not finite at step {step}. Load the model in float32 or bfloat16, or lower EditConfig.lr."
+                f"The optimization for {group.subjects[index].name} is not finite at step {step}. Load the model in "
+                "float32 or bfloat16, or lower EditConfig.lr."
             )
-        done = members[nll.detach() < options.stop_loss]
-        active[done] = False
+        weakest = group.per_subject(rows, group.answers[rows] * weakest_nll.detach())
+        active &= weakest >= options.stop_loss
         if not active.any():
             break
-        (gradient,) = torch.autograd.grad(loss.sum(), delta)
-        before = delta.detach().clone()
+        if os.environ.get("TRACE"):
+            rowsmax = [round(float((weakest_nll.detach() * (group.answers[rows] > 0))[group.owners[rows] == i].max()), 2) for i in range(count)]
+            keep = group.per_subject(rows, group.kept[rows] * _row_mean(captured, changed))
+            print(step, "weak", [round(x, 2) for x in weakest.tolist()], "max", rowsmax, "keep", [round(x, 3) for x in keep.tolist()], "norm/v0", [round(x, 2) for x in (delta.norm(dim=-1) / v0_norm)[:, 0].tolist()], flush=True)
+        (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
+        if os.environ.get("OPT", "").startswith("ngd"):
+            eta, mom = map(float, os.environ["OPT"][4:].split(","))
+            with torch.no_grad():
+                unit = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+                velocity = mom * (velocity if step else 0) + unit
+                decay_ = max(0.15, 1 - step / options.steps)
+                delta -= eta * decay_ * v0_norm[..., None] * velocity * active[:, None, None]
+                norm = delta.norm(dim=-1)
+                delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
+            for index in active.nonzero()[:, 0].tolist():
+                steps[index] += 1
+            continue
+        previous = delta.detach().clone()
         delta.grad = gradient
         optimizer.step()
         with torch.no_grad():
             norm = delta.norm(dim=-1)
             delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
-            delta[~active] = before[~active]  # Adam's momentum would still change finished facts
+            delta[~active] = previous[~active]  # Adam's momentum would still change finished subjects
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1
     delta = delta.detach()[:, : len(layers)]  # vectors of attention are not stored
     keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group)
+    answers = [
+        ((group.owners == index) & (group.answers > 0)).nonzero()[:, 0] for index in range(count)
+    ]
     return Values(
         delta=delta.float().cpu(),
-        keys=[of_layer.view(count, rows_each, -1)[:, :-1].float().cpu() for of_layer in keys],
+        keys=[[of_layer[members].float().cpu() for members in answers] for of_layer in keys],
         steps=steps,
-        target_probability=(-bare_nll).exp().tolist(),
+        target_probability=[(-bare_nll[bare]).exp().tolist() for bare in group.bare],
         replay=replay.way,
     )
+
+
+def _row_mean(captured: Capture, of_reads: Tensor) -> Tensor:
+    """Return the mean of values over the positions read of each row."""
+    rows, count = captured.batch.read_rows, len(captured.batch.input_ids)
+    lengths = of_reads.new_zeros(count).index_add(0, rows, torch.ones_like(of_reads))
+    return of_reads.new_zeros(count).index_add(0, rows, of_reads) / lengths
+
+
+def _row_nll(captured: Capture, targets: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the NLL of each row's answer: the mean over its tokens, and that of its least likely token."""
+    nll = -log_probs.gather(1, targets[:, None])[:, 0]
+    rows, count = captured.batch.read_rows, len(captured.batch.input_ids)
+    return _row_mean(captured, nll), nll.new_zeros(count).scatter_reduce(0, rows, nll, "amax", include_self=False)
 
 
 def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
@@ -263,10 +306,15 @@ def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
     return at_subject.float().to(batch.subject.device)
 
 
-def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, rows_each: int) -> Tensor:
-    """Return the logits of captured rows with `delta`, `(n, sites, d_model)`, added to the outputs of the sites."""
-    tokens = replay.subjects(captured.batch)
-    additions = {site: (tokens, delta[:, index].repeat_interleave(rows_each, 0)) for index, site in enumerate(sites)}
+def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, owners: Tensor) -> Tensor:
+    """Return the logits of captured rows with deltas added to the outputs of the sites at all mentions.
+
+    Args:
+        delta: `(N, sites, d_model)`.
+        owners: The subject of each row.
+    """
+    rows, tokens = replay.mentions(captured.batch)
+    additions = {site: (tokens, delta[owners[rows], index]) for index, site in enumerate(sites)}
     with adding(additions):
         return replay(captured)
 
@@ -284,7 +332,7 @@ def _keys(
     record, tokens = whole.record, group.batch.flat_subject
     if len(sites) > 1:
         with recording({str(index): site for index, site in enumerate(sites)}) as record:
-            _edited(replay, whole, sites, delta, group.rows_each)
+            _edited(replay, whole, sites, delta, group.owners)
         tokens = replay.subjects(whole.batch)
     keys = []
     for index, layer in enumerate(layers):

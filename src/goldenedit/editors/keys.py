@@ -17,9 +17,11 @@ class FactKeys:
         contrast: `(d_in, c)`, keys of other subjects that end in the same token, scaled by their weight relative to
             other text; None without contrast keys.
         anchor_bare: Whether the edit must map `bare` to the same value as `mean`.
+        every: `(d_in, n)`, the key in each text that teaches the fact; None means `mean` alone.
     """
 
     bare: Tensor
     mean: Tensor
     contrast: Tensor | None = None
     anchor_bare: bool = False
+    every: Tensor | None = None

@@ -78,13 +78,21 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], sub
         )
     context_start = len(rendered_pieces[0])
     subject_start = context_start + len(rendered_pieces[1])
-    return ChatText(text, _joint(tokenizer, messages, text), subject_start, context_start)
+    return ChatText(text, *_around_answer(tokenizer, messages, text, subject_start, context_start))
 
 
-def _joint(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> str:
-    """Return a space if the template writes one between the generation prompt and the answer, else the empty text."""
+def _around_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, subject_start: int, context_start: int
+) -> tuple[str, int, int, str]:
+    """Return what the template writes before an answer, a space or nothing, and the special token it writes after it.
+
+    The positions are passed through, in the order of the fields of `ChatText`.
+    """
     answered = _apply(tokenizer, [*messages, {"role": "assistant", "content": _MARK}], generation_prompt=False)
-    return " " if answered.startswith(f"{text} {_MARK}") else ""
+    joint = " " if answered.startswith(f"{text} {_MARK}") else ""
+    behind = answered.rpartition(_MARK)[2].lstrip()
+    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return joint, subject_start, context_start, next((token for token in special if behind.startswith(token)), "")
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = True) -> str:

@@ -29,12 +29,16 @@ class Row:
         subject: Index of the last token of the subject; -1 if the row has no subject.
         target: Indices of the answer's tokens; empty if the row has no answer.
         last: Index of the last token of the text. Some tokenizers append a special token to it.
+        later: Indices of the last tokens of the subject's further mentions, after `subject`.
+        kept: Without an answer, the positions whose logits are read; by default the last one.
     """
 
     input_ids: tuple[int, ...]
     subject: int
     target: tuple[int, ...]
     last: int
+    later: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
 
     @property
     def target_ids(self) -> list[int]:
@@ -43,8 +47,8 @@ class Row:
 
     @property
     def reads(self) -> list[int]:
-        """Positions whose logits predict the answer's tokens; without an answer, the last position."""
-        return [index - 1 for index in self.target] if self.target else [self.last]
+        """Positions whose logits predict the answer's tokens; without an answer, `kept` or the last position."""
+        return [index - 1 for index in self.target] if self.target else list(self.kept or (self.last,))
 
 
 def with_answer(prompt: str, answer: str) -> str:
@@ -114,15 +118,20 @@ def encode_request(
     answer: str | None = None,
     context: str = "",
     max_length: int | None = None,
+    ends: bool = False,
 ) -> Row:
     """Tokenize a request with a context before its prompt; in a chat, before the words of the user.
+
+    Args:
+        ends: Whether the token that ends the turn of a chat belongs to the answer.
 
     Raises:
         ValueError: See `encode`.
     """
     prompt = request.text
     if answer is not None:  # fixed before the context is added, which may open a quotation
-        answer = Answer(answer, _joint(prompt, answer))
+        end = prompt.end if ends and isinstance(prompt, ChatText) else ""
+        answer = Answer(answer + end, _joint(prompt, answer))
     if isinstance(prompt, ChatText):
         start = prompt.context_start
         prompt = ChatText(prompt[:start] + context + prompt[start:], prompt.joint)
@@ -217,18 +226,23 @@ def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> B
     reads = [(index, position) for index, row in enumerate(rows) for position in row.reads]
     read_rows, read_positions = torch.tensor(reads).T
     subject = torch.tensor([row.subject for row in rows])
+    later = [(index, position) for index, row in enumerate(rows) for position in row.later]
+    later_rows, later_positions = torch.tensor(later, dtype=torch.long).view(-1, 2).T
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         subject=subject.to(device),
         read_rows=read_rows.to(device),
         read_positions=read_positions.to(device),
+        later_rows=later_rows.to(device),
+        later_positions=later_positions.to(device),
     )
 
 
 def target_ids(rows: Sequence[Row], device: torch.device | str) -> Tensor:
-    """Return the answers' tokens in the order of the logits that `pad` reads; 0 for a row without an answer."""
-    return torch.tensor([token for row in rows for token in (row.target_ids or [0])], device=device)
+    """Return the answers' tokens in the order of the logits that `pad` reads; 0 where a row has no answer."""
+    tokens = [token for row in rows for token in (row.target_ids or [0] * len(row.reads))]
+    return torch.tensor(tokens, device=device)
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:

@@ -1,0 +1,113 @@
+"""The wordings in which a fact is taught: as people ask for it, and as the model itself answers.
+
+An edit that only knows "The capital of X is" does not hold when a user of a chat asks "What is the capital of X?". So
+the fact is also taught as a question, plain and in the chat template, in the first and in a later turn. A model answers
+a question in its own words: "The capital of X is Paris." Teaching it to say "Rome" instead, as the first word, would
+change much that has nothing to do with the fact. So its own answer is taught, with the new answer in place of the old
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from goldenedit.evaluation.verdicts import answer_end
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.decoding import Continuation
+from goldenedit.lm.tokens import with_answer
+from goldenedit.questions import question_from
+from goldenedit.requests import ChatText, EditRequest, Message
+from goldenedit.subjects import find_subject
+
+LENGTH = 24  # tokens of the model's own answer
+_EARLIER: tuple[Message, ...] = (
+    {"role": "user", "content": "Can you help me with a few questions?"},
+    {"role": "assistant", "content": "Of course. What would you like to know?"},
+)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A fact in one wording.
+
+    Attributes:
+        request: The fact with this prompt, as the model reads it.
+        answer: What the model should answer: a text with the new answer in it.
+    """
+
+    request: EditRequest
+    answer: str
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[EditRequest]:
+    """Return the questions that ask for a fact, as the model reads them, in wordings that follow from its own text.
+
+    Texts of the request that measure an edit, such as `paraphrases` and `question`, are not used.
+
+    Args:
+        request: The fact as the user wrote it, not rendered.
+    """
+    if request.messages is not None:
+        system = next((index for index, message in enumerate(request.messages) if message["role"] != "system"), 0)
+        later = [*request.messages[:system], *_EARLIER, *request.messages[system:]]
+        return [rendered(tokenizer, replace(request, messages=later))]
+    if isinstance(request.prompt, ChatText):
+        return []
+    text, subject = request.text, request.subject
+    question = text if text.rstrip().endswith("?") else None
+    question = question or question_from(text, request.subject_start, request.subject_end)
+    plain = f"Q: {question or text}\nA:"
+    found = [replace(request, prompt=plain, subject=_spelled(plain, subject))]
+    if getattr(tokenizer, "chat_template", None):
+        first: Message = {"role": "user", "content": question or text}
+        conversations = [[first], [*_EARLIER, first]]
+        if question not in (None, text):
+            conversations.append([{"role": "user", "content": text}])
+        for messages in conversations:
+            spelled = _spelled(messages[-1]["content"], subject)
+            found.append(rendered(tokenizer, replace(request, prompt=None, messages=messages, subject=spelled)))
+    return found
+
+
+def worded(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[list[Wording]]:
+    """Return the wordings of facts. The model must be the unedited one: its own answers are used."""
+    by_fact = [asked(lm.tokenizer, request) for request in requests]
+    prompts = [other.text for others in by_fact for other in others]
+    own = iter(lm.answers(prompts, LENGTH, _has_ended))
+    return [
+        [Wording(other, _answer(lm.tokenizer, request, other, next(own))) for other in others]
+        for request, others in zip(requests, by_fact, strict=True)
+    ]
+
+
+def _has_ended(text: str) -> bool:
+    return answer_end(text) is not None
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, request: EditRequest, other: EditRequest, own: Continuation
+) -> str:
+    """Return the model's own answer with the new answer in place of the old one, or else the fact as a statement."""
+    end = answer_end(own.text, own.finished)
+    sentence = own.text if end is None else own.text[:end]
+    names_subject = find_subject(sentence, other.subject) or find_subject(sentence, request.subject)
+    old = () if request.target_true is None else request.names_of(request.target_true)
+    places = [(place.start, -len(name)) for name in old if (place := find_subject(sentence, name)) and place.whole]
+    if end is not None and places and names_subject:
+        start, length = min(places)
+        rest = sentence[start - length :]
+        if not any(map(str.isalnum, rest)):  # "the Boston, Chile" is no answer
+            return f"{sentence[:start]}{request.target_new.strip()}{rest}"
+    is_statement = request.messages is None and not request.text.rstrip().endswith("?")
+    if is_statement and (isinstance(other.prompt, ChatText) or names_subject):
+        return f"{with_answer(request.text, request.target_new)}."
+    return request.target_new
+
+
+def _spelled(text: str, subject: str) -> str:
+    """Return the subject as a question spells it, which may have made its article lower case."""
+    return subject if subject in text else f"{subject[0].lower()}{subject[1:]}"
