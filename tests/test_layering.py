@@ -34,6 +34,7 @@ ORDER = (
     "lm",
     "chat",
     "evaluation",
+    "subject_questions",
     "editing",
     "layer_selection",
     "adapters",
