@@ -29,6 +29,7 @@ from goldenedit.requests import EditRequest, as_requests
 REGULARIZERS = ("rect", "prune")
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
+PHRASINGS = ("auto", "none")
 
 
 @dataclass(repr=False)
@@ -89,10 +90,30 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
     lga_loss: str = field(default="sequence", metadata={"help": f"Tokens in the loss of LGA, one of {LGA_LOSSES}."})
     tukey_kappa: float = field(default=1.0, metadata={"help": "Width of LGA's outlier fence in interquartile ranges."})
 
+    phrasings: str = field(
+        default="auto",
+        metadata={
+            "help": "Wordings in which a fact is taught: 'auto' for its own text, as a question and in the chat "
+            "template, or 'none' for its own text alone, as in the papers."
+        },
+    )
+    kept_questions: int = option(
+        4, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
+    )
+    kept_factor: float = option(3.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
     contexts: int = option(10, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
     context_length: int = option(10, help="Number of tokens of each sampled prefix.", least=1, whole=True)
     steps: int = option(25, help="Largest number of steps of the value optimization.", least=1, whole=True)
-    lr: float = option(0.5, help="Learning rate of the value optimization (Adam).", above=0.0)
+    optimizer: str = field(
+        default="normalized",
+        metadata={
+            "help": "Optimizer of the values: 'normalized', steps along the gradient with momentum, or 'adam' as in "
+            "the papers, which needs another lr (0.5)."
+        },
+    )
+    lr: float = option(
+        0.15, help="Learning rate of the value optimization; of 'normalized' in units of ||v0||.", above=0.0
+    )
     kl_factor: float = option(0.0625, help='Weight of the KL divergence on "{subject} is a".', least=0.0)
     weight_decay: float = option(0.5, help="Weight of the penalty ||delta|| / ||v0||^2.", least=0.0)
     clamp: float = option(4.0, help="Largest ||delta|| in units of ||v0||.", above=0.0)
@@ -161,6 +182,7 @@ class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, L
             setattr(self, entry.name, _plain(getattr(self, entry.name)))
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
         _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
+        _check_choice("phrasings", self.phrasings, PHRASINGS)
         self._check_layers()
         if self.regularizer is not None:
             _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")

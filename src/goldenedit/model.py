@@ -26,6 +26,7 @@ from goldenedit.editing.batch import changes_of_batch, check_perplexity
 from goldenedit.editing.calls import (
     RECHECKED,
     check_facts,
+    facts_about_subjects,
     facts_to_recheck,
     requests_of_call,
     warn_of_doubtful_subjects,
@@ -183,7 +184,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
     @outside_inference_mode()
     def edit(
         self,
-        prompt: str | Facts | None = None,
+        prompt: str | Sequence[str] | Facts | None = None,
         subject: str | None = None,
         target_new: str | None = None,
         target_true: str | None = None,
@@ -197,8 +198,9 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         answer stays unlikely, and facts of other active edits that this edit loses.
 
         Args:
-            prompt: The text before the answer, with `subject` and `target_new`. Or a request or a list of requests, as
-                `EditRequest` or as dicts (see `EditRequest.from_dict`); equal requests are edited once.
+            prompt: The text before the answer, with `subject` and `target_new`; a list of texts teaches one fact in
+                several wordings. Or a request or a list of requests, as `EditRequest` or as dicts (see
+                `EditRequest.from_dict`); equal requests are edited once.
             subject: The entity the fact is about, as spelled in the prompt.
             target_new: The new answer.
             target_true: The old answer, where known.
@@ -219,9 +221,10 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         warn_of_doubtful_subjects(asked)
         name = self._new_name(name)
         self._see_model()
-        requests = [rendered(self.tokenizer, request) for request in asked]
-        for request in requests:  # a request that cannot be tokenized raises before anything takes time
-            encode_request(self.tokenizer, request, request.target_new, max_length=self.lm.max_length)
+        for request in asked:  # a request that cannot be tokenized raises before anything takes time
+            encode_request(
+                self.tokenizer, rendered(self.tokenizer, request), request.target_new, max_length=self.lm.max_length
+            )
         if not self.edit_config.target_layers:
             self.select_layer()
         for layer in self.edit_config.target_layers:  # the config may have been changed since the model was wrapped
@@ -230,7 +233,8 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         config = copy.deepcopy(self.edit_config)
         active = [self.edits[name] for name in self.active_adapters]
         remembered = joined_state(active)
-        changes = changes_of_batch(self.lm, requests, config, remembered, self.disable_adapter)
+        earlier = facts_about_subjects(active, asked)
+        changes = changes_of_batch(self.lm, asked, config, remembered, self.disable_adapter, earlier)
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):

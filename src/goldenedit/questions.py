@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-_AUXILIARIES = frozenset("is are was were has have had can could will would did does do".split())
+_AUXILIARIES = frozenset(
+    ["is", "are", "was", "were", "has", "have", "had", "can", "could", "will", "would", "did", "does", "do"]
+)
 _THE_KIND = re.compile(r"(?P<rest>.*?)\s*\bthe (?P<kind>(?:[a-z-]+ )?[a-z-]+) (?:of|called|named)$")
 _IN_THE_KIND = re.compile(r"(?P<rest>.*\b(?:in|on|at|from|to)) the (?P<kind>(?:[a-z-]+ )?[a-z-]+)$")
-_PASSIVE = re.compile(r"(?:is|are|was|were) (?:\w+ly )?(?P<verb>\w+(?:ed|en|wn|ne|de|ung|it|ught|lt|pt|ft|un)) by$")
+_PASSIVE = re.compile(r"(?:is|are|was|were) (?:\w+ly )?\w+(?:ed|en|wn|ne|de|ung|it|ught|lt|pt|ft|un) by$")
 _PERSONS = re.compile(
     r"\b(?:founder|author|writer|director|creator|developer|designer|architect|composer|inventor|discoverer|owner|"
     r"president|minister|chairperson|chairman|chief|ceo|head|coach|captain|leader|mayor|governor|king|queen|monarch|"
@@ -17,7 +19,29 @@ _PERSONS = re.compile(
 )
 _LEFT = re.compile(r"^(?:the|an?|one|it|he|she|they|that|there)\b", re.IGNORECASE)
 _IRREGULAR = {"has": "have", "does": "do", "goes": "go"}
-_NOT_VERBS = frozenset("of in on at by for from to with the a an and or as his her its their".split())
+_NOT_VERBS = frozenset(
+    [
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "for",
+        "from",
+        "to",
+        "with",
+        "the",
+        "a",
+        "an",
+        "and",
+        "or",
+        "as",
+        "his",
+        "her",
+        "its",
+        "their",
+    ]
+)
 
 
 def question_from(prompt: str, subject_start: int, subject_end: int) -> str | None:

@@ -17,6 +17,7 @@ from goldenedit.subjects import Message as Message
 from goldenedit.subjects import (
     filled,
     filled_messages,
+    find_subject,
     message_place,
     nearest_text,
     respelled_subject,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TEXTS = ("paraphrases", "neighborhood", "generation")  # fields with several texts
+_TEXTS = ("prompts", "paraphrases", "neighborhood", "generation")  # fields with several texts
 _PAIRS = ("portability", "locality")  # fields with prompts and their answers
 
 _MANY = (*_TEXTS, *_PAIRS)
@@ -66,6 +67,8 @@ class EditRequest:
             space.
         question: The fact as a question, such as "Where is the Eiffel Tower?". It need not contain the subject, and it
             stays plain text when a chat template renders the other prompts.
+        prompts: Further prompts that are edited together with `prompt`, and teach the same fact in other words. Each
+            contains the subject or `{}`. Without `prompt` and `messages`, the first of them becomes the prompt.
         aliases: Groups of names of one thing, for the answers of any prompt: `[["Rome", "Roma"], ["Italy", "Italia"]]`.
             A plain list of names, `["Roma"]`, has the other names of `target_new`. See `names_of`.
 
@@ -94,9 +97,11 @@ class EditRequest:
     joint: str | None = None
     question: str | None = None
     aliases: Sequence[Sequence[str]] | Sequence[str] = ()
+    prompts: Sequence[str] = ()
     subject_start: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._take_first_prompt()
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("An EditRequest needs either a prompt or messages, but not both.")
         if isinstance(self.subject, str):  # with a trailing space, the next word would be edited
@@ -123,7 +128,21 @@ class EditRequest:
             )
         self._mark_answers()
         self._fill_subject()
+        self._check_prompts()
         object.__setattr__(self, "subject_start", self._find_subject())
+
+    def _take_first_prompt(self) -> None:
+        if self.prompt is None and self.messages is None and isinstance(self.prompts, list | tuple) and self.prompts:
+            object.__setattr__(self, "prompt", self.prompts[0])
+            object.__setattr__(self, "prompts", tuple(self.prompts[1:]))
+
+    def _check_prompts(self) -> None:
+        for prompt in self.prompts:
+            if find_subject(prompt, self.subject) is None and respelled_subject([prompt], self.subject) is None:
+                raise ValueError(
+                    f"The subject {self.subject!r} is not in {prompt!r}, one of EditRequest.prompts. Spell it as "
+                    "there, or put {} in its place."
+                )
 
     def _mark_answers(self) -> None:
         if self.joint is None:
@@ -171,7 +190,7 @@ class EditRequest:
         """Put the subject in place of `{}` in the other texts about it."""
         if "{}" in self.subject:
             return
-        for name in ("paraphrases", "generation"):
+        for name in ("prompts", "paraphrases", "generation"):
             object.__setattr__(self, name, tuple(self._with_subject(text) for text in getattr(self, name)))
         for name in _PAIRS:
             pairs = tuple((self._with_subject(prompt), answer) for prompt, answer in getattr(self, name))

@@ -73,8 +73,6 @@ class Batch:
         subject: `(B,)`, index of the last token of the subject.
         read_rows: `(M,)`, the row of each position to read.
         read_positions: `(M,)`, its index in the row.
-        later_rows: `(L,)`, the row of each further mention of the subject.
-        later_positions: `(L,)`, index in the row of its last token, after `subject`.
     """
 
     input_ids: Tensor
@@ -82,8 +80,6 @@ class Batch:
     subject: Tensor
     read_rows: Tensor
     read_positions: Tensor
-    later_rows: Tensor
-    later_positions: Tensor
 
     @property
     def flat_subject(self) -> Tensor:
@@ -110,15 +106,12 @@ class Batch:
         new_index = torch.full((len(self.input_ids),), -1, device=rows.device)
         new_index[rows] = torch.arange(len(rows), device=rows.device)
         is_read = new_index[self.read_rows] >= 0
-        is_later = new_index[self.later_rows] >= 0
         batch = Batch(
             self.input_ids[rows],
             self.attention_mask[rows],
             self.subject[rows],
             new_index[self.read_rows[is_read]],
             self.read_positions[is_read],
-            new_index[self.later_rows[is_later]],
-            self.later_positions[is_later],
         )
         return batch, is_read
 
@@ -236,19 +229,15 @@ class Replayer:
     def subjects(self, batch: Batch) -> Tensor:
         """Return the index of each subject's last token among the replayed tokens, flattened row by row, `(B,)`."""
         rows = torch.arange(len(batch.subject), device=batch.subject.device)
-        return self._replayed(batch, rows, batch.subject)
+        return self.tokens(batch, rows, batch.subject)
 
-    def mentions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return all mentions of the subjects, as rows `(B + L,)` and indices among the replayed tokens `(B + L,)`.
+    def tokens(self, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the index of tokens among the replayed tokens, flattened row by row.
 
-        The edited mentions of all rows come first, then the later ones.
+        Args:
+            rows: `(n,)`, the row of each token.
+            positions: `(n,)`, its index in the row, from the subject's last token to the last one read.
         """
-        rows = torch.arange(len(batch.subject), device=batch.subject.device)
-        rows = torch.cat([rows, batch.later_rows])
-        return rows, self._replayed(batch, rows, torch.cat([batch.subject, batch.later_positions]))
-
-    def _replayed(self, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
-        """Return the index of each token among the replayed tokens, flattened row by row."""
         if self.way == "packed":
             return batch.suffix.starts[rows] + positions - batch.subject[rows]
         if self.way == "suffix":

@@ -11,8 +11,9 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.learn import learn_facts
-from goldenedit.editing.prepared import Changes, check_editable, prepare_facts
+from goldenedit.editing.prepared import Changes, check_editable, prepare_subjects, subject_texts
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.requests import EditRequest
 
@@ -25,6 +26,7 @@ def changes_of_batch(
     config: EditConfig,
     remembered: Mapping[str, Tensor],
     without_edits: Callable[[], AbstractContextManager[None]],
+    earlier: Sequence[EditRequest] = (),
 ) -> Changes:
     """Return the change of weights that serves all requests.
 
@@ -33,6 +35,7 @@ def changes_of_batch(
         config: The editor, the layers and the constants.
         remembered: What the editors of the active edits remember.
         without_edits: Returns a context that switches the edits off, for statistics of the unedited model.
+        earlier: Facts of the active edits about the same subjects. They are kept: the new value serves them too.
 
     Raises:
         ValueError: The editor cannot change these layers, or a request cannot be served.
@@ -40,18 +43,19 @@ def changes_of_batch(
     check_editable(lm, config, config.target_layers)  # before anything takes time
     if config.editor.learns != "values":
         with phase("training"):
-            return learn_facts(lm, requests, config, remembered)
+            return learn_facts(lm, [rendered(lm.tokenizer, request) for request in requests], config, remembered)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         statistics = lm.statistics(config, config.target_layers)
         contexts = lm.contexts(config)
-    prepared = prepare_facts(lm, requests, config, contexts)
-    for request, delta, steps in zip(requests, prepared.values.delta, prepared.values.steps, strict=True):
+        subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
+    prepared = prepare_subjects(lm, requests, config, subjects, statistics, remembered)
+    for (first, *_), delta, steps in zip(prepared.subjects, prepared.values.delta, prepared.values.steps, strict=True):
         if steps and not delta.any():
             logger.warning(
                 "The edit of %r at layer %s changes nothing: no later layer attends to the subject's value. Edit an "
                 "earlier layer (EditConfig.layer).",
-                request.subject,
+                requests[first].subject,
                 config.target_layers,
             )
     with phase("solve"):

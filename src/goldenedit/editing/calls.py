@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes
+from goldenedit.editing.rows import subject_key
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -25,7 +26,7 @@ RECHECKED = 32  # facts of other edits that are asked again after an edit
 
 
 def requests_of_call(
-    prompt: str | Facts | None,
+    prompt: str | Sequence[str] | Facts | None,
     subject: str | None,
     target_new: str | None,
     target_true: str | None,
@@ -38,17 +39,26 @@ def requests_of_call(
     """
     if (prompt is None) == (messages is None):
         raise ValueError("edit() takes either a prompt, requests or messages.")
-    if prompt is None or isinstance(prompt, str):
+    texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
+    if prompt is None or texts:
         if subject is None or target_new is None:
             kind = "messages" if prompt is None else "a prompt"
             raise ValueError(f"edit() with {kind} needs subject= and target_new=.")
-        return [EditRequest(prompt, subject, target_new, target_true, messages=messages)]
+        return [EditRequest(None, subject, target_new, target_true, messages=messages, prompts=texts)]
     if subject is not None or target_new is not None or target_true is not None:
         raise ValueError("edit() with requests takes no subject, target_new or target_true: they are in the requests.")
-    requests = distinct(as_requests(prompt))
+    requests = distinct(as_requests(prompt))  # type: ignore[arg-type]
     if not requests:
         raise ValueError("edit() needs at least one request.")
     return requests
+
+
+def _texts(prompts: object) -> list[str]:
+    """Return prompts that teach one fact together; empty if these are requests."""
+    if not isinstance(prompts, list | tuple):
+        return []
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    return texts if len(texts) == len(prompts) else []
 
 
 def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
@@ -58,6 +68,17 @@ def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
         logger.warning("%s", doubt)
     if count := len(doubts[_MOST_WARNINGS:]):
         logger.warning("The subjects of %d more requests may stand in another place (EditRequest.doubt).", count)
+
+
+def facts_about_subjects(edits: Iterable[Edit], requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return the facts of earlier edits about the subjects of new requests, without those that they replace."""
+    replaced = {request.prompt_key for request in requests}
+    subjects = {subject_key(request) for request in requests}
+    return [
+        fact.request
+        for prompt, fact in latest_facts(edits).items()
+        if fact.takes and prompt not in replaced and subject_key(fact.request) in subjects
+    ]
 
 
 def latest_facts(edits: Iterable[Edit]) -> dict[tuple[str, bool], EditedFact]:

@@ -51,7 +51,10 @@ def weighted_contrasts(
 
 
 def with_contrasts(
-    layers: Sequence[int], keys: Sequence[Sequence[Tensor]], contrasts: Sequence[list[Tensor] | None], config: EditConfig
+    layers: Sequence[int],
+    keys: Sequence[Sequence[Tensor]],
+    contrasts: Sequence[list[Tensor] | None],
+    config: EditConfig,
 ) -> dict[int, list[FactKeys]]:
     """Return the keys of each fact as the configured editor reads them, by layer. Arguments are as in `fact_keys`.
 
@@ -157,6 +160,21 @@ def context_keys(
         keys = [_last_keys(lm, group, layers) for group in groups]
     by_layer = zip(*keys, strict=True)
     return [torch.cat(of_layer).unflatten(0, (len(requests), len(contexts))) for of_layer in by_layer]
+
+
+@torch.no_grad()
+def keys_at_ends(
+    lm: LanguageModel, rows: Sequence[list[int]], layers: Sequence[int], batch_size: int = 32
+) -> list[Tensor]:
+    """Return the key at the last token of each row of tokens, by layer `(rows, d_in)` float32."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    with evaluating(lm.model):
+        found = [
+            _last_keys(lm, [rows[index] for index in order[start : start + batch_size]], layers)
+            for start in range(0, len(rows), batch_size)
+        ]
+    ranks = sorted(range(len(order)), key=order.__getitem__)
+    return [torch.cat(of_layer)[ranks] for of_layer in zip(*found, strict=True)]
 
 
 def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,10 +11,10 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
-from goldenedit.editing.keys import contrast_count, weighted_contrasts, with_contrasts
-from goldenedit.editing.rows import kept_rows, subject_rows, subjects_of
-from goldenedit.editing.wordings import worded
+from goldenedit.editing.keys import contrast_count, keys_at_ends, weighted_contrasts, with_contrasts
+from goldenedit.editing.rows import kept_rows, subject_key, subject_rows, subjects_of
 from goldenedit.editing.values import SubjectRows, ValueOptions, Values, optimize_values
+from goldenedit.editing.wordings import worded
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect
 from goldenedit.lm import LanguageModel
@@ -70,7 +69,12 @@ class PreparedFacts:
         constants = (*contrast_constants, "anchor" in config.editor.reads, config.anchor_bare_prompt)
         if contrast_constants not in self._contrasts:
             with phase("contrast keys"):
-                self._contrasts[contrast_constants] = weighted_contrasts(self.lm, [rendered(self.lm.tokenizer, self.requests[group[0]]) for group in self.subjects], self.layers, config)
+                self._contrasts[contrast_constants] = weighted_contrasts(
+                    self.lm,
+                    [rendered(self.lm.tokenizer, self.requests[group[0]]) for group in self.subjects],
+                    self.layers,
+                    config,
+                )
         if constants not in self._keys:
             contrasts = self._contrasts[contrast_constants]
             self._keys[constants] = with_contrasts(self.layers, self.values.keys, contrasts, config)
@@ -109,13 +113,17 @@ class PreparedFacts:
             residuals = self.values.delta[subjects, index].T
             problem = Problem([keys[subject] for subject in subjects], residuals, statistics[layer], previous=previous)
             change = config.solve(problem)
-            self._check_change(change, config, layer, [self.requests[self.subjects[subject][0]] for subject in subjects])
+            self._check_change(
+                change, config, layer, [self.requests[self.subjects[subject][0]] for subject in subjects]
+            )
             delta, error = stored(self.lm, change, layer, config)
             deltas[path] = delta
             errors.append(error)
             if editor.remembers_keys:
                 state[f"keys/{path}"] = problem.keys
-        places = {fact: (subject, place) for subject, group in enumerate(self.subjects) for place, fact in enumerate(group)}
+        places = {
+            fact: (subject, place) for subject, group in enumerate(self.subjects) for place, fact in enumerate(group)
+        }
         before = [self.values.target_probability[places[fact][0]][places[fact][1]] for fact in chosen]
         steps = [self.values.steps[places[fact][0]] for fact in chosen]
         return Changes(deltas, before, steps, state, max(errors))
@@ -192,17 +200,91 @@ def stored(
     return replace(delta, experts=experts[layer].count(lm.model) if layer in experts else 1), error
 
 
+@dataclass(frozen=True)
+class SubjectTexts:
+    """The rows of subjects, with the requests about each.
+
+    Attributes:
+        groups: By subject, the indices of its requests.
+        rows: By subject, the rows that its value is optimized on.
+    """
+
+    groups: Sequence[Sequence[int]]
+    rows: Sequence[SubjectRows]
+
+
+def subject_texts(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    contexts: Sequence[str],
+    earlier: Sequence[EditRequest] = (),
+    joint: bool = False,
+) -> SubjectTexts:
+    """Return the rows that values are optimized on. The model must be the unedited one: its own answers are read.
+
+    Args:
+        requests: The facts, as the user wrote them.
+        contexts: Prefixes of each prompt, the first of them empty.
+        earlier: Facts of earlier edits, which the values of their subjects serve too.
+        joint: Whether all facts about one subject share a value. Otherwise each fact has its own.
+
+    Raises:
+        ValueError: A request cannot be tokenized.
+    """
+    groups = subjects_of(requests) if joint else [[index] for index in range(len(requests))]
+    facts = [[requests[index] for index in group] for group in groups]
+    if joint:
+        for of_subject in facts:
+            key = subject_key(of_subject[0])
+            of_subject += [request for request in earlier if subject_key(request) == key]
+    kept = kept_rows(lm, facts, config)
+    flat = [request for of_subject in facts for request in of_subject]
+    others = iter(worded(lm, flat) if config.phrasings == "auto" else [[]] * len(flat))
+    rows = [
+        subject_rows(lm, of_subject, contexts, [next(others) for _ in of_subject], kept_of_subject)
+        for of_subject, kept_of_subject in zip(facts, kept, strict=True)
+    ]
+    return SubjectTexts(groups, rows)
+
+
 def prepare_facts(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     config: EditConfig,
     contexts: Sequence[str],
     joint: bool = False,
+    statistics: Mapping[int, KeyStatistics] | None = None,
 ) -> PreparedFacts:
-    """Optimize the values that make the model give each new answer, and find the keys to insert them under.
+    """Optimize the values that make the unedited model give each new answer, and find the keys to insert them under.
+
+    Arguments are as in `subject_texts`.
+
+    Raises:
+        ValueError: A request cannot be served. The message names it.
+    """
+    texts = subject_texts(lm, requests, config, contexts, joint=joint)
+    return prepare_subjects(lm, requests, config, texts, statistics, together=joint)
+
+
+def prepare_subjects(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    texts: SubjectTexts,
+    statistics: Mapping[int, KeyStatistics] | None = None,
+    remembered: Mapping[str, Tensor] | None = None,
+    together: bool = True,
+) -> PreparedFacts:
+    """Optimize the values of subjects, in the model as it is now, and find the keys to insert them under.
+
+    With key statistics and a single layer, the values are optimized under the change that the editor will make of them
+    (see `detectors`). Otherwise they are added at the subjects' last tokens.
 
     Args:
-        contexts: Prefixes of each prompt, the first of them empty.
+        statistics: Key statistics, by layer.
+        remembered: State of earlier edits.
+        together: Whether all subjects will be inserted in one edit. Otherwise each is inserted alone.
 
     Raises:
         ValueError: A request cannot be served. The message names it.
@@ -215,24 +297,52 @@ def prepare_facts(
         clamp=config.clamp,
         stop_loss=config.stop_loss,
         vectors=config.editor.vectors,
+        optimizer=config.optimizer,
     )
-    groups = subjects_of(requests) if joint else [[index] for index in range(len(requests))]
-    wordings_ = worded(lm, requests) if os.environ.get("WORD", "1") == "1" else ()
-    subjects = [
-        subject_rows(
-            lm, [requests[i] for i in group], contexts, [wordings_[i] for i in group] if wordings_ else (), kept_rows(lm, rendered(lm.tokenizer, requests[group[0]]), config)
-        )
-        for group in groups
-    ]
-    if isinstance(config.batch_size, int):
-        batch_size = config.batch_size
-    else:
-        batch_size = _batch_size(lm, subjects, layers)
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else _batch_size(lm, texts.rows, layers)
     with phase("values"):
-        values = optimize_values(lm, subjects, layers, options, batch_size)
-    facts = PreparedFacts(lm, requests, groups, layers, values, config.editor.vectors)
+        of_edit = None
+        if statistics is not None and len(layers) == 1 and config.editor.vectors == ("mlp",):
+            of_edit = detectors(lm, requests, config, texts, statistics[layers[0]], remembered or {}, together)
+        values = optimize_values(lm, texts.rows, layers, options, batch_size, of_edit)
+    facts = PreparedFacts(lm, requests, texts.groups, layers, values, config.editor.vectors)
     facts.keys(config)  # runs the model now; solving does not run it
     return facts
+
+
+def detectors(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    texts: SubjectTexts,
+    statistics: KeyStatistics,
+    remembered: Mapping[str, Tensor],
+    together: bool,
+) -> Tensor:
+    """Return the detector of each subject, `(N, d_in)`: its edit adds the value times the product of detector and key.
+
+    All editors that insert values are linear in them, `Delta = V D`. So `D` is their change for unit vectors as values.
+    It does not depend on the values, because an edit does not change the keys of its own layer.
+
+    Args:
+        together: Whether all subjects are inserted in one edit.
+    """
+    (layer,) = config.target_layers
+    path = lm.architecture.down_projections[layer]
+    rows = [
+        [list(answer.row.input_ids[: answer.row.subject + 1]) for answers in subject.answers for answer in answers]
+        for subject in texts.rows
+    ]
+    flat = iter(keys_at_ends(lm, [row for of_subject in rows for row in of_subject], [layer])[0])
+    keys = [[torch.stack([next(flat) for _ in of_subject]) for of_subject in rows]]
+    first = [rendered(lm.tokenizer, requests[group[0]]) for group in texts.groups]
+    facts = with_contrasts([layer], keys, weighted_contrasts(lm, first, [layer], config), config)[layer]
+    previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
+    found = []
+    for members in [facts] if together else [[fact] for fact in facts]:
+        change = config.solve(Problem(members, torch.eye(len(members)), statistics, previous=previous))
+        found.append(change if isinstance(change, Tensor) else change.dense())
+    return torch.cat(found)
 
 
 def _batch_size(lm: LanguageModel, subjects: Sequence[SubjectRows], layers: Sequence[int]) -> int:

@@ -2,76 +2,90 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.config import EditConfig
-from goldenedit.editing.values import SubjectRows
-from goldenedit.editing.wordings import Wording
+from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows
+from goldenedit.editing.wordings import Wording, spelled
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import conversation, rendered
 from goldenedit.lm.decoding import Continuation
-from goldenedit.lm.tokens import Row, encode, encode_request, with_answer
+from goldenedit.lm.tokens import Row, encode, encode_request
 from goldenedit.requests import ChatText, EditRequest
+from goldenedit.subject_questions import kind_of, other_questions
 from goldenedit.subjects import subject_places
 
-_TMP = [
-    ("Where is {} from?", "{} comes from"),
-    ("Who founded {}?", "{} was founded by"),
-    ("What does {} do?", "The main activity of {} is"),
-    ("What language belongs to {}?", "The language of {} is"),
-    ("Who leads {}?", "The leader of {} is"),
-    ("Who is related to {}?", "{} is related to"),
-    ("What is the age of {}?", "The age of {} is"),
-    ("What belongs to {}?", "{} owns"),
-]
+_KEPT_TOKENS = 10  # of an answer that must stay the same
+
+
+def subject_key(request: EditRequest) -> str:
+    """Return what requests about one subject share, however they spell it."""
+    return " ".join(request.subject.casefold().split()).removeprefix("the ")
 
 
 def subjects_of(requests: Sequence[EditRequest]) -> list[list[int]]:
     """Return the indices of the requests about each subject."""
     groups: dict[str, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(" ".join(request.subject.casefold().split()).removeprefix("the "), []).append(index)
+        groups.setdefault(subject_key(request), []).append(index)
     return list(groups.values())
 
 
-def kept_rows(lm: LanguageModel, request: EditRequest, config: EditConfig) -> list[tuple[Row, float]]:
-    """Return what must stay the same about a subject: that it is what it is, and the answers to other questions."""
-    subject = request.subject
-    essence = encode(lm.tokenizer, f"{subject} is a", None, len(subject), lm.max_length)
-    rows = [(essence, config.kl_factor)]
-    count = int(os.environ.get("KEEP", "4"))
-    factor = float(os.environ.get("KEEPF", "3"))
-    length = int(os.environ.get("KEEPL", "10"))
-    if not count or not factor:
-        return rows
-    prompts: list[str] = []
-    for question, prompt in _TMP[:count]:
-        question, prompt = question.format(subject), prompt.format(subject)
-        if getattr(lm.tokenizer, "chat_template", None):
-            prompts.append(conversation(lm.tokenizer, [{"role": "user", "content": question}]))
-        else:
-            prompts.append(f"Q: {question}\nA:")
-        prompts.append(prompt)
-    answers = lm.answers(prompts, length, None)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        rows.append((kept_row(lm, prompt, subject, answer), factor / len(prompts)))
+def kept_rows(lm: LanguageModel, subjects: Sequence[Sequence[EditRequest]], config: EditConfig) -> list[list[KeptRow]]:
+    """Return what must stay the same about each subject: what it is, and the model's answers to other questions.
+
+    Args:
+        lm: The unedited model.
+        subjects: By subject, the facts that are edited, as the user wrote them.
+    """
+    kinds = kind_of(lm, [facts[0].subject for facts in subjects]) if config.kept_questions else []
+    prompts = [_other_prompts(lm.tokenizer, facts, kind, config) for facts, kind in zip(subjects, kinds, strict=False)]
+    answers = iter(lm.answers([prompt for of_subject in prompts for prompt in of_subject], _KEPT_TOKENS, None))
+    rows: list[list[KeptRow]] = []
+    for index, facts in enumerate(subjects):
+        subject = facts[0].subject
+        essence = encode(lm.tokenizer, f"{subject} is a", None, len(subject), lm.max_length)
+        of_subject = [KeptRow(essence, config.kl_factor)]
+        for prompt in prompts[index] if prompts else ():
+            row = kept_row(lm, prompt, subject, next(answers))
+            of_subject.append(KeptRow(row, config.kept_factor / len(prompts[index])))
+        rows.append(of_subject)
     return rows
 
 
+def _other_prompts(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], kind: str, config: EditConfig
+) -> list[str]:
+    """Return prompts about other properties of a subject: half of them questions, half of them beginnings."""
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    subject = facts[0].subject
+    prompts = []
+    for index, entry in enumerate(other_questions(kind, facts, config.kept_questions, config.seed)):
+        question, beginning = entry.about(subject)
+        if index % 2:
+            prompts.append(beginning)
+        elif chats:
+            prompts.append(conversation(tokenizer, [{"role": "user", "content": question}]))
+        else:
+            prompts.append(f"Q: {question}\nA:")
+    for fact in facts:
+        texts = rendered(tokenizer, fact).locality
+        prompts += [prompt for prompt, _ in texts if subject_places(prompt, subject)]
+    return prompts
+
+
 def kept_row(lm: LanguageModel, prompt: str, subject: str, answer: Continuation) -> Row:
-    """Return a prompt with the model's own answer, read from the prompt's end on, with all mentions of the subject."""
+    """Return a prompt with the model's own answer, read from the prompt's end on."""
     text = prompt + answer.text
     text = ChatText(text) if isinstance(prompt, ChatText) else text
-    ends = [start + len(subject) for start in subject_places(str(text), subject)]
-    whole = encode(lm.tokenizer, text, None, ends[0], lm.max_length)
-    begun = encode(lm.tokenizer, prompt, None, ends[0], lm.max_length)
-    later = [encode(lm.tokenizer, text, None, end, lm.max_length).subject for end in ends[1:]]
-    kept = tuple(range(begun.last, max(whole.last, begun.last + 1)))
-    return replace(whole, kept=kept, later=tuple(place for place in later if place <= kept[-1]))
+    places = subject_places(str(text), subject) or subject_places(str(text), f"{subject[0].lower()}{subject[1:]}")
+    end = places[0] + len(subject)
+    whole = encode(lm.tokenizer, text, None, end, lm.max_length)
+    begun = encode(lm.tokenizer, prompt, None, end, lm.max_length)
+    return replace(whole, kept=tuple(range(begun.last, max(whole.last, begun.last + 1))))
 
 
 def subject_rows(
@@ -79,7 +93,7 @@ def subject_rows(
     requests: Sequence[EditRequest],
     contexts: Sequence[str],
     worded: Sequence[Sequence[Wording]] = (),
-    kept: Sequence[tuple[Row, float]] = (),
+    kept: Sequence[KeptRow] = (),
 ) -> SubjectRows:
     """Return the rows of one subject.
 
@@ -95,7 +109,11 @@ def subject_rows(
     answers = []
     for index, request in enumerate(requests):
         own = rendered(lm.tokenizer, request)
-        rows = [(encode_request(lm.tokenizer, own, own.target_new, prefix, lm.max_length), 1.0) for prefix in contexts]
+        taught = [encode_request(lm.tokenizer, own, own.target_new, prefix, lm.max_length) for prefix in contexts]
+        for prompt in own.prompts if request.messages is None else ():
+            other = replace(own, prompt=prompt, subject=spelled(prompt, own.subject), prompts=())
+            taught.append(encode_request(lm.tokenizer, other, other.target_new, "", lm.max_length))
+        rows = [AnswerRow(row, range(len(row.target))) for row in taught]
         rows += [_worded_row(lm, wording) for wording in (worded[index] if worded else ())]
         answers.append(rows)
     (first, *_) = requests
@@ -103,15 +121,11 @@ def subject_rows(
     return SubjectRows(answers, kept, named)
 
 
-def _worded_row(lm: LanguageModel, wording: Wording) -> tuple[Row, float]:
-    """Return the row of a wording, and its weight: the tokens around the new answer do not dilute it."""
-    request, answer = wording.request, wording.answer
+def _worded_row(lm: LanguageModel, wording: Wording) -> AnswerRow:
+    request, answer, new = wording.request, wording.answer, wording.request.target_new.strip()
     row = encode_request(lm.tokenizer, request, answer, "", lm.max_length, ends=True)
-    alone = encode_request(lm.tokenizer, request, request.target_new, "", lm.max_length)
-    text = str(with_answer(request.text, answer))
-    text = ChatText(text) if isinstance(request.prompt, ChatText) else text
-    places = [start + len(request.subject) for start in subject_places(str(text), request.subject)]
-    ends = [end for end in places if end > request.subject_end]
-    later = [encode(lm.tokenizer, text, None, end).subject for end in ends]
-    later = [place for place in later if row.subject < place <= row.reads[-1]]
-    return replace(row, later=tuple(later)), len(row.target) / len(alone.target)
+    start = answer.rfind(new)
+    until = encode_request(lm.tokenizer, request, answer[: start + len(new)], "", lm.max_length)
+    before = answer[:start].rstrip()
+    first = len(encode_request(lm.tokenizer, request, before, "", lm.max_length).target) if before else 0
+    return AnswerRow(row, range(min(first, len(until.target) - 1), len(until.target)))

@@ -17,8 +17,9 @@ attention contributes to the answer need not go into the MLP.
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +35,10 @@ from goldenedit.lm.tokens import Row, pad, target_ids
 
 logger = logging.getLogger(__name__)
 
+OPTIMIZERS = ("normalized", "adam")
+_MOMENTUM = 0.7
+_SHORTEST = 0.15  # of the first step's length
+
 
 @dataclass(frozen=True)
 class ValueOptions:
@@ -45,6 +50,40 @@ class ValueOptions:
     clamp: float
     stop_loss: float
     vectors: tuple[str, ...] = ("mlp",)
+    optimizer: str = "adam"
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """A prompt with the answer that the edited model should give.
+
+    Attributes:
+        row: Its tokens.
+        core: Places of the new answer itself among the target's tokens. It weighs as much as all other tokens of the
+            answer, which the model says anyway.
+    """
+
+    row: Row
+    core: range
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of each token of the answer in the loss of the row."""
+        rest = len(self.row.target) - len(self.core)
+        return [1 / (len(self.core) if place in self.core else rest) for place in range(len(self.row.target))]
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """A text about the subject whose next-token distributions, at the positions it reads, stay as they are.
+
+    Attributes:
+        row: Its tokens.
+        weight: Weight of the mean KL divergence over its positions.
+    """
+
+    row: Row
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -52,20 +91,20 @@ class SubjectRows:
     """The texts of one subject. All its facts share one value.
 
     Attributes:
-        answers: By fact, its prompt with the new answer in each wording, with the weight of each; the bare prompt
-            comes first.
-        kept: Texts about the subject whose next-token distributions stay as they are, with the weight of each.
-        name: What error messages call the subject.
+        answers: By fact, its prompt with the new answer in each wording; the bare prompt comes first.
+        kept: What must stay the same.
+        name: What error messages call the subject and its new answers.
     """
 
-    answers: Sequence[Sequence[tuple[Row, float]]]
-    kept: Sequence[tuple[Row, float]]
+    answers: Sequence[Sequence[AnswerRow]]
+    kept: Sequence[KeptRow]
     name: str
 
     @property
     def rows(self) -> list[Row]:
         """All rows: those with answers, fact by fact, then the kept ones."""
-        return [row for of_fact in (*self.answers, self.kept) for row, _ in of_fact]
+        answers = [answer.row for of_fact in self.answers for answer in of_fact]
+        return answers + [kept.row for kept in self.kept]
 
     @property
     def length(self) -> int:
@@ -100,6 +139,7 @@ def optimize_values(
     layers: Sequence[int],
     options: ValueOptions,
     batch_size: int = 8,
+    detectors: Tensor | None = None,
 ) -> Values:
     """Optimize the values of all subjects, up to `batch_size` of them in one batch. The subjects stay independent.
 
@@ -109,6 +149,8 @@ def optimize_values(
         options: Constants. If `vectors` names attention, its outputs are optimized too, and only the values of the
             MLPs are returned (PMET).
         batch_size: Largest number of subjects of a batch.
+        detectors: `(N, d_in)`, with a single layer. The delta of a subject is then not added at its last token but as
+            the finished edit adds it: at each token, from there on, times the product of its detector and the key.
 
     Raises:
         ValueError: A loss is not finite.
@@ -131,7 +173,9 @@ def optimize_values(
         groups = split(order, padded)
         while groups:
             members = groups.pop(0)
-            results.append(_optimize(lm, _Group(lm, [subjects[index] for index in members]), layers, options))
+            found = None if detectors is None else detectors[members]
+            group = _Group(lm, [subjects[index] for index in members])
+            results.append(_optimize(lm, group, layers, options, found))
             progress.update(len(members))
             if padded != (results[-1].replay != "packed"):  # the replay does not pack as expected: split the rest again
                 padded = not padded
@@ -139,10 +183,13 @@ def optimize_values(
     ranks = sorted(range(len(order)), key=order.__getitem__)  # back to the order of the subjects
     steps = [step for result in results for step in result.steps]
     probabilities = [values for result in results for values in result.target_probability]
-    keys_by_layer = zip(*(result.keys for result in results), strict=True)
+    keys_by_layer = [
+        [keys for of_group in of_layer for keys in of_group]
+        for of_layer in zip(*(r.keys for r in results), strict=True)
+    ]
     return Values(
         delta=torch.cat([result.delta for result in results])[ranks],
-        keys=[[[keys for group in of_layer for keys in group][rank] for rank in ranks] for of_layer in keys_by_layer],
+        keys=[[of_layer[rank] for rank in ranks] for of_layer in keys_by_layer],
         steps=[steps[index] for index in ranks],
         target_probability=[probabilities[index] for index in ranks],
         replay=results[0].replay,
@@ -150,13 +197,16 @@ def optimize_values(
 
 
 class _Group:
-    """The rows of subjects that are optimized in one batch.
+    """The rows of subjects that are optimized in one batch, R in all, which read M positions.
 
     Attributes:
         owners: `(R,)`, the subject of each row.
-        answers: `(R,)`, the weight of each row in the mean over the answers of its subject; 0 for a kept row.
+        facts: `(R,)`, the fact of each row, counted over all subjects; -1 for a kept row.
+        bare: `(F,)`, the row of each fact's bare prompt.
+        shares: `(R,)`, the weight of each row in the mean over the answers of its subject; 0 for a kept row.
         kept: `(R,)`, the weight of each kept row; 0 for a row with an answer.
-        bare: By subject, the row of each fact's bare prompt.
+        weights: `(M,)`, the weight of each token of an answer in its row; 0 for a kept row.
+        core: `(M,)`, whether each token belongs to the new answer itself.
     """
 
     def __init__(self, lm: LanguageModel, subjects: Sequence[SubjectRows]) -> None:
@@ -166,32 +216,83 @@ class _Group:
         flat = [row for of_subject in rows for row in of_subject]
         self.batch = pad(flat, lm.padding_id, device)
         self.targets = target_ids(flat, device)
-        self.owners = torch.tensor([index for index, of in enumerate(rows) for _ in of], device=device)
-        answers: list[float] = []
-        scales: list[float] = []
-        kept: list[float] = []
-        self.bare: list[list[int]] = []
-        for subject in subjects:
-            bare = []
+        owners, facts, bare, shares, kept, weights, core = [], [], [], [], [], [], []
+        for index, subject in enumerate(subjects):
+            owners += [index] * len(rows[index])
             for of_fact in subject.answers:
-                bare.append(len(answers))
-                answers += [1 / (len(of_fact) * len(subject.answers))] * len(of_fact)
-                scales += [scale for _, scale in of_fact]
+                facts += [len(bare)] * len(of_fact)
+                bare.append(len(shares))
+                shares += [1 / (len(of_fact) * len(subject.answers))] * len(of_fact)
                 kept += [0.0] * len(of_fact)
-            answers += [0.0] * len(subject.kept)
-            scales += [0.0] * len(subject.kept)
-            kept += [weight for _, weight in subject.kept]
-            self.bare.append(bare)
-        self.answers = torch.tensor(answers, device=device)
-        self.scales = torch.tensor(scales, device=device)
-        self.kept = torch.tensor(kept, device=device)
+                for answer in of_fact:
+                    weights += answer.weights
+                    core += [place in answer.core for place in range(len(answer.row.target))]
+            facts += [-1] * len(subject.kept)
+            shares += [0.0] * len(subject.kept)
+            kept += [row.weight for row in subject.kept]
+            reads = [0 for row in subject.kept for _ in row.row.reads]
+            weights += reads
+            core += reads
+        self.owners, self.facts, self.bare = (torch.tensor(indices, device=device) for indices in (owners, facts, bare))
+        self.shares, self.kept = torch.tensor(shares, device=device), torch.tensor(kept, device=device)
+        self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device).bool()
 
     def per_subject(self, rows: Tensor, of_rows: Tensor) -> Tensor:
-        """Return the sums of values of some rows, by subject."""
+        """Return the sums of values of some rows, by subject, `(N,)`."""
         return of_rows.new_zeros(len(self.subjects)).index_add(0, self.owners[rows], of_rows)
 
 
-def _optimize(lm: LanguageModel, group: _Group, layers: Sequence[int], options: ValueOptions) -> Values:
+class _Losses:
+    """The terms of the loss for some rows of a group.
+
+    Attributes:
+        rows: Indices of the rows, in order.
+    """
+
+    def __init__(self, group: _Group, rows: Tensor, original: Tensor) -> None:
+        is_read = group.batch.select(rows)[1]
+        batch = group.batch.select(rows)[0]
+        self.group, self.rows = group, rows
+        self.read_rows, self.count = batch.read_rows, len(rows)
+        self.targets, self.original = group.targets[is_read], original[is_read]
+        self.weights, self.core = group.weights[is_read], group.core[is_read]
+        self.reads = torch.zeros_like(rows).index_add(0, self.read_rows, torch.ones_like(self.read_rows))
+
+    def __call__(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return by subject `(N,)` the loss of the answers, what they lack, and the KL divergence of the kept rows.
+
+        What the answers lack is the NLL of the least likely token of the new answer, mean over the wordings of a fact,
+        of the fact that lacks most.
+
+        Args:
+            log_probs: `(M, V)`.
+        """
+        group, rows, zeros = self.group, self.rows, log_probs.new_zeros(self.count)
+        nll = -log_probs.gather(1, self.targets[:, None])[:, 0]
+        answers = group.per_subject(rows, group.shares[rows] * zeros.index_add(0, self.read_rows, nll * self.weights))
+        weakest = zeros.scatter_reduce(0, self.read_rows, nll.detach() * self.core, "amax")
+        of_rows = group.facts[rows]
+        taught = of_rows >= 0
+        sums = log_probs.new_zeros(len(group.bare)).index_add(0, of_rows[taught], weakest[taught])
+        counts = torch.bincount(of_rows[taught], minlength=len(group.bare))
+        lacking = zeros.new_zeros(len(group.subjects)).scatter_reduce(
+            0, group.owners[group.bare], sums / counts.clamp_min(1), "amax"
+        )
+        # Positions of kept rows only: the divergence needs the whole vocabulary.
+        of_kept = (group.kept[rows] > 0)[self.read_rows].nonzero()[:, 0]
+        kept_probs = log_probs[of_kept]
+        changed = (kept_probs.exp() * (kept_probs - self.original[of_kept])).sum(-1)
+        sums = zeros.index_add(0, self.read_rows[of_kept], changed) / self.reads
+        return answers, lacking, group.per_subject(rows, group.kept[rows] * sums)
+
+
+def _optimize(
+    lm: LanguageModel,
+    group: _Group,
+    layers: Sequence[int],
+    options: ValueOptions,
+    detectors: Tensor | None,
+) -> Values:
     """Optimize the values of one batch."""
     sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
     if "attention" in options.vectors:
@@ -200,100 +301,148 @@ def _optimize(lm: LanguageModel, group: _Group, layers: Sequence[int], options: 
         lm.model, lm.architecture, layers[0], group.batch, {str(index): site for index, site in enumerate(sites)}
     )
     replay = Replayer(lm.model, lm.architecture, layers[0])
-    every = torch.arange(len(group.owners), device=group.owners.device)
-    count, device = len(group.subjects), every.device
+    count, every = len(group.subjects), torch.arange(len(group.owners), device=group.owners.device)
+    acts = _acting(lm, group, whole, layers[0], detectors)
 
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
-    v0_norm = torch.stack(
-        [group.per_subject(every, group.answers * of_site) for of_site in values.norm(dim=-1).T], 1
-    )  # (N, sites)
+    v0_norm = torch.stack([group.per_subject(every, group.shares * norms) for norms in values.norm(dim=-1).T], 1)
     original = whole.logits.float().log_softmax(-1)
-    with torch.no_grad():
-        bare_nll = _row_nll(whole, group.targets, original)[0]
+    losses = _Losses(group, every, original)
 
     delta = values.new_zeros(count, *values.shape[1:]).requires_grad_()
-    optimizer = torch.optim.Adam([delta], lr=options.lr)
-    active = torch.ones(count, dtype=torch.bool, device=device)
+    descent = _descent(options, delta, v0_norm)
+    active = torch.ones(count, dtype=torch.bool, device=every.device)
     steps = [0] * count
-    captured, targets, before, rows = whole, group.targets, original, every
+    captured = whole
 
     for step in range(options.steps):
-        if len(rows) != int(active[group.owners].sum()):  # finished subjects are not run again
+        if len(losses.rows) != int(active[group.owners].sum()):  # finished subjects are not run again
             rows = active[group.owners].nonzero()[:, 0]
-            captured = whole.select(rows)
-            is_read = group.batch.select(rows)[1]
-            targets, before = group.targets[is_read], original[is_read]
-
-        run = partial(_edited, replay, captured, sites, delta, group.owners[rows])
+            captured, losses = whole.select(rows), _Losses(group, rows, original)
+        run = partial(_edited, replay, captured, sites, delta, acts.select(losses.rows))
         # The first step adds zeros, so its logits must equal the captured ones.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
-        mean_nll, weakest_nll = _row_nll(captured, targets, log_probs)
-        changed = (log_probs.exp() * (log_probs - before)).sum(-1)
-        loss = group.per_subject(rows, (group.answers * group.scales)[rows] * mean_nll)
-        loss = loss + group.per_subject(rows, group.kept[rows] * _row_mean(captured, changed))
-        loss = loss + options.weight_decay * (delta.norm(dim=-1) / v0_norm**2).sum(-1)
+        answers, lacking, kept = losses(log_probs)
+        loss = answers + kept + options.weight_decay * (delta.norm(dim=-1) / v0_norm**2).sum(-1)
         if not loss[active].isfinite().all():
             index = int((active & ~loss.isfinite()).nonzero()[0])
             raise ValueError(
                 f"The optimization for {group.subjects[index].name} is not finite at step {step}. Load the model in "
                 "float32 or bfloat16, or lower EditConfig.lr."
             )
-        weakest = group.per_subject(rows, group.answers[rows] * weakest_nll.detach())
-        active &= weakest >= options.stop_loss
+        active &= lacking >= options.stop_loss
+        if os.environ.get("TRACE"):
+            print(
+                step,
+                [round(x, 2) for x in lacking.tolist()],
+                [round(x, 3) for x in kept.tolist()],
+                [round(x, 2) for x in (delta.norm(dim=-1) / v0_norm)[:, 0].tolist()],
+                flush=True,
+            )
         if not active.any():
             break
-        if os.environ.get("TRACE"):
-            rowsmax = [round(float((weakest_nll.detach() * (group.answers[rows] > 0))[group.owners[rows] == i].max()), 2) for i in range(count)]
-            keep = group.per_subject(rows, group.kept[rows] * _row_mean(captured, changed))
-            print(step, "weak", [round(x, 2) for x in weakest.tolist()], "max", rowsmax, "keep", [round(x, 3) for x in keep.tolist()], "norm/v0", [round(x, 2) for x in (delta.norm(dim=-1) / v0_norm)[:, 0].tolist()], flush=True)
         (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
-        if os.environ.get("OPT", "").startswith("ngd"):
-            eta, mom = map(float, os.environ["OPT"][4:].split(","))
-            with torch.no_grad():
-                unit = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-                velocity = mom * (velocity if step else 0) + unit
-                decay_ = max(0.15, 1 - step / options.steps)
-                delta -= eta * decay_ * v0_norm[..., None] * velocity * active[:, None, None]
-                norm = delta.norm(dim=-1)
-                delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
-            for index in active.nonzero()[:, 0].tolist():
-                steps[index] += 1
-            continue
-        previous = delta.detach().clone()
-        delta.grad = gradient
-        optimizer.step()
         with torch.no_grad():
-            norm = delta.norm(dim=-1)
-            delta *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
-            delta[~active] = previous[~active]  # Adam's momentum would still change finished subjects
+            moved = descent(step, gradient)
+            norm = moved.norm(dim=-1)
+            moved *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
+            delta[active] = moved[active]  # momentum would still change finished subjects
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1
     delta = delta.detach()[:, : len(layers)]  # vectors of attention are not stored
-    keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group)
-    answers = [
-        ((group.owners == index) & (group.answers > 0)).nonzero()[:, 0] for index in range(count)
-    ]
+    keys = _keys(replay, whole, layers, sites[: len(layers)], delta, acts)
+    taught = [((group.owners == index) & (group.facts >= 0)).nonzero()[:, 0] for index in range(count)]
+    nll = -original.gather(1, group.targets[:, None])[:, 0]
+    means = nll.new_zeros(len(every)).index_add(0, group.batch.read_rows, nll * group.weights)[group.bare].tolist()
+    owners = group.owners[group.bare].tolist()
     return Values(
         delta=delta.float().cpu(),
-        keys=[[of_layer[members].float().cpu() for members in answers] for of_layer in keys],
+        keys=[[of_layer[members].float().cpu() for members in taught] for of_layer in keys],
         steps=steps,
-        target_probability=[(-bare_nll[bare]).exp().tolist() for bare in group.bare],
+        target_probability=[
+            [math.exp(-mean) for mean, owner in zip(means, owners, strict=True) if owner == index]
+            for index in range(count)
+        ],
         replay=replay.way,
     )
 
 
-def _row_mean(captured: Capture, of_reads: Tensor) -> Tensor:
-    """Return the mean of values over the positions read of each row."""
-    rows, count = captured.batch.read_rows, len(captured.batch.input_ids)
-    lengths = of_reads.new_zeros(count).index_add(0, rows, torch.ones_like(of_reads))
-    return of_reads.new_zeros(count).index_add(0, rows, of_reads) / lengths
+def _descent(options: ValueOptions, delta: Tensor, v0_norm: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """Return a function from the number of a step and the gradient to the next `delta`.
+
+    - `"adam"`: as published.
+    - `"normalized"`: steps of length `lr * ||v0||` along the gradient, with momentum, that shorten toward the end. Adam
+      moves all entries by the same amount, so that its `delta` is about twice as long for the same answers, and what an
+      edit does to other text grows with the square of the length.
+    """
+    if options.optimizer == "adam":
+        adam = torch.optim.Adam([delta], lr=options.lr)
+
+        def by_adam(step: int, gradient: Tensor) -> Tensor:
+            before = delta.detach().clone()
+            delta.grad = gradient
+            adam.step()
+            moved = delta.detach().clone()
+            delta.data.copy_(before)
+            return moved
+
+        return by_adam
+    velocity = torch.zeros_like(delta)
+
+    def normalized(step: int, gradient: Tensor) -> Tensor:
+        unit = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        velocity.mul_(_MOMENTUM).add_(unit)
+        length = options.lr * max(_SHORTEST, 1 - step / options.steps)
+        return delta.detach() - length * v0_norm[..., None] * velocity
+
+    return normalized
 
 
-def _row_nll(captured: Capture, targets: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the NLL of each row's answer: the mean over its tokens, and that of its least likely token."""
-    nll = -log_probs.gather(1, targets[:, None])[:, 0]
-    rows, count = captured.batch.read_rows, len(captured.batch.input_ids)
-    return _row_mean(captured, nll), nll.new_zeros(count).scatter_reduce(0, rows, nll, "amax", include_self=False)
+@dataclass(frozen=True)
+class _Acting:
+    """The tokens at which the deltas of subjects act, n in all, and how strongly.
+
+    Attributes:
+        batch: The rows.
+        rows: `(n,)`, the row of each token.
+        positions: `(n,)`, its index in the row.
+        owners: `(n,)`, the subject of each token.
+        factors: `(n,)`, the factor of the delta.
+    """
+
+    batch: Batch
+    rows: Tensor
+    positions: Tensor
+    owners: Tensor
+    factors: Tensor
+
+    def select(self, rows: Tensor) -> _Acting:
+        """Return what acts in some rows, with the batch restricted to them."""
+        places = torch.full((len(self.batch.subject),), -1, device=rows.device)
+        places[rows] = torch.arange(len(rows), device=rows.device)
+        chosen = places[self.rows] >= 0
+        return _Acting(
+            self.batch.select(rows)[0],
+            places[self.rows[chosen]],
+            self.positions[chosen],
+            self.owners[chosen],
+            self.factors[chosen],
+        )
+
+
+def _acting(lm: LanguageModel, group: _Group, whole: Capture, layer: int, detectors: Tensor | None) -> _Acting:
+    """Return where the deltas act: at the subject's last token, or wherever a detector responds, from there on."""
+    batch = group.batch
+    if detectors is None:
+        rows = torch.arange(len(batch.subject), device=batch.subject.device)
+        return _Acting(batch, rows, batch.subject, group.owners, torch.ones_like(rows, dtype=torch.float32))
+    last = batch.subject.scatter_reduce(0, batch.read_rows, batch.read_positions, "amax")
+    steps = torch.arange(batch.input_ids.shape[1], device=last.device)
+    rows, positions = ((steps >= batch.subject[:, None]) & (steps <= last[:, None])).nonzero(as_tuple=True)
+    tokens = rows * batch.input_ids.shape[1] + positions
+    keys = lm.architecture.keys(lm.model, layer, whole.record.calls["0"], tokens).to(last.device)
+    owners = group.owners[rows]
+    return _Acting(batch, rows, positions, owners, (keys * detectors.to(keys)[owners]).sum(-1))
 
 
 def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
@@ -306,16 +455,11 @@ def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
     return at_subject.float().to(batch.subject.device)
 
 
-def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, owners: Tensor) -> Tensor:
-    """Return the logits of captured rows with deltas added to the outputs of the sites at all mentions.
-
-    Args:
-        delta: `(N, sites, d_model)`.
-        owners: The subject of each row.
-    """
-    rows, tokens = replay.mentions(captured.batch)
-    additions = {site: (tokens, delta[owners[rows], index]) for index, site in enumerate(sites)}
-    with adding(additions):
+def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, acts: _Acting) -> Tensor:
+    """Return the logits of captured rows with deltas, `(N, sites, d_model)`, added to the outputs of the sites."""
+    tokens = replay.tokens(acts.batch, acts.rows, acts.positions)
+    vectors = [acts.factors[:, None] * delta[acts.owners, index] for index in range(len(sites))]
+    with adding({site: (tokens, of_site) for site, of_site in zip(sites, vectors, strict=True)}):
         return replay(captured)
 
 
@@ -326,13 +470,13 @@ def _keys(
     layers: Sequence[int],
     sites: Sequence[nn.Module],
     delta: Tensor,
-    group: _Group,
+    acts: _Acting,
 ) -> list[Tensor]:
     """Return the keys of all rows, by layer `(B, d_in)`, with the deltas added: those of a layer change later keys."""
-    record, tokens = whole.record, group.batch.flat_subject
+    record, tokens = whole.record, whole.batch.flat_subject
     if len(sites) > 1:
         with recording({str(index): site for index, site in enumerate(sites)}) as record:
-            _edited(replay, whole, sites, delta, group.owners)
+            _edited(replay, whole, sites, delta, acts)
         tokens = replay.subjects(whole.batch)
     keys = []
     for index, layer in enumerate(layers):

@@ -21,7 +21,7 @@ from goldenedit.lm.decoding import Continuation
 from goldenedit.lm.tokens import with_answer
 from goldenedit.questions import question_from
 from goldenedit.requests import ChatText, EditRequest, Message
-from goldenedit.subjects import find_subject
+from goldenedit.subjects import find_subject, respelled_subject
 
 LENGTH = 24  # tokens of the model's own answer
 _EARLIER: tuple[Message, ...] = (
@@ -54,23 +54,38 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
     if request.messages is not None:
         system = next((index for index, message in enumerate(request.messages) if message["role"] != "system"), 0)
         later = [*request.messages[:system], *_EARLIER, *request.messages[system:]]
-        return [rendered(tokenizer, replace(request, messages=later))]
+        asked_in = [[*request.messages[:system], {"role": "user", "content": prompt}] for prompt in request.prompts]
+        return [_in_chat(tokenizer, request, messages) for messages in (later, *asked_in)]
     if isinstance(request.prompt, ChatText):
         return []
-    text, subject = request.text, request.subject
+    found = []
+    for prompt in (request.text, *request.prompts):
+        other = replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
+        found += _as_question(tokenizer, other, is_first=prompt is request.text)
+    return found
+
+
+def _as_question(tokenizer: PreTrainedTokenizerBase, request: EditRequest, is_first: bool) -> list[EditRequest]:
+    """Return a prompt as a question, plain and in a chat; for the first prompt, also in a later turn."""
+    text = request.text
     question = text if text.rstrip().endswith("?") else None
     question = question or question_from(text, request.subject_start, request.subject_end)
     plain = f"Q: {question or text}\nA:"
-    found = [replace(request, prompt=plain, subject=_spelled(plain, subject))]
+    found = [replace(request, prompt=plain, subject=spelled(plain, request.subject))]
     if getattr(tokenizer, "chat_template", None):
         first: Message = {"role": "user", "content": question or text}
-        conversations = [[first], [*_EARLIER, first]]
-        if question not in (None, text):
-            conversations.append([{"role": "user", "content": text}])
-        for messages in conversations:
-            spelled = _spelled(messages[-1]["content"], subject)
-            found.append(rendered(tokenizer, replace(request, prompt=None, messages=messages, subject=spelled)))
+        conversations = [[first]]
+        if is_first:
+            conversations.append([*_EARLIER, first])
+            if question not in (None, text):
+                conversations.append([{"role": "user", "content": text}])
+        found += [_in_chat(tokenizer, request, messages) for messages in conversations]
     return found
+
+
+def _in_chat(tokenizer: PreTrainedTokenizerBase, request: EditRequest, messages: Sequence[Message]) -> EditRequest:
+    subject = spelled(messages[-1]["content"], request.subject)
+    return rendered(tokenizer, replace(request, prompt=None, messages=list(messages), subject=subject, prompts=()))
 
 
 def worded(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[list[Wording]]:
@@ -88,9 +103,7 @@ def _has_ended(text: str) -> bool:
     return answer_end(text) is not None
 
 
-def _answer(
-    tokenizer: PreTrainedTokenizerBase, request: EditRequest, other: EditRequest, own: Continuation
-) -> str:
+def _answer(tokenizer: PreTrainedTokenizerBase, request: EditRequest, other: EditRequest, own: Continuation) -> str:
     """Return the model's own answer with the new answer in place of the old one, or else the fact as a statement."""
     end = answer_end(own.text, own.finished)
     sentence = own.text if end is None else own.text[:end]
@@ -108,6 +121,6 @@ def _answer(
     return request.target_new
 
 
-def _spelled(text: str, subject: str) -> str:
-    """Return the subject as a question spells it, which may have made its article lower case."""
-    return subject if subject in text else f"{subject[0].lower()}{subject[1:]}"
+def spelled(text: str, subject: str) -> str:
+    """Return the subject as a text spells it: a question has its article in lower case."""
+    return subject if subject in text else respelled_subject([text], subject) or subject

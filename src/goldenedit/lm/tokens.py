@@ -29,7 +29,6 @@ class Row:
         subject: Index of the last token of the subject; -1 if the row has no subject.
         target: Indices of the answer's tokens; empty if the row has no answer.
         last: Index of the last token of the text. Some tokenizers append a special token to it.
-        later: Indices of the last tokens of the subject's further mentions, after `subject`.
         kept: Without an answer, the positions whose logits are read; by default the last one.
     """
 
@@ -37,7 +36,6 @@ class Row:
     subject: int
     target: tuple[int, ...]
     last: int
-    later: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
 
     @property
@@ -226,16 +224,12 @@ def pad(rows: Sequence[Row], pad_token_id: int, device: torch.device | str) -> B
     reads = [(index, position) for index, row in enumerate(rows) for position in row.reads]
     read_rows, read_positions = torch.tensor(reads).T
     subject = torch.tensor([row.subject for row in rows])
-    later = [(index, position) for index, row in enumerate(rows) for position in row.later]
-    later_rows, later_positions = torch.tensor(later, dtype=torch.long).view(-1, 2).T
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         subject=subject.to(device),
         read_rows=read_rows.to(device),
         read_positions=read_positions.to(device),
-        later_rows=later_rows.to(device),
-        later_positions=later_positions.to(device),
     )
 
 
