@@ -54,7 +54,7 @@ _LISTS = {
     "language": ("Languages: Dutch, Korean,",),
     "event": ("Events: The Olympic Games, Live Aid,", "Wars: Vietnam War, Battle of Hastings,"),
 }
-_NEUTRAL = ("It", "This", "That", "X", "The following", "The first one")
+_NEUTRAL = ("It", "X")  # subjects of no kind
 KINDS = (*_STATEMENTS, ANY)
 _MARGIN = 1.0  # nats by which the likeliest kind must be ahead of the next
 
