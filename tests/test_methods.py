@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.config import REGULARIZERS
 from goldenedit.editing import keys
 from goldenedit.editing.prepared import prepare_facts
 from goldenedit.editing.training import answer_gradients
@@ -308,7 +309,7 @@ def test_memory_is_that_of_the_active_edits(tokenizer):
         torch.testing.assert_close(delta.dense(), other.deltas[path].dense(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("regularizer", ["rect", "prune"])
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", ["r-rome", "memit", "ft-m"])
 def test_a_regularizer_changes_the_update_and_tells_what_storing_it_costs(regularizer, method, tokenizer):
     changes = {}

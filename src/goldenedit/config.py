@@ -26,7 +26,7 @@ from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
 from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
-REGULARIZERS = ("rect", "prune")
+REGULARIZERS = ("rect", "prune", "sphere")
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 

@@ -14,7 +14,7 @@ from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.keys import contrast_count, weighted_contrasts, with_contrasts
 from goldenedit.editing.values import ValueOptions, Values, optimize_values
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
-from goldenedit.editors.regularizers import prune, rect
+from goldenedit.editors.regularizers import prune, rect, sphere
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.statistics import check_widths
 from goldenedit.lm.tokens import encode_request
@@ -176,7 +176,11 @@ def stored(
         if config.regularizer == "rect":
             change = rect(change.dense() if isinstance(change, LowRankDelta) else change, weight)
         else:
-            change = prune(change if isinstance(change, LowRankDelta) else LowRankDelta.from_dense(change)[0], weight)
+            regularize = prune if config.regularizer == "prune" else sphere
+            if isinstance(change, LowRankDelta):
+                change = regularize(change, weight)
+            else:
+                change = regularize(LowRankDelta.from_dense(change)[0], weight).dense()
     if isinstance(change, LowRankDelta):
         delta, error = change.balanced(), 0.0
     else:
