@@ -2,7 +2,7 @@
 
 RECT: Gu et al. 2024, Model Editing Harms General Abilities (arXiv 2401.04700), equation 2.
 PRUNE: Ma et al. 2024, Perturbation-Restrained Sequential Model Editing (arXiv 2405.16821), equation 7.
-SPHERE: arXiv 2510.01172, which keeps the directions of the rows of a weight spread over the sphere.
+SPHERE: Liu et al. 2025, Energy-Regularized Sequential Model Editing on Hyperspheres (arXiv 2510.01172).
 """
 
 from __future__ import annotations
