@@ -17,8 +17,10 @@ from torch import Tensor
 
 from goldenedit.editors import EDITORS, Editor, LowRankDelta, Problem
 from goldenedit.editors.alphaedit import AlphaEditOptions
+from goldenedit.editors.crispedit import CrispEditOptions
 from goldenedit.editors.emmet import EmmetOptions
 from goldenedit.editors.finetune import ClippedOptions, LoraOptions
+from goldenedit.editors.locft import LocftOptions
 from goldenedit.editors.memit import MemitOptions
 from goldenedit.editors.options import check_fields, check_number, default_of, is_relative, option
 from goldenedit.editors.ultraedit import UltraEditOptions
@@ -32,7 +34,16 @@ LGA_LOSSES = ("sequence", "answer")
 
 
 @dataclass(repr=False)
-class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, LoraOptions, UltraEditOptions):
+class EditConfig(
+    MemitOptions,
+    EmmetOptions,
+    AlphaEditOptions,
+    ClippedOptions,
+    LoraOptions,
+    LocftOptions,
+    CrispEditOptions,
+    UltraEditOptions,
+):
     """All options of an edit. Fields whose help ends in "filled in" are set by `get_edit_model`.
 
     The options of the built-in editors are keywords too; `goldenedit editors` lists which editor reads them. The

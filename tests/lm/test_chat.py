@@ -16,7 +16,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.audit import audit
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.chat import rendered
+from goldenedit.lm.chat import conversation, end_token, rendered
 from goldenedit.lm.sampling import greedy_answer, sample_continuations
 from goldenedit.lm.tokens import encode_request, with_answer
 from goldenedit.requests import ChatText, distinct
@@ -304,3 +304,19 @@ def test_a_chat_with_braces_is_edited_saved_and_shown_with_its_subject(model, ch
     assert "{} is where?" not in (tmp_path / CARD).read_text()
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer=chat)
     assert again.edits["edit_1"].facts[0].request == edited.request
+
+
+def test_an_answer_ends_with_the_token_of_its_turn_and_outside_a_chat_with_that_of_a_text(chat):
+    chat.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    chat.chat_template = TEMPLATE.replace("{{ m['content'] }}<eos>", "{{ m['content'] }}\n<turn>\n")
+    asked = conversation(chat, [QUESTION])
+    assert end_token(chat, asked) == chat.convert_tokens_to_ids("<turn>")
+    assert end_token(chat, str(asked)) == chat.eos_token_id
+    chat.chat_template = TEMPLATE.replace("{{ m['content'] }}<eos>", "{{ m['content'] }}")
+    assert end_token(chat, conversation(chat, [QUESTION])) == chat.eos_token_id
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(chat):
+    chat.eos_token = None
+    with pytest.raises(ValueError, match="no token that ends an answer.* Set tokenizer.eos_token"):
+        end_token(chat, "The Eiffel Tower is in")

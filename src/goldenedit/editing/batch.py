@@ -39,8 +39,11 @@ def changes_of_batch(
     """
     check_editable(lm, config, config.target_layers)  # before anything takes time
     if config.editor.learns != "values":
+        with without_edits():
+            statistics = lm.statistics(config, config.target_layers) if config.editor.reads_statistics else {}
+            output_gradients = lm.output_gradients(config, config.target_layers)
         with phase("training"):
-            return learn_facts(lm, requests, config, remembered)
+            return learn_facts(lm, requests, config, remembered, statistics, output_gradients)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         statistics = lm.statistics(config, config.target_layers)

@@ -98,13 +98,25 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
 class TrainingOptions:
     """Constants of every editor that trains. The defaults were the best on development facts."""
 
-    finetune_steps: int = option(25, least=1, whole=True, help="Largest number of steps of Adam.")
+    finetune_steps: int = option(
+        25,
+        least=1,
+        whole=True,
+        help="Largest number of passes over the facts, each with one step of Adam for all of them or for each batch.",
+    )
     finetune_lr: float | None = relative(
         5e-3,
         published=5e-4,
         help="Learning rate. None means 5e-3 or, with relative_constants=False, the published 5e-4.",
     )
     finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")
+
+
+@dataclass(kw_only=True)
+class BatchTrainingOptions(TrainingOptions):
+    """Constants of every editor that trains on mini-batches."""
+
+    finetune_batch: int = option(100, least=1, whole=True, help="Number of facts of a step of Adam, drawn by the seed.")
 
 
 def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:

@@ -220,7 +220,13 @@ class _Layer:
 
     def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return the same for editors that learn; their cost is that of each edit."""
-        return (lambda chosen: learn_facts(self.lm, [self.facts[index] for index in chosen], config, {}).deltas), Cost()
+        gradients = self.lm.output_gradients(config, config.target_layers)
+
+        def deltas_of(chosen: list[int]) -> dict[str, LowRankDelta]:
+            facts = [self.facts[index] for index in chosen]
+            return learn_facts(self.lm, facts, config, {}, self.statistics, gradients).deltas
+
+        return deltas_of, Cost()
 
 
 def is_comparable(fact: EditRequest) -> bool:

@@ -7,12 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from torch import Tensor
+
 from goldenedit.cache import cache_dir, is_kept
 from goldenedit.config import EditConfig
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.sampling import sample_continuations
-from goldenedit.lm.statistics import check_widths, load_second_moment, save_second_moment, second_moments
+from goldenedit.lm.statistics import (
+    check_widths,
+    gradient_moments,
+    load_second_moment,
+    save_second_moment,
+    second_moments,
+)
 from goldenedit.parallel import Processes
 from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
@@ -55,6 +63,19 @@ def key_statistics(
                 save_second_moment(paths[layer], moment)
             moments |= computed
     return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
+
+
+def output_gradient_moments(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> dict[int, Tensor]:
+    """Return `E[g g^T]`, `(d_out, d_out)`, of layers on the text of their key statistics, in one backward pass a batch.
+
+    Raises:
+        ValueError: `config.covariance` names no known source or 'identity', or its text is empty.
+    """
+    if config.covariance == "identity":
+        raise ValueError(
+            "EditConfig.covariance 'identity' has no text to take gradients on. Set it to a source of text."
+        )
+    return gradient_moments(lm, _texts(lm, config), layers, config.covariance_tokens, config.seed)
 
 
 def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
