@@ -37,7 +37,7 @@ SPECIAL = {
     "ft-l": {"finetune_lr": 0.05, "finetune_epsilon": 0.05},
     "ft-m": {"finetune_lr": 0.01},
     "lora": {"finetune_lr": 0.05},
-    "locft": {"finetune_lr": 0.05},
+    "locft": {"finetune_lr": 0.01},
     "crispedit": {"finetune_lr": 0.05, "covariance": "sampled", "covariance_tokens": 500, "crispedit_share": 0.5},
     "ultraedit": {"ultraedit_lr": 3.0},
     "alphaedit": {"covariance": "sampled", "covariance_tokens": 500, "null_space_threshold": 5.0},

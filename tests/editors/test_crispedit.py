@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrices import second_moment
 
 from goldenedit.editors import KeyStatistics, TrainingProblem
 from goldenedit.editors.crispedit import CrispEditOptions, crispedit, flattest
-from matrices import second_moment
 
 D_IN, D_OUT = 12, 8
 

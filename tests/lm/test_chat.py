@@ -318,5 +318,5 @@ def test_an_answer_ends_with_the_token_of_its_turn_and_outside_a_chat_with_that_
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(chat):
     chat.eos_token = None
-    with pytest.raises(ValueError, match="no token that ends an answer.* Set tokenizer.eos_token"):
+    with pytest.raises(ValueError, match=r"no token that ends an answer.* Set tokenizer\.eos_token"):
         end_token(chat, "The Eiffel Tower is in")

@@ -245,5 +245,5 @@ def test_gradients_that_are_not_finite_raise(tokenizer):
     model = tiny_model("llama")
     lm = LanguageModel(model, tokenizer, read_architecture(model))
     model.lm_head.weight.data[0] = torch.nan
-    with pytest.raises((ValueError, RuntimeError), match="not finite|probability"):
+    with pytest.raises(ValueError, match="logits are not finite"):
         gradient_moments(lm, TEXTS, [0], MANY, seed=0)

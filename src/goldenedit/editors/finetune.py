@@ -89,7 +89,7 @@ class DenseChange(nn.Module):
         if self.epsilon is not None:
             self.weight.clamp_(-self.epsilon, self.epsilon)
 
-    def change(self) -> Tensor:
+    def change(self) -> Tensor | LowRankDelta:
         """Return `Delta`, `(d_out, d_in)`."""
         return self.weight.detach().cpu()
 

@@ -44,6 +44,7 @@ def relative(
     unit: str | None = None,
     above: float = 0.0,
     least: float | None = None,
+    whole: bool = False,
 ) -> Any:
     """Return a field whose default means the same for every model, next to the number that the paper published.
 
@@ -57,8 +58,9 @@ def relative(
         unit: Name of a unit (see `Problem.unit`); None for a plain number.
         above: Number that the value must be greater than, unless `least` is given.
         least: Smallest allowed number.
+        whole: Whether the value must be a whole number.
     """
-    bounds = {"least": least, "above": None if least is not None else above, "whole": False}
+    bounds = {"least": least, "above": None if least is not None else above, "whole": whole}
     published = default if published is None else published
     return field(
         default=None, metadata={"help": help, "default": default, "published": published, "unit": unit, **bounds}
@@ -94,6 +96,12 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
     return replace(options, **values)  # type: ignore[type-var]
 
 
+_LEARNING_RATE = (
+    "Learning rate. None means 5e-3 (2e-3 for editors that train on mini-batches) or, with relative_constants=False, "
+    "the published 5e-4."
+)
+
+
 @dataclass(kw_only=True)
 class TrainingOptions:
     """Constants of every editor that trains. The defaults were the best on development facts."""
@@ -104,11 +112,7 @@ class TrainingOptions:
         whole=True,
         help="Largest number of passes over the facts, each with one step of Adam for all of them or for each batch.",
     )
-    finetune_lr: float | None = relative(
-        5e-3,
-        published=5e-4,
-        help="Learning rate. None means 5e-3 or, with relative_constants=False, the published 5e-4.",
-    )
+    finetune_lr: float | None = relative(5e-3, published=5e-4, help=_LEARNING_RATE)
     finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")
 
 
@@ -116,7 +120,16 @@ class TrainingOptions:
 class BatchTrainingOptions(TrainingOptions):
     """Constants of every editor that trains on mini-batches."""
 
-    finetune_batch: int = option(100, least=1, whole=True, help="Number of facts of a step of Adam, drawn by the seed.")
+    # With smaller steps, and more of them, fewer other texts change.
+    finetune_lr: float | None = relative(2e-3, published=5e-4, help=_LEARNING_RATE)
+    finetune_batch: int | None = relative(
+        4,
+        published=100,
+        least=1,
+        whole=True,
+        help="Number of facts of a step of Adam, drawn by the seed. None means 4 or, with relative_constants=False, "
+        "the published 100.",
+    )
 
 
 def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:

@@ -131,6 +131,8 @@ def gradient_moments(
             ):
                 output = lm.model(input_ids=tokens.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
                 logits = logits_of(output).float()
+                if not logits.isfinite().all():
+                    raise ValueError("The model's logits are not finite. Load it in float32 or bfloat16.")
                 labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 loss = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
                 torch.autograd.grad(loss, roots, allow_unused=True)
