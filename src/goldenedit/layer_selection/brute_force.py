@@ -105,10 +105,8 @@ def sweep(
     if not missing:
         return cells
     before = observe(lm, facts, neighbors=options.neighbors)
-    statistics: Mapping[int, KeyStatistics] = {}
     edited = sorted({layer for _, layer in missing})
-    if readers := [configs[cell] for cell in missing if configs[cell].editor.reads_statistics]:
-        statistics = lm.streamed_statistics(readers[0], edited)
+    statistics = _statistics(lm, [configs[cell] for cell in missing], edited)
 
     def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
         measured: dict[tuple[str, int], Cell] = {}
@@ -137,6 +135,15 @@ def sweep(
     if failures and set(methods) > {method for method, _ in cells}:
         raise ValueError(failures[-1])
     return cells
+
+
+def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequence[int]) -> Mapping[int, KeyStatistics]:
+    """Return the statistics of layers that editors read; none if no editor reads them."""
+    readers = [config for config in configs if config.editor.reads_statistics]
+    statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
+    for config in readers:
+        lm.output_gradients(config, layers)  # of all layers in one pass, at the first call; `lm` keeps them
+    return statistics
 
 
 def _stored_cells(
