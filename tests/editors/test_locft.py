@@ -9,7 +9,7 @@ import torch
 
 from goldenedit import EditConfig, EditRequest, get_edit_model
 from goldenedit.editors import EDITORS, LowRankDelta
-from goldenedit.editors.locft import CutChange
+from goldenedit.editors.finetune import DenseChange
 from goldenedit.lm.tokens import encode
 from models import tiny_model
 
@@ -26,7 +26,7 @@ def config(**options) -> EditConfig:
 
 
 def test_the_edit_is_what_a_plain_loop_does_to_the_weight(tokenizer):
-    options = config(finetune_steps=EPOCHS, finetune_batch=2, locft_tolerance=0.0)
+    options = config(finetune_steps=EPOCHS, finetune_batch=2, finetune_cut=0.0)
     made = get_edit_model(tiny_model("llama"), options, tokenizer).edit(FACTS)
     (delta,) = made.deltas.values()
     assert {fact.steps for fact in made.facts} == {EPOCHS * 2}
@@ -54,7 +54,7 @@ def test_the_edit_is_what_a_plain_loop_does_to_the_weight(tokenizer):
 
 @pytest.mark.parametrize("batch", [1, 100])
 def test_facts_that_the_model_has_learned_take_no_more_steps(batch, tokenizer):
-    options = config(finetune_steps=50, finetune_batch=batch, finetune_stop_loss=1.0, locft_tolerance=0.01)
+    options = config(finetune_steps=50, finetune_batch=batch, finetune_stop_loss=1.0, finetune_cut=0.01)
     model = get_edit_model(tiny_model("llama"), options, tokenizer)
     first, again = model.edit(FACTS[0]), model.edit(FACTS[0])
     assert 0 < first.facts[0].steps < 50
@@ -63,7 +63,7 @@ def test_facts_that_the_model_has_learned_take_no_more_steps(batch, tokenizer):
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.4])
 def test_the_change_is_cut_to_the_smallest_rank_within_the_tolerance(tolerance):
-    change = CutChange(12, 8, tolerance)
+    change = DenseChange(12, 8, cut=tolerance)
     change.weight.data.normal_()
     delta = change.change()
     s = torch.linalg.svdvals(change.weight.detach().double())

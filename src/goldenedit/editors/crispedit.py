@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.options import BatchTrainingOptions, option
 from goldenedit.editors.problem import TrainingProblem
 from goldenedit.editors.record import editor
@@ -26,7 +27,7 @@ class CrispEditOptions(BatchTrainingOptions):
     """Constants of CrispEdit."""
 
     crispedit_share: float = option(
-        0.1, least=0.0, help="Share of the total curvature that the entries which may change hold, the flattest first."
+        0.3, least=0.0, help="Share of the total curvature that the entries which may change hold, the flattest first."
     )
 
 
@@ -35,7 +36,7 @@ class CrispEditOptions(BatchTrainingOptions):
     paper="arXiv 2602.15823, as reconstructed from the abstract and tables",
     options=CrispEditOptions,
     learns="training",
-    reads=("covariance", "output_gradients", "dense_tolerance"),
+    reads=("covariance", "output_gradients"),
     takes_identity=False,
     inserts_batches=True,
     loss="ended",
@@ -45,7 +46,8 @@ def crispedit(problem: TrainingProblem) -> FlatChange:
     assert problem.output_gradients is not None  # the editor declares that it reads them
     a, U_A = problem.statistics.spectrum
     g, U_G = torch.linalg.eigh(problem.output_gradients.double())
-    return FlatChange(U_A, U_G, flattest(torch.outer(g, a).clamp_min(0.0), problem.options.crispedit_share))
+    is_flat = flattest(torch.outer(g, a).clamp_min(0.0), problem.options.crispedit_share)
+    return FlatChange(U_A, U_G, is_flat, problem.options.finetune_cut)
 
 
 def flattest(curvature: Tensor, share: float) -> Tensor:
@@ -70,14 +72,16 @@ class FlatChange(nn.Module):
         U_A: `(d_in, d_in)`, the basis of the inputs, as columns.
         U_G: `(d_out, d_out)`, the basis of the outputs, as columns.
         is_flat: `(d_out, d_in)`, which coordinates may change.
+        cut: Largest share of the change, in the Frobenius norm, that is cut off at the end to keep its rank low.
     """
 
     U_A: Tensor
     U_G: Tensor
     is_flat: Tensor
 
-    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor) -> None:
+    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor, cut: float) -> None:
         super().__init__()
+        self.cut = cut
         self.coordinates = nn.Parameter(torch.zeros(is_flat.shape))
         self.register_buffer("U_A", U_A.float())
         self.register_buffer("U_G", U_G.float())
@@ -95,6 +99,6 @@ class FlatChange(nn.Module):
     def constrain(self) -> None:
         """Do nothing: entries that are not flat have no gradient."""
 
-    def change(self) -> Tensor:
-        """Return `Delta`, `(d_out, d_in)`."""
-        return self.weight.detach().cpu()
+    def change(self) -> LowRankDelta:
+        """Return the factors of the largest singular values."""
+        return LowRankDelta.from_dense(self.weight.detach().cpu(), self.cut)[0]

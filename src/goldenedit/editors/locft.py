@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.finetune import DenseChange
-from goldenedit.editors.options import BatchTrainingOptions, option
+from goldenedit.editors.options import LEARNING_RATE, BatchTrainingOptions, relative
 from goldenedit.editors.problem import TrainingProblem
 from goldenedit.editors.record import editor
 
@@ -24,9 +23,8 @@ from goldenedit.editors.record import editor
 class LocftOptions(BatchTrainingOptions):
     """Constants of LocFT-BF."""
 
-    locft_tolerance: float = option(
-        0.4, least=0.0, help="Largest share of the change, in the Frobenius norm, that is cut off to keep its rank low."
-    )
+    # Of the steps that learn the same facts, smaller ones change less of other text.
+    finetune_lr: float | None = relative(2e-3, published=5e-4, help=LEARNING_RATE)
 
 
 @editor(
@@ -37,22 +35,6 @@ class LocftOptions(BatchTrainingOptions):
     inserts_batches=True,
     loss="ended",
 )
-def locft(problem: TrainingProblem) -> CutChange:
+def locft(problem: TrainingProblem) -> DenseChange:
     """Return the change that LocFT-BF trains: all entries."""
-    return CutChange(problem.d_in, problem.d_out, problem.options.locft_tolerance)
-
-
-class CutChange(DenseChange):
-    """A change of all entries whose smallest singular values are cut off at the end.
-
-    Args:
-        tolerance: Largest share of the change that is cut off, in the Frobenius norm.
-    """
-
-    def __init__(self, d_in: int, d_out: int, tolerance: float) -> None:
-        super().__init__(d_in, d_out)
-        self.tolerance = tolerance
-
-    def change(self) -> LowRankDelta:
-        """Return the factors of the largest singular values."""
-        return LowRankDelta.from_dense(self.weight.detach().cpu(), self.tolerance)[0]
+    return DenseChange(problem.d_in, problem.d_out, cut=problem.options.finetune_cut)

@@ -96,9 +96,8 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
     return replace(options, **values)  # type: ignore[type-var]
 
 
-_LEARNING_RATE = (
-    "Learning rate. None means 5e-3 (2e-3 for editors that train on mini-batches) or, with relative_constants=False, "
-    "the published 5e-4."
+LEARNING_RATE = (
+    "Learning rate. None means 5e-3 (2e-3 for LocFT-BF) or, with relative_constants=False, the published 5e-4."
 )
 
 
@@ -112,7 +111,7 @@ class TrainingOptions:
         whole=True,
         help="Largest number of passes over the facts, each with one step of Adam for all of them or for each batch.",
     )
-    finetune_lr: float | None = relative(5e-3, published=5e-4, help=_LEARNING_RATE)
+    finetune_lr: float | None = relative(5e-3, published=5e-4, help=LEARNING_RATE)
     finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")
 
 
@@ -120,8 +119,6 @@ class TrainingOptions:
 class BatchTrainingOptions(TrainingOptions):
     """Constants of every editor that trains on mini-batches."""
 
-    # With smaller steps, and more of them, fewer other texts change.
-    finetune_lr: float | None = relative(2e-3, published=5e-4, help=_LEARNING_RATE)
     finetune_batch: int | None = relative(
         4,
         published=100,
@@ -129,6 +126,9 @@ class BatchTrainingOptions(TrainingOptions):
         whole=True,
         help="Number of facts of a step of Adam, drawn by the seed. None means 4 or, with relative_constants=False, "
         "the published 100.",
+    )
+    finetune_cut: float = option(
+        0.4, least=0.0, help="Largest share of the change, in the Frobenius norm, that is cut off to keep its rank low."
     )
 
 

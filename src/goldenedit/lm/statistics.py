@@ -92,7 +92,7 @@ def second_moments(
 
 @outside_inference_mode()
 def gradient_moments(
-    lm: TokenizedModel, texts: Sequence[str], layers: Sequence[int], max_tokens: int, seed: int, batch_tokens: int = 512
+    lm: TokenizedModel, texts: Sequence[str], layers: Sequence[int], max_tokens: int, seed: int, batch_tokens: int = 256
 ) -> dict[int, Tensor]:
     """Return `E[g g^T]`, `(d_out, d_out)`, of each layer over the tokens of texts, summed in float32.
 
