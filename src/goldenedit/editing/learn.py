@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,21 +23,39 @@ from goldenedit.requests import EditRequest
 _Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps and state
 
 
+@dataclass(frozen=True)
+class TextStatistics:
+    """What an editor that trains reads of other text.
+
+    Attributes:
+        keys: Key statistics, by layer.
+        output_gradients: `(d_out, d_out)`, second moments of the gradients at the outputs, by layer.
+    """
+
+    keys: Mapping[int, KeyStatistics] = field(default_factory=dict)
+    output_gradients: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read_by(cls, lm: LanguageModel, config: EditConfig) -> TextStatistics:
+        """Return what the configured editor reads at its layers. For one that reads nothing, nothing is computed."""
+        layers = config.target_layers
+        keys = lm.statistics(config, layers) if config.editor.reads_statistics else {}
+        return cls(keys, lm.output_gradients(config, layers))
+
+
 @outside_inference_mode()
 def learn_facts(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
     config: EditConfig,
     remembered: Mapping[str, Tensor],
-    statistics: Mapping[int, KeyStatistics],
-    output_gradients: Mapping[int, Tensor],
+    text: TextStatistics,
 ) -> Changes:
     """Return the changes of an editor that learns from gradients or by training.
 
     Args:
         remembered: State of earlier edits.
-        statistics: Key statistics, by layer, for an editor that reads them.
-        output_gradients: Second moments of output gradients on the same text, by layer, for an editor that reads them.
+        text: What the editor reads of other text, see `TextStatistics.read_by`.
 
     Raises:
         ValueError: A request cannot be served, or the loss is not finite.
@@ -46,7 +64,7 @@ def learn_facts(
     if config.editor.learns == "gradients":
         learned, steps, state = _from_gradients(lm, requests, config, remembered)
     else:
-        learned, steps, state = _by_training(lm, requests, config, statistics, output_gradients)
+        learned, steps, state = _by_training(lm, requests, config, text)
     deltas, errors = {}, []
     for layer, change in learned.items():
         check_shape(lm, change, config, layer)
@@ -84,19 +102,15 @@ def _moments_name(lm: LanguageModel, layer: int) -> str:
 
 
 def _by_training(
-    lm: LanguageModel,
-    requests: Sequence[EditRequest],
-    config: EditConfig,
-    statistics: Mapping[int, KeyStatistics],
-    output_gradients: Mapping[int, Tensor],
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, text: TextStatistics
 ) -> _Learned:
     generator = torch.Generator().manual_seed(config.seed)
     changes = {}
     for layer in config.target_layers:
         d_out, d_in = lm.architecture.shape(lm.model, layer)
-        problem = TrainingProblem(d_in, d_out, generator, output_gradients=output_gradients.get(layer))
+        problem = TrainingProblem(d_in, d_out, generator, output_gradients=text.output_gradients.get(layer))
         if config.editor.reads_statistics:
-            problem = replace(problem, statistics=statistics[layer])
+            problem = replace(problem, statistics=text.keys[layer])
         problem = replace(problem, options=config.resolve(problem))
         changes[layer] = config.editor.function(problem)
     options = problem.options

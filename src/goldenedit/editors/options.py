@@ -109,7 +109,7 @@ class TrainingOptions:
         25,
         least=1,
         whole=True,
-        help="Largest number of passes over the facts, each with one step of Adam for all of them or for each batch.",
+        help="Largest number of passes over the facts. Editors without mini-batches take one step of Adam in each.",
     )
     finetune_lr: float | None = relative(5e-3, published=5e-4, help=LEARNING_RATE)
     finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")

@@ -95,6 +95,10 @@ class Editor:
             raise ValueError(f"options of the editor {self.name!r} must be a dataclass whose fields all have defaults.")
         if self.learns == "training" and not issubclass(self.options, TrainingOptions):
             raise ValueError(f"options of the editor {self.name!r}, which trains, must extend TrainingOptions.")
+        if self.learns != "training" and "output_gradients" in self.reads:
+            raise ValueError(
+                f"The editor {self.name!r} reads 'output_gradients', which only editors with learns='training' get."
+            )
 
     @property
     def reads_statistics(self) -> bool:
@@ -104,7 +108,7 @@ class Editor:
     @property
     def reads_output_gradients(self) -> bool:
         """Whether it trains with the help of gradients at the outputs of the edited map."""
-        return self.learns == "training" and "output_gradients" in self.reads
+        return "output_gradients" in self.reads
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import PreparedFacts, check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
@@ -227,11 +227,11 @@ class _Layer:
 
     def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return the same for editors that learn; their cost is that of each edit."""
-        gradients = self.lm.output_gradients(config, config.target_layers)
+        text = TextStatistics(self.statistics, self.lm.output_gradients(config, config.target_layers))
 
         def deltas_of(chosen: list[int]) -> dict[str, LowRankDelta]:
             facts = [self.facts[index] for index in chosen]
-            return learn_facts(self.lm, facts, config, {}, self.statistics, gradients).deltas
+            return learn_facts(self.lm, facts, config, {}, text).deltas
 
         return deltas_of, Cost()
 
