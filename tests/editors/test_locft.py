@@ -78,8 +78,11 @@ def test_published_constants_are_those_of_the_paper():
     published, ours = config(finetune_lr=None, relative_constants=False), config(finetune_lr=None)
     assert published.constant("finetune_lr") == 5e-4
     assert published.constant("finetune_batch") == 100
+    assert published.constant("finetune_cut") == 0.0
     assert published.constant("finetune_steps") == 25
     assert published.constant("finetune_stop_loss") == 1e-2
     assert ours.constant("finetune_lr") == 2e-3
+    assert ours.constant("finetune_cut") == 0.4
+    assert EditConfig("crispedit", layer=1).constant("finetune_cut") == 0.3
     assert EditConfig("lora", layer=1).constant("finetune_lr") == 5e-3
     assert EDITORS.get("locft").loss == "ended"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.editors.delta import LowRankDelta
-from goldenedit.editors.options import BatchTrainingOptions, option
+from goldenedit.editors.options import CUT, BatchTrainingOptions, option, relative
 from goldenedit.editors.problem import TrainingProblem
 from goldenedit.editors.record import editor
 
@@ -26,6 +26,7 @@ from goldenedit.editors.record import editor
 class CrispEditOptions(BatchTrainingOptions):
     """Constants of CrispEdit."""
 
+    finetune_cut: float | None = relative(0.3, published=0.0, least=0.0, help=CUT)
     crispedit_share: float = option(
         0.3, least=0.0, help="Share of the total curvature that the entries which may change hold, the flattest first."
     )

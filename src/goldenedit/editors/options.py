@@ -99,6 +99,10 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
 LEARNING_RATE = (
     "Learning rate. None means 5e-3 (2e-3 for LocFT-BF) or, with relative_constants=False, the published 5e-4."
 )
+CUT = (
+    "Largest share of the change, in the Frobenius norm, that is cut off to keep its rank low. None means 0.4 (0.3 for "
+    "CrispEdit) or, with relative_constants=False, nothing, as in the papers."
+)
 
 
 @dataclass(kw_only=True)
@@ -127,9 +131,7 @@ class BatchTrainingOptions(TrainingOptions):
         help="Number of facts of a step of Adam, drawn by the seed. None means 4 or, with relative_constants=False, "
         "the published 100.",
     )
-    finetune_cut: float = option(
-        0.4, least=0.0, help="Largest share of the change, in the Frobenius norm, that is cut off to keep its rank low."
-    )
+    finetune_cut: float | None = relative(0.4, published=0.0, least=0.0, help=CUT)
 
 
 def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:
