@@ -219,7 +219,7 @@ def test_a_saved_chat_edit_is_measured_and_explained_where_it_is_loaded(model, c
     assert told.probabilities[0] == pytest.approx(model.edits["chat"].facts[0].probability_after, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["memit", "ft-m", "ultraedit"])
+@pytest.mark.parametrize("method", ["memit", "ft-m", "locft", "ultraedit"])
 def test_every_kind_of_editor_takes_a_chat(chat, method):
     config = EditConfig(method=method, layer=1, steps=3, contexts=2, covariance="identity", finetune_steps=3)
     model = EditModel(tiny_model("llama"), config, chat)

@@ -34,6 +34,7 @@ class LocftOptions(BatchTrainingOptions):
     learns="training",
     inserts_batches=True,
     loss="ended",
+    published="locft",
 )
 def locft(problem: TrainingProblem) -> DenseChange:
     """Return the change that LocFT-BF trains: all entries."""

@@ -57,7 +57,8 @@ class Editor:
         loss: The loss of a trained editor. `"masked"`: cross entropy of each token of the answer after the tokens
             before it. `"last"`: cross entropy of all its tokens at the prompt's last token. `"ended"`: as `"masked"`,
             and the token that ends the answer counts as one of its tokens.
-        published: Which published layers apply: those for `"rome"`, `"memit"` or `"ft"`; None if no paper names any.
+        published: Which published layers apply: those for `"rome"`, `"memit"`, `"ft"` or `"locft"`; None if no paper
+            names any.
         version: Version of its maths. Scores of layers that another version was measured for are not used.
     """
 
