@@ -1,4 +1,4 @@
-"""Second moments of keys and of output gradients, computed on text in one pass, and the files of those of keys."""
+"""Second moments of keys and of output gradients, computed on text in one pass, and the files they are cached in."""
 
 from __future__ import annotations
 
