@@ -27,7 +27,7 @@ from common import (
 )
 
 from goldenedit import EditConfig, EditModel, EditRequest, proxy_facts
-from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import Changes, PreparedFacts
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import fact_likelihoods
@@ -88,7 +88,8 @@ def _edits(model: EditModel, requests: list[EditRequest], methods: list[str]) ->
 
 
 def _learned(model: EditModel, requests: list[EditRequest], memory: dict[str, Any]) -> Changes:
-    return learn_facts(model.lm, requests, model.edit_config, memory)
+    text = TextStatistics.read_by(model.lm, model.edit_config)
+    return learn_facts(model.lm, requests, model.edit_config, memory, text)
 
 
 def _measure(model: EditModel, requests: list[EditRequest], fluent: int, deltas: Deltas) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from common import RESULTS, applied, load, parser, prepare, record, timed
 from torch import Tensor, nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
-from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import PreparedFacts
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import known_facts
@@ -245,11 +245,12 @@ def edits_of(
         made = _inserted(model, requests, config)
     else:
         normalizes = config.editor.learns == "gradients"  # by the features of earlier edits
-        memory = learn_facts(model.lm, proxy_facts()[:100], config, {}).state if normalizes else {}
+        text = TextStatistics.read_by(model.lm, config)
+        memory = learn_facts(model.lm, proxy_facts()[:100], config, {}, text).state if normalizes else {}
         made = []
         for request in requests:
             with timed() as seconds:
-                deltas = learn_facts(model.lm, [request], config, memory).deltas
+                deltas = learn_facts(model.lm, [request], config, memory, text).deltas
             made.append(Made(deltas, seconds()))
     stored = [({name: (delta.A, delta.B) for name, delta in edit.deltas.items()}, edit.seconds) for edit in made]
     torch.save(stored, path)

@@ -12,17 +12,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.config import REGULARIZERS
 from goldenedit.editing import keys
 from goldenedit.editing.prepared import prepare_facts
 from goldenedit.editing.training import answer_gradients
-from goldenedit.editors import EDITORS, GradientProblem, KeyStatistics
+from goldenedit.editors import EDITORS, GradientProblem, KeyStatistics, TrainingOptions, TrainingProblem, editor
 from goldenedit.editors.finetune import LowRankChange
 from goldenedit.editors.moments import RunningMoments
 from goldenedit.editors.ultraedit import UltraEditOptions, ultraedit
+from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.storage.card import render_card
 from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
+from plugins import restore_registries
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 
@@ -36,6 +39,8 @@ SPECIAL = {
     "ft-l": {"finetune_lr": 0.05, "finetune_epsilon": 0.05},
     "ft-m": {"finetune_lr": 0.01},
     "lora": {"finetune_lr": 0.05},
+    "locft": {"finetune_lr": 0.01},
+    "crispedit": {"finetune_lr": 0.05, "covariance": "sampled", "covariance_tokens": 500, "crispedit_share": 0.5},
     "ultraedit": {"ultraedit_lr": 3.0},
     "alphaedit": {"covariance": "sampled", "covariance_tokens": 500, "null_space_threshold": 5.0},
 }
@@ -168,6 +173,40 @@ def test_a_sum_takes_no_arguments_of_other_combinations(many_edits):
         many_edits.add_weighted_adapter(["edit_1"], [1.0], "new", svd_rank=1)
     assert list(many_edits.edits) == many_edits.active_adapters
     assert torch.equal(logits(many_edits), before)
+
+
+@pytest.mark.parametrize("reads", [(), ("covariance",), ("output_gradients",), ("covariance", "output_gradients")])
+def test_an_editor_that_trains_gets_the_statistics_of_the_unedited_model_that_it_reads(
+    reads, tokenizer, monkeypatch, tmp_path
+):
+    restore_registries(monkeypatch)
+    posed = []
+
+    @editor("watching", options=TrainingOptions, learns="training", reads=reads)
+    def watching(problem: TrainingProblem) -> LowRankChange:
+        posed.append(problem)
+        return LowRankChange(problem.d_in, problem.d_out, 2, problem.generator)
+
+    options = {"covariance": "sampled", "covariance_tokens": 200, "finetune_lr": 0.05}
+    model = get_edit_model(tiny_model("llama"), config("watching", **options), tokenizer)
+    model.edit(FACTS)
+    model.edit_config.seed = 1  # so that the text is sampled again, while an edit is active
+    model.edit(MORE)
+
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))
+    unedited = LanguageModel(tiny_model("llama"), tokenizer)
+    problem = posed[-1]
+    if "covariance" in reads:
+        expected = unedited.statistics(model.edit_config, [1])[1].second_moment
+        torch.testing.assert_close(problem.statistics.second_moment, expected)
+    else:
+        with pytest.raises(ValueError, match="does not declare that it reads key statistics"):
+            problem.statistics.solve(torch.randn(problem.d_in, 1))
+    if "output_gradients" in reads:
+        expected = unedited.output_gradients(model.edit_config, [1])[1]
+        torch.testing.assert_close(problem.output_gradients, expected)
+    else:
+        assert problem.output_gradients is None
 
 
 def test_lora_is_the_lora_of_peft(tokenizer):
@@ -308,7 +347,7 @@ def test_memory_is_that_of_the_active_edits(tokenizer):
         torch.testing.assert_close(delta.dense(), other.deltas[path].dense(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("regularizer", ["rect", "prune"])
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", ["r-rome", "memit", "ft-m"])
 def test_a_regularizer_changes_the_update_and_tells_what_storing_it_costs(regularizer, method, tokenizer):
     changes = {}

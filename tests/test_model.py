@@ -980,7 +980,7 @@ def test_what_is_no_request_is_named(edit_model, one):
     ("layer", "method"),
     [
         *((layer, "r-rome") for layer in ("lga", "selectivity", "key_response", "causal_tracing", "sweep")),
-        *((1, method) for method in ("memit", "pmet", "alphaedit", "ft-l", "lora", "ultraedit")),
+        *((1, method) for method in ("memit", "pmet", "alphaedit", "ft-l", "lora", "crispedit", "ultraedit")),
     ],
 )
 def test_inside_inference_mode_all_is_as_outside(tokenizer, logits, monkeypatch, tmp_path, layer, method):

@@ -14,6 +14,7 @@ from goldenedit.editing.values import ValueOptions, optimize_values
 from goldenedit.layer_selection.prompts import other_prompts
 from goldenedit.layer_selection.response import respond
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import end_token
 from goldenedit.packaged import is_installed, packaged_model
 from goldenedit.requests import EditRequest
 
@@ -61,6 +62,17 @@ def test_the_model_knows_where_the_tower_is(base, tokenizer):
 def test_every_layer_has_a_down_projection(base, name):
     found = find_down_projections(base)
     assert found == {index: f"model.layers.{index}.mlp.down_proj" for index in range(LAYERS[name][1])}
+
+
+@pytest.mark.parametrize("method", ["locft", "crispedit"])
+def test_a_trained_edit_takes_and_its_answer_ends(method, base, tokenizer, name):
+    config = EditConfig(method, layer=LAYERS[name][1] // 2, covariance_tokens=500)
+    model = get_edit_model(base, config, tokenizer)
+    (fact,) = model.edit(TOWER).facts
+    assert fact.takes
+    with torch.no_grad():
+        logits = model(**tokenizer(f"{TOWER.text} Rome", return_tensors="pt")).logits[0, -1]
+    assert logits.argmax() == end_token(tokenizer, TOWER.text)
 
 
 def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config, name, tmp_path):

@@ -41,9 +41,10 @@ def registries(monkeypatch):
 
 
 def test_the_built_in_parts_have_their_names():
-    editors = ["alphaedit", "emmet", "ft-l", "ft-m", "lora", "memit", "pmet", "r-rome", "rome", "ultraedit"]
+    values = ["alphaedit", "emmet", "memit", "pmet", "r-rome", "rome"]
+    trained = ["crispedit", "ft-l", "ft-m", "locft", "lora"]
     selectors = ["auto", "causal_tracing", "key_response", "lga", "published", "random", "selectivity", "sweep"]
-    assert sorted(EDITORS.names()) == editors
+    assert sorted(EDITORS.names()) == sorted([*values, *trained, "ultraedit"])
     assert sorted(SELECTORS.names()) == selectors
     for registry in (EDITORS, SELECTORS):
         assert all(registry.get(name).name == name for name in registry.names())

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from goldenedit.editors import EDITORS, Editor, LowRankDelta, Problem
 from goldenedit.editors.alphaedit import AlphaEditOptions
+from goldenedit.editors.crispedit import CrispEditOptions
 from goldenedit.editors.emmet import EmmetOptions
 from goldenedit.editors.finetune import ClippedOptions, LoraOptions
+from goldenedit.editors.locft import LocftOptions
 from goldenedit.editors.memit import MemitOptions
 from goldenedit.editors.options import check_fields, check_number, default_of, is_relative, option
 from goldenedit.editors.ultraedit import UltraEditOptions
@@ -26,14 +28,23 @@ from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
 from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
-REGULARIZERS = ("rect", "prune")
+REGULARIZERS = ("rect", "prune", "sphere")
 LAYER_PATTERNS = ("golden", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 
 
 @dataclass(repr=False)
-class EditConfig(MemitOptions, EmmetOptions, AlphaEditOptions, ClippedOptions, LoraOptions, UltraEditOptions):
+class EditConfig(
+    MemitOptions,
+    EmmetOptions,
+    AlphaEditOptions,
+    ClippedOptions,
+    LoraOptions,
+    LocftOptions,
+    CrispEditOptions,
+    UltraEditOptions,
+):
     """All options of an edit. Fields whose help ends in "filled in" are set by `get_edit_model`.
 
     The options of the built-in editors are keywords too; `goldenedit editors` lists which editor reads them. The

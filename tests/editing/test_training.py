@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.training import Training, answer_gradients, answer_nll, train
+from goldenedit.editing.training import Training, answer_gradients, answer_nll, answer_rows, train
 from goldenedit.editors.finetune import DenseChange, LowRankChange
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
@@ -20,7 +21,7 @@ REQUESTS = [
     EditRequest("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome"),
     EditRequest("The mother tongue of {} is", "Angela Merkel", "the language of Cambodia"),
 ]
-MASKED = Training("masked", steps=4, lr=1e-2, stop_loss=0.0)
+MASKED = Training("masked", epochs=4, lr=1e-2, stop_loss=0.0)
 
 
 def plain_nll(model, tokenizer, request, loss):
@@ -52,7 +53,7 @@ def test_a_dense_change_is_what_adam_would_do_to_the_weight(name, loss, tokenize
     weight = architecture.down_projection(twin, 1).weight
     before = weight.detach().clone()
     optimizer = torch.optim.Adam([weight], lr=options.lr)
-    for _ in range(options.steps):
+    for _ in range(options.epochs):
         optimizer.zero_grad()
         torch.stack([plain_nll(twin, tokenizer, request, loss) for request in REQUESTS]).mean().backward()
         optimizer.step()
@@ -72,6 +73,69 @@ def test_training_stops_below_the_loss_it_is_given(tokenizer):
     change = LowRankChange(MLP_WIDTH, WIDTH, 2, torch.Generator().manual_seed(0))
     assert train(LanguageModel(model, tokenizer), REQUESTS, {1: change}, replace(MASKED, stop_loss=1e6)) == 0
     assert not change.B.any()
+
+
+def test_the_token_that_ends_an_answer_is_its_last_token(tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    for plain, ended in zip(*(answer_rows(lm, REQUESTS, loss) for loss in ("masked", "ended")), strict=True):
+        assert ended.input_ids == (*plain.input_ids, tokenizer.eos_token_id)
+        assert ended.target_ids == [*plain.target_ids, tokenizer.eos_token_id]
+        assert (ended.subject, ended.last) == (plain.subject, plain.last)
+
+
+def test_an_end_that_the_tokenizer_adds_is_not_added_again(tokenizer):
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    model = tiny_model("llama")
+    plain, added = (answer_rows(LanguageModel(model, each), REQUESTS, "ended") for each in (tokenizer, adding))
+    assert [(row.input_ids, row.target) for row in added] == [(row.input_ids, row.target) for row in plain]
+
+
+def test_an_answer_whose_end_does_not_fit_is_refused(tokenizer):
+    model = tiny_model("llama")
+    (row,) = answer_rows(LanguageModel(model, tokenizer), REQUESTS[:1], "masked")
+    model.config.max_position_embeddings = len(row.input_ids)
+    with pytest.raises(ValueError, match=f"token that ends it have {len(row.input_ids) + 1} tokens"):
+        answer_rows(LanguageModel(model, tokenizer), REQUESTS[:1], "ended")
+
+
+THREE = [*REQUESTS, EditRequest("Berlin is in the city of", "Berlin", "London")]
+
+
+@pytest.mark.parametrize("stop_loss", [0.0, 5.0])
+def test_mini_batches_are_what_adam_would_do_to_the_weight_batch_by_batch(stop_loss, tokenizer):
+    """With a stop loss, batches below it take no step, and the first pass whose mean is below it is the last."""
+    model = tiny_model("llama")
+    change = DenseChange(MLP_WIDTH, WIDTH)
+    options = replace(MASKED, epochs=6, batch=2, seed=3, stop_loss=stop_loss)
+    taken = train(LanguageModel(model, tokenizer), THREE, {1: change}, options, batch_size=1)
+
+    twin = copy.deepcopy(model)
+    weight = read_architecture(model).down_projection(twin, 1).weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.Adam([weight], lr=options.lr)
+    generator = torch.Generator().manual_seed(3)
+    steps = skipped = 0
+    for _ in range(6):
+        order, losses = torch.randperm(3, generator=generator).tolist(), []
+        for batch in (order[:2], order[2:]):
+            of_facts = [plain_nll(twin, tokenizer, THREE[index], "masked") for index in batch]
+            losses += [loss.item() for loss in of_facts]
+            if sum(losses[-len(batch) :]) / len(batch) < stop_loss:
+                skipped += 1
+                continue
+            optimizer.zero_grad()
+            torch.stack(of_facts).mean().backward()
+            optimizer.step()
+            steps += 1
+        if sum(losses) / 3 < stop_loss:
+            break
+    assert taken == steps
+    assert steps == 12 if stop_loss == 0.0 else skipped > 0
+    moved = weight.detach() - before
+    assert (change.weight.detach() - moved).norm() <= 1e-2 * moved.norm()
 
 
 def test_weights_gradients_and_hooks_are_as_before(tokenizer):

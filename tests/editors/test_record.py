@@ -53,6 +53,7 @@ def test_what_is_no_change_is_refused_by_the_name_of_the_editor():
         ({"vectors": ("mlp", "norm")}, r"vectors .* got \('mlp', 'norm'\)"),
         ({"learns": "value"}, r"learns .* must be one of .* got 'value'"),
         ({"learns": "training", "options": Options}, "must extend TrainingOptions"),
+        ({"reads": ("output_gradients",)}, "only editors with learns='training'"),
         ({"loss": "lats"}, r"loss .* must be one of .* got 'lats'"),
         ({"options": NoOptions()}, "a dataclass whose fields all have defaults"),
         ({"options": dict}, "a dataclass whose fields all have defaults"),

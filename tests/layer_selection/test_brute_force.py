@@ -47,13 +47,15 @@ def run(model, store, facts=FACTS, config=CONFIG, **options):
     return sweep(model.lm, facts, config, store, SweepOptions(**options))
 
 
-@pytest.mark.parametrize("method", ["r-rome", "pmet", "ft-m"])
+@pytest.mark.parametrize("method", ["r-rome", "pmet", "ft-m", "crispedit"])
 def test_each_fact_is_edited_alone_and_measured(method, model, store):
-    cells = run(model, store, methods=[method])
+    text = {"covariance": "sampled", "covariance_tokens": 200} if method == "crispedit" else {}
+    options = replace(CONFIG, method=method, **text)
+    cells = run(model, store, config=options)
     assert sorted(cells) == [(method, layer) for layer in range(NUM_LAYERS)]
     for layer in range(NUM_LAYERS):
         for fact, outcome in zip(FACTS, cells[method, layer].outcomes, strict=True):
-            config = replace(CONFIG, method=method, layer=layer, target_layer=None)
+            config = replace(options, layer=layer, target_layer=None)
             plain = EditModel(tiny_model("llama"), config, model.tokenizer)
             plain.edit(fact)
             scores = plain.evaluate([fact]).edited

@@ -23,6 +23,8 @@ def published(model: Any, method: str) -> list[int]:
         ("EleutherAI/gpt-j-6B", "pmet", [3, 4, 5, 6, 7, 8]),
         ("meta-llama/Llama-2-7b-hf", "emmet", [5]),
         ("Qwen/Qwen2.5-7B", "ft-l", [27]),
+        ("Qwen/Qwen2.5-7B-Instruct", "locft", [6]),
+        ("meta-llama/Meta-Llama-3-8B", "locft", [22]),
         ("models/GPT2-Medium/", "rome", [8]),
     ],
 )

@@ -16,7 +16,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.audit import audit
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.chat import rendered
+from goldenedit.lm.chat import conversation, end_token, rendered
 from goldenedit.lm.sampling import greedy_answer, sample_continuations
 from goldenedit.lm.tokens import encode_request, with_answer
 from goldenedit.requests import ChatText, distinct
@@ -219,7 +219,7 @@ def test_a_saved_chat_edit_is_measured_and_explained_where_it_is_loaded(model, c
     assert told.probabilities[0] == pytest.approx(model.edits["chat"].facts[0].probability_after, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["memit", "ft-m", "ultraedit"])
+@pytest.mark.parametrize("method", ["memit", "ft-m", "locft", "ultraedit"])
 def test_every_kind_of_editor_takes_a_chat(chat, method):
     config = EditConfig(method=method, layer=1, steps=3, contexts=2, covariance="identity", finetune_steps=3)
     model = EditModel(tiny_model("llama"), config, chat)
@@ -304,3 +304,19 @@ def test_a_chat_with_braces_is_edited_saved_and_shown_with_its_subject(model, ch
     assert "{} is where?" not in (tmp_path / CARD).read_text()
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer=chat)
     assert again.edits["edit_1"].facts[0].request == edited.request
+
+
+def test_an_answer_ends_with_the_token_of_its_turn_and_outside_a_chat_with_that_of_a_text(chat):
+    chat.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    chat.chat_template = TEMPLATE.replace("{{ m['content'] }}<eos>", "{{ m['content'] }}\n<turn>\n")
+    asked = conversation(chat, [QUESTION])
+    assert end_token(chat, asked) == chat.convert_tokens_to_ids("<turn>")
+    assert end_token(chat, str(asked)) == chat.eos_token_id
+    chat.chat_template = TEMPLATE.replace("{{ m['content'] }}<eos>", "{{ m['content'] }}")
+    assert end_token(chat, conversation(chat, [QUESTION])) == chat.eos_token_id
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(chat):
+    chat.eos_token = None
+    with pytest.raises(ValueError, match=r"no token that ends an answer.* Set tokenizer\.eos_token"):
+        end_token(chat, "The Eiffel Tower is in")

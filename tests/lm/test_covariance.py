@@ -11,10 +11,10 @@ from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.covariance import dataset_texts, key_statistics, sampled_texts
+from goldenedit.lm.covariance import dataset_texts, key_statistics, output_gradient_moments, sampled_texts
 from goldenedit.lm.statistics import second_moments
 from goldenedit.storage.fingerprint import WeightHashes
-from models import MLP_WIDTH, tiny_model
+from models import MLP_WIDTH, WIDTH, tiny_model
 
 TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live in London"]
 
@@ -67,6 +67,31 @@ def test_cached_statistics_run_nothing(tokenizer):
     found = key_statistics(LanguageModel(model, tokenizer, architecture, WeightHashes("base")), [2, 0], config)
     assert ran == []
     assert found[0].ridge == 0.5
+
+
+def test_output_gradients_are_computed_once_for_model_layer_source_and_seed(tokenizer, tmp_path):
+    model, path = tiny_model("llama"), tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS))
+
+    def of_seed(seed, layers=(0, 2)):
+        config = EditConfig(covariance=str(path), seed=seed)
+        lm = LanguageModel(model, tokenizer, read_architecture(model), WeightHashes("base"))
+        return output_gradient_moments(lm, layers, config)
+
+    first = of_seed(0)
+    assert first[2].shape == (WIDTH, WIDTH)
+    assert len(list(cache_dir().rglob("output_gradients/*.safetensors"))) == 2
+    again = of_seed(0, layers=(2, 0))
+    assert all(torch.equal(again[layer], first[layer]) for layer in (0, 2))
+    other_labels = of_seed(1, layers=(0,))
+    assert not torch.equal(other_labels[0], first[0])
+    assert len(list(cache_dir().rglob("output_gradients/*.safetensors"))) == 3
+
+
+def test_output_gradients_need_text(tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    with pytest.raises(ValueError, match="'identity' has no text"):
+        output_gradient_moments(lm, [0], EditConfig(covariance="identity"))
 
 
 def test_a_damaged_cache_file_is_computed_again(tokenizer):

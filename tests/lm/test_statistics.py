@@ -11,8 +11,8 @@ from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editors.statistics import KeyStatistics, relative_contrast
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.statistics import load_second_moment, save_second_moment, second_moments
-from models import MLP_WIDTH, TINY_CONFIGS, tiny_model
+from goldenedit.lm.statistics import gradient_moments, load_second_moment, save_second_moment, second_moments
+from models import MLP_WIDTH, TINY_CONFIGS, WIDTH, tiny_model
 
 TEXTS = [
     "The Eiffel Tower is located in the city of Paris.",
@@ -181,3 +181,69 @@ def test_width_of_the_second_moment_is_that_of_the_keys(tokenizer):
     assert {layer: moment.shape for layer, moment in found.items()} == {
         layer: (MLP_WIDTH, MLP_WIDTH) for layer in range(3)
     }
+
+
+def exact_gradient_moment(model, tokenizer, layer: int, text: str) -> torch.Tensor:
+    """Return `E[g g^T]` with the expectation over all labels, from the Jacobian of the logits."""
+    module = read_architecture(model).down_projection(model, layer)
+    ids = torch.tensor([tokenizer(text).input_ids])
+    shift = torch.zeros(ids.shape[1], WIDTH)
+
+    def logits(added: torch.Tensor) -> torch.Tensor:
+        handle = module.register_forward_hook(lambda _, __, output: output + added.view_as(output))
+        try:
+            return model(input_ids=ids).logits[0]
+        finally:
+            handle.remove()
+
+    jacobian = torch.autograd.functional.jacobian(logits, shift).double()  # (T', V, T, d)
+    probabilities = logits(shift).softmax(-1).detach().double()
+    total = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    for of_position, p in zip(jacobian, probabilities, strict=True):
+        fisher = torch.diag(p) - torch.outer(p, p)
+        for token in range(ids.shape[1]):
+            total += of_position[:, token].T @ fisher @ of_position[:, token]
+    return total / ids.shape[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_gradient_moments_are_the_fisher_information_of_the_outputs(name, tokenizer):
+    model = tiny_model(name)
+    text = "Rome is a city of"
+    lm = LanguageModel(model, tokenizer)
+    found = gradient_moments(lm, [text] * 1200, [1, 2], MANY, seed=0, batch_tokens=100)
+    for layer in (1, 2):
+        expected = exact_gradient_moment(model, tokenizer, layer, text)
+        assert (found[layer] - expected).norm() <= 0.1 * expected.norm()
+
+
+def test_gradient_moments_are_over_all_tokens_whatever_their_padding(tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    short, long = (
+        "Rome is a city",
+        "Angela Merkel was born in Hamburg, and the mother tongue of Angela Merkel is German.",
+    )
+    counts = [len(tokenizer(text).input_ids) for text in (short, long)]
+    alone = [gradient_moments(lm, [text] * 200, [1], MANY, seed=0)[1] for text in (short, long)]
+    together = gradient_moments(lm, [short, long] * 200, [1], 10 * MANY, seed=0, batch_tokens=10 * MANY)[1]
+    expected = sum(count * moment for count, moment in zip(counts, alone, strict=True)) / sum(counts)
+    assert (together - expected).norm() <= 0.1 * expected.norm()
+
+
+def test_gradient_moments_of_a_seed_are_always_the_same_and_leave_the_model_as_it_was(tokenizer):
+    model = tiny_model("llama").train()
+    lm = LanguageModel(model, tokenizer)
+    one, same, other = (gradient_moments(lm, TEXTS, [2, 0], MANY, seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_that_are_not_finite_raise(tokenizer):
+    model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
+    model.lm_head.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        gradient_moments(lm, TEXTS, [0], MANY, seed=0)

@@ -117,6 +117,29 @@ def adding(additions: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[Non
 
 
 @contextmanager
+def adding_products(additions: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Add to the output of linear maps, at each token, a vector times the product of a detector and the input there.
+
+    Args:
+        additions: `(detectors, vectors)` for each module, `(n, d_in)` and `(n, d_out)`: one of each for each token of
+            the input, flattened row by row.
+    """
+
+    def hook(detectors: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            inputs = args[0].reshape(-1, args[0].shape[-1])
+            factors = (inputs * detectors.to(inputs)).sum(-1, keepdim=True)
+            return output + (factors * vectors.to(output)).view_as(output)
+
+        return add
+
+    with ExitStack() as stack:
+        for module, (detectors, vectors) in additions.items():
+            stack.callback(module.register_forward_hook(hook(detectors, vectors)).remove)
+        yield
+
+
+@contextmanager
 def watching_gradients(
     first_layer: nn.Module, modules: Collection[nn.Module], take: Callable[[nn.Module, Tensor, Tensor], None]
 ) -> Iterator[list[Tensor]]:

@@ -228,21 +228,19 @@ class Replayer:
 
     def subjects(self, batch: Batch) -> Tensor:
         """Return the index of each subject's last token among the replayed tokens, flattened row by row, `(B,)`."""
-        rows = torch.arange(len(batch.subject), device=batch.subject.device)
-        return self.tokens(batch, rows, batch.subject)
-
-    def tokens(self, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
-        """Return the index of tokens among the replayed tokens, flattened row by row.
-
-        Args:
-            rows: `(n,)`, the row of each token.
-            positions: `(n,)`, its index in the row, from the subject's last token to the last one read.
-        """
         if self.way == "packed":
-            return batch.suffix.starts[rows] + positions - batch.subject[rows]
+            return batch.suffix.starts
+        rows = torch.arange(len(batch.subject), device=batch.subject.device)
         if self.way == "suffix":
-            return rows * batch.suffix.positions.shape[1] + positions - batch.subject[rows]
-        return rows * batch.input_ids.shape[1] + positions
+            return rows * batch.suffix.positions.shape[1]
+        return batch.flat_subject
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Return the row of each replayed token, flattened row by row, with those of padding."""
+        if self.way == "packed":
+            return batch.suffix.real.nonzero(as_tuple=True)[0]
+        width = (batch.suffix.positions if self.way == "suffix" else batch.input_ids).shape[1]
+        return torch.arange(len(batch.subject), device=batch.subject.device).repeat_interleave(width)
 
     def __call__(self, captured: Capture) -> Tensor:
         """Return the logits at the positions read, `(M, V)`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import Changes, check_editable, prepare_subjects, subject_texts
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -42,8 +42,10 @@ def changes_of_batch(
     """
     check_editable(lm, config, config.target_layers)  # before anything takes time
     if config.editor.learns != "values":
+        with without_edits():
+            text = TextStatistics.read_by(lm, config)
         with phase("training"):
-            return learn_facts(lm, [rendered(lm.tokenizer, request) for request in requests], config, remembered)
+            return learn_facts(lm, [rendered(lm.tokenizer, request) for request in requests], config, remembered, text)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         statistics = lm.statistics(config, config.target_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes, check_shape, stored
 from goldenedit.editing.training import Training, answer_gradients, train
-from goldenedit.editors import GradientProblem, LowRankDelta, TrainingProblem
+from goldenedit.editors import GradientProblem, KeyStatistics, LowRankDelta, TrainingProblem
 from goldenedit.editors.moments import RunningMoments
+from goldenedit.editors.options import BatchTrainingOptions
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
@@ -22,14 +23,39 @@ from goldenedit.requests import EditRequest
 _Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps and state
 
 
+@dataclass(frozen=True)
+class TextStatistics:
+    """What an editor that trains reads of other text.
+
+    Attributes:
+        keys: Key statistics, by layer.
+        output_gradients: `(d_out, d_out)`, second moments of the gradients at the outputs, by layer.
+    """
+
+    keys: Mapping[int, KeyStatistics] = field(default_factory=dict)
+    output_gradients: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read_by(cls, lm: LanguageModel, config: EditConfig) -> TextStatistics:
+        """Return what the configured editor reads at its layers. For one that reads nothing, nothing is computed."""
+        layers = config.target_layers
+        keys = lm.statistics(config, layers) if config.editor.reads_statistics else {}
+        return cls(keys, lm.output_gradients(config, layers))
+
+
 @outside_inference_mode()
 def learn_facts(
-    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, remembered: Mapping[str, Tensor]
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    remembered: Mapping[str, Tensor],
+    text: TextStatistics,
 ) -> Changes:
     """Return the changes of an editor that learns from gradients or by training.
 
     Args:
         remembered: State of earlier edits.
+        text: What the editor reads of other text, see `TextStatistics.read_by`.
 
     Raises:
         ValueError: A request cannot be served, or the loss is not finite.
@@ -38,7 +64,7 @@ def learn_facts(
     if config.editor.learns == "gradients":
         learned, steps, state = _from_gradients(lm, requests, config, remembered)
     else:
-        learned, steps, state = _by_training(lm, requests, config)
+        learned, steps, state = _by_training(lm, requests, config, text)
     deltas, errors = {}, []
     for layer, change in learned.items():
         check_shape(lm, change, config, layer)
@@ -75,20 +101,26 @@ def _moments_name(lm: LanguageModel, layer: int) -> str:
     return f"moments/{d_out}x{d_in}"
 
 
-def _by_training(lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig) -> _Learned:
+def _by_training(
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, text: TextStatistics
+) -> _Learned:
     generator = torch.Generator().manual_seed(config.seed)
     changes = {}
     for layer in config.target_layers:
         d_out, d_in = lm.architecture.shape(lm.model, layer)
-        problem = TrainingProblem(d_in, d_out, generator)
+        problem = TrainingProblem(d_in, d_out, generator, output_gradients=text.output_gradients.get(layer))
+        if config.editor.reads_statistics:
+            problem = replace(problem, statistics=text.keys[layer])
         problem = replace(problem, options=config.resolve(problem))
         changes[layer] = config.editor.function(problem)
     options = problem.options
     training = Training(
         loss=config.editor.loss,
-        steps=options.finetune_steps,
+        epochs=options.finetune_steps,
         lr=options.finetune_lr,
         stop_loss=options.finetune_stop_loss,
+        batch=options.finetune_batch if isinstance(options, BatchTrainingOptions) else None,
+        seed=config.seed,
     )
     steps = train(lm, requests, changes, training)
     return {layer: change.change() for layer, change in changes.items()}, steps, {}

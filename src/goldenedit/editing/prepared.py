@@ -16,7 +16,7 @@ from goldenedit.editing.rows import kept_rows, subject_key, subject_rows, subjec
 from goldenedit.editing.values import SubjectRows, ValueOptions, Values, optimize_values
 from goldenedit.editing.wordings import worded
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
-from goldenedit.editors.regularizers import prune, rect
+from goldenedit.editors.regularizers import prune, rect, sphere
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.statistics import check_widths
@@ -52,6 +52,8 @@ class PreparedFacts:
         layers: The layers to edit, ascending.
         values: Results of the value optimization.
         vectors: The modules whose outputs were optimized, see `Editor.vectors`.
+        method: The editor under whose change the values were optimized; None if they were added at the subjects.
+        detectors: `(N, m, d_in)`, the detector of each subject under that editor; None without one.
     """
 
     lm: LanguageModel
@@ -60,6 +62,8 @@ class PreparedFacts:
     layers: Sequence[int]
     values: Values
     vectors: tuple[str, ...]
+    method: str | None = None
+    detectors: Tensor | None = None
     _contrasts: dict[tuple[object, ...], list[list[Tensor] | None]] = field(default_factory=dict, repr=False)
     _keys: dict[tuple[object, ...], dict[int, list[FactKeys]]] = field(default_factory=dict, repr=False)
 
@@ -112,7 +116,11 @@ class PreparedFacts:
             previous = (remembered or {}).get(f"keys/{path}") if editor.remembers_keys else None
             residuals = self.values.delta[subjects, index].T
             problem = Problem([keys[subject] for subject in subjects], residuals, statistics[layer], previous=previous)
-            change = config.solve(problem)
+            change: LowRankDelta | Tensor
+            if self.detectors is not None and config.method == self.method:
+                change = LowRankDelta(self.detectors[subjects, index].float(), residuals)
+            else:
+                change = config.solve(problem)
             self._check_change(
                 change, config, layer, [self.requests[self.subjects[subject][0]] for subject in subjects]
             )
@@ -191,7 +199,11 @@ def stored(
         if config.regularizer == "rect":
             change = rect(change.dense() if isinstance(change, LowRankDelta) else change, weight)
         else:
-            change = prune(change if isinstance(change, LowRankDelta) else LowRankDelta.from_dense(change)[0], weight)
+            regularize = prune if config.regularizer == "prune" else sphere
+            if isinstance(change, LowRankDelta):
+                change = regularize(change, weight)
+            else:
+                change = regularize(LowRankDelta.from_dense(change)[0], weight).dense()
     if isinstance(change, LowRankDelta):
         delta, error = change.balanced(), 0.0
     else:
@@ -278,7 +290,7 @@ def prepare_subjects(
 ) -> PreparedFacts:
     """Optimize the values of subjects, in the model as it is now, and find the keys to insert them under.
 
-    With key statistics and a single layer, the values are optimized under the change that the editor will make of them
+    With key statistics, the values are optimized under the change that the editor will make of them
     (see `detectors`). Otherwise they are added at the subjects' last tokens.
 
     Args:
@@ -302,10 +314,12 @@ def prepare_subjects(
     batch_size = config.batch_size if isinstance(config.batch_size, int) else _batch_size(lm, texts.rows, layers)
     with phase("values"):
         of_edit = None
-        if statistics is not None and len(layers) == 1 and config.editor.vectors == ("mlp",):
-            of_edit = detectors(lm, requests, config, texts, statistics[layers[0]], remembered or {}, together)
+        is_linear = config.editor.vectors == ("mlp",) and not set(layers) & set(lm.architecture.experts)
+        if statistics is not None and is_linear:
+            of_edit = detectors(lm, requests, config, texts, statistics, remembered or {}, together)
         values = optimize_values(lm, texts.rows, layers, options, batch_size, of_edit)
-    facts = PreparedFacts(lm, requests, texts.groups, layers, values, config.editor.vectors)
+    method = None if of_edit is None else config.method
+    facts = PreparedFacts(lm, requests, texts.groups, layers, values, config.editor.vectors, method, of_edit)
     facts.keys(config)  # runs the model now; solving does not run it
     return facts
 
@@ -315,34 +329,38 @@ def detectors(
     requests: Sequence[EditRequest],
     config: EditConfig,
     texts: SubjectTexts,
-    statistics: KeyStatistics,
+    statistics: Mapping[int, KeyStatistics],
     remembered: Mapping[str, Tensor],
     together: bool,
 ) -> Tensor:
-    """Return the detector of each subject, `(N, d_in)`: its edit adds the value times the product of detector and key.
+    """Return the detectors of each subject, `(N, m, d_in)`: its edit adds the value times detector times key.
 
     All editors that insert values are linear in them, `Delta = V D`. So `D` is their change for unit vectors as values.
-    It does not depend on the values, because an edit does not change the keys of its own layer.
+    It does not depend on the values at the first layer, because an edit does not change the keys of its own layer. At
+    later layers, the keys of the unedited model are taken.
 
     Args:
         together: Whether all subjects are inserted in one edit.
     """
-    (layer,) = config.target_layers
-    path = lm.architecture.down_projections[layer]
+    layers = config.target_layers
     rows = [
         [list(answer.row.input_ids[: answer.row.subject + 1]) for answers in subject.answers for answer in answers]
         for subject in texts.rows
     ]
-    flat = iter(keys_at_ends(lm, [row for of_subject in rows for row in of_subject], [layer])[0])
-    keys = [[torch.stack([next(flat) for _ in of_subject]) for of_subject in rows]]
+    found = keys_at_ends(lm, [row for of_subject in rows for row in of_subject], layers)
+    keys = [list(of_layer.split([len(of_subject) for of_subject in rows])) for of_layer in found]
     first = [rendered(lm.tokenizer, requests[group[0]]) for group in texts.groups]
-    facts = with_contrasts([layer], keys, weighted_contrasts(lm, first, [layer], config), config)[layer]
-    previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
-    found = []
-    for members in [facts] if together else [[fact] for fact in facts]:
-        change = config.solve(Problem(members, torch.eye(len(members)), statistics, previous=previous))
-        found.append(change if isinstance(change, Tensor) else change.dense())
-    return torch.cat(found)
+    by_layer = with_contrasts(layers, keys, weighted_contrasts(lm, first, layers, config), config)
+    solved = []
+    for layer, facts in by_layer.items():
+        path = lm.architecture.down_projections[layer]
+        previous = remembered.get(f"keys/{path}") if config.editor.remembers_keys else None
+        changes = [
+            config.solve(Problem(members, torch.eye(len(members)), statistics[layer], previous=previous))
+            for members in ([facts] if together else [[fact] for fact in facts])
+        ]
+        solved.append(torch.cat([change if isinstance(change, Tensor) else change.dense() for change in changes]))
+    return torch.stack(solved, 1)
 
 
 def _batch_size(lm: LanguageModel, subjects: Sequence[SubjectRows], layers: Sequence[int]) -> int:

@@ -1,10 +1,11 @@
-"""Training of changes beside frozen down projections, which FT-L, FT-M and LoRA share."""
+"""Training of changes beside frozen down projections, which all editors that train share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_l
 from goldenedit.devices import execution_device
 from goldenedit.editors.record import AnswerLoss
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import end_token
 from goldenedit.lm.tokens import Row, encode, pad
 from goldenedit.requests import EditRequest
 
@@ -25,16 +27,22 @@ class Training:
 
     Attributes:
         loss: `masked`: cross entropy of each token of the answer after the tokens before it. `last`: cross entropy of
-            all tokens of the answer at the last token of the prompt.
-        steps: Largest number of steps of Adam.
+            all tokens of the answer at the last token of the prompt. `ended`: as `masked`, with the token that ends the
+            answer as its last token.
+        epochs: Largest number of passes over the requests.
         lr: Learning rate.
-        stop_loss: Training stops when the mean loss is below this.
+        stop_loss: No step is taken for a batch whose mean loss is below this, and training stops when the mean loss of
+            a pass is.
+        batch: Requests of a step, shuffled before each pass; None for all requests in each step.
+        seed: Seed of the shuffling.
     """
 
     loss: AnswerLoss
-    steps: int
+    epochs: int
     lr: float
     stop_loss: float
+    batch: int | None = None
+    seed: int = 0
 
 
 class Change(Protocol):
@@ -60,19 +68,20 @@ def train(
     options: Training,
     batch_size: int = 16,
 ) -> int:
-    """Train the changes of layers with Adam on all requests together, and return the number of steps taken.
+    """Train the changes of layers with Adam, and return the number of steps taken.
 
     Args:
         changes: Change of the down projection of each layer.
-        options: Loss, learning rate and stopping rule.
-        batch_size: Requests per forward. Each step uses the summed gradients of all requests.
+        options: Loss, learning rate, batches and stopping rule.
+        batch_size: Requests per forward. Each step uses the summed gradients of its batch.
 
     Raises:
-        ValueError: A request cannot be tokenized, or the loss is not finite.
+        ValueError: A request cannot be tokenized, the model has no token that ends an answer, or the loss is not
+            finite.
     """
-    longest = lm.max_length
-    rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
-    groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    rows = answer_rows(lm, requests, options.loss)
+    generator = torch.Generator().manual_seed(options.seed)
+    steps = 0
     modules = {lm.architecture.down_projection(lm.model, layer): change for layer, change in changes.items()}
     for module, change in modules.items():
         change.to(execution_device(module))
@@ -82,27 +91,77 @@ def train(
         evaluating(lm.model),
         torch.enable_grad(),
         _added(modules),
-        tqdm(total=options.steps, desc="Training", leave=False) as bar,
+        tqdm(total=options.epochs, desc="Training", leave=False) as bar,
     ):
-        for step in range(options.steps):
+        for _ in range(options.epochs):
             total = 0.0
-            sums = [torch.zeros_like(parameter) for parameter in parameters]
-            for group in groups:
-                loss = answer_nll(lm, group, options.loss).sum() / len(rows)
-                for gradient_sum, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
-                    gradient_sum += gradient
-                total += loss.item()
-            if not torch.tensor(total).isfinite():
-                raise ValueError(f"The training loss is not finite at step {step}. Lower EditConfig.finetune_lr.")
-            if total < options.stop_loss:
-                return step
-            for parameter, gradient in zip(parameters, sums, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            for change in changes.values():
-                change.constrain()
+            for batch in _batches(rows, options.batch, generator):
+                loss, gradients = _mean_loss(lm, batch, options.loss, parameters, batch_size)
+                if not math.isfinite(loss):
+                    raise ValueError(f"The training loss is not finite at step {steps}. Lower EditConfig.finetune_lr.")
+                total += loss * len(batch)
+                if loss < options.stop_loss:
+                    continue
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                for change in changes.values():
+                    change.constrain()
+                steps += 1
+            if total / len(rows) < options.stop_loss:
+                break
             bar.update()
-    return options.steps
+    return steps
+
+
+def _batches(rows: Sequence[Row], size: int | None, generator: torch.Generator) -> Iterator[Sequence[Row]]:
+    """Yield the rows of each step of a pass: shuffled batches, or all rows at once if the size is None."""
+    if size is None:
+        yield rows
+        return
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    for start in range(0, len(rows), size):
+        yield [rows[index] for index in order[start : start + size]]
+
+
+def _mean_loss(
+    lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss, parameters: Sequence[nn.Parameter], batch_size: int
+) -> tuple[float, list[Tensor]]:
+    """Return the mean loss of rows, and its gradient for each parameter."""
+    total = 0.0
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for start in range(0, len(rows), batch_size):
+        of_group = answer_nll(lm, rows[start : start + batch_size], loss).sum() / len(rows)
+        for gradient_sum, gradient in zip(sums, torch.autograd.grad(of_group, parameters), strict=True):
+            gradient_sum += gradient
+        total += of_group.item()
+    return total, sums
+
+
+def answer_rows(lm: LanguageModel, requests: Sequence[EditRequest], loss: AnswerLoss) -> list[Row]:
+    """Return the tokens of each request and its answer, with the token that ends the answer if the loss counts it.
+
+    Raises:
+        ValueError: A request cannot be tokenized, or the model has no token that ends an answer.
+    """
+    longest = lm.max_length
+    rows = [encode(lm.tokenizer, request.text, request.target_new, max_length=longest) for request in requests]
+    if loss != "ended":
+        return rows
+    ended = [_ended(row, end_token(lm.tokenizer, request.text)) for row, request in zip(rows, requests, strict=True)]
+    for row, request in zip(ended, requests, strict=True):
+        if longest is not None and len(row.input_ids) > longest:
+            raise ValueError(
+                f"{request.text!r}, its answer and the token that ends it have {len(row.input_ids)} tokens, but the "
+                f"model takes {longest}. Shorten them."
+            )
+    return ended
+
+
+def _ended(row: Row, end: int) -> Row:
+    """Return a row whose answer is followed by its end, and by nothing else."""
+    length = row.target[-1] + 1
+    return replace(row, input_ids=(*row.input_ids[:length], end), target=(*row.target, length))
 
 
 def answer_nll(lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss) -> Tensor:

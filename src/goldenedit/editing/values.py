@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import adding, evaluating, outside_inference_mode, recording
+from goldenedit.architecture.hooks import adding, adding_products, evaluating, outside_inference_mode, recording
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
 from goldenedit.editing.budget import groups_by_length
 from goldenedit.lm import LanguageModel
@@ -149,8 +149,8 @@ def optimize_values(
         options: Constants. If `vectors` names attention, its outputs are optimized too, and only the values of the
             MLPs are returned (PMET).
         batch_size: Largest number of subjects of a batch.
-        detectors: `(N, d_in)`, with a single layer. The delta of a subject is then not added at its last token but as
-            the finished edit adds it: at each token, from there on, times the product of its detector and the key.
+        detectors: `(N, m, d_in)`. The delta of a subject is then not added at its last token but as the finished edit
+            adds it: at each token, from there on, times the product of its detector and the key.
 
     Raises:
         ValueError: A loss is not finite.
@@ -302,7 +302,7 @@ def _optimize(
     )
     replay = Replayer(lm.model, lm.architecture, layers[0])
     count, every = len(group.subjects), torch.arange(len(group.owners), device=group.owners.device)
-    acts = _acting(lm, group, whole, layers[0], detectors)
+    edited = _Edited(replay, sites, None if detectors is None else detectors.to(whole.hidden.device))
 
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
     v0_norm = torch.stack([group.per_subject(every, group.shares * norms) for norms in values.norm(dim=-1).T], 1)
@@ -319,7 +319,7 @@ def _optimize(
         if len(losses.rows) != int(active[group.owners].sum()):  # finished subjects are not run again
             rows = active[group.owners].nonzero()[:, 0]
             captured, losses = whole.select(rows), _Losses(group, rows, original)
-        run = partial(_edited, replay, captured, sites, delta, acts.select(losses.rows))
+        run = partial(edited, captured, delta, group.owners[losses.rows])
         # The first step adds zeros, so its logits must equal the captured ones.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
         answers, lacking, kept = losses(log_probs)
@@ -343,14 +343,14 @@ def _optimize(
             break
         (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
         with torch.no_grad():
-            moved = descent(step, gradient)
+            moved = descent(gradient, lacking)
             norm = moved.norm(dim=-1)
             moved *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
             delta[active] = moved[active]  # momentum would still change finished subjects
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1
     delta = delta.detach()[:, : len(layers)]  # vectors of attention are not stored
-    keys = _keys(replay, whole, layers, sites[: len(layers)], delta, acts)
+    keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group.owners)
     taught = [((group.owners == index) & (group.facts >= 0)).nonzero()[:, 0] for index in range(count)]
     nll = -original.gather(1, group.targets[:, None])[:, 0]
     means = nll.new_zeros(len(every)).index_add(0, group.batch.read_rows, nll * group.weights)[group.bare].tolist()
@@ -367,18 +367,18 @@ def _optimize(
     )
 
 
-def _descent(options: ValueOptions, delta: Tensor, v0_norm: Tensor) -> Callable[[int, Tensor], Tensor]:
-    """Return a function from the number of a step and the gradient to the next `delta`.
+def _descent(options: ValueOptions, delta: Tensor, v0_norm: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function from the gradient, and from what the answers lack, to the next `delta`.
 
     - `"adam"`: as published.
-    - `"normalized"`: steps of length `lr * ||v0||` along the gradient, with momentum, that shorten toward the end. Adam
+    - `"normalized"`: steps of length `lr * ||v0||` along the gradient, with momentum, that shorten once little lacks. Adam
       moves all entries by the same amount, so that its `delta` is about twice as long for the same answers, and what an
       edit does to other text grows with the square of the length.
     """
     if options.optimizer == "adam":
         adam = torch.optim.Adam([delta], lr=options.lr)
 
-        def by_adam(step: int, gradient: Tensor) -> Tensor:
+        def by_adam(gradient: Tensor, lacking: Tensor) -> Tensor:
             before = delta.detach().clone()
             delta.grad = gradient
             adam.step()
@@ -389,60 +389,13 @@ def _descent(options: ValueOptions, delta: Tensor, v0_norm: Tensor) -> Callable[
         return by_adam
     velocity = torch.zeros_like(delta)
 
-    def normalized(step: int, gradient: Tensor) -> Tensor:
+    def normalized(gradient: Tensor, lacking: Tensor) -> Tensor:
         unit = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         velocity.mul_(_MOMENTUM).add_(unit)
-        length = options.lr * max(_SHORTEST, 1 - step / options.steps)
-        return delta.detach() - length * v0_norm[..., None] * velocity
+        length = options.lr * lacking.clamp(_SHORTEST, 1.0)
+        return delta.detach() - (length[:, None] * v0_norm)[..., None] * velocity
 
     return normalized
-
-
-@dataclass(frozen=True)
-class _Acting:
-    """The tokens at which the deltas of subjects act, n in all, and how strongly.
-
-    Attributes:
-        batch: The rows.
-        rows: `(n,)`, the row of each token.
-        positions: `(n,)`, its index in the row.
-        owners: `(n,)`, the subject of each token.
-        factors: `(n,)`, the factor of the delta.
-    """
-
-    batch: Batch
-    rows: Tensor
-    positions: Tensor
-    owners: Tensor
-    factors: Tensor
-
-    def select(self, rows: Tensor) -> _Acting:
-        """Return what acts in some rows, with the batch restricted to them."""
-        places = torch.full((len(self.batch.subject),), -1, device=rows.device)
-        places[rows] = torch.arange(len(rows), device=rows.device)
-        chosen = places[self.rows] >= 0
-        return _Acting(
-            self.batch.select(rows)[0],
-            places[self.rows[chosen]],
-            self.positions[chosen],
-            self.owners[chosen],
-            self.factors[chosen],
-        )
-
-
-def _acting(lm: LanguageModel, group: _Group, whole: Capture, layer: int, detectors: Tensor | None) -> _Acting:
-    """Return where the deltas act: at the subject's last token, or wherever a detector responds, from there on."""
-    batch = group.batch
-    if detectors is None:
-        rows = torch.arange(len(batch.subject), device=batch.subject.device)
-        return _Acting(batch, rows, batch.subject, group.owners, torch.ones_like(rows, dtype=torch.float32))
-    last = batch.subject.scatter_reduce(0, batch.read_rows, batch.read_positions, "amax")
-    steps = torch.arange(batch.input_ids.shape[1], device=last.device)
-    rows, positions = ((steps >= batch.subject[:, None]) & (steps <= last[:, None])).nonzero(as_tuple=True)
-    tokens = rows * batch.input_ids.shape[1] + positions
-    keys = lm.architecture.keys(lm.model, layer, whole.record.calls["0"], tokens).to(last.device)
-    owners = group.owners[rows]
-    return _Acting(batch, rows, positions, owners, (keys * detectors.to(keys)[owners]).sum(-1))
 
 
 def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
@@ -455,12 +408,35 @@ def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
     return at_subject.float().to(batch.subject.device)
 
 
-def _edited(replay: Replayer, captured: Capture, sites: Sequence[nn.Module], delta: Tensor, acts: _Acting) -> Tensor:
-    """Return the logits of captured rows with deltas, `(N, sites, d_model)`, added to the outputs of the sites."""
-    tokens = replay.tokens(acts.batch, acts.rows, acts.positions)
-    vectors = [acts.factors[:, None] * delta[acts.owners, index] for index in range(len(sites))]
-    with adding({site: (tokens, of_site) for site, of_site in zip(sites, vectors, strict=True)}):
-        return replay(captured)
+class _Edited:
+    """The model with the deltas of subjects in place.
+
+    Args:
+        sites: The modules whose outputs change.
+        detectors: `(N, sites, d_in)`. A delta is added at each token, times the product of its detector and the input
+            of the site there. None: it is added at the subject's last token.
+    """
+
+    def __init__(self, replay: Replayer, sites: Sequence[nn.Module], detectors: Tensor | None) -> None:
+        self.replay, self.sites, self.detectors = replay, sites, detectors
+
+    def __call__(self, captured: Capture, delta: Tensor, owners: Tensor) -> Tensor:
+        """Return the logits of captured rows, `(M, V)`.
+
+        Args:
+            delta: `(N, sites, d_model)`.
+            owners: The subject of each row.
+        """
+        if self.detectors is None:
+            tokens = self.replay.subjects(captured.batch)
+            adding_deltas = adding({site: (tokens, delta[owners, index]) for index, site in enumerate(self.sites)})
+        else:
+            owners = owners[self.replay.rows(captured.batch)]
+            adding_deltas = adding_products(
+                {site: (self.detectors[owners, index], delta[owners, index]) for index, site in enumerate(self.sites)}
+            )
+        with adding_deltas:
+            return self.replay(captured)
 
 
 @torch.no_grad()
@@ -470,13 +446,13 @@ def _keys(
     layers: Sequence[int],
     sites: Sequence[nn.Module],
     delta: Tensor,
-    acts: _Acting,
+    owners: Tensor,
 ) -> list[Tensor]:
     """Return the keys of all rows, by layer `(B, d_in)`, with the deltas added: those of a layer change later keys."""
     record, tokens = whole.record, whole.batch.flat_subject
     if len(sites) > 1:
         with recording({str(index): site for index, site in enumerate(sites)}) as record:
-            _edited(replay, whole, sites, delta, acts)
+            _Edited(replay, sites, None)(whole, delta, owners)
         tokens = replay.subjects(whole.batch)
     keys = []
     for index, layer in enumerate(layers):

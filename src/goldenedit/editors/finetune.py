@@ -72,12 +72,19 @@ def lora(problem: TrainingProblem) -> LowRankChange:
 
 
 class DenseChange(nn.Module):
-    """A change of all entries of a matrix, within `[-epsilon, epsilon]` if an epsilon is given."""
+    """A change of all entries of a matrix.
 
-    def __init__(self, d_in: int, d_out: int, epsilon: float | None = None) -> None:
+    Args:
+        epsilon: Largest size of an entry; None for no limit.
+        cut: Largest share of the change, in the Frobenius norm, that is cut off at the end to keep its rank low; None
+            to keep all entries.
+    """
+
+    def __init__(self, d_in: int, d_out: int, epsilon: float | None = None, cut: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(d_out, d_in))
         self.epsilon = epsilon
+        self.cut = cut
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs Delta^T`."""
@@ -89,9 +96,10 @@ class DenseChange(nn.Module):
         if self.epsilon is not None:
             self.weight.clamp_(-self.epsilon, self.epsilon)
 
-    def change(self) -> Tensor:
-        """Return `Delta`, `(d_out, d_in)`."""
-        return self.weight.detach().cpu()
+    def change(self) -> Tensor | LowRankDelta:
+        """Return `Delta`, `(d_out, d_in)`, or the factors that are left of it."""
+        dense = self.weight.detach().cpu()
+        return dense if self.cut is None else LowRankDelta.from_dense(dense, self.cut)[0]
 
 
 class LowRankChange(nn.Module):

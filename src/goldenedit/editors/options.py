@@ -44,6 +44,7 @@ def relative(
     unit: str | None = None,
     above: float = 0.0,
     least: float | None = None,
+    whole: bool = False,
 ) -> Any:
     """Return a field whose default means the same for every model, next to the number that the paper published.
 
@@ -57,8 +58,9 @@ def relative(
         unit: Name of a unit (see `Problem.unit`); None for a plain number.
         above: Number that the value must be greater than, unless `least` is given.
         least: Smallest allowed number.
+        whole: Whether the value must be a whole number.
     """
-    bounds = {"least": least, "above": None if least is not None else above, "whole": False}
+    bounds = {"least": least, "above": None if least is not None else above, "whole": whole}
     published = default if published is None else published
     return field(
         default=None, metadata={"help": help, "default": default, "published": published, "unit": unit, **bounds}
@@ -94,17 +96,42 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
     return replace(options, **values)  # type: ignore[type-var]
 
 
+LEARNING_RATE = (
+    "Learning rate. None means 5e-3 (2e-3 for LocFT-BF) or, with relative_constants=False, the published 5e-4."
+)
+CUT = (
+    "Largest share of the change, in the Frobenius norm, that is cut off to keep its rank low. None means 0.4 (0.3 for "
+    "CrispEdit) or, with relative_constants=False, nothing, as in the papers."
+)
+
+
 @dataclass(kw_only=True)
 class TrainingOptions:
     """Constants of every editor that trains. The defaults were the best on development facts."""
 
-    finetune_steps: int = option(25, least=1, whole=True, help="Largest number of steps of Adam.")
-    finetune_lr: float | None = relative(
-        5e-3,
-        published=5e-4,
-        help="Learning rate. None means 5e-3 or, with relative_constants=False, the published 5e-4.",
+    finetune_steps: int = option(
+        25,
+        least=1,
+        whole=True,
+        help="Largest number of passes over the facts. Editors without mini-batches take one step of Adam in each.",
     )
+    finetune_lr: float | None = relative(5e-3, published=5e-4, help=LEARNING_RATE)
     finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")
+
+
+@dataclass(kw_only=True)
+class BatchTrainingOptions(TrainingOptions):
+    """Constants of every editor that trains on mini-batches."""
+
+    finetune_batch: int | None = relative(
+        4,
+        published=100,
+        least=1,
+        whole=True,
+        help="Number of facts of a step of Adam, drawn by the seed. None means 4 or, with relative_constants=False, "
+        "the published 100.",
+    )
+    finetune_cut: float | None = relative(0.4, published=0.0, least=0.0, help=CUT)
 
 
 def check_fields(where: str, entries: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.keys import FactKeys
 from goldenedit.editors.moments import RunningMoments
 from goldenedit.editors.options import resolved
-from goldenedit.editors.statistics import KeyStatistics
+from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
 
 
 @dataclass(frozen=True)
@@ -166,12 +166,17 @@ class TrainingProblem:
         d_out: Width of its outputs.
         generator: Random generator for initial values, seeded by the config.
         options: The editor's options as its maths reads them.
+        statistics: Second moment of the inputs on other text, with `reads=("covariance",)`.
+        output_gradients: `(d_out, d_out)`, second moment `E[g g^T]` of the gradients of the loss on this text at the
+            outputs, with `reads=("output_gradients",)`; else None.
     """
 
     d_in: int
     d_out: int
     generator: torch.Generator
     options: Any = None
+    statistics: KeyStatistics = field(default_factory=UnreadStatistics)
+    output_gradients: Tensor | None = None
 
     def unit(self, name: str) -> float:
         """Raise ValueError, because options of trained changes have no units."""

@@ -13,7 +13,7 @@ from goldenedit.editors.options import TrainingOptions, check_fields, resolved
 from goldenedit.registry import Registry
 
 Learns = Literal["values", "gradients", "training"]
-AnswerLoss = Literal["masked", "last"]
+AnswerLoss = Literal["masked", "last", "ended"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 VECTORS = ("mlp", "attention")
 
@@ -23,6 +23,7 @@ READABLE: dict[str, tuple[str, ...]] = {
     "ridge": ("ridge",),
     "anchor": ("anchor_bare_prompt",),
     "contrast": ("contrast", "contrast_weight"),
+    "output_gradients": ("covariance", "covariance_tokens"),
     "dense_tolerance": ("dense_tolerance",),
 }
 
@@ -54,8 +55,10 @@ class Editor:
         remembers_keys: Whether later edits read the keys of earlier edits, as `Problem.previous`.
         inserts_batches: Whether it is made for many facts at once. Benchmarks then insert all facts in one batch.
         loss: The loss of a trained editor. `"masked"`: cross entropy of each token of the answer after the tokens
-            before it. `"last"`: cross entropy of all its tokens at the prompt's last token.
-        published: Which published layers apply: those for `"rome"`, `"memit"` or `"ft"`; None if no paper names any.
+            before it. `"last"`: cross entropy of all its tokens at the prompt's last token. `"ended"`: as `"masked"`,
+            and the token that ends the answer counts as one of its tokens.
+        published: Which published layers apply: those for `"rome"`, `"memit"`, `"ft"` or `"locft"`; None if no paper
+            names any.
         version: Version of its maths. Scores of layers that another version was measured for are not used.
     """
 
@@ -93,16 +96,25 @@ class Editor:
             raise ValueError(f"options of the editor {self.name!r} must be a dataclass whose fields all have defaults.")
         if self.learns == "training" and not issubclass(self.options, TrainingOptions):
             raise ValueError(f"options of the editor {self.name!r}, which trains, must extend TrainingOptions.")
+        if self.learns != "training" and "output_gradients" in self.reads:
+            raise ValueError(
+                f"The editor {self.name!r} reads 'output_gradients', which only editors with learns='training' get."
+            )
 
     @property
     def reads_statistics(self) -> bool:
-        """Whether it inserts values with the help of key statistics."""
-        return self.learns == "values" and "covariance" in self.reads
+        """Whether it inserts values, or trains, with the help of key statistics."""
+        return self.learns != "gradients" and "covariance" in self.reads
+
+    @property
+    def reads_output_gradients(self) -> bool:
+        """Whether it trains with the help of gradients at the outputs of the edited map."""
+        return "output_gradients" in self.reads
 
     @property
     def constants(self) -> tuple[str, ...]:
         """Names of the constants of EditConfig that the editor reads."""
-        return tuple(name for word in self.reads for name in READABLE[word])
+        return tuple(dict.fromkeys(name for word in self.reads for name in READABLE[word]))
 
     @property
     def fields(self) -> dict[str, Field[Any]]:

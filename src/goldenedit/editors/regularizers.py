@@ -2,9 +2,12 @@
 
 RECT: Gu et al. 2024, Model Editing Harms General Abilities (arXiv 2401.04700), equation 2.
 PRUNE: Ma et al. 2024, Perturbation-Restrained Sequential Model Editing (arXiv 2405.16821), equation 7.
+SPHERE: Liu et al. 2025, Energy-Regularized Sequential Model Editing on Hyperspheres (arXiv 2510.01172).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,3 +45,23 @@ def prune(delta: LowRankDelta, weight: Tensor) -> LowRankDelta:
     limit = torch.linalg.matrix_norm(weight.double(), ord=2)
     restrained = torch.where(s > limit, s.clamp_min(1e-30).log() - limit.log() + limit, s)
     return LowRankDelta(V.float(), (U * restrained).float()).balanced()
+
+
+def sphere(delta: LowRankDelta, weight: Tensor, eta: float = 0.5, alpha: float = 0.5) -> LowRankDelta:
+    """Return `Delta (I - alpha U U^T)`: the update, with less in the input directions that most rows of `W` share.
+
+    With `W^` the weight whose rows have length 1, `S = W^^T W^ / d_out` has a trace of 1. `U` has its eigenvectors of
+    largest eigenvalues: the fewest whose eigenvalues sum to at least `eta`.
+
+    Args:
+        weight: `(d_out, d_in)`, `W`.
+        eta: Share of the trace that the directions of `U` hold.
+        alpha: Share of the update that is taken away in these directions.
+    """
+    rows = torch.nn.functional.normalize(weight.double(), dim=1)
+    _, s, directions = torch.linalg.svd(rows, full_matrices=False)
+    shares = s.square() / s.square().sum()
+    count = int((shares.cumsum(0) < eta).sum()) + 1 if eta > 0 else 0
+    U = directions[:count].T
+    A = delta.A.double()
+    return replace(delta, A=(A - alpha * (A @ U) @ U.T).to(delta.A))

@@ -21,7 +21,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
-from goldenedit.editing.learn import learn_facts
+from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import PreparedFacts, check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
@@ -105,10 +105,8 @@ def sweep(
     if not missing:
         return cells
     before = observe(lm, facts, neighbors=options.neighbors)
-    statistics: Mapping[int, KeyStatistics] = {}
     edited = sorted({layer for _, layer in missing})
-    if readers := [configs[cell] for cell in missing if configs[cell].editor.reads_statistics]:
-        statistics = lm.streamed_statistics(readers[0], edited)
+    statistics = _statistics(lm, [configs[cell] for cell in missing], edited)
 
     def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
         measured: dict[tuple[str, int], Cell] = {}
@@ -137,6 +135,15 @@ def sweep(
     if failures and set(methods) > {method for method, _ in cells}:
         raise ValueError(failures[-1])
     return cells
+
+
+def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequence[int]) -> Mapping[int, KeyStatistics]:
+    """Return the statistics of layers that editors read; none if no editor reads them."""
+    readers = [config for config in configs if config.editor.reads_statistics]
+    statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
+    for config in readers:
+        lm.output_gradients(config, layers)  # of all layers in one pass, at the first call; `lm` keeps them
+    return statistics
 
 
 def _stored_cells(
@@ -220,7 +227,13 @@ class _Layer:
 
     def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return the same for editors that learn; their cost is that of each edit."""
-        return (lambda chosen: learn_facts(self.lm, [self.facts[index] for index in chosen], config, {}).deltas), Cost()
+        text = TextStatistics(self.statistics, self.lm.output_gradients(config, config.target_layers))
+
+        def deltas_of(chosen: list[int]) -> dict[str, LowRankDelta]:
+            facts = [self.facts[index] for index in chosen]
+            return learn_facts(self.lm, facts, config, {}, text).deltas
+
+        return deltas_of, Cost()
 
 
 def is_comparable(fact: EditRequest) -> bool:

@@ -10,10 +10,12 @@ from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
 _LLAMA: dict[str, list[int]] = {"rome": [5], "memit": [4, 5, 6, 7, 8], "ft": [21]}
+_LLAMA_3: dict[str, list[int]] = {**_LLAMA, "locft": [22]}
 _QWEN: dict[str, list[int]] = {**_LLAMA, "ft": [27]}
+_QWEN_2_5: dict[str, list[int]] = {**_QWEN, "locft": [6]}
 
 # Layers, counted from 0, by the last part of the model's name in lower case and by `Editor.published`. They are from
-# the hyperparameter files of ROME, MEMIT and EasyEdit.
+# the hyperparameter files of ROME, MEMIT and EasyEdit; those of LocFT-BF are from its paper.
 PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
     "gpt2-medium": {"rome": [8]},
     "gpt2-large": {"rome": [12]},
@@ -23,16 +25,16 @@ PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
     "llama-2-7b": _LLAMA,
     "llama-2-7b-hf": _LLAMA,
     "llama-2-7b-chat-hf": _LLAMA,
-    "meta-llama-3-8b": _LLAMA,
-    "meta-llama-3-8b-instruct": _LLAMA,
+    "meta-llama-3-8b": _LLAMA_3,
+    "meta-llama-3-8b-instruct": _LLAMA_3,
     "llama-3.2-3b": _LLAMA,
     "llama-3.2-3b-instruct": _LLAMA,
     "mistral-7b-v0.1": _LLAMA,
     "mistral-7b-instruct-v0.2": _LLAMA,
     "qwen2-7b": _QWEN,
     "qwen2-7b-instruct": _QWEN,
-    "qwen2.5-7b": _QWEN,
-    "qwen2.5-7b-instruct": _QWEN,
+    "qwen2.5-7b": _QWEN_2_5,
+    "qwen2.5-7b-instruct": _QWEN_2_5,
 }
 
 

@@ -55,6 +55,26 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     return ChatText(_apply(tokenizer, messages))
 
 
+def end_token(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Return the token that ends an answer to a prompt: that of a turn in a chat, else the end of a text.
+
+    Raises:
+        ValueError: The tokenizer has no such token.
+    """
+    if isinstance(prompt, ChatText):
+        messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        after = _apply(tokenizer, messages, generation_prompt=False).partition(_MARK)[2].lstrip()
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        if ids and ids[0] in tokenizer.added_tokens_decoder:
+            return int(ids[0])
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no token that ends an answer, which this editor trains. Set "
+            "tokenizer.eos_token, or use another editor (EditConfig.method)."
+        )
+    return int(tokenizer.eos_token_id)
+
+
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], subject: str) -> ChatText:
     """Return the text of a conversation, with the positions of the subject and of the message that names it."""
     place = message_place(messages, subject)

@@ -1,4 +1,4 @@
-"""Key statistics by layer: the text they are computed on, and the files they are cached in."""
+"""Statistics of text by layer: the text they are computed on, and the files they are cached in."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+from torch import Tensor
+
 from goldenedit.cache import cache_dir, is_kept
 from goldenedit.config import EditConfig
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.sampling import sample_continuations
-from goldenedit.lm.statistics import check_widths, load_second_moment, save_second_moment, second_moments
+from goldenedit.lm.statistics import (
+    check_widths,
+    gradient_moments,
+    load_second_moment,
+    save_second_moment,
+    second_moments,
+)
 from goldenedit.parallel import Processes
 from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
@@ -57,12 +65,39 @@ def key_statistics(
     return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
 
 
-def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig) -> Path:
-    """Return the file that the second moment of a layer is cached in."""
-    seed = config.seed if config.covariance == "sampled" else None
-    source = {"text": source_name(config.covariance), "tokens": config.covariance_tokens, "seed": seed}
+def output_gradient_moments(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> dict[int, Tensor]:
+    """Return `E[g g^T]`, `(d_out, d_out)`, of layers on the text of their key statistics.
+
+    Those that are not cached are computed in one pass. See `goldenedit.lm.statistics.gradient_moments`.
+
+    Raises:
+        ValueError: `config.covariance` names no known source or 'identity', or its text is empty.
+    """
+    if config.covariance == "identity":
+        raise ValueError(
+            "EditConfig.covariance 'identity' has no text to take gradients on. Set it to a source of text."
+        )
+    paths = {layer: _cache_path(lm, layer, config, "output_gradients") for layer in layers}
+    moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
+    missing = [layer for layer in layers if layer not in moments]
+    if missing:
+        computed = gradient_moments(lm, _texts(lm, config), missing, config.covariance_tokens, config.seed)
+        for layer, moment in computed.items():
+            save_second_moment(paths[layer], moment)
+        moments |= computed
+    return moments
+
+
+def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig, kind: str = "key_statistics") -> Path:
+    """Return the file that a second moment of a layer is cached in."""
+    draws = config.covariance == "sampled" or kind == "output_gradients"  # texts, or labels
+    source = {
+        "text": source_name(config.covariance),
+        "tokens": config.covariance_tokens,
+        "seed": config.seed if draws else None,
+    }
     key = lm.cache_key(_VERSION, module=lm.architecture.down_projections[layer], **source)
-    return cache_dir() / "key_statistics" / f"{key}.safetensors"
+    return cache_dir() / kind / f"{key}.safetensors"
 
 
 class StreamedStatistics(Mapping[int, KeyStatistics]):

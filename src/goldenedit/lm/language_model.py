@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture import Architecture
@@ -13,7 +13,7 @@ from goldenedit.cost import phase
 from goldenedit.editors import KeyStatistics
 from goldenedit.editors.statistics import UnreadStatistics
 from goldenedit.lm.base import TokenizedModel
-from goldenedit.lm.covariance import StreamedStatistics, key_statistics, source_name
+from goldenedit.lm.covariance import StreamedStatistics, key_statistics, output_gradient_moments, source_name
 from goldenedit.lm.decoding import Continuation, Ends, greedy
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
@@ -54,6 +54,7 @@ class LanguageModel(TokenizedModel):
         super().__init__(model, tokenizer, architecture, weights, beside)
         self._contexts: dict[tuple[int, int, int], list[str]] = {}
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
+        self._output_gradients: dict[tuple[object, ...], Tensor] = {}
         self._streamed: dict[tuple[object, ...], StreamedStatistics] = {}
         self._perplexity: float | None = None
         self._answers: dict[tuple[str, bool, int, Ends | None], Continuation] = {}
@@ -101,6 +102,21 @@ class LanguageModel(TokenizedModel):
             # `statistics` need not compute those again that the cache could not store.
             self._statistics |= {(layer, *options): statistics for layer, statistics in streamed.in_memory.items()}
         return self._streamed[key]
+
+    def output_gradients(self, config: EditConfig, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the second moment of the output gradients of layers on the text of the key statistics, by layer.
+
+        For an editor that does not read them, nothing is computed.
+        """
+        if not config.editor.reads_output_gradients:
+            return {}
+        options = _statistics_options(config)
+        missing = [layer for layer in layers if (layer, *options) not in self._output_gradients]
+        if missing:
+            with phase("output gradients"):
+                computed = output_gradient_moments(self, missing, config)
+            self._output_gradients |= {(layer, *options): moment for layer, moment in computed.items()}
+        return {layer: self._output_gradients[(layer, *options)] for layer in layers}
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int, ends: Ends | None) -> list[Continuation]:
         """Return the greedy continuation of each prompt. See `goldenedit.lm.decoding.greedy` for the arguments."""

@@ -1,4 +1,4 @@
-"""Second moments of keys, computed on text in one pass, and the files they are cached in."""
+"""Second moments of keys and of output gradients, computed on text in one pass, and the files they are cached in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import Call, evaluating, outside_inference_mode, stop_forward
+from goldenedit.architecture.hooks import (
+    Call,
+    evaluating,
+    outside_inference_mode,
+    reading_logits,
+    stop_forward,
+    watching_gradients,
+)
 from goldenedit.cache import is_kept, keep
 from goldenedit.devices import execution_device
 from goldenedit.lm.base import TokenizedModel
@@ -80,6 +87,62 @@ def second_moments(
     for layer, moment in moments.items():
         if not moment.isfinite().all():
             raise ValueError(f"The keys of layer {layer} are not finite. Load the model in float32 or bfloat16.")
+    return moments
+
+
+@outside_inference_mode()
+def gradient_moments(
+    lm: TokenizedModel, texts: Sequence[str], layers: Sequence[int], max_tokens: int, seed: int, batch_tokens: int = 256
+) -> dict[int, Tensor]:
+    """Return `E[g g^T]`, `(d_out, d_out)`, of each layer over the tokens of texts, summed in float32.
+
+    `g` is the gradient, at the output of a layer's down projection at one token, of the summed cross entropy of a text
+    whose labels are drawn from the model's own distribution. So the moment is a factor of the Fisher matrix
+    (K-FAC: Martens and Grosse 2015, arXiv 1503.05671).
+
+    Args:
+        texts: Texts, cut and read as in `second_moments`.
+        layers: Layers to compute the moments of. A backward stops at the first of them.
+        max_tokens: Largest number of tokens.
+        seed: Seed of the labels.
+        batch_tokens: Tokens of a forward and backward, padding included.
+
+    Raises:
+        ValueError: `texts` have no tokens, or a gradient is not finite.
+    """
+    rows = _token_rows(lm.tokenizer, texts, min(256, lm.max_length or 256), max_tokens)
+    count = sum(map(len, rows))
+    generator = torch.Generator().manual_seed(seed)
+    modules = {lm.architecture.down_projection(lm.model, layer): layer for layer in layers}
+    sums: dict[int, Tensor] = {}
+
+    def add(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        # Padding comes last, so no token that counts attends to it, and its gradients are zeros.
+        flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        sums[modules[module]] = sums.get(modules[module], 0.0) + flat.T @ flat
+
+    with evaluating(lm.model), tqdm(total=count, desc="Output gradients", unit="token", leave=False) as progress:
+        for tokens, mask in _batches(rows, batch_tokens, lm.padding_id):
+            read_rows, positions = (mask > 0).nonzero().T
+            first = lm.architecture.layer(lm.model, min(layers))
+            with (
+                watching_gradients(first, modules, add) as roots,
+                reading_logits(lm.model, read_rows, positions) as logits_of,
+            ):
+                output = lm.model(input_ids=tokens.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
+                logits = logits_of(output).float()
+                if not logits.isfinite().all():
+                    raise ValueError("The model's logits are not finite. Load it in float32 or bfloat16.")
+                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                loss = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+                torch.autograd.grad(loss, roots, allow_unused=True)
+            progress.update(int(mask.sum()))
+    moments = {layer: (sums[layer] / count).cpu() for layer in layers}
+    for layer, moment in moments.items():
+        if not moment.isfinite().all():
+            raise ValueError(
+                f"The output gradients of layer {layer} are not finite. Load the model in float32 or bfloat16."
+            )
     return moments
 
 
