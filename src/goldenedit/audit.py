@@ -13,6 +13,7 @@ but the first, whose keys depend on the values inserted in earlier layers.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from goldenedit.architecture.layers import weight_of
 from goldenedit.config import EditConfig
-from goldenedit.editing.keys import context_keys, fact_keys
+from goldenedit.editing.prepared import subject_keys, subject_texts
 from goldenedit.editors import Problem
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.chat import rendered
@@ -158,13 +159,15 @@ def _rows(model: EditModel, edit: Edit, config: EditConfig, previous: Mapping[st
         return {}  # an edit from a stranger must not choose what is loaded from elsewhere, or how long this runs
     if config.contexts * config.context_length > _MAX_TOKENS or edit.contexts_hash != model.contexts_hash(config):
         return {}
-    requests = [rendered(model.tokenizer, fact.request) for fact in edit.facts]
-    layers = config.target_layers[:1]  # the keys of later layers depend on the change in this one
+    requests = [fact.request for fact in edit.facts]
+    config = copy.deepcopy(config)
+    config.target_layer = config.target_layers[:1]  # the keys of later layers depend on the change in this one
+    layers = config.target_layers
     with model.disable_adapter():
         contexts = model.lm.contexts(config)
         statistics = model.lm.statistics(config, layers)
-        keys = context_keys(model.lm, requests, layers, contexts)
-        facts = fact_keys(model.lm, requests, layers, keys, config)
+        texts = subject_texts(model.lm, requests, config, contexts, joint=True)
+        facts = subject_keys(model.lm, requests, config, texts)
     rows = {}
     for layer, layer_facts in facts.items():
         path = model.architecture.down_projections[layer]

@@ -61,7 +61,7 @@ class EditConfig(
         ```
     """
 
-    method: str = field(default="r-rome", metadata={"help": "Name of the editor; `goldenedit editors` lists them."})
+    method: str = field(default="null-space", metadata={"help": "Name of the editor; `goldenedit editors` lists them."})
     layer: int | list[int] | str = field(
         default="lga",
         metadata={
@@ -124,6 +124,13 @@ class EditConfig(
     )
     lr: float = option(
         0.15, help="Learning rate of the value optimization; of 'normalized' in units of ||v0||.", above=0.0
+    )
+    flat_directions: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether values grow along directions that other text is not sensitive to, measured by gradients "
+            "on the text of the key covariance. False in the papers."
+        },
     )
     kl_factor: float = option(0.0625, help='Weight of the KL divergence on "{subject} is a".', least=0.0)
     weight_decay: float = option(0.5, help="Weight of the penalty ||delta|| / ||v0||^2.", least=0.0)

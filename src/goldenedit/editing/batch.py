@@ -49,9 +49,12 @@ def changes_of_batch(
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         statistics = lm.statistics(config, config.target_layers)
+        output_gradients = lm.output_gradients(config, config.target_layers)
         contexts = lm.contexts(config)
         subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
-    prepared = prepare_subjects(lm, requests, config, subjects, statistics, remembered)
+    prepared = prepare_subjects(
+        lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients
+    )
     for (first, *_), delta, steps in zip(prepared.subjects, prepared.values.delta, prepared.values.steps, strict=True):
         if steps and not delta.any():
             logger.warning(

@@ -267,6 +267,7 @@ def prepare_facts(
     contexts: Sequence[str],
     joint: bool = False,
     statistics: Mapping[int, KeyStatistics] | None = None,
+    output_gradients: Mapping[int, Tensor] | None = None,
 ) -> PreparedFacts:
     """Optimize the values that make the unedited model give each new answer, and find the keys to insert them under.
 
@@ -276,7 +277,7 @@ def prepare_facts(
         ValueError: A request cannot be served. The message names it.
     """
     texts = subject_texts(lm, requests, config, contexts, joint=joint)
-    return prepare_subjects(lm, requests, config, texts, statistics, together=joint)
+    return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients)
 
 
 def prepare_subjects(
@@ -287,6 +288,7 @@ def prepare_subjects(
     statistics: Mapping[int, KeyStatistics] | None = None,
     remembered: Mapping[str, Tensor] | None = None,
     together: bool = True,
+    output_gradients: Mapping[int, Tensor] | None = None,
 ) -> PreparedFacts:
     """Optimize the values of subjects, in the model as it is now, and find the keys to insert them under.
 
@@ -297,6 +299,8 @@ def prepare_subjects(
         statistics: Key statistics, by layer.
         remembered: State of earlier edits.
         together: Whether all subjects will be inserted in one edit. Otherwise each is inserted alone.
+        output_gradients: Second moments of the gradients at the outputs on other text, by layer; None or empty for
+            values that do not look at other text.
 
     Raises:
         ValueError: A request cannot be served. The message names it.
@@ -312,16 +316,46 @@ def prepare_subjects(
         optimizer=config.optimizer,
     )
     batch_size = config.batch_size if isinstance(config.batch_size, int) else _batch_size(lm, texts.rows, layers)
+    flatness = flat_directions([output_gradients[layer] for layer in layers]) if output_gradients else None
     with phase("values"):
         of_edit = None
         is_linear = config.editor.vectors == ("mlp",) and not set(layers) & set(lm.architecture.experts)
         if statistics is not None and is_linear:
             of_edit = detectors(lm, requests, config, texts, statistics, remembered or {}, together)
-        values = optimize_values(lm, texts.rows, layers, options, batch_size, of_edit)
+        values = optimize_values(lm, texts.rows, layers, options, batch_size, of_edit, flatness)
     method = None if of_edit is None else config.method
     facts = PreparedFacts(lm, requests, texts.groups, layers, values, config.editor.vectors, method, of_edit)
     facts.keys(config)  # runs the model now; solving does not run it
     return facts
+
+
+def subject_keys(
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, texts: SubjectTexts
+) -> dict[int, list[FactKeys]]:
+    """Return the keys of each subject in all wordings of its requests, as the editor reads them, by layer."""
+    layers = config.target_layers
+    rows = [
+        [
+            list(answer.row.input_ids[: answer.row.subject + 1])
+            for answers in subject.answers[: len(group)]  # those of earlier edits come behind
+            for answer in answers
+        ]
+        for subject, group in zip(texts.rows, texts.groups, strict=True)
+    ]
+    found = keys_at_ends(lm, [row for of_subject in rows for row in of_subject], layers)
+    keys = [list(of_layer.split([len(of_subject) for of_subject in rows])) for of_layer in found]
+    first = [rendered(lm.tokenizer, requests[group[0]]) for group in texts.groups]
+    return with_contrasts(layers, keys, weighted_contrasts(lm, first, layers, config), config)
+
+
+def flat_directions(moments: Sequence[Tensor], ridge: float = 0.1) -> Tensor:
+    """Return `(G / mean eigenvalue + ridge I)^-1` of each second moment `G`, `(m, d, d)` float32."""
+    inverses = []
+    for moment in moments:
+        G = moment.double()
+        eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
+        inverses.append(torch.linalg.inv(G / G.diagonal().mean() + ridge * eye).float())
+    return torch.stack(inverses)
 
 
 def detectors(
@@ -342,15 +376,7 @@ def detectors(
     Args:
         together: Whether all subjects are inserted in one edit.
     """
-    layers = config.target_layers
-    rows = [
-        [list(answer.row.input_ids[: answer.row.subject + 1]) for answers in subject.answers for answer in answers]
-        for subject in texts.rows
-    ]
-    found = keys_at_ends(lm, [row for of_subject in rows for row in of_subject], layers)
-    keys = [list(of_layer.split([len(of_subject) for of_subject in rows])) for of_layer in found]
-    first = [rendered(lm.tokenizer, requests[group[0]]) for group in texts.groups]
-    by_layer = with_contrasts(layers, keys, weighted_contrasts(lm, first, layers, config), config)
+    by_layer = subject_keys(lm, requests, config, texts)
     solved = []
     for layer, facts in by_layer.items():
         path = lm.architecture.down_projections[layer]

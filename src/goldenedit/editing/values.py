@@ -1,14 +1,21 @@
-"""The value optimization that ROME, R-ROME, MEMIT, EMMET, PMET and AlphaEdit share, for many facts in one batch.
+"""The value optimization that all editors share which insert values: many subjects in one batch.
 
 Meng et al. 2022 (arXiv 2202.05262), equation 4: find a vector `delta` to add to the value at the last token of the
-subject. With it the model gives the new answer, and what it says the subject *is* stays the same:
+subject. With it the model gives the new answers, and what it says about the rest of the subject stays the same:
 
-    loss = mean over contexts NLL(target | context + prompt)
-         + kl_factor * KL(p_edited("{subject} is a") || p_original)
+    loss = mean over facts and wordings NLL(answer | wording)
+         + sum over kept texts weight * KL(p_edited || p_original)
          + weight_decay * ||delta|| / ||v0||^2
 
-`||v0||` is the mean over contexts, because a subject's value at the very start of a sequence is often unusual. A fact
-is finished once the first term is small: the other terms do not vanish, and would keep changing a finished fact.
+The paper has one fact per subject and one kept text, `"{subject} is a"`. All facts about one subject have the same key,
+so they share one `delta` here. `||v0||` is the mean over wordings, because a subject's value at the very start of a
+sequence is often unusual. A subject is finished once the least likely token of each new answer is likely: a mean over
+tokens would hide a name that is broken in its middle, and the other terms do not vanish.
+
+The finished edit does not add `delta` at one token. It adds `delta` times `d . k` at every token, where `d` is the
+detector that the editor inserts it with and `k` the key there: 1 on average at the subject, not 0 elsewhere. With
+`detectors` the values are optimized under just this change. Then a fact holds as well after the insertion as before it,
+and what falls out behind other mentions of the subject counts too.
 
 PMET (Li et al. 2024, arXiv 2308.08742) also optimizes a vector on the output of attention, and does not store it: what
 attention contributes to the answer need not go into the MLP.
@@ -18,7 +25,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +42,7 @@ from goldenedit.lm.tokens import Row, pad, target_ids
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("normalized", "adam")
+_MOST_TIMES = 4  # a subject with several facts takes so many times the steps of one fact
 _MOMENTUM = 0.7
 _SHORTEST = 0.15  # of the first step's length
 
@@ -140,6 +147,7 @@ def optimize_values(
     options: ValueOptions,
     batch_size: int = 8,
     detectors: Tensor | None = None,
+    flatness: Tensor | None = None,
 ) -> Values:
     """Optimize the values of all subjects, up to `batch_size` of them in one batch. The subjects stay independent.
 
@@ -151,6 +159,7 @@ def optimize_values(
         batch_size: Largest number of subjects of a batch.
         detectors: `(N, m, d_in)`. The delta of a subject is then not added at its last token but as the finished edit
             adds it: at each token, from there on, times the product of its detector and the key.
+        flatness: `(sites, d_model, d_model)`, see `_descent`.
 
     Raises:
         ValueError: A loss is not finite.
@@ -175,7 +184,7 @@ def optimize_values(
             members = groups.pop(0)
             found = None if detectors is None else detectors[members]
             group = _Group(lm, [subjects[index] for index in members])
-            results.append(_optimize(lm, group, layers, options, found))
+            results.append(_optimize(lm, group, layers, options, found, flatness))
             progress.update(len(members))
             if padded != (results[-1].replay != "packed"):  # the replay does not pack as expected: split the rest again
                 padded = not padded
@@ -216,7 +225,13 @@ class _Group:
         flat = [row for of_subject in rows for row in of_subject]
         self.batch = pad(flat, lm.padding_id, device)
         self.targets = target_ids(flat, device)
-        owners, facts, bare, shares, kept, weights, core = [], [], [], [], [], [], []
+        owners: list[int] = []
+        facts: list[int] = []
+        bare: list[int] = []
+        shares: list[float] = []
+        kept: list[float] = []
+        weights: list[float] = []
+        core: list[bool] = []
         for index, subject in enumerate(subjects):
             owners += [index] * len(rows[index])
             for of_fact in subject.answers:
@@ -230,12 +245,12 @@ class _Group:
             facts += [-1] * len(subject.kept)
             shares += [0.0] * len(subject.kept)
             kept += [row.weight for row in subject.kept]
-            reads = [0 for row in subject.kept for _ in row.row.reads]
-            weights += reads
-            core += reads
+            reads = sum(len(row.row.reads) for row in subject.kept)
+            weights += [0.0] * reads
+            core += [False] * reads
         self.owners, self.facts, self.bare = (torch.tensor(indices, device=device) for indices in (owners, facts, bare))
         self.shares, self.kept = torch.tensor(shares, device=device), torch.tensor(kept, device=device)
-        self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device).bool()
+        self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device)
 
     def per_subject(self, rows: Tensor, of_rows: Tensor) -> Tensor:
         """Return the sums of values of some rows, by subject, `(N,)`."""
@@ -245,13 +260,13 @@ class _Group:
 class _Losses:
     """The terms of the loss for some rows of a group.
 
-    Attributes:
+    Args:
         rows: Indices of the rows, in order.
+        original: `(M, V)`, log probabilities of the model before the edit, at all positions of the group.
     """
 
     def __init__(self, group: _Group, rows: Tensor, original: Tensor) -> None:
-        is_read = group.batch.select(rows)[1]
-        batch = group.batch.select(rows)[0]
+        batch, is_read = group.batch.select(rows)
         self.group, self.rows = group, rows
         self.read_rows, self.count = batch.read_rows, len(rows)
         self.targets, self.original = group.targets[is_read], original[is_read]
@@ -292,6 +307,7 @@ def _optimize(
     layers: Sequence[int],
     options: ValueOptions,
     detectors: Tensor | None,
+    flatness: Tensor | None,
 ) -> Values:
     """Optimize the values of one batch."""
     sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
@@ -310,12 +326,13 @@ def _optimize(
     losses = _Losses(group, every, original)
 
     delta = values.new_zeros(count, *values.shape[1:]).requires_grad_()
-    descent = _descent(options, delta, v0_norm)
+    descent = _descent(options, delta, v0_norm, flatness)
     active = torch.ones(count, dtype=torch.bool, device=every.device)
+    most = options.steps * torch.bincount(group.owners[group.bare], minlength=count).clamp(max=_MOST_TIMES)
     steps = [0] * count
     captured = whole
 
-    for step in range(options.steps):
+    for step in range(int(most.max()) + 1):
         if len(losses.rows) != int(active[group.owners].sum()):  # finished subjects are not run again
             rows = active[group.owners].nonzero()[:, 0]
             captured, losses = whole.select(rows), _Losses(group, rows, original)
@@ -330,15 +347,7 @@ def _optimize(
                 f"The optimization for {group.subjects[index].name} is not finite at step {step}. Load the model in "
                 "float32 or bfloat16, or lower EditConfig.lr."
             )
-        active &= lacking >= options.stop_loss
-        if os.environ.get("TRACE"):
-            print(
-                step,
-                [round(x, 2) for x in lacking.tolist()],
-                [round(x, 3) for x in kept.tolist()],
-                [round(x, 2) for x in (delta.norm(dim=-1) / v0_norm)[:, 0].tolist()],
-                flush=True,
-            )
+        active &= (lacking >= options.stop_loss) & (step < most)
         if not active.any():
             break
         (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
@@ -367,13 +376,20 @@ def _optimize(
     )
 
 
-def _descent(options: ValueOptions, delta: Tensor, v0_norm: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _descent(
+    options: ValueOptions, delta: Tensor, v0_norm: Tensor, flatness: Tensor | None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function from the gradient, and from what the answers lack, to the next `delta`.
 
     - `"adam"`: as published.
-    - `"normalized"`: steps of length `lr * ||v0||` along the gradient, with momentum, that shorten once little lacks. Adam
-      moves all entries by the same amount, so that its `delta` is about twice as long for the same answers, and what an
-      edit does to other text grows with the square of the length.
+    - `"normalized"`: steps of length `lr * ||v0||` along the gradient, with momentum, that shorten once little is
+      lacking. Adam moves all entries by the same amount, so that its `delta` is longer for the same answers, and what
+      an edit does to other text grows with the square of the length. With `flatness`, the steps go where the answers
+      gain most for what other text loses: along `G^-1 g` instead of `g` (a natural gradient).
+
+    Args:
+        flatness: `(sites, d_model, d_model)`, the inverse of the second moment `G` of the gradients at each site's
+            output on other text; None for the identity.
     """
     if options.optimizer == "adam":
         adam = torch.optim.Adam([delta], lr=options.lr)
@@ -390,7 +406,9 @@ def _descent(options: ValueOptions, delta: Tensor, v0_norm: Tensor) -> Callable[
     velocity = torch.zeros_like(delta)
 
     def normalized(gradient: Tensor, lacking: Tensor) -> Tensor:
-        unit = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        flat = gradient if flatness is None else torch.einsum("nld,lde->nle", gradient, flatness.to(gradient))
+        flat = flat * v0_norm[..., None]
+        unit = flat / flat.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
         velocity.mul_(_MOMENTUM).add_(unit)
         length = options.lr * lacking.clamp(_SHORTEST, 1.0)
         return delta.detach() - (length[:, None] * v0_norm)[..., None] * velocity

@@ -28,7 +28,7 @@ def detectors_by_layer(
     keys_by_fact = []
     for fact in facts:  # one fact at a time, because the keys of all facts in all contexts would be large
         keys = context_keys(lm, [fact], layers, contexts)
-        keys_by_fact.append(fact_keys(lm, [fact], layers, keys, config))
+        keys_by_fact.append(fact_keys(lm, [fact], layers, [list(of_layer) for of_layer in keys], config))
     detectors = {}
     for layer in layers:
         of_layer = statistics[layer]

@@ -106,9 +106,13 @@ class LanguageModel(TokenizedModel):
     def output_gradients(self, config: EditConfig, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return the second moment of the output gradients of layers on the text of the key statistics, by layer.
 
-        For an editor that does not read them, nothing is computed.
+        For an editor that does not read them, nothing is computed. Those that insert values read them, unless the text
+        is the identity, or the layer has fused experts, whose outputs are not those of a module.
         """
-        if not config.editor.reads_output_gradients:
+        inserts = config.editor.learns == "values" and config.flat_directions and config.optimizer == "normalized"
+        possible = config.covariance != "identity" and not set(layers) & set(self.architecture.experts)
+        plain = config.editor.vectors == ("mlp",) and config.editor.reads_statistics
+        if not config.editor.reads_output_gradients and not (inserts and possible and plain):
             return {}
         options = _statistics_options(config)
         missing = [layer for layer in layers if (layer, *options) not in self._output_gradients]
