@@ -29,7 +29,7 @@ from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
 REGULARIZERS = ("rect", "prune", "sphere")
-LAYER_PATTERNS = ("golden", "window", "ends", "best")
+LAYER_PATTERNS = ("auto", "golden", "ladder", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 
@@ -71,13 +71,16 @@ class EditConfig(
         },
     )
     layer_pattern: str = field(
-        default="golden",
+        default="auto",
         metadata={
-            "help": f"Which layers to edit together, one of {LAYER_PATTERNS}: only the golden layer, the window that "
-            "ends at it, the first and the last layer of this window, or the layers with the best scores."
+            "help": f"Which layers to edit together, one of {LAYER_PATTERNS}: what the editor is made for, only the "
+            "golden layer, a ladder of layers from it upward, a tenth of the model apart, the window that ends at it, "
+            "the first and the last layer of this window, or the layers with the best scores."
         },
     )
-    pattern_layers: int = option(3, help="Length of the window, or number of the best layers.", least=1, whole=True)
+    pattern_layers: int = option(
+        3, help="Number of layers of a ladder or window, or of the best layers.", least=1, whole=True
+    )
     target_layer: int | list[int] | None = field(default=None, metadata={"help": "The layer to edit; filled in."})
     layer_scores: list[float | None] | None = field(
         default=None,
@@ -112,7 +115,7 @@ class EditConfig(
         4, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
     )
     kept_factor: float = option(3.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
-    contexts: int = option(10, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
+    contexts: int = option(6, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
     context_length: int = option(10, help="Number of tokens of each sampled prefix.", least=1, whole=True)
     steps: int = option(25, help="Largest number of steps of the value optimization.", least=1, whole=True)
     optimizer: str = field(
@@ -204,7 +207,7 @@ class EditConfig(
         self._check_layers()
         if self.regularizer is not None:
             _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")
-        if self.layer_pattern != "golden" and not self.is_scored:
+        if self.layer_pattern not in ("auto", "golden") and not self.is_scored:
             scored = [record.name for record in SELECTORS.available() if record.is_scored]
             raise ValueError(
                 f"EditConfig.layer_pattern {self.layer_pattern!r} needs scores of layers, but layer={self.layer!r} has "
@@ -235,7 +238,7 @@ class EditConfig(
             values["layer"] = value  # a layer by its number is the target
         values[name] = value
         changed.__post_init__()
-        if self._decides_layer(name) and values[name] != getattr(self, name):
+        if (self._decides_layer(name) or changed.pattern != self.pattern) and values[name] != getattr(self, name):
             values["layer_scores"] = None
             if isinstance(changed.layer, str):
                 values["target_layer"] = None
@@ -331,6 +334,13 @@ class EditConfig(
             ValueError: The package that has it is not installed.
         """
         return EDITORS.get(self.method)
+
+    @property
+    def pattern(self) -> str:
+        """The pattern of layers in use: `layer_pattern`, or the one that the editor is made for."""
+        if self.layer_pattern != "auto":
+            return self.layer_pattern
+        return self.editor.pattern if self.is_scored and self.has_editor else "golden"
 
     @property
     def has_editor(self) -> bool:

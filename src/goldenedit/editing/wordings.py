@@ -77,8 +77,6 @@ def _as_question(tokenizer: PreTrainedTokenizerBase, request: EditRequest, is_fi
         conversations = [[first]]
         if is_first:
             conversations.append([*_EARLIER, first])
-            if question not in (None, text):
-                conversations.append([{"role": "user", "content": text}])
         found += [_in_chat(tokenizer, request, messages) for messages in conversations]
     return found
 

@@ -33,6 +33,7 @@ from goldenedit.editors.record import editor
     reads=("covariance",),
     inserts_batches=True,
     published="memit",
+    pattern="ladder",
 )
 def null_space_insertion(problem: Problem) -> LowRankDelta:
     """Return `Delta = R D` with `D = T^T (K^T K W)^-1`, in the coordinates of the null space.

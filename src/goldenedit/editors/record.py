@@ -59,6 +59,7 @@ class Editor:
             and the token that ends the answer counts as one of its tokens.
         published: Which published layers apply: those for `"rome"`, `"memit"`, `"ft"` or `"locft"`; None if no paper
             names any.
+        pattern: The layers that `EditConfig(layer_pattern="auto")` edits: `"golden"` or `"ladder"`.
         version: Version of its maths. Scores of layers that another version was measured for are not used.
     """
 
@@ -74,6 +75,7 @@ class Editor:
     inserts_batches: bool = False
     loss: AnswerLoss = "masked"
     published: str | None = None
+    pattern: str = "golden"
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -83,7 +85,8 @@ class Editor:
                 raise ValueError(
                     f"{attribute} of the editor {self.name!r} must be a tuple of words in {choices}, got {words!r}."
                 )
-        for attribute, kinds in (("learns", get_args(Learns)), ("loss", get_args(AnswerLoss))):
+        kinds_of = {"learns": get_args(Learns), "loss": get_args(AnswerLoss), "pattern": ("golden", "ladder")}
+        for attribute, kinds in kinds_of.items():
             if getattr(self, attribute) not in kinds:
                 raise ValueError(
                     f"{attribute} of the editor {self.name!r} must be one of {kinds}, got {getattr(self, attribute)!r}."

@@ -166,13 +166,16 @@ def choose(config: EditConfig) -> int | list[int]:
     count = config.pattern_layers
     window = [layer for layer in range(golden - count + 1, golden + 1) if layer >= 0 and not scores[layer].isnan()]
     within_fence = scores.masked_fill(~tukey_filter(scores, config.fence), -torch.inf)
+    stride = max(1, round(len(scores) / 10))
+    ladder = [layer for layer in range(golden, len(scores), stride) if not scores[layer].isnan()][:count]
     best = within_fence.topk(min(count, len(within_fence))).indices.tolist()
     layers = {
         "golden": [golden],
+        "ladder": ladder,
         "window": window,
         "ends": sorted({window[0], golden}),
         "best": sorted(layer for layer in best if within_fence[layer].isfinite()),
-    }[config.layer_pattern]
+    }[config.pattern]
     return layers[0] if len(layers) == 1 else layers
 
 
