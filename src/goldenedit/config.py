@@ -28,7 +28,7 @@ from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
 from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
-REGULARIZERS = ("rect", "prune", "sphere")
+REGULARIZERS = ("rect", "prune", "sphere", "nas")
 LAYER_PATTERNS = ("auto", "golden", "ladder", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
@@ -217,6 +217,11 @@ class EditConfig(
         if not isinstance(self.covariance, str) or not self.covariance:
             raise ValueError(f"EditConfig.covariance must be a source of text, got {self.covariance!r}.")
         self._check_editor()
+        if self.regularizer == "nas" and self.editor.learns != "values":
+            raise ValueError(
+                f"EditConfig.regularizer 'nas' rescales values, and the editor {self.method!r} inserts none. Set it to "
+                "None."
+            )
         _check_texts("target_modules", self.target_modules)
         self._check_proxy()
 

@@ -194,7 +194,7 @@ def stored(
     Returns:
         Factors of equal norms, and the relative error of storing a dense change with low rank.
     """
-    if config.regularizer is not None:
+    if config.regularizer not in (None, "nas"):
         weight = lm.architecture.weight(lm.model, layer).cpu()
         if config.regularizer == "rect":
             change = rect(change.dense() if isinstance(change, LowRankDelta) else change, weight)
@@ -314,6 +314,7 @@ def prepare_subjects(
         stop_loss=config.stop_loss,
         vectors=config.editor.vectors,
         optimizer=config.optimizer,
+        keeps_norm=config.regularizer == "nas",
     )
     batch_size = config.batch_size if isinstance(config.batch_size, int) else _batch_size(lm, texts.rows, layers)
     flatness = flat_directions([output_gradients[layer] for layer in layers]) if output_gradients else None

@@ -36,6 +36,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import adding, adding_products, evaluating, outside_inference_mode, recording
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
 from goldenedit.editing.budget import groups_by_length
+from goldenedit.editors.regularizers import norm_preserving
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import Row, pad, target_ids
 
@@ -58,6 +59,7 @@ class ValueOptions:
     stop_loss: float
     vectors: tuple[str, ...] = ("mlp",)
     optimizer: str = "adam"
+    keeps_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,7 @@ def _optimize(
 
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
     v0_norm = torch.stack([group.per_subject(every, group.shares * norms) for norms in values.norm(dim=-1).T], 1)
+    v0 = torch.zeros_like(values[:count]).index_add(0, group.owners, group.shares[:, None, None] * values)
     original = whole.logits.float().log_softmax(-1)
     losses = _Losses(group, every, original)
 
@@ -355,6 +358,7 @@ def _optimize(
             moved = descent(gradient, lacking)
             norm = moved.norm(dim=-1)
             moved *= (options.clamp * v0_norm / norm.clamp_min(1e-12)).clamp(max=1.0)[..., None]
+            moved = norm_preserving(v0, moved) if options.keeps_norm else moved
             delta[active] = moved[active]  # momentum would still change finished subjects
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1

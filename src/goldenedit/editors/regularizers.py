@@ -3,6 +3,7 @@
 RECT: Gu et al. 2024, Model Editing Harms General Abilities (arXiv 2401.04700), equation 2.
 PRUNE: Ma et al. 2024, Perturbation-Restrained Sequential Model Editing (arXiv 2405.16821), equation 7.
 SPHERE: Liu et al. 2025, Energy-Regularized Sequential Model Editing on Hyperspheres (arXiv 2510.01172).
+NAS: Norm-Anchored Scaling (arXiv 2602.02543), which applies to values instead of the finished update.
 """
 
 from __future__ import annotations
@@ -65,3 +66,14 @@ def sphere(delta: LowRankDelta, weight: Tensor, eta: float = 0.5, alpha: float =
     U = directions[:count].T
     A = delta.A.double()
     return replace(delta, A=(A - alpha * (A @ U) @ U.T).to(delta.A))
+
+
+def norm_preserving(value: Tensor, delta: Tensor) -> Tensor:
+    """Return the change `delta` of values such that the new values have the norms of the old ones, `(..., d_out)`.
+
+    Args:
+        value: `(..., d_out)`, the values before the edit, `v_0`.
+        delta: `(..., d_out)`.
+    """
+    new = value + delta
+    return new * (value.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-12)) - value
