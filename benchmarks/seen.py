@@ -2,9 +2,10 @@
 
 The facts are those of MQuAKE whose old answer the model prefers: each has a completion and a question. Published
 figures are from the second half of the file; constants are chosen on the first half (`--half first`). Neighbors are
-other subjects of the same relation. Edits are made at LGA's golden layer with default settings. The row `in the prompt`
-is the base model with the fact in its prompt. The row `rome as EasyEdit` has C = I, no contrast and the layer of
-EasyEdit's file for Llama, 5. `random change` is the control.
+other subjects of the same relation. Edits are made at LGA's golden layer, or from there upward, with default settings.
+The row `in the prompt` is the base model with the fact in its prompt. Rows `as published` have values as in the papers:
+of the prompt alone, by Adam, added at the subject's last token. The row `rome as EasyEdit` also has C = I, no contrast
+and the layer of EasyEdit's file for Llama, 5. `random change` is the control.
 
 Each edit is stored with all texts in `results/seen/`, so the run can be interrupted, and new verdicts can be computed
 from stored texts (`--score`).
@@ -21,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, applied, load, parser, prepare, record, timed
+from common import RESULTS, applied, load, parser, record, timed
 from torch import Tensor, nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.editing.learn import TextStatistics, learn_facts
-from goldenedit.editing.prepared import PreparedFacts
+from goldenedit.editing.prepared import prepare_facts
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.evaluation.harm import Compared, compare
 from goldenedit.evaluation.seen import Baseline, Measurement, Seen, SeenOptions, baseline, has_ended, seen
 from goldenedit.evaluation.verdicts import answer_of
+from goldenedit.layer_selection.select import choose
 from goldenedit.lm.decoding import Within, greedy
 from goldenedit.measuring import random_like
 
@@ -39,6 +41,17 @@ NEIGHBORS = 3
 OPTIONS = SeenOptions(texts=4)
 UNRELATED = 4  # questions that every edit is compared on
 EASYEDIT = "rome as EasyEdit"
+PUBLISHED = " as published"
+AS_PUBLISHED: dict[str, Any] = {
+    "phrasings": "none",
+    "kept_questions": 0,
+    "optimizer": "adam",
+    "lr": 0.5,
+    "contexts": 10,
+    "flat_directions": False,
+    "contrast": 0,
+    "anchor_bare_prompt": False,
+}
 CONTROL = "random change"  # of rank and norm of the default editor's, at the same place
 
 
@@ -53,7 +66,10 @@ class Made:
 def main() -> None:
     """Measure every editor, or only score what was measured."""
     options = parser(__doc__)
-    every = dict.fromkeys(["r-rome", CONTROL, *EDITORS.names(), EASYEDIT])
+    inserting = [name for name in ("r-rome", "alphaedit", "memit") if name in EDITORS]
+    every = dict.fromkeys(
+        ["null-space", CONTROL, *EDITORS.names(), *(f"{name}{PUBLISHED}" for name in inserting), EASYEDIT]
+    )
     options.add_argument("--facts", type=int, default=40)
     options.add_argument("--half", choices=("first", "second"), default="second")
     options.add_argument("--methods", nargs="+", default=list(every))
@@ -218,16 +234,20 @@ def results(folder: Path, method: str) -> list[dict[str, Any]]:
 def config_of(config: EditConfig, method: str) -> EditConfig:
     """Return the config of a row of the table."""
     if method == EASYEDIT:
-        return replace(
-            config, method="rome", layer=5, covariance="identity", contrast=0, anchor_bare_prompt=False, target_layer=5
-        )
-    return config if method == CONTROL else replace(config, method=method)
+        return replace(config, method="rome", layer=5, covariance="identity", target_layer=5, **AS_PUBLISHED)
+    if method == CONTROL:
+        return config
+    name = method.removesuffix(PUBLISHED)
+    config = replace(config, method=name, **(AS_PUBLISHED if name != method else {}))
+    if isinstance(config.layer, str):
+        config.target_layer = choose(config)  # the editor may be made for other layers
+    return config
 
 
 def edits_of(
     model: EditModel, requests: Sequence[EditRequest], config: EditConfig, method: str, folder: Path
 ) -> list[Made]:
-    """Return the edit of each fact. Values are optimized once for all methods that optimize them alike."""
+    """Return the edit of each fact."""
     path = folder / f"{method.replace(' ', '-')}.deltas.pt"
     if path.is_file():
         return [
@@ -240,7 +260,6 @@ def edits_of(
         return [
             Made({name: random_like(delta, generator) for name, delta in edit.deltas.items()}, 0.0) for edit in default
         ]
-    model.edit_config = config  # which `prepare` reads
     if config.editor.learns == "values":
         made = _inserted(model, requests, config)
     else:
@@ -258,17 +277,14 @@ def edits_of(
     return made
 
 
-_VALUES: dict[tuple[object, ...], tuple[PreparedFacts, float]] = {}  # of one run
-
-
 def _inserted(model: EditModel, requests: Sequence[EditRequest], config: EditConfig) -> list[Made]:
     statistics = model.lm.statistics(config, config.target_layers)
-    key = (tuple(config.target_layers), config.editor.vectors, config.contrast, config.anchor_bare_prompt)
-    if key not in _VALUES:
-        with timed() as seconds_of_values:
-            facts = prepare(model, list(requests))
-        _VALUES[key] = facts, seconds_of_values()
-    facts, spent = _VALUES[key]
+    output_gradients = model.lm.output_gradients(config, config.target_layers)
+    with timed() as seconds_of_values:
+        contexts = model.lm.contexts(config)
+        changed = None if config.optimizer == "adam" else statistics
+        facts = prepare_facts(model.lm, requests, config, contexts, False, changed, output_gradients)
+    spent = seconds_of_values()
     made = []
     for index in range(len(requests)):
         with timed() as seconds:

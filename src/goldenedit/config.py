@@ -138,7 +138,12 @@ class EditConfig(
     kl_factor: float = option(0.0625, help='Weight of the KL divergence on "{subject} is a".', least=0.0)
     weight_decay: float = option(0.5, help="Weight of the penalty ||delta|| / ||v0||^2.", least=0.0)
     clamp: float = option(4.0, help="Largest ||delta|| in units of ||v0||.", above=0.0)
-    stop_loss: float = option(0.05, help="A fact is finished when the NLL of its answer is below this.", least=0.0)
+    stop_loss: float = option(
+        0.2,
+        help="A subject is finished when the NLL of the least likely token of its new answers is below this in every "
+        "wording; with 'adam' its mean over wordings.",
+        least=0.0,
+    )
     batch_size: int | str = field(
         default="auto",
         metadata={

@@ -9,8 +9,11 @@ subject. With it the model gives the new answers, and what it says about the res
 
 The paper has one fact per subject and one kept text, `"{subject} is a"`. All facts about one subject have the same key,
 so they share one `delta` here. `||v0||` is the mean over wordings, because a subject's value at the very start of a
-sequence is often unusual. A subject is finished once the least likely token of each new answer is likely: a mean over
-tokens would hide a name that is broken in its middle, and the other terms do not vanish.
+sequence is often unusual.
+
+The mean over wordings hides a wording in which the fact does not hold, and a mean over tokens a name that is broken in
+its middle. So the wordings weigh as the softmax of their losses, except with the published optimizer, and a subject is
+finished once the least likely token of the new answer is likely in every wording; the other terms do not vanish.
 
 The finished edit does not add `delta` at one token. It adds `delta` times `d . k` at every token, where `d` is the
 detector that the editor inserts it with and `k` the key there: 1 on average at the subject, not 0 elsewhere. With
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("normalized", "adam")
 _MOST_TIMES = 4  # a subject with several facts takes so many times the steps of one fact
+_HARDEST = 20.0  # nats: no wording weighs more for being further off than this
 _MOMENTUM = 0.7
 _SHORTEST = 0.15  # of the first step's length
 
@@ -212,7 +216,6 @@ class _Group:
 
     Attributes:
         owners: `(R,)`, the subject of each row.
-        facts: `(R,)`, the fact of each row, counted over all subjects; -1 for a kept row.
         bare: `(F,)`, the row of each fact's bare prompt.
         shares: `(R,)`, the weight of each row in the mean over the answers of its subject; 0 for a kept row.
         kept: `(R,)`, the weight of each kept row; 0 for a row with an answer.
@@ -228,7 +231,6 @@ class _Group:
         self.batch = pad(flat, lm.padding_id, device)
         self.targets = target_ids(flat, device)
         owners: list[int] = []
-        facts: list[int] = []
         bare: list[int] = []
         shares: list[float] = []
         kept: list[float] = []
@@ -237,20 +239,18 @@ class _Group:
         for index, subject in enumerate(subjects):
             owners += [index] * len(rows[index])
             for of_fact in subject.answers:
-                facts += [len(bare)] * len(of_fact)
                 bare.append(len(shares))
                 shares += [1 / (len(of_fact) * len(subject.answers))] * len(of_fact)
                 kept += [0.0] * len(of_fact)
                 for answer in of_fact:
                     weights += answer.weights
                     core += [place in answer.core for place in range(len(answer.row.target))]
-            facts += [-1] * len(subject.kept)
             shares += [0.0] * len(subject.kept)
             kept += [row.weight for row in subject.kept]
             reads = sum(len(row.row.reads) for row in subject.kept)
             weights += [0.0] * reads
             core += [False] * reads
-        self.owners, self.facts, self.bare = (torch.tensor(indices, device=device) for indices in (owners, facts, bare))
+        self.owners, self.bare = torch.tensor(owners, device=device), torch.tensor(bare, device=device)
         self.shares, self.kept = torch.tensor(shares, device=device), torch.tensor(kept, device=device)
         self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device)
 
@@ -265,9 +265,11 @@ class _Losses:
     Args:
         rows: Indices of the rows, in order.
         original: `(M, V)`, log probabilities of the model before the edit, at all positions of the group.
+        hardest: Whether the wordings with the largest losses weigh most. Otherwise all weigh alike, as published.
     """
 
-    def __init__(self, group: _Group, rows: Tensor, original: Tensor) -> None:
+    def __init__(self, group: _Group, rows: Tensor, original: Tensor, hardest: bool) -> None:
+        self.hardest = hardest
         batch, is_read = group.batch.select(rows)
         self.group, self.rows = group, rows
         self.read_rows, self.count = batch.read_rows, len(rows)
@@ -278,23 +280,24 @@ class _Losses:
     def __call__(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return by subject `(N,)` the loss of the answers, what they lack, and the KL divergence of the kept rows.
 
-        What the answers lack is the NLL of the least likely token of the new answer, mean over the wordings of a fact,
-        of the fact that lacks most.
+        What the answers lack is the NLL of the least likely token of the new answer, in the wording that lacks most,
+        or, as published, its mean over wordings.
 
         Args:
             log_probs: `(M, V)`.
         """
         group, rows, zeros = self.group, self.rows, log_probs.new_zeros(self.count)
         nll = -log_probs.gather(1, self.targets[:, None])[:, 0]
-        answers = group.per_subject(rows, group.shares[rows] * zeros.index_add(0, self.read_rows, nll * self.weights))
+        of_rows = zeros.index_add(0, self.read_rows, nll * self.weights)
         weakest = zeros.scatter_reduce(0, self.read_rows, nll.detach() * self.core, "amax")
-        of_rows = group.facts[rows]
-        taught = of_rows >= 0
-        sums = log_probs.new_zeros(len(group.bare)).index_add(0, of_rows[taught], weakest[taught])
-        counts = torch.bincount(of_rows[taught], minlength=len(group.bare))
-        lacking = zeros.new_zeros(len(group.subjects)).scatter_reduce(
-            0, group.owners[group.bare], sums / counts.clamp_min(1), "amax"
-        )
+        if self.hardest:  # the gradient of log sum exp, which is a smooth maximum
+            shares = group.shares[rows] * of_rows.detach().clamp(max=_HARDEST).exp()
+            shares = shares / group.per_subject(rows, shares).clamp_min(1e-30)[group.owners[rows]]
+            lacking = zeros.new_zeros(len(group.subjects)).scatter_reduce(0, group.owners[rows], weakest, "amax")
+        else:
+            shares = group.shares[rows]
+            lacking = group.per_subject(rows, shares * weakest)
+        answers = group.per_subject(rows, shares * of_rows)
         # Positions of kept rows only: the divergence needs the whole vocabulary.
         of_kept = (group.kept[rows] > 0)[self.read_rows].nonzero()[:, 0]
         kept_probs = log_probs[of_kept]
@@ -326,7 +329,8 @@ def _optimize(
     v0_norm = torch.stack([group.per_subject(every, group.shares * norms) for norms in values.norm(dim=-1).T], 1)
     v0 = torch.zeros_like(values[:count]).index_add(0, group.owners, group.shares[:, None, None] * values)
     original = whole.logits.float().log_softmax(-1)
-    losses = _Losses(group, every, original)
+    hardest = options.optimizer == "normalized"
+    losses = _Losses(group, every, original, hardest)
 
     delta = values.new_zeros(count, *values.shape[1:]).requires_grad_()
     descent = _descent(options, delta, v0_norm, flatness)
@@ -338,7 +342,7 @@ def _optimize(
     for step in range(int(most.max()) + 1):
         if len(losses.rows) != int(active[group.owners].sum()):  # finished subjects are not run again
             rows = active[group.owners].nonzero()[:, 0]
-            captured, losses = whole.select(rows), _Losses(group, rows, original)
+            captured, losses = whole.select(rows), _Losses(group, rows, original, hardest)
         run = partial(edited, captured, delta, group.owners[losses.rows])
         # The first step adds zeros, so its logits must equal the captured ones.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
@@ -364,7 +368,7 @@ def _optimize(
             steps[index] += 1
     delta = delta.detach()[:, : len(layers)]  # vectors of attention are not stored
     keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group.owners)
-    taught = [((group.owners == index) & (group.facts >= 0)).nonzero()[:, 0] for index in range(count)]
+    taught = [((group.owners == index) & (group.shares > 0)).nonzero()[:, 0] for index in range(count)]
     nll = -original.gather(1, group.targets[:, None])[:, 0]
     means = nll.new_zeros(len(every)).index_add(0, group.batch.read_rows, nll * group.weights)[group.bare].tolist()
     owners = group.owners[group.bare].tolist()
