@@ -1,18 +1,20 @@
-"""The batched, replayed optimization against one fact at a time and against plain loops over whole models."""
+"""The batched, replayed optimization against one subject at a time and against plain loops over whole models."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing import values
-from goldenedit.editing.values import ValueOptions, optimize_values
+from goldenedit.editing.rows import subject_rows
+from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows, ValueOptions, optimize_values
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest
@@ -23,120 +25,305 @@ REQUESTS = [
     EditRequest("The mother tongue of {} is", "Angela Merkel", "the language of Cambodia"),
     EditRequest("{} is in", "Paris", "London"),
 ]
+SAME_SUBJECT = EditRequest("The Eiffel Tower belongs to the company of", "The Eiffel Tower", "Angela Merkel")
 CONTEXTS = ["", "You and I live in a city. ", "Therefore. "]
 # Values of tiny models are short: with the defaults the decay would outweigh all else.
-OPTIONS = ValueOptions(steps=5, lr=0.5, kl_factor=0.25, weight_decay=0.02, clamp=4.0, stop_loss=0.0)
+OPTIONS = ValueOptions(steps=5, lr=0.5, weight_decay=0.02, clamp=4.0, stop_loss=0.0)
+NORMALIZED = replace(OPTIONS, optimizer="normalized", lr=0.3)
 
 models = pytest.mark.parametrize("name", ["llama", "gpt2"])
 layer_sets = pytest.mark.parametrize("layers", [[1], [0, 2]], ids=["one layer", "two layers"])
 
 
-def optimize(model, tokenizer, requests, layers=(1,), options=OPTIONS, contexts=CONTEXTS, **kwargs):
-    return optimize_values(LanguageModel(model, tokenizer), requests, list(layers), contexts, options, **kwargs)
+def rows_of(model, tokenizer, *requests: EditRequest, contexts: Sequence[str] = CONTEXTS) -> SubjectRows:
+    """Return the rows of one subject, with what it is as the text that must stay the same."""
+    subject = requests[0].subject
+    essence = encode(tokenizer, f"{subject} is a", None, len(subject))
+    return subject_rows(LanguageModel(model, tokenizer), requests, contexts, kept=[KeptRow(essence, 0.25)])
+
+
+def optimize(model, tokenizer, requests, layers=(1,), options=OPTIONS, **kwargs):
+    """Optimize requests, each of which is a subject of its own."""
+    subjects = [rows_of(model, tokenizer, request) for request in requests]
+    return optimize_values(LanguageModel(model, tokenizer), subjects, list(layers), options, **kwargs)
 
 
 def vectors(attention: bool) -> tuple[str, ...]:
     return ("mlp", "attention") if attention else ("mlp",)
 
 
-def at_subject(model: nn.Module, modules: dict[str, nn.Module], ids: torch.Tensor, subject: int, deltas=None):
-    """Run the whole model on one text with `deltas` added; return logits, and keys and values at the subject."""
-    mask = torch.zeros(ids.shape[1], 1)
-    mask[subject] = 1.0
-    handles = [
-        module.register_forward_hook(lambda _, args, output, index=index: output + mask * deltas[index])
-        for index, module in enumerate(modules.values())
-        if deltas is not None
-    ]
-    with recording(modules) as record:
-        logits = model(input_ids=ids).logits[0]
-    for handle in handles:
-        handle.remove()
-    return (
-        logits,
-        [record.inputs[name][0, subject] for name in modules],
-        torch.stack([record.outputs[name][0, subject] for name in modules]),
-    )
-
-
 class Reference:
-    """Equation 4 of ROME for one request: one text at a time, the whole model at every step."""
+    """Equation 4 of ROME for one subject: one text at a time, the whole model at every step."""
 
-    def __init__(self, model, tokenizer, request, layers, options, contexts=CONTEXTS, attention=False):
+    def __init__(self, model, subject, layers, options, attention=False, detectors=None, flatness=None):
         architecture = read_architecture(model)
         self.modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
         if attention:
             self.modules |= {f"attention {layer}": architecture.attention_output(model, layer) for layer in layers}
-        self.model, self.options = model, options
-        self.rows = [
-            encode(tokenizer, context + request.text, request.target_new, len(context) + request.subject_end)
-            for context in contexts
-        ]
-        self.essence = encode(tokenizer, f"{request.subject} is a", None, len(request.subject))
+        self.model, self.subject, self.options = model, subject, options
+        self.detectors, self.flatness = detectors, flatness
         with torch.no_grad():
-            norms = [self.run(row)[2].norm(dim=-1) for row in self.rows]
-            self.original = self.run(self.essence)[0][-1].log_softmax(-1)
-        self.v0_norm = torch.stack(norms).mean(0)
+            norms = [[self.run(answer.row)[2].norm(dim=-1) for answer in of_fact] for of_fact in subject.answers]
+            self.original = [self.read(kept.row) for kept in subject.kept]
+        self.v0_norm = torch.stack([torch.stack(of_fact).mean(0) for of_fact in norms]).mean(0)
 
     def run(self, row, deltas=None):
-        return at_subject(self.model, self.modules, torch.tensor([row.input_ids]), row.subject, deltas)
+        """Run one text with the deltas added; return logits, and keys and values at the subject."""
+        ids = torch.tensor([row.input_ids])
+        is_behind = torch.arange(ids.shape[1])[:, None] >= row.subject
+        is_subject = torch.arange(ids.shape[1])[:, None] == row.subject
 
-    def nll(self, row, deltas=None):
-        log_probs = self.run(row, deltas)[0].log_softmax(-1)
-        return -torch.stack([log_probs[position - 1, row.input_ids[position]] for position in row.target]).mean()
+        def adding(index):
+            def add(module, args, output):
+                if self.detectors is None:
+                    return output + is_subject * deltas[index]
+                return output + is_behind * (args[0] @ self.detectors[index])[..., None] * deltas[index]
+
+            return add
+
+        handles = [
+            module.register_forward_hook(adding(index))
+            for index, module in enumerate(self.modules.values())
+            if deltas is not None
+        ]
+        with recording(self.modules) as record:
+            logits = self.model(input_ids=ids).logits[0]
+        for handle in handles:
+            handle.remove()
+        keys = [record.inputs[name][0, row.subject] for name in self.modules]
+        return logits, keys, torch.stack([record.outputs[name][0, row.subject] for name in self.modules])
+
+    def read(self, row, deltas=None):
+        """Return the log probabilities at the positions that a row reads."""
+        return self.run(row, deltas)[0][list(row.reads)].log_softmax(-1)
+
+    def token_nll(self, answer, deltas=None):
+        log_probs = self.read(answer.row, deltas)
+        return -torch.stack([log_probs[place, token] for place, token in enumerate(answer.row.target_ids)])
+
+    def nll(self, answer, deltas=None):
+        """The mean over the new answer's own tokens, and as much for the tokens around it."""
+        by_token = self.token_nll(answer, deltas)
+        core = torch.tensor([place in answer.core for place in range(len(by_token))])
+        around = by_token[~core]
+        return by_token[core].mean() + (around.mean() if len(around) else 0.0)
+
+    def answers(self, deltas=None):
+        by_fact = [torch.stack([self.nll(answer, deltas) for answer in of_fact]) for of_fact in self.subject.answers]
+        return torch.stack([of_fact.mean() for of_fact in by_fact]).mean()
+
+    def lacking(self, deltas=None):
+        """The least likely token of the new answer, mean over the wordings, of the fact that lacks most."""
+        by_fact = []
+        for of_fact in self.subject.answers:
+            worst = [self.token_nll(answer, deltas)[list(answer.core)].max() for answer in of_fact]
+            by_fact.append(torch.stack(worst).mean())
+        return torch.stack(by_fact).max().item()
 
     def loss(self, deltas):
-        nll = torch.stack([self.nll(row, deltas) for row in self.rows]).mean()
-        now = self.run(self.essence, deltas)[0][-1].log_softmax(-1)
-        kl = nn.functional.kl_div(self.original, now, log_target=True, reduction="sum")
+        loss = self.answers(deltas)
+        for kept, original in zip(self.subject.kept, self.original, strict=True):
+            now = self.read(kept.row, deltas)
+            loss = loss + kept.weight * (now.exp() * (now - original)).sum(-1).mean()
         decay = sum(delta.norm() / norm**2 for delta, norm in zip(deltas, self.v0_norm, strict=True))
-        return nll + self.options.kl_factor * kl + self.options.weight_decay * decay
+        return loss + self.options.weight_decay * decay
 
     def deltas(self):
         delta = torch.zeros(len(self.modules), WIDTH, requires_grad=True)
-        optimizer = torch.optim.Adam([delta], lr=self.options.lr)
-        for _ in range(self.options.steps):
-            optimizer.zero_grad()
+        adam = torch.optim.Adam([delta], lr=self.options.lr)
+        velocity = torch.zeros_like(delta)
+        for _ in range(self.options.steps * len(self.subject.answers)):
+            adam.zero_grad()
             self.loss(delta).backward(inputs=[delta])
-            optimizer.step()
+            if self.options.optimizer == "adam":
+                adam.step()
             with torch.no_grad():
+                if self.options.optimizer == "normalized":
+                    velocity = 0.7 * velocity + self.direction(delta.grad)
+                    length = self.options.lr * min(max(self.lacking(delta), 0.15), 1.0)
+                    delta -= length * self.v0_norm[:, None] * velocity
                 limit = self.options.clamp * self.v0_norm
                 delta *= (limit / delta.norm(dim=-1)).clamp(max=1.0)[:, None]
         return delta.detach()
+
+    def direction(self, gradient):
+        if self.flatness is not None:
+            gradient = torch.stack([G @ g for G, g in zip(self.flatness, gradient, strict=True)])
+        scaled = self.v0_norm[:, None] * gradient
+        return scaled / scaled.norm()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).norm() <= 1e-3 * expected.norm()
 
 
+def selective_detectors(model, subject: SubjectRows, layers: Sequence[int]) -> list[torch.Tensor]:
+    """Return detectors, by layer `(d_in,)`, that respond to a subject's key with 1 and to what is before it with 0."""
+    architecture = read_architecture(model)
+    modules = {str(layer): architecture.down_projection(model, layer) for layer in layers}
+    before = {name: [] for name in modules}
+    own = {name: [] for name in modules}
+    for row in subject.rows:
+        with recording(modules) as record, torch.no_grad():
+            model(input_ids=torch.tensor([row.input_ids]))
+        for name in modules:
+            keys = record.inputs[name].view(-1, MLP_WIDTH).double()
+            before[name] += keys[: row.subject]
+            own[name].append(keys[row.subject])
+    found = []
+    for name in modules:
+        basis = torch.linalg.qr(torch.stack(before[name]).T).Q if before[name] else torch.zeros(MLP_WIDTH, 1).double()
+        key = own[name][0] - basis @ (basis.T @ own[name][0])
+        found.append((key / (key @ own[name][0])).float())
+    return found
+
+
 @models
 @layer_sets
-@pytest.mark.parametrize(("clamp", "attention"), [(4.0, False), (0.3, False), (4.0, True)])
-def test_deltas_equal_those_of_a_plain_optimization(name, layers, clamp, attention, tokenizer):
+@pytest.mark.parametrize(
+    ("options", "attention"),
+    [
+        (OPTIONS, False),
+        (replace(OPTIONS, clamp=0.3), False),
+        (OPTIONS, True),
+        (NORMALIZED, False),
+        (replace(NORMALIZED, clamp=0.3), False),
+    ],
+    ids=["adam", "adam clamped", "adam with attention", "normalized", "normalized clamped"],
+)
+def test_deltas_equal_those_of_a_plain_optimization(name, layers, options, attention, tokenizer):
     model = tiny_model(name)
-    options = replace(OPTIONS, clamp=clamp)
     values = optimize(model, tokenizer, REQUESTS, layers, replace(options, vectors=vectors(attention)))
-    assert [keys.shape for keys in values.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
+    assert [[keys.shape for keys in of_layer] for of_layer in values.keys] == [[(3, MLP_WIDTH)] * 3] * len(layers)
     for index, request in enumerate(REQUESTS[:2]):
-        reference = Reference(model, tokenizer, request, layers, options, attention=attention)
-        expected = reference.deltas()[: len(layers)]
-        assert_close(values.delta[index], expected)
+        reference = Reference(model, rows_of(model, tokenizer, request), layers, options, attention=attention)
+        assert_close(values.delta[index], reference.deltas()[: len(layers)])
         with torch.no_grad():
-            bare = (-reference.nll(reference.rows[0])).exp().item()
-        assert values.target_probability[index] == pytest.approx(bare, rel=1e-3)
+            bare = (-reference.nll(reference.subject.answers[0][0])).exp().item()
+        assert values.target_probability[index] == pytest.approx([bare], rel=1e-3)
 
 
 @models
 @layer_sets
-def test_requests_together_equal_each_alone(name, layers, tokenizer):
+def test_with_flatness_the_gradient_is_multiplied_by_it(name, layers, tokenizer):
+    model, subject = tiny_model(name), rows_of(tiny_model(name), tokenizer, REQUESTS[1])
+    roots = torch.randn(len(layers), WIDTH, WIDTH)
+    flatness = roots @ roots.mT / WIDTH + 0.1 * torch.eye(WIDTH)
+    lm = LanguageModel(model, tokenizer)
+    plain, flat = (optimize_values(lm, [subject], layers, NORMALIZED, flatness=given) for given in (None, flatness))
+    assert_close(flat.delta[0], Reference(model, subject, layers, NORMALIZED, flatness=flatness).deltas())
+    assert not torch.allclose(flat.delta, plain.delta, rtol=0.1)
+
+
+@models
+@layer_sets
+@pytest.mark.parametrize("options", [OPTIONS, NORMALIZED], ids=["adam", "normalized"])
+def test_with_detectors_the_loss_is_that_under_the_finished_change(name, layers, options, tokenizer):
     model = tiny_model(name)
-    together = optimize(model, tokenizer, REQUESTS, layers)
-    by_two = optimize(model, tokenizer, REQUESTS, layers, batch_size=2)
+    subjects = [rows_of(model, tokenizer, request) for request in REQUESTS]
+    detectors = [0.2 * torch.randn(len(subjects), MLP_WIDTH) for _ in layers]
+    values = optimize_values(LanguageModel(model, tokenizer), subjects, layers, options, 8, detectors)
+    for index, subject in enumerate(subjects):
+        own = [of_layer[index] for of_layer in detectors]
+        reference = Reference(model, subject, layers, options, detectors=own)
+        assert_close(values.delta[index], reference.deltas())
+
+
+@models
+@layer_sets
+def test_with_detectors_the_logits_are_those_of_the_finished_edit(name, layers, tokenizer):
+    model = tiny_model(name)
+    architecture = read_architecture(model)
+    subject = rows_of(model, tokenizer, *REQUESTS[:1])
+    detectors = selective_detectors(model, subject, layers)  # what comes before the subject is not run again
+    lm = LanguageModel(model, tokenizer)
+    values = optimize_values(lm, [subject], layers, NORMALIZED, detectors=[found[None] for found in detectors])
+    reference = Reference(model, subject, layers, NORMALIZED, detectors=detectors)
+    with torch.no_grad():
+        expected = [reference.read(row, values.delta[0]) for row in subject.rows]
+        before = [reference.read(row) for row in subject.rows]
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                A, B = detectors[index][None], values.delta[0, index][:, None]
+                stack.enter_context(architecture.adding_delta(model, layer, A, B))
+            found = [reference.read(row) for row in subject.rows]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(torch.cat(found), torch.cat(before), atol=1e-2)
+
+
+@models
+@pytest.mark.parametrize("options", [OPTIONS, NORMALIZED], ids=["adam", "normalized"])
+def test_facts_of_one_subject_share_a_delta_whose_loss_is_the_mean_over_them(name, options, tokenizer):
+    model = tiny_model(name)
+    subject = rows_of(model, tokenizer, REQUESTS[0], SAME_SUBJECT)
+    assert [len(of_fact) for of_fact in subject.answers] == [len(CONTEXTS)] * 2
+    values = optimize_values(LanguageModel(model, tokenizer), [subject], [1], options)
+    reference = Reference(model, subject, [1], options)
+    assert values.delta.shape == (1, 1, WIDTH)
+    assert_close(values.delta[0], reference.deltas())
+    with torch.no_grad():
+        bare = [(-reference.nll(of_fact[0])).exp().item() for of_fact in subject.answers]
+        before, after = reference.lacking(), reference.lacking(values.delta[0])
+    assert values.target_probability[0] == pytest.approx(bare, rel=1e-3)
+    assert after < before
+
+
+def test_a_fact_weighs_as_much_as_another_whatever_the_number_of_its_wordings(tokenizer):
+    model = tiny_model("llama")
+    both = rows_of(model, tokenizer, REQUESTS[0], SAME_SUBJECT)
+    (first, second) = both.answers
+    fewer = replace(both, answers=[first[:1], second])
+    twice = replace(both, answers=[[first[0], first[0]], second])
+    lm = LanguageModel(model, tokenizer)
+    one, other = (optimize_values(lm, [subject], [1], OPTIONS) for subject in (fewer, twice))
+    assert_close(one.delta, other.delta)
+
+
+def test_the_new_answer_weighs_as_much_as_what_the_model_says_around_it(tokenizer):
+    model = tiny_model("llama")
+    subject = rows_of(model, tokenizer, REQUESTS[1], contexts=[""])
+    answer = AnswerRow(subject.answers[0][0].row, range(2, 5))
+    assert sum(answer.weights[2:5]) == pytest.approx(1.0)
+    assert sum(answer.weights) == pytest.approx(2.0)
+    subject = replace(subject, answers=[[answer]])
+    values = optimize_values(LanguageModel(model, tokenizer), [subject], [1], OPTIONS)
+    assert_close(values.delta[0], Reference(model, subject, [1], OPTIONS).deltas())
+
+
+def test_a_kept_text_counts_by_its_weight(tokenizer):
+    model = tiny_model("llama")
+    plain = rows_of(model, tokenizer, REQUESTS[0])
+    (essence,) = plain.kept
+    other = encode(tokenizer, "The Eiffel Tower is a quick brown fox", None, len("The Eiffel Tower"))
+    other = replace(other, kept=tuple(range(other.last - 3, other.last + 1)))
+    moved = {}
+    for weight in (0.0, 1.0, 1e3):
+        subject = replace(plain, kept=[essence, KeptRow(other, weight)])
+        values = optimize_values(LanguageModel(model, tokenizer), [subject], [1], OPTIONS)
+        reference = Reference(model, subject, [1], OPTIONS)
+        assert_close(values.delta[0], reference.deltas())
+        with torch.no_grad():
+            now, before = reference.read(other, values.delta[0]), reference.read(other)
+        moved[weight] = (before.exp() * (before - now)).sum(-1).mean().item()
+    assert moved[0.0] > moved[1.0] > moved[1e3]
+    nothing = replace(plain, kept=[essence, KeptRow(other, 0.0)])
+    values, without = (
+        optimize_values(LanguageModel(model, tokenizer), [rows], [1], OPTIONS) for rows in (nothing, plain)
+    )
+    assert_close(values.delta, without.delta)
+
+
+@models
+@layer_sets
+@pytest.mark.parametrize("options", [OPTIONS, NORMALIZED], ids=["adam", "normalized"])
+def test_requests_together_equal_each_alone(name, layers, options, tokenizer):
+    model = tiny_model(name)
+    together = optimize(model, tokenizer, REQUESTS, layers, options)
+    by_two = optimize(model, tokenizer, REQUESTS, layers, options, batch_size=2)
     assert together.delta.shape == (3, len(layers), WIDTH)
-    assert [keys.shape for keys in together.keys] == [(3, len(CONTEXTS), MLP_WIDTH)] * len(layers)
-    assert {tensor.dtype for tensor in (together.delta, *together.keys)} == {torch.float32}
+    assert {tensor.dtype for tensor in (together.delta, *together.keys[0])} == {torch.float32}
     for index, request in enumerate(REQUESTS):
-        alone = optimize(model, tokenizer, [request], layers)
+        alone = optimize(model, tokenizer, [request], layers, options)
         for many in (together, by_two):
             assert_close(many.delta[index], alone.delta[0])
             for keys, own in zip(many.keys, alone.keys, strict=True):
@@ -144,16 +331,63 @@ def test_requests_together_equal_each_alone(name, layers, tokenizer):
             assert many.steps[index] == alone.steps[0]
 
 
+def test_subjects_of_several_facts_together_equal_each_alone(tokenizer):
+    model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer)
+    subjects = [
+        rows_of(model, tokenizer, REQUESTS[0], SAME_SUBJECT),
+        rows_of(model, tokenizer, REQUESTS[1], contexts=[""]),
+        rows_of(model, tokenizer, REQUESTS[2]),
+    ]
+    detectors = 0.2 * torch.randn(3, MLP_WIDTH)
+    together = optimize_values(lm, subjects, [1], NORMALIZED, 8, [detectors])
+    for index, subject in enumerate(subjects):
+        alone = optimize_values(lm, [subject], [1], NORMALIZED, 8, [detectors[[index]]])
+        assert_close(together.delta[index], alone.delta[0])
+        assert together.target_probability[index] == pytest.approx(alone.target_probability[0], rel=1e-3)
+        assert_close(together.keys[0][index], alone.keys[0][0])
+
+
 @models
 def test_a_finished_request_stops_and_the_others_go_on(name, tokenizer):
     model = tiny_model(name)
-    options = replace(OPTIONS, steps=12, kl_factor=0.0, stop_loss=5.7)  # between their losses
+    references = [Reference(model, rows_of(model, tokenizer, request), [1], OPTIONS) for request in REQUESTS]
+    with torch.no_grad():
+        lacking = sorted(reference.lacking() for reference in references)
+    options = replace(OPTIONS, steps=12, stop_loss=(lacking[0] + lacking[1]) / 2)
     together = optimize(model, tokenizer, REQUESTS, options=options)
-    assert len(set(together.steps)) > 1
+    assert min(together.steps) == 0 < max(together.steps)
     for index, request in enumerate(REQUESTS):
         alone = optimize(model, tokenizer, [request], options=options)
         assert alone.steps == [together.steps[index]]
         assert_close(together.delta[index], alone.delta[0])
+
+
+def test_what_an_answer_lacks_is_its_least_likely_token(tokenizer):
+    """A mean over tokens would call a name finished that is broken in its middle."""
+    model = tiny_model("llama")
+    subject = rows_of(model, tokenizer, REQUESTS[1])
+    reference = Reference(model, subject, [1], OPTIONS)
+    with torch.no_grad():
+        worst, mean = reference.lacking(), reference.answers().item()
+    assert mean < worst - 0.1
+    lm = LanguageModel(model, tokenizer)
+    (within, beyond) = (
+        optimize_values(lm, [subject], [1], replace(OPTIONS, steps=1, stop_loss=stop_loss))
+        for stop_loss in (worst - 0.01, worst + 0.01)
+    )
+    assert (within.steps, beyond.steps) == ([1], [0])
+
+
+def test_a_subject_is_finished_once_each_of_its_facts_is(tokenizer):
+    model = tiny_model("llama")
+    subject = rows_of(model, tokenizer, REQUESTS[0], SAME_SUBJECT)
+    with torch.no_grad():
+        lacking = [Reference(model, replace(subject, answers=[of_fact]), [1], OPTIONS) for of_fact in subject.answers]
+        lacking = sorted(reference.lacking() for reference in lacking)
+    between = replace(OPTIONS, steps=1, stop_loss=sum(lacking) / 2)
+    (steps,) = optimize_values(LanguageModel(model, tokenizer), [subject], [1], between).steps
+    assert steps > 0
 
 
 @models
@@ -164,30 +398,34 @@ def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, a
     model = tiny_model(name)
     values = optimize(model, tokenizer, REQUESTS, layers, replace(OPTIONS, vectors=vectors(attention)))
     for index, request in enumerate(REQUESTS):
-        reference = Reference(model, tokenizer, request, layers, OPTIONS)
+        reference = Reference(model, rows_of(model, tokenizer, request), layers, OPTIONS)
+        (answers,) = reference.subject.answers
         with torch.no_grad():
-            keys = [torch.stack(reference.run(row, values.delta[index])[1]) for row in reference.rows]
+            keys = [torch.stack(reference.run(answer.row, values.delta[index])[1]) for answer in answers]
         assert_close(torch.stack([of_layer[index] for of_layer in values.keys]), torch.stack(keys, 1))
 
 
 @models
 @layer_sets
-def test_every_way_of_replay_gives_the_same_deltas(name, layers, tokenizer, monkeypatch):
+@pytest.mark.parametrize("detects", [False, True], ids=["at the subject", "with detectors"])
+def test_every_way_of_replay_gives_the_same_deltas(name, layers, detects, tokenizer, monkeypatch):
     model = tiny_model(name)
-    packed = optimize(model, tokenizer, REQUESTS, layers)
+    detectors = [0.2 * torch.randn(len(REQUESTS), MLP_WIDTH) for _ in layers] if detects else None
+    packed = optimize(model, tokenizer, REQUESTS, layers, detectors=detectors)
     assert packed.replay == "packed"
     with monkeypatch.context() as patch:
         patch.setattr(replay, "may_pack", lambda _: False)
-        by_suffix = optimize(model, tokenizer, REQUESTS, layers)
+        by_suffix = optimize(model, tokenizer, REQUESTS, layers, detectors=detectors)
     assert by_suffix.replay == "suffix"
     handle = model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
-    by_layers = optimize(model, tokenizer, REQUESTS, layers)
+    by_layers = optimize(model, tokenizer, REQUESTS, layers, detectors=detectors)
     handle.remove()
     assert by_layers.replay == "layers"
     for other in (by_suffix, packed):
         assert_close(by_layers.delta, other.delta)
         for keys, expected in zip(by_layers.keys, other.keys, strict=True):
-            assert_close(keys, expected)
+            for of_subject, of_other in zip(keys, expected, strict=True):
+                assert_close(of_subject, of_other)
 
 
 def test_facts_thought_to_be_packed_are_grouped_anew_once_they_are_not(tokenizer, monkeypatch):
@@ -209,26 +447,25 @@ def test_facts_thought_to_be_packed_are_grouped_anew_once_they_are_not(tokenizer
 
 
 @models
+@pytest.mark.parametrize("options", [replace(OPTIONS, lr=3.0), replace(NORMALIZED, lr=3.0)], ids=["adam", "normalized"])
 @pytest.mark.parametrize("clamp", [0.1, 0.5])
-def test_no_delta_is_longer_than_its_clamp(name, clamp, tokenizer):
+def test_no_delta_is_longer_than_its_clamp(name, options, clamp, tokenizer):
     model = tiny_model(name)
-    values = optimize(model, tokenizer, REQUESTS, [0, 2], replace(OPTIONS, clamp=clamp, lr=3.0))
+    values = optimize(model, tokenizer, REQUESTS, [0, 2], replace(options, clamp=clamp))
     for delta, request in zip(values.delta, REQUESTS, strict=True):
-        reference = Reference(model, tokenizer, request, [0, 2], OPTIONS)
+        reference = Reference(model, rows_of(model, tokenizer, request), [0, 2], OPTIONS)
         assert (delta.norm(dim=-1) <= clamp * reference.v0_norm * (1 + 1e-4)).all()
 
 
 @models
-def test_the_new_answer_becomes_likelier(name, tokenizer):
+@pytest.mark.parametrize("options", [OPTIONS, NORMALIZED], ids=["adam", "normalized"])
+def test_the_new_answer_becomes_likelier(name, options, tokenizer):
     model = tiny_model(name)
-    values = optimize(model, tokenizer, REQUESTS, options=replace(OPTIONS, steps=12))
+    values = optimize(model, tokenizer, REQUESTS, options=replace(options, steps=12))
     for index, request in enumerate(REQUESTS):
-        reference = Reference(model, tokenizer, request, [1], OPTIONS)
+        reference = Reference(model, rows_of(model, tokenizer, request), [1], OPTIONS)
         with torch.no_grad():
-            before, after = (
-                torch.stack([reference.nll(row, deltas) for row in reference.rows]).mean().item()
-                for deltas in (None, values.delta[index])
-            )
+            before, after = (reference.answers(deltas).item() for deltas in (None, values.delta[index]))
         assert after < before - 0.1
 
 
@@ -238,10 +475,11 @@ def test_a_request_whose_loss_is_low_from_the_start_is_not_moved(tokenizer):
     assert not values.delta.any()
 
 
-def test_weights_modes_and_hooks_are_as_before(tokenizer):
+@pytest.mark.parametrize("detects", [False, True], ids=["at the subject", "with detectors"])
+def test_weights_modes_and_hooks_are_as_before(detects, tokenizer):
     model = tiny_model("gpt2").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    optimize(model, tokenizer, REQUESTS)
+    optimize(model, tokenizer, REQUESTS, detectors=[torch.ones(3, MLP_WIDTH)] if detects else None)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
@@ -256,30 +494,12 @@ def test_frozen_weights_give_the_same_deltas(tokenizer):
     assert_close(optimize(model.requires_grad_(False), tokenizer, REQUESTS).delta, trainable.delta)
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (EditRequest("The Eiffel Tower is " + "in the city " * 50, "The Eiffel Tower", "Rome"), "but the model takes"),
-        (EditRequest("Paris is in", "Paris", "Rome " * 150), "but the model takes"),
-    ],
-)
-def test_a_request_that_cannot_be_tokenized_raises_before_any_forward(bad, message, tokenizer):
-    model = tiny_model("llama")
-    lm = LanguageModel(model, tokenizer, read_architecture(model))
-    ran = []
-    model.register_forward_pre_hook(lambda *_: ran.append(1))
-    with pytest.raises(ValueError, match=message):
-        optimize_values(lm, [*REQUESTS, bad], [1], CONTEXTS, OPTIONS, batch_size=1)
-    assert ran == []
-
-
 @models
 def test_weights_that_are_not_finite_raise_with_the_subject_s_name(name, tokenizer, caplog):
     model = tiny_model(name)
-    architecture = read_architecture(model)
-    architecture.down_projection(model, 2).weight.data[0, 0] = torch.nan
+    read_architecture(model).down_projection(model, 2).weight.data[0, 0] = torch.nan
     with (
         caplog.at_level(logging.ERROR),
         pytest.raises(ValueError, match=r"'Paris' -> 'London' is not finite at step 0\. Load the model in"),
     ):
-        optimize_values(LanguageModel(model, tokenizer, architecture), REQUESTS, [1], CONTEXTS, OPTIONS)
+        optimize(model, tokenizer, REQUESTS)

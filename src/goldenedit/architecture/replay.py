@@ -242,6 +242,13 @@ class Replayer:
         width = (batch.suffix.positions if self.way == "suffix" else batch.input_ids).shape[1]
         return torch.arange(len(batch.subject), device=batch.subject.device).repeat_interleave(width)
 
+    def from_subjects(self, batch: Batch) -> Tensor:
+        """Return which of the replayed tokens, flattened row by row, do not come before the subject's last one."""
+        if self.way in ("packed", "suffix"):
+            return torch.ones_like(self.rows(batch), dtype=torch.bool)
+        positions = torch.arange(batch.input_ids.shape[1], device=batch.subject.device)
+        return (positions >= batch.subject[:, None]).flatten()
+
     def __call__(self, captured: Capture) -> Tensor:
         """Return the logits at the positions read, `(M, V)`."""
         return self._ways[0][1](captured)

@@ -53,7 +53,7 @@ class PreparedFacts:
         values: Results of the value optimization.
         vectors: The modules whose outputs were optimized, see `Editor.vectors`.
         method: The editor under whose change the values were optimized; None if they were added at the subjects.
-        detectors: `(N, m, d_in)`, the detector of each subject under that editor; None without one.
+        detectors: By layer `(N, d_in)`, the detector of each subject under that editor; None without one.
     """
 
     lm: LanguageModel
@@ -63,7 +63,7 @@ class PreparedFacts:
     values: Values
     vectors: tuple[str, ...]
     method: str | None = None
-    detectors: Tensor | None = None
+    detectors: Sequence[Tensor] | None = None
     _contrasts: dict[tuple[object, ...], list[list[Tensor] | None]] = field(default_factory=dict, repr=False)
     _keys: dict[tuple[object, ...], dict[int, list[FactKeys]]] = field(default_factory=dict, repr=False)
 
@@ -118,7 +118,7 @@ class PreparedFacts:
             problem = Problem([keys[subject] for subject in subjects], residuals, statistics[layer], previous=previous)
             change: LowRankDelta | Tensor
             if self.detectors is not None and config.method == self.method:
-                change = LowRankDelta(self.detectors[subjects, index].float(), residuals)
+                change = LowRankDelta(self.detectors[index][subjects].float(), residuals)
             else:
                 change = config.solve(problem)
             self._check_change(
@@ -367,8 +367,8 @@ def detectors(
     statistics: Mapping[int, KeyStatistics],
     remembered: Mapping[str, Tensor],
     together: bool,
-) -> Tensor:
-    """Return the detectors of each subject, `(N, m, d_in)`: its edit adds the value times detector times key.
+) -> list[Tensor]:
+    """Return the detectors of each subject, by layer `(N, d_in)`: its edit adds the value times detector times key.
 
     All editors that insert values are linear in them, `Delta = V D`. So `D` is their change for unit vectors as values.
     It does not depend on the values at the first layer, because an edit does not change the keys of its own layer. At
@@ -387,7 +387,7 @@ def detectors(
             for members in ([facts] if together else [[fact] for fact in facts])
         ]
         solved.append(torch.cat([change if isinstance(change, Tensor) else change.dense() for change in changes]))
-    return torch.stack(solved, 1)
+    return solved
 
 
 def _batch_size(lm: LanguageModel, subjects: Sequence[SubjectRows], layers: Sequence[int]) -> int:

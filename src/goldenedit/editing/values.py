@@ -152,7 +152,7 @@ def optimize_values(
     layers: Sequence[int],
     options: ValueOptions,
     batch_size: int = 8,
-    detectors: Tensor | None = None,
+    detectors: Sequence[Tensor] | None = None,
     flatness: Tensor | None = None,
 ) -> Values:
     """Optimize the values of all subjects, up to `batch_size` of them in one batch. The subjects stay independent.
@@ -163,8 +163,8 @@ def optimize_values(
         options: Constants. If `vectors` names attention, its outputs are optimized too, and only the values of the
             MLPs are returned (PMET).
         batch_size: Largest number of subjects of a batch.
-        detectors: `(N, m, d_in)`. The delta of a subject is then not added at its last token but as the finished edit
-            adds it: at each token, from there on, times the product of its detector and the key.
+        detectors: By layer `(N, d_in)`. The delta of a subject is then not added at its last token but as the finished
+            edit adds it: at each token, from there on, times the product of its detector and the key.
         flatness: `(sites, d_model, d_model)`, see `_descent`.
 
     Raises:
@@ -188,7 +188,7 @@ def optimize_values(
         groups = split(order, padded)
         while groups:
             members = groups.pop(0)
-            found = None if detectors is None else detectors[members]
+            found = None if detectors is None else [of_layer[members] for of_layer in detectors]
             group = _Group(lm, [subjects[index] for index in members])
             results.append(_optimize(lm, group, layers, options, found, flatness))
             progress.update(len(members))
@@ -311,7 +311,7 @@ def _optimize(
     group: _Group,
     layers: Sequence[int],
     options: ValueOptions,
-    detectors: Tensor | None,
+    detectors: Sequence[Tensor] | None,
     flatness: Tensor | None,
 ) -> Values:
     """Optimize the values of one batch."""
@@ -323,7 +323,8 @@ def _optimize(
     )
     replay = Replayer(lm.model, lm.architecture, layers[0])
     count, every = len(group.subjects), torch.arange(len(group.owners), device=group.owners.device)
-    edited = _Edited(replay, sites, None if detectors is None else detectors.to(whole.hidden.device))
+    device = whole.hidden.device
+    edited = _Edited(replay, sites, None if detectors is None else [found.to(device) for found in detectors])
 
     values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
     v0_norm = torch.stack([group.per_subject(every, group.shares * norms) for norms in values.norm(dim=-1).T], 1)
@@ -439,11 +440,11 @@ class _Edited:
 
     Args:
         sites: The modules whose outputs change.
-        detectors: `(N, sites, d_in)`. A delta is added at each token, times the product of its detector and the input
-            of the site there. None: it is added at the subject's last token.
+        detectors: By site `(N, d_in)`. A delta is added at each token from the subject's last one on, times the product
+            of its detector and the input of the site there. None: it is added at the subject's last token.
     """
 
-    def __init__(self, replay: Replayer, sites: Sequence[nn.Module], detectors: Tensor | None) -> None:
+    def __init__(self, replay: Replayer, sites: Sequence[nn.Module], detectors: Sequence[Tensor] | None) -> None:
         self.replay, self.sites, self.detectors = replay, sites, detectors
 
     def __call__(self, captured: Capture, delta: Tensor, owners: Tensor) -> Tensor:
@@ -458,8 +459,9 @@ class _Edited:
             adding_deltas = adding({site: (tokens, delta[owners, index]) for index, site in enumerate(self.sites)})
         else:
             owners = owners[self.replay.rows(captured.batch)]
+            delta = delta[owners] * self.replay.from_subjects(captured.batch)[:, None, None]
             adding_deltas = adding_products(
-                {site: (self.detectors[owners, index], delta[owners, index]) for index, site in enumerate(self.sites)}
+                {site: (self.detectors[index][owners], delta[:, index]) for index, site in enumerate(self.sites)}
             )
         with adding_deltas:
             return self.replay(captured)
