@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,8 @@ from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
 from goldenedit.requests import ChatText
 from goldenedit.storage.fingerprint import Hashed
+
+_FLAT_TOKENS = 2_000  # of text for output gradients of editors that insert values, which need them coarsely
 
 
 class LanguageModel(TokenizedModel):
@@ -114,6 +117,8 @@ class LanguageModel(TokenizedModel):
         plain = config.editor.vectors == ("mlp",) and config.editor.reads_statistics
         if not config.editor.reads_output_gradients and not (inserts and possible and plain):
             return {}
+        if inserts:
+            config = replace(config, covariance_tokens=min(config.covariance_tokens, _FLAT_TOKENS))
         options = _statistics_options(config)
         missing = [layer for layer in layers if (layer, *options) not in self._output_gradients]
         if missing:
