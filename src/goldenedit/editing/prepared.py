@@ -355,7 +355,8 @@ def flat_directions(moments: Sequence[Tensor], ridge: float = 0.1) -> Tensor:
     for moment in moments:
         G = moment.double()
         eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
-        inverses.append(torch.linalg.inv(G / G.diagonal().mean() + ridge * eye).float())
+        mean = G.diagonal().mean().clamp_min(torch.finfo(G.dtype).tiny)  # 0 of a model that is certain of its text
+        inverses.append(torch.linalg.inv(G / mean + ridge * eye).float())
     return torch.stack(inverses)
 
 

@@ -28,7 +28,10 @@ _OLD_CARD = re.compile(
     re.DOTALL,
 )
 _PLACEHOLDER = "path/to/this/folder"
-_VALUE_CONSTANTS = ("contexts", "context_length", "steps", "lr", "kl_factor", "weight_decay", "clamp", "stop_loss")
+_VALUE_CONSTANTS = (
+    *("phrasings", "contexts", "context_length", "kept_questions", "kept_factor", "kl_factor", "weight_decay"),
+    *("steps", "optimizer", "lr", "flat_directions", "clamp", "stop_loss"),
+)
 _COVARIANCE = ("covariance", "covariance_tokens", "ridge")  # shown in a row of their own
 
 
