@@ -81,8 +81,8 @@ def kept_row(lm: LanguageModel, prompt: str, subject: str, answer: Continuation)
     """Return a prompt with the model's own answer, read from the prompt's end on."""
     text = prompt + answer.text
     text = ChatText(text) if isinstance(prompt, ChatText) else text
-    places = subject_places(str(text), subject) or subject_places(str(text), f"{subject[0].lower()}{subject[1:]}")
-    end = places[0] + len(subject)
+    name = spelled(prompt, subject)
+    end = subject_places(str(prompt), name)[0] + len(name)
     whole = encode(lm.tokenizer, text, None, end, lm.max_length)
     begun = encode(lm.tokenizer, prompt, None, end, lm.max_length)
     return replace(whole, kept=tuple(range(begun.last, max(whole.last, begun.last + 1))))
