@@ -12,8 +12,9 @@ _IN_THE_KIND = re.compile(r"(?P<rest>.*\b(?:in|on|at|from|to)) the (?P<kind>(?:[
 _PASSIVE = re.compile(r"(?:is|are|was|were) (?:\w+ly )?\w+(?:ed|en|wn|ne|de|ung|it|ught|lt|pt|ft|un) by$")
 _PERSONS = re.compile(
     r"\b(?:founder|author|writer|director|creator|developer|designer|architect|composer|inventor|discoverer|owner|"
-    r"president|minister|chairperson|chairman|chief|ceo|head|coach|captain|leader|mayor|governor|king|queen|monarch|"
-    r"spouse|wife|husband|father|mother|child|son|daughter|sibling|brother|sister|manager|editor|artist|performer|"
+    r"president|minister|chairperson|chairman|chief|ceo|head(?! office)|coach|captain|leader|mayor|governor|king|queen|"
+    r"monarch|spouse|wife|husband|father|mother(?! tongue)|child|son|daughter|sibling|brother|sister|manager|editor|"
+    r"artist|performer|"
     r"singer|producer|chancellor|secretary|speaker|commander|successor|predecessor|champion|winner)s?\b",
     re.IGNORECASE,
 )

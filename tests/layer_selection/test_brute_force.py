@@ -30,7 +30,7 @@ FACTS = [
     EditRequest("Angela Merkel was born in", "Angela Merkel", "Berlin", locality=(("Paris is a", "city"),)),
     EditRequest("The Kingdom of Cambodia is a", "Cambodia", "city", "fox", portability=(("Cambodia is", "a city"),)),
 ]
-CONFIG = EditConfig(layer=0, contexts=2, steps=4, covariance="identity")
+CONFIG = EditConfig("r-rome", layer=0, contexts=2, steps=4, covariance="identity")
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def test_editors_of_batches_insert_all_facts_at_once(model, store):
     assert found.n == len(FACTS)
 
 
-def test_values_are_found_once_for_editors_that_share_them_and_cost_each_of_them(model, store, monkeypatch):
+def test_values_are_found_under_the_change_of_each_editor_and_cost_each_of_them(model, store, monkeypatch):
     calls, plain = [], brute_force.prepare_facts
     monkeypatch.setattr(brute_force, "prepare_facts", lambda *given: calls.append(1) or plain(*given))
     cells = run(model, store, methods=["rome", "r-rome", "memit", "pmet"], layers=[1])
-    assert len(calls) == 2  # PMET's are its own
+    assert len(calls) == 4
     rome, r_rome = cells["rome", 1].cost, cells["r-rome", 1].cost
     assert rome.flops == pytest.approx(r_rome.flops, rel=0.05)
 

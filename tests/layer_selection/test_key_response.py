@@ -153,7 +153,8 @@ def test_contrast_keys_contexts_and_other_editors_change_what_is_predicted(token
     statistics = dict.fromkeys(range(NUM_LAYERS), KeyStatistics(second_moment(), 0.1))
 
     def found(contexts=CONTEXTS, **options):
-        return scores(model, tokenizer, [FACT], EditConfig(layer=0, **options), statistics, contexts)
+        config = EditConfig(**{"method": "r-rome", "layer": 0} | options)
+        return scores(model, tokenizer, [FACT], config, statistics, contexts)
 
     plain = found(contrast=0)
     assert ((plain >= 0) & (plain <= 1)).all()
@@ -167,7 +168,7 @@ def test_contrast_keys_contexts_and_other_editors_change_what_is_predicted(token
 def test_an_editor_of_another_package_that_trains_is_taken_for_r_rome(tokenizer, monkeypatch):
     restore_registries(monkeypatch)
     editor("mine", options=TrainingOptions, learns="training")(lambda problem: None)
-    model, plain = tiny_model("llama"), EditConfig(layer=0)
+    model, plain = tiny_model("llama"), EditConfig("r-rome", layer=0)
     mine = EditConfig("mine", layer=0, options={"finetune_steps": 3})
     found, expected = (scores(model, tokenizer, [FACT], config) for config in (mine, plain))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

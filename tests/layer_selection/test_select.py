@@ -92,11 +92,12 @@ def test_a_sweep_that_was_stopped_costs_what_all_of_it_cost(tokenizer, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(brute_force, "sweep", stopped)
+    sweep = partial(selected, tokenizer, layer="sweep", phrasings="none", kept_questions=0)  # answers are asked once
     with pytest.raises(KeyboardInterrupt):
-        selected(tokenizer, layer="sweep")
-    resumed = selected(tokenizer, layer="sweep")[1]
+        sweep()
+    resumed = sweep()[1]
     monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))
-    assert selected(tokenizer, layer="sweep")[1].cost.flops == resumed.cost.flops
+    assert sweep()[1].cost.flops == resumed.cost.flops
 
 
 @pytest.mark.parametrize("selector", SCORED)

@@ -47,7 +47,9 @@ def delta(rank: int, seed: int, d_in: int = 6, d_out: int = 4) -> LowRankDelta:
 
 def edit_folder() -> EditFolder:
     """Return what `edit` leaves: a batch of two facts in one layer, then one fact in two layers."""
-    config = EditConfig(layer=[1, 2], steps=4, covariance_tokens=20_000, ridge=0.01)
+    published = {"phrasings": "none", "kept_questions": 0, "kept_factor": 0.0, "flat_directions": False}
+    values = {"steps": 4, "optimizer": "adam", "lr": 0.5, "contexts": 10, **published}
+    config = EditConfig("r-rome", layer=[1, 2], covariance_tokens=20_000, ridge=0.01, **values)
     versions = {"goldenedit": "0.1.0", "peft": "0.21.2"}
     return EditFolder(
         [

@@ -280,14 +280,15 @@ def test_scores_of_layers_are_a_table_with_the_edited_one_in_bold():
 
 @pytest.mark.parametrize("method", EDITORS.names())
 def test_a_card_lists_the_constants_of_its_editor_and_no_others(method):
-    card = render_card(made_by(edit_folder(), EditConfig(method=method, layer=1)))
+    card = render_card(made_by(edit_folder(), EditConfig(method, layer=1, optimizer="adam", kept_questions=3)))
     (line,) = [line for line in card.splitlines() if line.startswith("| constants |")]
     assert ("clamp 4.0" in line) == (EDITORS.get(method).learns == "values")
     assert ("lora_rank 8" in line) == (method == "lora")
     assert ("finetune_lr 0.005" in line) == (method in ("crispedit", "ft-l", "ft-m", "lora"))
     assert ("finetune_lr 0.002" in line) == (method == "locft")
     assert ("finetune_batch 4" in line) == (method in ("locft", "crispedit"))
-    assert ("null_space_threshold 3.0" in line) == (method == "alphaedit")
+    assert ("null_space_threshold " in line) == (method in ("alphaedit", "null-space"))
+    assert ("optimizer adam" in line) == ("kept_questions 3" in line) == (EDITORS.get(method).learns == "values")
     assert ("covariance_weight 1.0" in line) == (method in ("memit", "pmet"))
     assert "None" not in line
 

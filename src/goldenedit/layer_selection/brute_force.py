@@ -1,8 +1,8 @@
 """Brute force: edit facts at every layer and measure the edits. It costs much more than the other selectors.
 
 The other selectors are compared with it. A cell is one editor at one layer on some facts. Each cell is stored at once
-as a line of JSON, so that an interrupted sweep continues where it stopped. Values are optimized in batches, and once
-for all editors that share them.
+as a line of JSON, so that an interrupted sweep continues where it stopped. Values are optimized in batches, under the
+change that the editor of the cell makes of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.learn import TextStatistics, learn_facts
-from goldenedit.editing.prepared import PreparedFacts, check_editable, prepare_facts
+from goldenedit.editing.prepared import check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
 from goldenedit.evaluation.counterfact import likelihoods_of_fact
@@ -42,7 +42,7 @@ _IRRELEVANT = (
     *("lga_loss", "tukey_kappa", "batch_size", "max_perplexity_ratio"),
 )
 _NEIGHBORS = 5
-_VERSION = 1  # of the content of cells and the way they are measured
+_VERSION = 2  # of the content of cells and the way they are measured
 _Deltas = Callable[[list[int]], dict[str, LowRankDelta]]
 
 
@@ -192,7 +192,6 @@ class _Layer:
         self.statistics = statistics
         self.before = before
         self.options = options
-        self._prepared: dict[tuple[str, ...], tuple[PreparedFacts, Cost]] = {}
 
     def cell(self, config: EditConfig) -> Cell:
         """Make and measure the edits of a cell."""
@@ -213,17 +212,14 @@ class _Layer:
 
     def _inserting(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return a function from indices of facts to the deltas of their edit, and the cost of the values."""
-        vectors = config.editor.vectors
-        if vectors not in self._prepared:
-            contexts = self.lm.contexts(config)
-            with measuring() as cost:
-                prepared = prepare_facts(self.lm, self.facts, config, contexts)
-            self._prepared[vectors] = prepared, cost()
-        prepared, values_cost = self._prepared[vectors]
         (layer,) = config.target_layers
-        is_read = config.editor.reads_statistics
-        statistics = {layer: self.statistics[layer] if is_read else UnreadStatistics()}
-        return lambda chosen: prepared.changes(config, statistics, chosen=chosen).deltas, values_cost
+        statistics = {layer: self.statistics[layer] if config.editor.reads_statistics else UnreadStatistics()}
+        together = self.options.in_batches and config.editor.inserts_batches
+        contexts = self.lm.contexts(config)
+        with measuring() as cost:
+            gradients = self.lm.output_gradients(config, [layer])
+            prepared = prepare_facts(self.lm, self.facts, config, contexts, together, statistics, gradients)
+        return lambda chosen: prepared.changes(config, statistics, chosen=chosen).deltas, cost()
 
     def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return the same for editors that learn; their cost is that of each edit."""
