@@ -16,6 +16,7 @@ from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.experts import expert_matrices, fused_parameter, is_fused
 from goldenedit.architecture.hooks import recording
 from goldenedit.editing.prepared import prepare_facts
+from goldenedit.editing.values import Values
 from goldenedit.layer_selection import lga_scores
 from goldenedit.lm.tokens import encode
 from zoo import TARGET_MODULES, zoo_model
@@ -89,8 +90,7 @@ def conform(
     ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
     before = _logits(model, ids)
     original = copy.deepcopy(model)
-    contexts = edited.lm.contexts(config)
-    values = prepare_facts(edited.lm, FACTS[:1], config, contexts).values
+    values = _values(edited, config)
     found.replay = values.replay
     edit = edited.edit(FACTS[0])
 
@@ -117,6 +117,7 @@ def conform(
 def _config(model: PreTrainedModel, target_modules: str | None) -> EditConfig:
     layers = read_architecture(model, target_modules).down_projections
     return EditConfig(
+        "r-rome",  # with an anchor, so that the key of the bare prompt is mapped to its value exactly
         layer=list(layers)[(len(layers) - 1) // 2],
         target_modules=target_modules,
         contexts=3,
@@ -125,7 +126,18 @@ def _config(model: PreTrainedModel, target_modules: str | None) -> EditConfig:
         clamp=20.0,
         stop_loss=1e-6,
         covariance_tokens=100,
+        phrasings="none",
+        kept_questions=0,
+        optimizer="adam",
+        lr=0.5,
+        flat_directions=False,
     )
+
+
+def _values(edited: EditModel, config: EditConfig) -> Values:
+    """Return the values that an edit of the first fact inserts."""
+    statistics = edited.lm.statistics(config, config.target_layers)
+    return prepare_facts(edited.lm, FACTS[:1], config, edited.lm.contexts(config), True, statistics).values
 
 
 def half_precision(
@@ -140,8 +152,7 @@ def half_precision(
     edited = EditModel(model, config, tokenizer)
     ids = torch.tensor([encode(tokenizer, FACTS[0].text).input_ids])
     before = _logits(model, ids)
-    contexts = edited.lm.contexts(config)
-    values = prepare_facts(edited.lm, FACTS[:1], config, contexts).values
+    values = _values(edited, config)
     edited.edit(FACTS[0])
     with edited.disable_adapter():
         if not torch.equal(_logits(edited, ids), before):

@@ -291,3 +291,44 @@ def test_equal_requests_are_united_with_all_that_each_of_them_says():
     joined = EditRequest("巴黎在", "巴黎", "罗马", joint="")
     (united,) = distinct([joined, EditRequest("巴黎在", "巴黎", "罗马", "法国", joint="")])
     assert united.target_true.joint == united.target_new.joint == ""
+
+
+def test_the_first_of_several_prompts_is_the_prompt():
+    request = EditRequest(subject="Peru", target_new="Asia", prompts=["{} is in", "The continent of {} is"])
+    assert request.prompt == "{} is in"
+    assert request.text == "Peru is in"
+    assert request.prompts == ("The continent of Peru is",)
+    assert request == EditRequest("{} is in", "Peru", "Asia", prompts=("The continent of {} is",))
+    assert request.prompt_key == EditRequest("Peru is in", "Peru", "Asia").prompt_key
+
+
+def test_messages_are_not_replaced_by_further_prompts():
+    messages = [{"role": "user", "content": "Where is {}?"}]
+    request = EditRequest(subject="Peru", target_new="Asia", messages=messages, prompts=["What has {}?"])
+    assert request.prompt is None
+    assert request.prompts == ("What has Peru?",)
+
+
+@pytest.mark.parametrize("prompt", [None, "{} is in"])
+def test_each_of_several_prompts_must_name_the_subject(prompt):
+    prompts = [*([] if prompt else ["{} is in"]), "The continent of Chile is"]
+    with pytest.raises(ValueError, match=r"'Peru' is not in 'The continent of Chile is', one of EditRequest\.prompts"):
+        EditRequest(prompt, "Peru", "Asia", prompts=prompts)
+
+
+def test_a_further_prompt_may_spell_the_subject_in_its_own_way():
+    request = EditRequest("{} is in", "The Louvre", "Asia", prompts=["One finds the Louvre in"])
+    assert request.prompts == ("One finds the Louvre in",)
+
+
+@pytest.mark.parametrize("prompts", ["{} is in", [""], [3], None, {"{} is in"}])
+def test_prompts_must_be_a_list_of_texts(prompts):
+    with pytest.raises(ValueError, match=r"EditRequest\.prompts must be a list of non-empty strings"):
+        EditRequest("Peru is in", "Peru", "Asia", prompts=prompts)
+
+
+def test_prompts_survive_json():
+    request = EditRequest(subject="Peru", target_new="Asia", prompts=["{} is in", "The continent of {} is"])
+    assert EditRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    record = {"subject": "Peru", "target_new": "Asia", "prompts": ["{} is in", "The continent of {} is"]}
+    assert EditRequest.from_dict(record) == request

@@ -8,7 +8,7 @@ from typing import Any
 
 from goldenedit.formats.fields import Field, Format, Names
 
-_TEXTS = ("paraphrases", "neighborhood", "generation")
+_TEXTS = ("prompts", "paraphrases", "neighborhood", "generation")
 _PAIRS = ("portability", "locality")
 LISTS = (*_TEXTS, *_PAIRS, "aliases")
 FIELDS = (
@@ -53,7 +53,8 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if known in values:
             raise ValueError(f"The fields {values[known].path!r} and {name!r} mean the same. Keep one of them.")
         values[known] = field
-    for name in ("messages" if "messages" in values else "prompt", "subject", "target_new"):
+    taught = next((name for name in ("messages", "prompt", "prompts") if name in values), "prompt")
+    for name in (taught, "subject", "target_new"):
         if name not in values:
             raise ValueError(f"The field {name!r} is missing or empty. The record has {sorted(map(str, record))}.")
     return [_request(values)]
