@@ -17,8 +17,10 @@ from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.audit import audit
 from goldenedit.devices import execution_device, input_device, onloaded_parameter
-from goldenedit.editing.values import ValueOptions, optimize_values
+from goldenedit.editing.rows import subject_rows
+from goldenedit.editing.values import KeptRow, ValueOptions, optimize_values
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import encode
 from goldenedit.storage.fingerprint import fingerprint, weight_hashes
 from models import NUM_LAYERS, tiny_model
 
@@ -192,7 +194,7 @@ def test_an_edit_is_the_same_however_the_model_runs(run, tokenizer, tmp_path, mo
     found = []
     for part, prepare in (("plain", lambda model: model), (run, RUNS[run])):
         monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / part))
-        own = config(layer="lga", proxy=[TOWER], covariance="sampled", covariance_tokens=300)
+        own = config(layer="lga", layer_pattern="golden", proxy=[TOWER], covariance="sampled", covariance_tokens=300)
         edited = get_edit_model(prepare(tiny_model("llama")), own, tokenizer)
         (delta,) = edited.edit(TOWER).deltas.values()
         found.append((own.layer_scores, delta.dense(), logits(edited.eval())))
@@ -252,11 +254,13 @@ class Transfers(TorchDispatchMode):
 def test_steps_of_the_optimization_wait_for_the_device_a_fixed_number_of_times(tokenizer):
     model = tiny_model("llama")
     lm = LanguageModel(model, tokenizer, read_architecture(model))
+    essence = KeptRow(encode(tokenizer, "Angela Merkel is a", None, len("Angela Merkel")), 0.0625)
+    subjects = [subject_rows(lm, [fact], ["", "Well. "], kept=[essence]) for fact in (TOWER, MERKEL)]
 
     def transfers(steps: int) -> int:
-        options = ValueOptions(steps, 0.1, 0.0625, 0.5, 4.0, 0.0)
+        options = ValueOptions(steps, lr=0.1, weight_decay=0.5, clamp=4.0, stop_loss=0.0)
         with Transfers() as mode:
-            optimize_values(lm, [TOWER, MERKEL], [1], ["", "Well. "], options)
+            optimize_values(lm, subjects, [1], options)
         return mode.found
 
     counts = [transfers(steps) for steps in (1, 2, 3, 4)]

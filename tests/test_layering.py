@@ -22,6 +22,7 @@ ORDER = (
     "parallel",
     "cost",
     "writing",
+    "questions",
     "subjects",
     "texts",
     "requests",

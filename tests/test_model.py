@@ -23,6 +23,8 @@ from torch import nn
 from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.adapters.layers import tuner_layers
 from goldenedit.cache import cache_dir
+from goldenedit.editing import prepared as prepared_module
+from goldenedit.editing.values import SubjectRows
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.tokens import encode
 from goldenedit.storage.folder import EditedFact, is_edit_name, write_edit_folder
@@ -289,6 +291,93 @@ def test_the_second_edit_is_made_beside_the_active_ones(edit_model, logits):
     edit_model.set_adapter([])
     edit_model.edit(MERKEL)
     assert edit_model.active_adapters == ["edit_2"]
+
+
+COLOR = EditRequest("The color of The Eiffel Tower is", "The Eiffel Tower", "fox")
+NEAR = EditRequest("I live near The Eiffel Tower", "The Eiffel Tower", "city", "work")  # a tiny model can learn it
+
+
+def test_facts_of_one_subject_in_one_call_are_one_adapter_of_rank_one(edit_model):
+    edit = edit_model.edit([TOWER, COLOR])
+    assert {delta.rank for delta in edit.deltas.values()} == {1}
+    assert [fact.request for fact in edit.facts] == [TOWER, COLOR]
+    assert edit_model.edit([MERKEL, replace(COLOR, target_new="dog")], name="two").deltas.popitem()[1].rank == 2
+
+
+@pytest.fixture
+def taking(base, tokenizer) -> EditModel:
+    """A model that an edit gives another answer, which takes a head with larger logits."""
+    base.lm_head.weight.data *= 4
+    return get_edit_model(base, config(layer=0, steps=40, clamp=50.0), tokenizer)
+
+
+@pytest.fixture
+def taught(monkeypatch) -> list[SubjectRows]:
+    """The rows of all subjects whose values are optimized."""
+    rows: list[SubjectRows] = []
+    plain = prepared_module.optimize_values
+
+    def keeping(lm, subjects, *others):
+        rows.extend(subjects)
+        return plain(lm, subjects, *others)
+
+    monkeypatch.setattr(prepared_module, "optimize_values", keeping)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("later", "facts"),
+    [
+        (COLOR, 2),  # the earlier fact is taught again
+        (replace(NEAR, target_new="Berlin"), 1),  # it is replaced
+        (replace(NEAR, target_new="work", target_true="city"), 1),  # the opposite
+        (MERKEL, 1),
+    ],
+    ids=["another fact", "the same prompt", "the opposite", "another subject"],
+)
+def test_a_later_edit_takes_earlier_facts_of_its_subject_up_and_leaves_no_trace_once_deleted(
+    taking, logits, taught, later, facts
+):
+    base = logits(taking)
+    assert taking.edit(NEAR).facts[0].takes
+    before = logits(taking)
+    assert [len(subject.answers) for subject in taught] == [1]
+    edit = taking.edit(later, name="later")
+    assert [len(subject.answers) for subject in taught[1:]] == [facts]
+    assert [fact.request for fact in edit.facts] == [later]
+    assert {delta.rank for delta in edit.deltas.values()} == {1}
+    assert differ(logits(taking), before)
+    taking.delete_adapter("later")
+    assert torch.equal(logits(taking), before)
+    taking.delete_adapter("edit_1")
+    assert torch.equal(logits(taking), base)
+
+
+def test_a_fact_of_an_edit_that_is_off_or_deleted_is_not_taken_up(taking, taught):
+    assert taking.edit(NEAR).facts[0].takes
+    taking.set_adapter([])
+    taking.edit(COLOR, name="color")
+    taking.delete_adapter("edit_1")
+    taking.delete_adapter("color")
+    taking.edit(COLOR, name="again")
+    assert [len(subject.answers) for subject in taught] == [1, 1, 1]
+
+
+def test_an_edit_that_was_deleted_and_is_made_again_is_the_same(edit_model, logits):
+    first = edit_model.edit(TOWER)
+    before = logits(edit_model)
+    edit_model.delete_adapter(first.name)
+    edit_model.edit(TOWER)
+    assert torch.equal(logits(edit_model), before)
+
+
+def test_several_prompts_of_a_call_are_one_request(tokenizer, logits):
+    prompts = [TOWER.text, "One finds The Eiffel Tower in"]
+    one, other = (get_edit_model(tiny_model("llama"), config(), tokenizer) for _ in range(2))
+    first = one.edit(prompts, subject=TOWER.subject, target_new="Rome")
+    second = other.edit(EditRequest(subject=TOWER.subject, target_new="Rome", prompts=prompts))
+    assert [fact.request for fact in first.facts] == [fact.request for fact in second.facts]
+    assert torch.equal(logits(one), logits(other))
 
 
 @pytest.mark.parametrize("deleted", ["edit_1", "merkel"])

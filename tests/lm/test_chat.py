@@ -233,7 +233,7 @@ def test_layers_are_compared_on_chats(chat, selector):
         WHOLE,
         EditRequest(**{**WHOLE.to_dict(), "messages": [{"role": "user", "content": "The Eiffel Tower is"}]}),
     ]
-    config = EditConfig(layer=selector, proxy=proxy, steps=2, contexts=2, covariance_tokens=300)
+    config = EditConfig(layer=selector, layer_pattern="golden", proxy=proxy, steps=2, contexts=2, covariance_tokens=300)
     model = EditModel(tiny_model("llama"), config, chat)
     assert model.select_layer() in range(3)
 
