@@ -32,6 +32,8 @@ REGULARIZERS = ("rect", "prune", "sphere", "nas")
 LAYER_PATTERNS = ("auto", "golden", "ladder", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
+OPTIMIZERS = ("normalized", "adam")
+_AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
 
 
 @dataclass(repr=False)
@@ -117,7 +119,7 @@ class EditConfig(
     kept_factor: float = option(3.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
     contexts: int = option(6, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
     context_length: int = option(10, help="Number of tokens of each sampled prefix.", least=1, whole=True)
-    steps: int = option(25, help="Largest number of steps of the value optimization.", least=1, whole=True)
+    steps: int = option(40, help="Largest number of steps of the value optimization.", least=1, whole=True)
     optimizer: str = field(
         default="normalized",
         metadata={
@@ -129,10 +131,10 @@ class EditConfig(
         0.15, help="Learning rate of the value optimization; of 'normalized' in units of ||v0||.", above=0.0
     )
     flat_directions: bool = field(
-        default=True,
+        default=False,
         metadata={
             "help": "Whether values grow along directions that other text is not sensitive to, measured by gradients "
-            "on the text of the key covariance. False in the papers."
+            "on the text of the key covariance."
         },
     )
     kl_factor: float = option(0.0625, help='Weight of the KL divergence on "{subject} is a".', least=0.0)
@@ -209,6 +211,7 @@ class EditConfig(
         _check_choice("lga_loss", self.lga_loss, LGA_LOSSES)
         _check_choice("layer_pattern", self.layer_pattern, LAYER_PATTERNS)
         _check_choice("phrasings", self.phrasings, PHRASINGS)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         self._check_layers()
         if self.regularizer is not None:
             _check_choice("regularizer", self.regularizer, REGULARIZERS, "None")
@@ -454,6 +457,8 @@ class EditConfig(
         if unknown := sorted(set(record) - set(known)):
             raise ValueError(f"Unknown options {unknown} in EditConfig. Its options are {known}.")
         values = dict(record)
+        if {"lr", "contexts", "method"} <= set(record) and "optimizer" not in record:  # saved before these options
+            values = {**_AS_PUBLISHED, **values}
         if values.get("tukey_kappa") == "inf":
             values["tukey_kappa"] = math.inf
         return cls(**values)
@@ -475,7 +480,7 @@ class EditConfig(
         }
         if not missing:
             return cls.from_dict(record)
-        if "layer" in missing and record.get("layer_pattern", "golden") != "golden":
+        if "layer" in missing and record.get("layer_pattern", "auto") not in ("auto", "golden"):
             missing["layer_pattern"] = record["layer_pattern"]
         if "method" in missing:
             if not isinstance(options := record.get("options", {}), Mapping):

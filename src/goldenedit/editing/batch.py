@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import Changes, check_editable, prepare_subjects, subject_texts
+from goldenedit.editing.wordings import spelled
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.perplexity import perplexity, sample_texts
@@ -45,7 +47,7 @@ def changes_of_batch(
         with without_edits():
             text = TextStatistics.read_by(lm, config)
         with phase("training"):
-            return learn_facts(lm, [rendered(lm.tokenizer, request) for request in requests], config, remembered, text)
+            return _learned(lm, requests, config, remembered, text)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         statistics = lm.statistics(config, config.target_layers)
@@ -65,6 +67,26 @@ def changes_of_batch(
             )
     with phase("solve"):
         return prepared.changes(config, statistics, remembered)
+
+
+def _learned(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    remembered: Mapping[str, Tensor],
+    text: TextStatistics,
+) -> Changes:
+    """Return the changes of an editor that learns. Further prompts of a request are learned as facts of their own."""
+    further = [
+        replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
+        for request in requests
+        if request.messages is None
+        for prompt in request.prompts
+    ]
+    rows = [rendered(lm.tokenizer, request) for request in [*requests, *further]]
+    changes = learn_facts(lm, rows, config, remembered, text)
+    count = len(requests)
+    return replace(changes, probability_before=changes.probability_before[:count], steps=changes.steps[:count])
 
 
 def check_perplexity(

@@ -182,9 +182,8 @@ def warn_of_lost_facts(lost: Sequence[EditedFact]) -> None:
     ]
     count = len(lost[_MOST_WARNINGS:])
     logger.warning(
-        "The new edit loses %d fact%s of other active edits: %s%s. Edit them together with the new facts in one batch: "
-        "facts about one subject share a key, so a later edit of it overwrites an earlier one. Or try another layer "
-        "(EditConfig.layer) or another editor (EditConfig.method).",
+        "The new edit loses %d fact%s of other active edits: %s%s. Edit them together with the new facts in one batch, "
+        "or try another layer (EditConfig.layer) or another editor (EditConfig.method).",
         len(lost),
         "" if len(lost) == 1 else "s",
         ", ".join(named),

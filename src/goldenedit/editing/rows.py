@@ -15,7 +15,7 @@ from goldenedit.lm.chat import conversation, rendered
 from goldenedit.lm.decoding import Continuation
 from goldenedit.lm.tokens import Row, encode, encode_request
 from goldenedit.requests import ChatText, EditRequest
-from goldenedit.subject_questions import kind_of, other_questions
+from goldenedit.subject_questions import ANY, kind_of, other_questions
 from goldenedit.subjects import subject_places
 
 _KEPT_TOKENS = 10  # of an answer that must stay the same
@@ -41,15 +41,16 @@ def kept_rows(lm: LanguageModel, subjects: Sequence[Sequence[EditRequest]], conf
         lm: The unedited model.
         subjects: By subject, the facts that are edited, as the user wrote them.
     """
-    kinds = kind_of(lm, [facts[0].subject for facts in subjects]) if config.kept_questions else []
-    prompts = [_other_prompts(lm.tokenizer, facts, kind, config) for facts, kind in zip(subjects, kinds, strict=False)]
+    names = [facts[0].subject for facts in subjects]
+    kinds = kind_of(lm, names) if config.kept_questions else [ANY] * len(names)
+    prompts = [_other_prompts(lm.tokenizer, facts, kind, config) for facts, kind in zip(subjects, kinds, strict=True)]
     answers = iter(lm.answers([prompt for of_subject in prompts for prompt in of_subject], _KEPT_TOKENS, None))
     rows: list[list[KeptRow]] = []
     for index, facts in enumerate(subjects):
         subject = facts[0].subject
         essence = encode(lm.tokenizer, f"{subject} is a", None, len(subject), lm.max_length)
         of_subject = [KeptRow(essence, config.kl_factor)]
-        for prompt in prompts[index] if prompts else ():
+        for prompt in prompts[index]:
             row = kept_row(lm, prompt, subject, next(answers))
             of_subject.append(KeptRow(row, config.kept_factor / len(prompts[index])))
         rows.append(of_subject)

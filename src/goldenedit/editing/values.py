@@ -45,7 +45,6 @@ from goldenedit.lm.tokens import Row, pad, target_ids
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ("normalized", "adam")
 _MOST_TIMES = 4  # a subject with several facts takes so many times the steps of one fact
 _HARDEST = 20.0  # nats: no wording weighs more for being further off than this
 _MOMENTUM = 0.7

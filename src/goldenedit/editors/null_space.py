@@ -6,7 +6,7 @@ optimization (`flat_directions`); this is the part of the detector `d`. As in Al
 the null space of `C`, spanned by the columns of `U`. In it, it is the ridge regression that responds with 1 to the
 subject's key in each of its n wordings:
 
-    d = argmin  1/n sum_i (d . k_i - 1)^2 + ridge ||d||^2   over  d = U x
+    d = argmin  sum_i (d . k_i - 1)^2 + ridge ||d||^2   over  d = U x
 
 With N subjects, each detector responds with 0 to the keys of the other subjects. A ridge shortens `d` and the response:
 values that are optimized under the change make up for that.
@@ -36,10 +36,10 @@ from goldenedit.editors.record import editor
     pattern="ladder",
 )
 def null_space_insertion(problem: Problem) -> LowRankDelta:
-    """Return `Delta = R D` with `D = T^T (K^T K W)^-1`, in the coordinates of the null space.
+    """Return `Delta = R D` with `D^T = U (K K^T + ridge I)^-1 K T`.
 
-    `K`, `(n, M)`, holds the keys of all wordings of all subjects, `W` the weight of each, `T`, `(M, N)`, says whose key
-    each is: `D^T = U (K W K^T + ridge I)^-1 K W T`.
+    `K`, `(n, M)`, holds the keys of all wordings of all subjects in the coordinates of the null space. `T`, `(M, N)`,
+    is 1 where a key is the subject's, else 0.
 
     Raises:
         ValueError: No eigenvalue is below the threshold.
@@ -47,16 +47,14 @@ def null_space_insertion(problem: Problem) -> LowRankDelta:
     keys = [fact.mean[:, None] if fact.every is None else fact.every for fact in problem.facts]
     K = torch.cat(keys, 1).double()
     owners = torch.cat([torch.full((of.shape[1],), index) for index, of in enumerate(keys)])
-    weights = torch.cat([K.new_full((of.shape[1],), 1 / of.shape[1]) for of in keys])
     statistics = problem.text_statistics
     U = None if statistics.second_moment is None else null_space(statistics, problem.options.null_space_threshold)
     K = K if U is None else U.T @ K.to(U)
     # By the push-through identity: an M x M system, whatever the width of the keys.
-    scaled = K * weights.to(K).sqrt()
-    gram = scaled.T @ scaled
+    gram = K.T @ K
     gram.diagonal().add_(problem.options.null_space_ridge)
     targets = torch.zeros(len(owners), len(keys), dtype=K.dtype, device=K.device)
-    targets[torch.arange(len(owners)), owners] = weights.to(K).sqrt()
-    D = scaled @ torch.linalg.solve(gram, targets)
+    targets[torch.arange(len(owners)), owners] = 1.0
+    D = K @ torch.linalg.solve(gram, targets)
     D = D if U is None else U @ D
     return LowRankDelta(D.T.float().cpu(), problem.fact_residuals.float())
