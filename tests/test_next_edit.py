@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 
 from goldenedit import get_edit_model
 from models import NUM_LAYERS, tiny_model
-from tiny_edits import MERKEL, TOWER
-from tiny_edits import fast_config as config
+from tiny_edits import MERKEL, TOWER, fast_config
 
 # What stock PEFT 0.21 calls and says when an adapter is added to a model of transformers 5 that has no name.
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 
 FACTS = [TOWER, MERKEL]
+config = partial(fast_config, method="r-rome")
 DOWN = "model.layers.{}.mlp.down_proj"
 
 
