@@ -352,6 +352,8 @@ def test_memory_is_that_of_the_active_edits(tokenizer):
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("method", ["r-rome", "memit", "ft-m"])
 def test_a_regularizer_changes_the_update_and_tells_what_storing_it_costs(regularizer, method, tokenizer):
+    if regularizer == "nas" and method == "ft-m":
+        pytest.skip("this regularizer is of editors that insert values")
     changes = {}
     for name in (None, regularizer):
         model = get_edit_model(tiny_model("llama"), config(method, regularizer=name, clamp=40.0), tokenizer)

@@ -584,10 +584,10 @@ def test_every_edit_remembers_how_it_was_made(edit_model, tokenizer, tmp_path):
     edit_model.save_pretrained(tmp_path / "both")
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "both", tokenizer=tokenizer)
     assert [(edit.config.method, edit.config.target_layers) for edit in again.edits.values()] == [
-        ("r-rome", [1]),
+        ("null-space", [1]),
         ("memit", [0]),
     ]
-    assert "2 facts changed by r-rome, memit at layers 0, 1" in (tmp_path / "both" / "README.md").read_text()
+    assert "2 facts changed by null-space, memit at layers 0, 1" in (tmp_path / "both" / "README.md").read_text()
     assert again.merge_and_unload().config.golden_layers == [0, 1]
 
 
@@ -947,13 +947,15 @@ def test_a_failed_batch_keeps_the_edits_before_it(two_edits, logits):
 
 
 def test_lga_fills_the_layer_and_its_scores_and_keeps_them(base, tokenizer):
-    first = get_edit_model(base, config(layer="lga", proxy=FACTS), tokenizer).edit_config
+    options = config(layer="lga", layer_pattern="golden", proxy=FACTS)
+    first = get_edit_model(base, options, tokenizer).edit_config
     assert len(first.layer_scores) == NUM_LAYERS
     assert first.target_layer in range(NUM_LAYERS)
     (path,) = (cache_dir() / "layer_scores").iterdir()
     assert json.loads(path.read_text())["scores"] == first.layer_scores
     path.write_text(json.dumps({**json.loads(path.read_text()), "scores": [0.0, 2.0, 1.0]}))
-    second = get_edit_model(tiny_model("llama"), config(layer="lga", proxy=FACTS, tukey_kappa=9), tokenizer).edit_config
+    wider = replace(options, tukey_kappa=9, target_layer=None)
+    second = get_edit_model(tiny_model("llama"), wider, tokenizer).edit_config
     assert (second.layer_scores, second.target_layer) == ([0.0, 2.0, 1.0], 1)
 
 
@@ -979,7 +981,8 @@ def test_a_damaged_cache_file_is_computed_again(base, tokenizer, content):
 @pytest.mark.parametrize("selector", ["selectivity", "causal_tracing"])
 def test_other_selectors_fill_the_layer_of_their_largest_score(selector, base, tokenizer):
     facts = [replace(fact, paraphrases=(fact.text,), neighborhood=("Berlin is in",)) for fact in FACTS]
-    first = get_edit_model(base, config(layer=selector, proxy=facts), tokenizer).edit_config
+    golden = config(layer=selector, layer_pattern="golden", proxy=facts)
+    first = get_edit_model(base, golden, tokenizer).edit_config
     assert len(first.layer_scores) == NUM_LAYERS
     assert first.target_layer == max(range(NUM_LAYERS), key=first.layer_scores.__getitem__)
     best = get_edit_model(base, config(layer=selector, proxy=facts, layer_pattern="best", pattern_layers=2), tokenizer)

@@ -151,7 +151,8 @@ def test_an_edit_is_the_same_in_every_process_and_the_one_that_one_process_makes
     in_two, tokenizer, monkeypatch, tmp_path
 ):
     def run():
-        model = get_edit_model(tiny_model("llama"), EditConfig(layer="lga", **FAST), tokenizer)
+        options = EditConfig(layer="lga", layer_pattern="golden", **FAST)
+        model = get_edit_model(tiny_model("llama"), options, tokenizer)
         (delta,) = model.edit(FACTS[0]).deltas.values()
         return delta.dense(), model.layer_selection
 
