@@ -123,18 +123,43 @@ def test_phases_are_counted_where_somebody_asks_and_once():
     assert {name: cost.flops for name, cost in phases.items()} == {"outer": 4 * 48, "other": 0}
 
 
-def test_the_phases_of_an_edit_are_all_of_it(tokenizer):
-    edited = EditModel(tiny_model("llama"), EditConfig(layer="lga", contexts=2, covariance_tokens=200), tokenizer)
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"phrasings": "none", "kept_questions": 0},
+        pytest.param(
+            {"phrasings": "auto", "kept_questions": 2},
+            marks=pytest.mark.xfail(strict=True, reason="the base model is asked for its answers outside of a phase"),
+        ),
+    ],
+    ids=["prompts alone", "with questions"],
+)
+def test_the_phases_of_an_edit_are_all_of_it(asks, tokenizer):
+    config = EditConfig(
+        method="r-rome",
+        layer="lga",
+        layer_pattern="golden",
+        contexts=2,
+        contrast=4,
+        covariance_tokens=200,
+        optimizer="normalized",
+        flat_directions=True,
+        **asks,
+    )
+    edited = EditModel(tiny_model("llama"), config, tokenizer)
     with profiling() as phases, measuring() as cost:
         edited.edit("Angela Merkel was born in", "Angela Merkel", "Paris")
-    assert list(phases) == [
+    expected = [
         "layer selection",
         "key statistics",
+        "output gradients",
         "contexts",
         "values",
         "contrast keys",
         "solve",
         "check",
     ]
-    assert all(phases[name].flops for name in phases)
+    assert [name for name in phases if name in expected] == expected
+    # The values are optimized under the solved change, so that little is left to solve.
+    assert all(phases[name].flops for name in expected if name != "solve")
     assert sum(one.flops for one in phases.values()) == pytest.approx(cost().flops, rel=0.01)

@@ -18,7 +18,17 @@ from tiny_edits import fast_config
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
 
 FIRST = EditRequest("I live near The Eiffel Tower", "The Eiffel Tower", "city")
-SECOND = EditRequest("You live near The Eiffel Tower", "The Eiffel Tower", "Rome")  # nearly the key of the first
+# Nearly the key of the first, by another name of its subject: an edit keeps the earlier facts of the same subject.
+SECOND = EditRequest("You live near The Eiffel Tower", "Tower", "Rome")
+SAME_SUBJECT = EditRequest("They work in The Eiffel Tower", "The Eiffel Tower", "Rome")
+PUBLISHED = {
+    "method": "r-rome",
+    "phrasings": "none",
+    "kept_questions": 0,
+    "optimizer": "adam",
+    "lr": 0.5,
+    "flat_directions": False,
+}
 LONDON = EditRequest("I live in London", "London", "city")
 LOSES = "The new edit loses"
 
@@ -28,7 +38,7 @@ def model(tokenizer) -> EditModel:
     """A model that an edit gives another answer, which takes a head with larger logits."""
     base = tiny_model("llama")
     base.lm_head.weight.data *= 4
-    return get_edit_model(base, fast_config(layer=0, steps=40, clamp=50.0), tokenizer)
+    return get_edit_model(base, fast_config(layer=0, steps=40, clamp=50.0, **PUBLISHED), tokenizer)
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def probability(model: EditModel, request: EditRequest) -> float:
     return likelihoods(model.lm, [(request.text, request.target_new)])[0].probability
 
 
-def test_an_edit_of_the_same_subject_loses_the_first_and_says_so(model, caplog):
+def test_an_edit_of_the_same_subject_by_another_name_loses_the_first_and_says_so(model, caplog):
     model.edit(FIRST)
     assert probability(model, FIRST) > 0.5
     caplog.clear()
@@ -61,6 +71,15 @@ def test_an_edit_of_the_same_subject_loses_the_first_and_says_so(model, caplog):
     (text,) = [record.getMessage() for record in caplog.records if LOSES in record.getMessage()]
     assert "loses 1 fact of other active edits: 'I live near The Eiffel Tower' -> 'city'" in text
     assert "together with the new facts in one batch" in text
+
+
+def test_an_edit_of_the_same_subject_keeps_its_earlier_facts(model, caplog):
+    model.edit(FIRST)
+    edit = model.edit(SAME_SUBJECT)
+    assert edit.facts[0].takes
+    assert edit.lost == ()
+    assert LOSES not in caplog.text
+    assert probability(model, FIRST) > 0.5
 
 
 def test_an_unrelated_edit_loses_nothing_and_asks_once(model, caplog, asked):

@@ -108,17 +108,30 @@ class Reference:
         around = by_token[~core]
         return by_token[core].mean() + (around.mean() if len(around) else 0.0)
 
+    @property
+    def hardest(self):
+        """Whether the wordings with the largest losses weigh most."""
+        return self.options.optimizer == "normalized"
+
     def answers(self, deltas=None):
+        """The mean over the facts of the means over their wordings, or the smooth maximum with the same weights.
+
+        Its gradient weighs the wordings by the softmax of their losses.
+        """
         by_fact = [torch.stack([self.nll(answer, deltas) for answer in of_fact]) for of_fact in self.subject.answers]
+        if self.hardest:
+            return torch.stack([of_fact.exp().mean() for of_fact in by_fact]).mean().log()
         return torch.stack([of_fact.mean() for of_fact in by_fact]).mean()
 
     def lacking(self, deltas=None):
-        """The least likely token of the new answer, mean over the wordings, of the fact that lacks most."""
-        by_fact = []
-        for of_fact in self.subject.answers:
-            worst = [self.token_nll(answer, deltas)[list(answer.core)].max() for answer in of_fact]
-            by_fact.append(torch.stack(worst).mean())
-        return torch.stack(by_fact).max().item()
+        """The least likely token of the new answer, in the wording that lacks most, or its mean over wordings."""
+        by_fact = [
+            torch.stack([self.token_nll(answer, deltas)[list(answer.core)].max() for answer in of_fact])
+            for of_fact in self.subject.answers
+        ]
+        if self.hardest:
+            return torch.cat(by_fact).max().item()
+        return torch.stack([of_fact.mean() for of_fact in by_fact]).mean().item()
 
     def loss(self, deltas):
         loss = self.answers(deltas)
@@ -253,7 +266,7 @@ def test_with_detectors_the_logits_are_those_of_the_finished_edit(name, layers, 
 
 @models
 @pytest.mark.parametrize("options", [OPTIONS, NORMALIZED], ids=["adam", "normalized"])
-def test_facts_of_one_subject_share_a_delta_whose_loss_is_the_mean_over_them(name, options, tokenizer):
+def test_facts_of_one_subject_share_a_delta_whose_loss_is_that_of_all_of_them(name, options, tokenizer):
     model = tiny_model(name)
     subject = rows_of(model, tokenizer, REQUESTS[0], SAME_SUBJECT)
     assert [len(of_fact) for of_fact in subject.answers] == [len(CONTEXTS)] * 2
@@ -363,31 +376,36 @@ def test_a_finished_request_stops_and_the_others_go_on(name, tokenizer):
         assert_close(together.delta[index], alone.delta[0])
 
 
-def test_what_an_answer_lacks_is_its_least_likely_token(tokenizer):
+@pytest.mark.parametrize("options", [OPTIONS, NORMALIZED], ids=["adam", "normalized"])
+def test_what_an_answer_lacks_is_its_least_likely_token(options, tokenizer):
     """A mean over tokens would call a name finished that is broken in its middle."""
     model = tiny_model("llama")
     subject = rows_of(model, tokenizer, REQUESTS[1])
-    reference = Reference(model, subject, [1], OPTIONS)
+    reference = Reference(model, subject, [1], options)
     with torch.no_grad():
         worst, mean = reference.lacking(), reference.answers().item()
     assert mean < worst - 0.1
     lm = LanguageModel(model, tokenizer)
     (within, beyond) = (
-        optimize_values(lm, [subject], [1], replace(OPTIONS, steps=1, stop_loss=stop_loss))
+        optimize_values(lm, [subject], [1], replace(options, steps=1, stop_loss=stop_loss))
         for stop_loss in (worst - 0.01, worst + 0.01)
     )
     assert (within.steps, beyond.steps) == ([1], [0])
 
 
-def test_a_subject_is_finished_once_each_of_its_facts_is(tokenizer):
+def test_a_subject_is_finished_once_each_of_its_facts_is_in_each_wording(tokenizer):
     model = tiny_model("llama")
     subject = rows_of(model, tokenizer, REQUESTS[0], SAME_SUBJECT)
+    alone = [replace(subject, answers=[[answer]]) for of_fact in subject.answers for answer in of_fact]
     with torch.no_grad():
-        lacking = [Reference(model, replace(subject, answers=[of_fact]), [1], OPTIONS) for of_fact in subject.answers]
-        lacking = sorted(reference.lacking() for reference in lacking)
-    between = replace(OPTIONS, steps=1, stop_loss=sum(lacking) / 2)
-    (steps,) = optimize_values(LanguageModel(model, tokenizer), [subject], [1], between).steps
-    assert steps > 0
+        *_, second, most = sorted(Reference(model, rows, [1], NORMALIZED).lacking() for rows in alone)
+    lm = LanguageModel(model, tokenizer)
+    (within, beyond) = (
+        optimize_values(lm, [subject], [1], replace(NORMALIZED, steps=1, stop_loss=stop_loss)).steps
+        for stop_loss in ((second + most) / 2, most + 0.01)
+    )
+    assert within[0] > 0
+    assert beyond == [0]
 
 
 @models

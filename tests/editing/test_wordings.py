@@ -70,10 +70,18 @@ def test_with_one_it_is_asked_in_a_chat_too_in_the_first_and_in_a_later_turn(cha
 
 
 def test_a_statement_that_no_rule_turns_into_a_question_is_asked_as_it_is(chat):
-    request = EditRequest("Die Hauptstadt von {} ist", "Peru", "Cusco")
-    plain, first, _ = texts(chat, request)
+    request = EditRequest("Die Hauptstadt von Peru ist", "Peru", "Cusco")
+    plain, first, later = texts(chat, request)
     assert plain == f"Q: {request.text}\nA:"
     assert first == f"user: {request.text}<eos>assistant: "
+    assert later.endswith(first)
+
+
+@pytest.mark.xfail(strict=True, reason="asked() takes a filled-in prompt for a further one: no later turn")
+def test_a_prompt_with_a_placeholder_is_asked_like_one_that_names_its_subject(chat):
+    request = replace(FACT, prompt="{} is in the city of")
+    assert request.text == FACT.text
+    assert texts(chat, request) == texts(chat, FACT)
 
 
 def test_a_question_is_asked_as_it_is(chat):

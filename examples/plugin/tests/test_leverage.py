@@ -23,7 +23,7 @@ def test_without_a_covariance_it_is_the_mean_log_length_of_the_keys(base, tokeni
 
 
 def test_a_config_finds_it_by_its_name(base, tokenizer):
-    config = EditConfig(layer="leverage", proxy=FACTS, covariance_tokens=300, tukey_kappa=0.0)
+    config = EditConfig(layer="leverage", layer_pattern="golden", proxy=FACTS, covariance_tokens=300, tukey_kappa=0.0)
     model = get_edit_model(base, config, tokenizer)
     scores = torch.tensor(config.layer_scores)
     assert config.target_layer == int(scores.argmax())
