@@ -21,7 +21,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def saved_model(folder: Path, tokenizer) -> str:
     """Save a tiny model with its tokenizer, as AutoModel loads it, and return the folder."""
     model = tiny_model("llama")
-    model.lm_head.weight.data *= 4  # so that edits take
+    model.lm_head.weight.data *= 6  # so that edits take
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

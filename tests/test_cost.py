@@ -129,7 +129,6 @@ def test_phases_are_counted_where_somebody_asks_and_once():
         {"phrasings": "none", "kept_questions": 0},
         pytest.param(
             {"phrasings": "auto", "kept_questions": 2},
-            marks=pytest.mark.xfail(strict=True, reason="the base model is asked for its answers outside of a phase"),
         ),
     ],
     ids=["prompts alone", "with questions"],

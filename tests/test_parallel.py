@@ -143,7 +143,7 @@ def test_a_cell_that_one_process_knows_is_not_measured_by_the_other(in_two, toke
         return measured(tokenizer, tmp_path / str(distributed.get_rank()))
 
     (one, first), (other, second) = in_two(run)
-    assert one.keys() == other.keys() == {("r-rome", layer) for layer in range(NUM_LAYERS)}
+    assert one.keys() == other.keys() == {("null-space", layer) for layer in range(NUM_LAYERS)}
     assert first + second == NUM_LAYERS - 1
 
 

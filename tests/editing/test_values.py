@@ -138,7 +138,11 @@ class Reference:
         for kept, original in zip(self.subject.kept, self.original, strict=True):
             now = self.read(kept.row, deltas)
             loss = loss + kept.weight * (now.exp() * (now - original)).sum(-1).mean()
-        decay = sum(delta.norm() / norm**2 for delta, norm in zip(deltas, self.v0_norm, strict=True))
+        is_published = self.options.optimizer == "adam"
+        decay = sum(
+            delta.norm() * (norm**-2 if is_published else 0.04 / norm)
+            for delta, norm in zip(deltas, self.v0_norm, strict=True)
+        )
         return loss + self.options.weight_decay * decay
 
     def deltas(self):

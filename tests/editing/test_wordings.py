@@ -77,7 +77,6 @@ def test_a_statement_that_no_rule_turns_into_a_question_is_asked_as_it_is(chat):
     assert later.endswith(first)
 
 
-@pytest.mark.xfail(strict=True, reason="asked() takes a filled-in prompt for a further one: no later turn")
 def test_a_prompt_with_a_placeholder_is_asked_like_one_that_names_its_subject(chat):
     request = replace(FACT, prompt="{} is in the city of")
     assert request.text == FACT.text

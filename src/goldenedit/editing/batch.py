@@ -53,7 +53,8 @@ def changes_of_batch(
         statistics = lm.statistics(config, config.target_layers)
         output_gradients = lm.output_gradients(config, config.target_layers)
         contexts = lm.contexts(config)
-        subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
+        with phase("wordings"):
+            subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
     prepared = prepare_subjects(
         lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients
     )

@@ -59,9 +59,9 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
     if isinstance(request.prompt, ChatText):
         return []
     found = []
-    for prompt in (request.text, *request.prompts):
+    for index, prompt in enumerate((request.text, *request.prompts)):
         other = replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
-        found += _as_question(tokenizer, other, is_first=prompt is request.text)
+        found += _as_question(tokenizer, other, is_first=index == 0)
     return found
 
 
