@@ -2,7 +2,7 @@
 
 A rank-one change `v d^T` adds `(d . k) v` at a token with key `k`. To second order, its harm to other text is
 `(v^T G v) (d^T C d)` with the second moments `C` of keys and `G` of output gradients. `G` is the concern of the value
-optimization (`flat_directions`); this is the part of the detector `d`. As in AlphaEdit (arXiv 2410.02355), it lies in
+optimization; this is the part of the detector `d`. As in AlphaEdit (arXiv 2410.02355), it lies in
 the null space of `C`, spanned by the columns of `U`. In it, it is the ridge regression that responds with 1 to the
 subject's key in each of its n wordings:
 
@@ -11,9 +11,9 @@ subject's key in each of its n wordings:
 With N subjects, each detector responds with 0 to the keys of the other subjects. A ridge shortens `d` and the response:
 values that are optimized under the change make up for that.
 
-Differences to AlphaEdit: every wording counts and not their mean alone, and earlier edits are not remembered. On
-SmolLM2, contrast keys and an anchor at the bare prompt, as in `r-rome`, do four times the harm to other text for the
-same answers.
+Differences to AlphaEdit: every wording counts and not their mean alone, and earlier edits are not remembered. The key
+of a subject at the very start of a text can be far from all others: it has a share of its own in `d`, without which the
+edit misses the bare prompt.
 """
 
 from __future__ import annotations
