@@ -239,7 +239,8 @@ def subject_texts(
         requests: The facts, as the user wrote them.
         contexts: Prefixes of each prompt, the first of them empty.
         earlier: Facts of earlier edits, which the values of their subjects serve too.
-        joint: Whether all facts about one subject share a value. Otherwise each fact has its own.
+        joint: Whether all facts about one subject share a value, as in an edit. Otherwise each fact has its own, for
+            measurements, and prompts of `locality` are not kept.
 
     Raises:
         ValueError: A request cannot be tokenized.
@@ -250,7 +251,7 @@ def subject_texts(
         for of_subject in facts:
             key = subject_key(of_subject[0])
             of_subject += [request for request in earlier if subject_key(request) == key]
-    kept = kept_rows(lm, facts, config)
+    kept = kept_rows(lm, facts, config, locality=joint)
     flat = [request for of_subject in facts for request in of_subject]
     others = iter(worded(lm, flat) if config.phrasings == "auto" else [[]] * len(flat))
     rows = [

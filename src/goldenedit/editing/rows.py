@@ -34,16 +34,22 @@ def subjects_of(requests: Sequence[EditRequest]) -> list[list[int]]:
     return list(groups.values())
 
 
-def kept_rows(lm: LanguageModel, subjects: Sequence[Sequence[EditRequest]], config: EditConfig) -> list[list[KeptRow]]:
+def kept_rows(
+    lm: LanguageModel, subjects: Sequence[Sequence[EditRequest]], config: EditConfig, locality: bool = True
+) -> list[list[KeptRow]]:
     """Return what must stay the same about each subject: what it is, and the model's answers to other questions.
 
     Args:
         lm: The unedited model.
         subjects: By subject, the facts that are edited, as the user wrote them.
+        locality: Whether prompts in `locality` that name the subject are kept too. A benchmark that judges edits by
+            these prompts must not.
     """
     names = [facts[0].subject for facts in subjects]
     kinds = kind_of(lm, names) if config.kept_questions else [ANY] * len(names)
-    prompts = [_other_prompts(lm.tokenizer, facts, kind, config) for facts, kind in zip(subjects, kinds, strict=True)]
+    prompts = [
+        _other_prompts(lm.tokenizer, facts, kind, config, locality) for facts, kind in zip(subjects, kinds, strict=True)
+    ]
     answers = iter(lm.answers([prompt for of_subject in prompts for prompt in of_subject], _KEPT_TOKENS, None))
     rows: list[list[KeptRow]] = []
     for index, facts in enumerate(subjects):
@@ -58,7 +64,7 @@ def kept_rows(lm: LanguageModel, subjects: Sequence[Sequence[EditRequest]], conf
 
 
 def _other_prompts(
-    tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], kind: str, config: EditConfig
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], kind: str, config: EditConfig, locality: bool
 ) -> list[str]:
     """Return prompts about other properties of a subject: half of them questions, half of them beginnings."""
     chats = bool(getattr(tokenizer, "chat_template", None))
@@ -72,10 +78,9 @@ def _other_prompts(
             prompts.append(conversation(tokenizer, [{"role": "user", "content": question}]))
         else:
             prompts.append(f"Q: {question}\nA:")
-    for fact in facts:
-        texts = rendered(tokenizer, fact).locality
-        prompts += [prompt for prompt, _ in texts if subject_places(prompt, subject)]
-    return prompts
+    for fact in facts if locality else ():
+        prompts += [prompt for prompt, _ in rendered(tokenizer, fact).locality]
+    return [prompt for prompt in prompts if subject_places(str(prompt), spelled(prompt, subject))]
 
 
 def kept_row(lm: LanguageModel, prompt: str, subject: str, answer: Continuation) -> Row:
