@@ -14,6 +14,11 @@ SCORES = [1.0, 90.0, 2.0, None, 5.0, 6.0, 4.0, 3.0]  # layer 1 lies outside the 
     ("pattern", "count", "expected"),
     [
         ("golden", 3, 5),
+        ("ladder", 3, [5, 6, 7]),
+        ("ladder", 2, [5, 6]),
+        ("ladder", 99, [5, 6, 7]),
+        ("ladder", 1, 5),
+        ("auto", 3, [5, 6, 7]),  # of the default editor
         ("window", 2, [4, 5]),
         ("window", 3, [4, 5]),  # layer 3 has nothing to edit
         ("window", 10, [0, 1, 2, 4, 5]),
@@ -27,3 +32,17 @@ SCORES = [1.0, 90.0, 2.0, None, 5.0, 6.0, 4.0, 3.0]  # layer 1 lies outside the 
 )
 def test_the_pattern_decides(pattern, count, expected):
     assert choose(EditConfig(layer_scores=SCORES, layer_pattern=pattern, pattern_layers=count)) == expected
+
+
+def test_the_steps_of_a_ladder_are_a_tenth_of_the_model():
+    scores = [3.0, *(2.0 + index / 100 for index in range(29))]
+    scores[4] = 2.9
+    assert choose(EditConfig(layer_scores=scores, tukey_kappa=9.0)) == [0, 3, 6]
+
+
+def test_an_editor_that_is_made_for_one_layer_gets_the_golden_one_alone():
+    assert choose(EditConfig(method="r-rome", layer_scores=SCORES)) == 5
+    config = EditConfig(layer_scores=SCORES)
+    config.target_layer = choose(config)
+    config.method = "r-rome"
+    assert config.target_layer is None

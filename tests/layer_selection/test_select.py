@@ -36,7 +36,8 @@ CONFIG = EditConfig(layer=0, contexts=2, steps=4, covariance_tokens=300, proxy=F
 
 
 def selected(tokenizer, **options) -> tuple[EditConfig, LayerSelection]:
-    model = get_edit_model(tiny_model("llama"), replace(CONFIG, **options), tokenizer)
+    golden = {"layer_pattern": "golden", **options}
+    model = get_edit_model(tiny_model("llama"), replace(CONFIG, **golden), tokenizer)
     assert model.layer_selection is not None
     return model.edit_config, model.layer_selection
 
