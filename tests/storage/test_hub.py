@@ -790,7 +790,8 @@ def test_golden_layers_are_read_as_they_were_found(hub, selected, tokenizer):
         assert found.edit_config.target_layer == selected.edit_config.target_layer
         assert found.edit_config.layer_scores == selected.edit_config.layer_scores
     found.edit(TOWER)
-    assert [path.split(".")[2] for path in found.edits["edit_1"].deltas] == [str(selected.edit_config.target_layer)]
+    edited = [path.split(".")[2] for path in found.edits["edit_1"].deltas]
+    assert edited == [str(layer) for layer in selected.edit_config.target_layers]
 
 
 def test_golden_layers_of_other_weights_are_refused(hub, selected, tokenizer):
