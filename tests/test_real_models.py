@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldenedit import EditConfig, EditModel, get_edit_model, proxy_facts
 from goldenedit.architecture import find_down_projections
 from goldenedit.editing.keys import subject_keys
+from goldenedit.editing.prepared import subject_texts
 from goldenedit.editing.values import ValueOptions, optimize_values
 from goldenedit.layer_selection.prompts import other_prompts
 from goldenedit.layer_selection.response import respond
@@ -94,8 +95,8 @@ def test_an_edit_moves_the_tower_and_stock_peft_loads_it(base, tokenizer, config
 
 def test_values_are_optimized_on_packed_suffixes(base, tokenizer, config, name):
     lm = LanguageModel(base, tokenizer)
-    options = ValueOptions(2, config.lr, config.kl_factor, config.weight_decay, config.clamp, config.stop_loss)
-    values = optimize_values(lm, [TOWER], [LAYERS[name][0]], lm.contexts(config), options)
+    texts = subject_texts(lm, [TOWER], config, lm.contexts(config))
+    values = optimize_values(lm, texts.rows, [LAYERS[name][0]], ValueOptions(2, config.lr, 0.5, 4.0, 0.2))
     assert values.replay == "packed"
 
 
