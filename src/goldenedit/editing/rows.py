@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.config import EditConfig
 from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows
 from goldenedit.editing.wordings import Wording, spelled
+from goldenedit.evaluation.harm import asking
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.chat import conversation, rendered
+from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import Continuation
 from goldenedit.lm.tokens import Row, encode, encode_request
 from goldenedit.requests import ChatText, EditRequest
@@ -67,17 +68,11 @@ def _other_prompts(
     tokenizer: PreTrainedTokenizerBase, facts: Sequence[EditRequest], kind: str, config: EditConfig, locality: bool
 ) -> list[str]:
     """Return prompts about other properties of a subject: half of them questions, half of them beginnings."""
-    chats = bool(getattr(tokenizer, "chat_template", None))
     subject = facts[0].subject
     prompts = []
     for index, entry in enumerate(other_questions(kind, facts, config.kept_questions, config.seed)):
         question, beginning = entry.about(subject)
-        if index % 2:
-            prompts.append(beginning)
-        elif chats:
-            prompts.append(conversation(tokenizer, [{"role": "user", "content": question}]))
-        else:
-            prompts.append(f"Q: {question}\nA:")
+        prompts.append(beginning if index % 2 else asking(tokenizer, question))
     for fact in facts if locality else ():
         prompts += [prompt for prompt, _ in rendered(tokenizer, fact).locality]
     return [prompt for prompt in prompts if subject_places(str(prompt), spelled(prompt, subject))]

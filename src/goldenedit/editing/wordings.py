@@ -92,7 +92,7 @@ def worded(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[list[Word
     prompts = [other.text for others in by_fact for other in others]
     own = iter(lm.answers(prompts, LENGTH, _has_ended))
     return [
-        [Wording(other, _answer(lm.tokenizer, request, other, next(own))) for other in others]
+        [Wording(other, _answer(request, other, next(own))) for other in others]
         for request, others in zip(requests, by_fact, strict=True)
     ]
 
@@ -101,7 +101,7 @@ def _has_ended(text: str) -> bool:
     return answer_end(text) is not None
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, request: EditRequest, other: EditRequest, own: Continuation) -> str:
+def _answer(request: EditRequest, other: EditRequest, own: Continuation) -> str:
     """Return the model's own answer with the new answer in place of the old one, or else the fact as a statement."""
     end = answer_end(own.text, own.finished)
     sentence = own.text if end is None else own.text[:end]

@@ -87,7 +87,7 @@ def other_prompts(
     others = [
         other for index, request in enumerate(requests) for other in _of_fact(tokenizer, index, request, neighbors)
     ]
-    others += [Other(-1, "unrelated", _asking(tokenizer, text), text) for text in unrelated_questions()]
+    others += [Other(-1, "unrelated", asking(tokenizer, text), text) for text in unrelated_questions()]
     return list(dict.fromkeys(others))
 
 
@@ -102,10 +102,10 @@ def _of_fact(
         yield Other(index, "subject" if place is not None and place.whole else "unrelated", prompt, text)
     for template in _ABOUT_SUBJECT:
         text = template.format(re.sub(r"^The (?=[A-Z])", "the ", request.subject))
-        yield Other(index, "subject", _asking(tokenizer, text), text)
+        yield Other(index, "subject", asking(tokenizer, text), text)
 
 
-def _asking(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def asking(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """Return a question as the model is asked: in its chat template, or as `Q: ...` without one."""
     if getattr(tokenizer, "chat_template", None):
         return conversation(tokenizer, [{"role": "user", "content": question}])
