@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
+from goldenedit.architecture.hooks import adding_delta
 from goldenedit.benchmark.command import read_option
 from goldenedit.editing.prepared import PreparedFacts, prepare_facts
 from goldenedit.editors.statistics import KeyStatistics
@@ -121,7 +122,11 @@ def applied(model: EditModel, deltas: Callable[[], dict[str, Any]]) -> Iterator[
     where = model.architecture
     with ExitStack() as stack:
         for path, delta in deltas().items():
-            stack.enter_context(where.adding_delta(model.lm.model, where.layer_of(path), delta.A, delta.B))
+            layer = where.layer_of(path)
+            if layer in where.experts:
+                stack.enter_context(where.adding_delta(model.lm.model, layer, delta.A, delta.B))
+            else:
+                stack.enter_context(adding_delta(model.lm.model.get_submodule(path), delta.A, delta.B))
         yield
 
 

@@ -63,7 +63,7 @@ class EditConfig(
         ```
     """
 
-    method: str = field(default="null-space", metadata={"help": "Name of the editor; `goldenedit editors` lists them."})
+    method: str = field(default="gated", metadata={"help": "Name of the editor; `goldenedit editors` lists them."})
     layer: int | list[int] | str = field(
         default="lga",
         metadata={

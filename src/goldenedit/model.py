@@ -233,8 +233,9 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         config = copy.deepcopy(self.edit_config)
         active = [self.edits[name] for name in self.active_adapters]
         remembered = joined_state(active)
+        carried = [edit.deltas for edit in self.edits.values()]
         earlier = facts_about_subjects(active, asked)
-        changes = changes_of_batch(self.lm, asked, config, remembered, self.disable_adapter, earlier)
+        changes = changes_of_batch(self.lm, asked, config, remembered, self.disable_adapter, earlier, carried)
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):

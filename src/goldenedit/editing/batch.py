@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
+from goldenedit.editing.gates import spare_neurons
 from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import Changes, check_editable, prepare_subjects, subject_texts
+from goldenedit.editing.rows import subjects_of
 from goldenedit.editing.wordings import spelled
+from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.perplexity import perplexity, sample_texts
@@ -29,6 +32,7 @@ def changes_of_batch(
     remembered: Mapping[str, Tensor],
     without_edits: Callable[[], AbstractContextManager[None]],
     earlier: Sequence[EditRequest] = (),
+    edits: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> Changes:
     """Return the change of weights that serves all requests.
 
@@ -38,6 +42,7 @@ def changes_of_batch(
         remembered: What the editors of the active edits remember.
         without_edits: Returns a context that switches the edits off, for statistics of the unedited model.
         earlier: Facts of the active edits about the same subjects. They are kept: the new value serves them too.
+        edits: The deltas of all edits that the model carries.
 
     Raises:
         ValueError: The editor cannot change these layers, or a request cannot be served.
@@ -50,13 +55,14 @@ def changes_of_batch(
             return _learned(lm, requests, config, remembered, text)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
-        statistics = lm.statistics(config, config.target_layers)
+        spare = spare_neurons(lm, config, config.target_layers, len(subjects_of(requests)), edits)
+        statistics = {} if spare is not None else lm.statistics(config, config.target_layers)
         output_gradients = lm.output_gradients(config, config.target_layers)
         contexts = lm.contexts(config)
         with phase("wordings"):
             subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
     prepared = prepare_subjects(
-        lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients
+        lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients, spare=spare
     )
     for (first, *_), delta, steps in zip(prepared.subjects, prepared.values.delta, prepared.values.steps, strict=True):
         if steps and not delta.any():

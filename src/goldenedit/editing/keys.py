@@ -104,16 +104,16 @@ def contrast_keys(
     ]
     of_many_tokens = [index for index, ids in enumerate(subject_ids) if len(ids) > 1]
     contrasts: list[list[Tensor] | None] = [None] * len(requests)
-    beginnings = _beginnings(lm.tokenizer, count, seed)
-    if not beginnings or not of_many_tokens:
+    starts = beginnings(lm.tokenizer, count, seed)
+    if not starts or not of_many_tokens:
         return contrasts
     with evaluating(lm.model):
         for start in range(0, len(of_many_tokens), batch_size):
             group = of_many_tokens[start : start + batch_size]
-            rows = [[*beginning, subject_ids[index][-1]] for index in group for beginning in beginnings]
+            rows = [[*beginning, subject_ids[index][-1]] for index in group for beginning in starts]
             keys = _last_keys(lm, rows, layers)
             for place, index in enumerate(group):
-                of_request = slice(place * len(beginnings), (place + 1) * len(beginnings))
+                of_request = slice(place * len(starts), (place + 1) * len(starts))
                 contrasts[index] = [of_layer[of_request].T for of_layer in keys]
     return contrasts
 
@@ -177,7 +177,7 @@ def keys_at_ends(
     return [torch.cat(of_layer)[ranks] for of_layer in zip(*found, strict=True)]
 
 
-def _beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
+def beginnings(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
     """Return the tokens of `count` proxy subjects without the last token, half of them as at the start of a text."""
     start = _special_start(tokenizer)
     subjects = sorted({fact.subject for fact in proxy_facts()})

@@ -11,9 +11,10 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.budget import facts_at_once
+from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, spare_neurons
 from goldenedit.editing.keys import contrast_count, keys_at_ends, weighted_contrasts, with_contrasts
 from goldenedit.editing.rows import kept_rows, subject_key, subject_rows, subjects_of
-from goldenedit.editing.values import SubjectRows, ValueOptions, Values, optimize_values
+from goldenedit.editing.values import SubjectRows, ValueOptions, Values, joined, optimize_values
 from goldenedit.editing.wordings import worded
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect, sphere
@@ -21,6 +22,8 @@ from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.statistics import check_widths
 from goldenedit.requests import EditRequest
+
+_FEW = 8  # subjects whose neurons are rewritten together, though each is edited alone
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class PreparedFacts:
         vectors: The modules whose outputs were optimized, see `Editor.vectors`.
         method: The editor under whose change the values were optimized; None if they were added at the subjects.
         detectors: By layer `(N, d_in)`, the detector of each subject under that editor; None without one.
+        gates: By layer, the neurons that respond to the subjects, for an editor that rewrites neurons.
     """
 
     lm: LanguageModel
@@ -64,6 +68,7 @@ class PreparedFacts:
     vectors: tuple[str, ...]
     method: str | None = None
     detectors: Sequence[Tensor] | None = None
+    gates: Sequence[Gates] | None = None
     _contrasts: dict[tuple[object, ...], list[list[Tensor] | None]] = field(default_factory=dict, repr=False)
     _keys: dict[tuple[object, ...], dict[int, list[FactKeys]]] = field(default_factory=dict, repr=False)
 
@@ -110,6 +115,8 @@ class PreparedFacts:
             )
         chosen = range(len(self.requests)) if chosen is None else chosen
         subjects = [place for place, group in enumerate(self.subjects) if set(group) & set(chosen)]
+        if self.gates is not None and config.method == self.method:
+            return self._gated(self.gates, subjects, chosen)
         deltas, state, errors = {}, {}, []
         for index, (layer, keys) in enumerate(self.keys(config).items()):
             path = self.lm.architecture.down_projections[layer]
@@ -129,12 +136,26 @@ class PreparedFacts:
             errors.append(error)
             if editor.remembers_keys:
                 state[f"keys/{path}"] = problem.keys
+        return Changes(deltas, *self._of_facts(chosen), state, max(errors))
+
+    def _gated(self, gates: Sequence[Gates], subjects: Sequence[int], chosen: Sequence[int]) -> Changes:
+        """Return the changes that give each of some subjects a neuron with its value."""
+        deltas: dict[str, LowRankDelta] = {}
+        for index, of_layer in enumerate(gates):
+            residuals = self.values.delta[subjects, index].T
+            if not residuals.isfinite().all():
+                raise ValueError(f"A value of layer {of_layer.spare.layer} is not finite. Lower EditConfig.lr.")
+            changes = of_layer.deltas(self.lm, subjects, residuals)
+            deltas |= {path: delta.balanced() for path, delta in changes.items()}
+        return Changes(deltas, *self._of_facts(chosen))
+
+    def _of_facts(self, chosen: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Return the probability before the edit, and the steps, of some facts."""
         places = {
             fact: (subject, place) for subject, group in enumerate(self.subjects) for place, fact in enumerate(group)
         }
         before = [self.values.target_probability[places[fact][0]][places[fact][1]] for fact in chosen]
-        steps = [self.values.steps[places[fact][0]] for fact in chosen]
-        return Changes(deltas, before, steps, state, max(errors))
+        return before, [self.values.steps[places[fact][0]] for fact in chosen]
 
     def _check_change(
         self, change: LowRankDelta | Tensor, config: EditConfig, layer: int, requests: Sequence[EditRequest]
@@ -278,7 +299,9 @@ def prepare_facts(
         ValueError: A request cannot be served. The message names it.
     """
     texts = subject_texts(lm, requests, config, contexts, joint=joint)
-    return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients)
+    count = len(texts.groups) if joint else min(len(texts.groups), _FEW)
+    spare = None if statistics is None else spare_neurons(lm, config, config.target_layers, count)
+    return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients, spare)
 
 
 def prepare_subjects(
@@ -290,6 +313,7 @@ def prepare_subjects(
     remembered: Mapping[str, Tensor] | None = None,
     together: bool = True,
     output_gradients: Mapping[int, Tensor] | None = None,
+    spare: Sequence[Spare] | None = None,
 ) -> PreparedFacts:
     """Optimize the values of subjects, in the model as it is now, and find the keys to insert them under.
 
@@ -302,6 +326,7 @@ def prepare_subjects(
         together: Whether all subjects will be inserted in one edit. Otherwise each is inserted alone.
         output_gradients: Second moments of the gradients at the outputs on other text, by layer; None or empty for
             values that do not look at other text.
+        spare: By layer, neurons to rewrite, for an editor that rewrites neurons; None to insert without.
 
     Raises:
         ValueError: A request cannot be served. The message names it.
@@ -318,6 +343,8 @@ def prepare_subjects(
         keeps_norm=config.regularizer == "nas",
     )
     batch_size = config.batch_size if isinstance(config.batch_size, int) else _batch_size(lm, texts.rows, layers)
+    if spare is not None:
+        return _prepare_gated(lm, requests, config, texts, options, batch_size, spare, together)
     flatness = flat_directions([output_gradients[layer] for layer in layers]) if output_gradients else None
     with phase("values"):
         of_edit = None
@@ -329,6 +356,35 @@ def prepare_subjects(
     facts = PreparedFacts(lm, requests, texts.groups, layers, values, config.editor.vectors, method, of_edit)
     facts.keys(config)  # runs the model now; solving does not run it
     return facts
+
+
+def _prepare_gated(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    texts: SubjectTexts,
+    options: ValueOptions,
+    batch_size: int,
+    spare: Sequence[Spare],
+    together: bool,
+) -> PreparedFacts:
+    """Optimize the values of subjects in the model with a neuron for each of them."""
+    with phase("gates"):
+        first = [requests[group[0]] for group in texts.groups]
+        gates = gates_of(lm, first, texts.rows, spare, config.seed)
+    every = range(len(texts.groups))
+    found = []
+    with phase("values"):
+        # Subjects that are edited one by one would not all be without the neurons of the others.
+        size = len(every) if together else _FEW
+        for subjects in (every[start : start + size] for start in range(0, len(every), size)):
+            detectors = [of_layer.detectors(subjects) for of_layer in gates]
+            with rewriting(lm, gates, subjects):
+                rows = [texts.rows[subject] for subject in subjects]
+                found.append(optimize_values(lm, rows, config.target_layers, options, batch_size, detectors))
+    return PreparedFacts(
+        lm, requests, texts.groups, config.target_layers, joined(found), options.vectors, config.method, gates=gates
+    )
 
 
 def subject_keys(

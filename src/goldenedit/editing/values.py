@@ -212,6 +212,17 @@ def optimize_values(
     )
 
 
+def joined(parts: Sequence[Values]) -> Values:
+    """Return the results of several optimizations as one."""
+    return Values(
+        delta=torch.cat([part.delta for part in parts]),
+        keys=[[keys for part in parts for keys in part.keys[layer]] for layer in range(len(parts[0].keys))],
+        steps=[step for part in parts for step in part.steps],
+        target_probability=[of_subject for part in parts for of_subject in part.target_probability],
+        replay=parts[0].replay,
+    )
+
+
 class _Group:
     """The rows of subjects that are optimized in one batch, R in all, which read M positions.
 

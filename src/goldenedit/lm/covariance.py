@@ -7,18 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from goldenedit.cache import cache_dir, is_kept
 from goldenedit.config import EditConfig
+from goldenedit.editors.gated import InputMoments
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.statistics import (
     check_widths,
     gradient_moments,
+    input_moments,
     load_second_moment,
+    load_tensors,
     save_second_moment,
+    save_tensors,
     second_moments,
 )
 from goldenedit.parallel import Processes
@@ -86,6 +90,26 @@ def output_gradient_moments(lm: TokenizedModel, layers: Sequence[int], config: E
             save_second_moment(paths[layer], moment)
         moments |= computed
     return moments
+
+
+def mlp_moments(lm: TokenizedModel, sites: Mapping[int, nn.Module], config: EditConfig) -> dict[int, InputMoments]:
+    """Return the moments of the inputs and of the neurons of MLPs on the text of the key statistics, by layer.
+
+    Those that are not cached are computed in one pass. See `goldenedit.lm.statistics.input_moments`.
+
+    Raises:
+        ValueError: `config.covariance` names no known source or 'identity', or its text is empty.
+    """
+    names = ("mean", "second_moment", "energy")
+    paths = {layer: _cache_path(lm, layer, config, "mlp_moments") for layer in sites}
+    found = {layer: InputMoments(*tensors) for layer, path in paths.items() if (tensors := load_tensors(path, names))}
+    missing = {layer: site for layer, site in sites.items() if layer not in found}
+    if missing:
+        computed = input_moments(lm, _texts(lm, config), missing, config.covariance_tokens)
+        for layer, moments in computed.items():
+            save_tensors(paths[layer], vars(moments))
+        found |= computed
+    return found
 
 
 def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig, kind: str = "key_statistics") -> Path:

@@ -12,9 +12,16 @@ from goldenedit.architecture import Architecture
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editors import KeyStatistics
+from goldenedit.editors.gated import InputMoments
 from goldenedit.editors.statistics import UnreadStatistics
 from goldenedit.lm.base import TokenizedModel
-from goldenedit.lm.covariance import StreamedStatistics, key_statistics, output_gradient_moments, source_name
+from goldenedit.lm.covariance import (
+    StreamedStatistics,
+    key_statistics,
+    mlp_moments,
+    output_gradient_moments,
+    source_name,
+)
 from goldenedit.lm.decoding import Continuation, Ends, greedy
 from goldenedit.lm.perplexity import perplexity, sample_texts
 from goldenedit.lm.sampling import sample_contexts
@@ -58,6 +65,7 @@ class LanguageModel(TokenizedModel):
         self._contexts: dict[tuple[int, int, int], list[str]] = {}
         self._statistics: dict[tuple[object, ...], KeyStatistics] = {}
         self._output_gradients: dict[tuple[object, ...], Tensor] = {}
+        self._mlp_moments: dict[tuple[object, ...], InputMoments] = {}
         self._streamed: dict[tuple[object, ...], StreamedStatistics] = {}
         self._perplexity: float | None = None
         self._answers: dict[tuple[str, bool, int, Ends | None], Continuation] = {}
@@ -126,6 +134,16 @@ class LanguageModel(TokenizedModel):
                 computed = output_gradient_moments(self, missing, config)
             self._output_gradients |= {(layer, *options): moment for layer, moment in computed.items()}
         return {layer: self._output_gradients[(layer, *options)] for layer in layers}
+
+    def mlp_moments(self, config: EditConfig, sites: Mapping[int, nn.Module]) -> dict[int, InputMoments]:
+        """Return the moments of MLPs on the text of the key statistics. See `goldenedit.lm.covariance.mlp_moments`."""
+        options = [source_name(config.covariance), config.covariance_tokens, config.seed]
+        missing = {layer: site for layer, site in sites.items() if (layer, *options) not in self._mlp_moments}
+        if missing:
+            with phase("MLP statistics"):
+                computed = mlp_moments(self, missing, config)
+            self._mlp_moments |= {(layer, *options): moments for layer, moments in computed.items()}
+        return {layer: self._mlp_moments[(layer, *options)] for layer in sites}
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int, ends: Ends | None) -> list[Continuation]:
         """Return the greedy continuation of each prompt. See `goldenedit.lm.decoding.greedy` for the arguments."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import (
     Call,
     evaluating,
+    hidden_argument,
     outside_inference_mode,
     reading_logits,
+    recording,
     stop_forward,
     watching_gradients,
 )
 from goldenedit.cache import is_kept, keep
 from goldenedit.devices import execution_device
+from goldenedit.editors.gated import InputMoments
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.parallel import Processes
 
@@ -88,6 +91,57 @@ def second_moments(
         if not moment.isfinite().all():
             raise ValueError(f"The keys of layer {layer} are not finite. Load the model in float32 or bfloat16.")
     return moments
+
+
+@outside_inference_mode()
+@torch.no_grad()
+def input_moments(
+    lm: TokenizedModel,
+    texts: Sequence[str],
+    sites: Mapping[int, nn.Module],
+    max_tokens: int,
+    batch_tokens: int = 2048,
+) -> dict[int, InputMoments]:
+    """Return the moments of the inputs of MLPs, and the energies of their neurons, over the tokens of texts.
+
+    Args:
+        texts: Texts, cut and read as in `second_moments`.
+        sites: A linear map of each layer that reads the input of its MLP.
+        max_tokens: Largest number of tokens.
+        batch_tokens: Tokens of a forward, padding included.
+
+    Raises:
+        ValueError: `texts` have no tokens, or an input is not finite.
+    """
+    rows = _token_rows(lm.tokenizer, texts, min(256, lm.max_length or 256), max_tokens)
+    count = sum(map(len, rows))
+    sums: dict[int, list[Tensor]] = {}
+    named = {f"in {layer}": site for layer, site in sites.items()}
+    named |= {f"out {layer}": lm.architecture.down_projection(lm.model, layer) for layer in sites}
+    with evaluating(lm.model), tqdm(total=count, desc="MLP statistics", unit="token", leave=False) as progress:
+        for tokens, mask in _batches(rows, batch_tokens, lm.padding_id):
+            with stop_forward() as stop, recording(named) as record, ExitStack() as stack:
+                last = named[f"out {max(sites)}"]
+                stack.callback(last.register_forward_hook(lambda *_, stop=stop: stop()).remove)
+                lm.model(input_ids=tokens.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
+            read = mask.reshape(-1).nonzero()[:, 0]
+            for layer in sites:
+                inputs, neurons = (_flat(record.calls[f"{side} {layer}"], read) for side in ("in", "out"))
+                moments = [inputs.sum(0), inputs.T @ inputs, neurons.square().sum(0)]
+                sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
+            progress.update(int(mask.sum()))
+    found = {layer: InputMoments(*((total / count).cpu() for total in totals)) for layer, totals in sums.items()}
+    for layer, of_layer in found.items():
+        if not (of_layer.second_moment.isfinite().all() and of_layer.energy.isfinite().all()):
+            raise ValueError(f"The MLP of layer {layer} is not finite. Load the model in float32 or bfloat16.")
+    return found
+
+
+def _flat(call: Call, tokens: Tensor) -> Tensor:
+    """Return the input of a linear map at some tokens of a call, `(n, d)` float32."""
+    hidden = hidden_argument(*call).detach()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return hidden[tokens.to(hidden.device)].float()
 
 
 @outside_inference_mode()
@@ -218,11 +272,17 @@ def _padded(group: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 def load_second_moment(path: Path) -> Tensor | None:
     """Read a cached second moment. Return None if the file is missing, damaged or cannot be read."""
+    tensors = load_tensors(path, ["second_moment"])
+    return None if tensors is None else tensors[0]
+
+
+def load_tensors(path: Path, names: Sequence[str]) -> list[Tensor] | None:
+    """Read cached tensors. Return None if the file is missing, damaged or cannot be read."""
     if not is_kept(path):
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("second_moment")
+            return [file.get_tensor(name) for name in names]
     except Exception as error:  # safetensors raises its own error class, which it does not export
         logger.warning("Ignoring the cache file %s, which cannot be read (%s).", path, error)
         return None
@@ -230,4 +290,9 @@ def load_second_moment(path: Path) -> Tensor | None:
 
 def save_second_moment(path: Path, second_moment: Tensor) -> None:
     """Write a second moment as safetensors, atomically. A failure is logged as a warning."""
-    keep(path, save({"second_moment": second_moment.cpu().contiguous()}, {"format": "pt"}))
+    save_tensors(path, {"second_moment": second_moment})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically. A failure is logged as a warning."""
+    keep(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))

@@ -1,0 +1,237 @@
+"""Neurons that respond to subjects: which ones are rewritten, and the changes of weights that rewrite them.
+
+The maths is in `goldenedit.editors.gated`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from goldenedit.architecture.hooks import adding_delta, evaluating, hidden_argument, recording, stop_forward
+from goldenedit.architecture.layers import linear_shape
+from goldenedit.architecture.neurons import Neurons, find_neurons
+from goldenedit.config import EditConfig
+from goldenedit.editing.keys import beginnings
+from goldenedit.editing.values import SubjectRows
+from goldenedit.editors import LowRankDelta
+from goldenedit.editors.gated import InputMoments, gate_rows
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.tokens import subject_tokens
+from goldenedit.requests import EditRequest
+
+logger = logging.getLogger(__name__)
+
+_ALIKE = 64  # other subjects that end in the same token
+_SPARE = 32  # one in so many neurons of a layer may be rewritten
+_ROWS = 32  # of a forward
+_LOUD = 4.0  # a gate that is so much longer than those of other hardly used neurons may be an edit's
+
+
+@dataclass(frozen=True)
+class Spare:
+    """The neurons of a layer that may be rewritten.
+
+    Attributes:
+        layer: The layer.
+        neurons: How they are computed.
+        free: Their numbers, the least used first.
+        columns: `(d_out, len(free))`, what each of them adds to the output of the layer.
+        moments: Moments of the MLP on other text.
+    """
+
+    layer: int
+    neurons: Neurons
+    free: Sequence[int]
+    columns: Tensor
+    moments: InputMoments
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Neurons of one layer for N subjects.
+
+    Attributes:
+        spare: The neurons that may be rewritten; those of a change are the first.
+        gate: `(N, d)`, the new rows of the gate.
+        up: `(N, d)`, those of the up projection.
+    """
+
+    spare: Spare
+    gate: Tensor
+    up: Tensor
+
+    def detectors(self, subjects: Sequence[int]) -> Tensor:
+        """Return what the neurons of subjects add to the key that their values are inserted under, `(n, d_ff)`."""
+        neurons = torch.tensor(self.spare.free[: len(subjects)])
+        return nn.functional.one_hot(neurons, self.spare.neurons.count).float() / self.spare.neurons.response
+
+    def deltas(
+        self, lm: LanguageModel, subjects: Sequence[int], values: Tensor | None = None
+    ) -> dict[str, LowRankDelta]:
+        """Return the changes that give each subject a neuron, by module path.
+
+        Args:
+            subjects: Indices of subjects.
+            values: `(d_out, n)`, what their neurons add to the output of the layer; None for nothing.
+        """
+        neurons, chosen = self.spare.neurons, self.spare.free[: len(subjects)]
+        down = lm.architecture.down_projections[self.spare.layer]
+        detectors = self.detectors(subjects)
+        added = -neurons.response * self.spare.columns[:, : len(subjects)]
+        changes = {down: LowRankDelta(detectors, added if values is None else added + values.to(added))}
+        rows = [(neurons.gate, neurons.gate_offset, neurons.gate_row, self.gate)]
+        if neurons.up is not None:
+            rows.append((neurons.up, neurons.up_offset, neurons.up_row, self.up))
+        for path, offset, row, new in rows:
+            current = torch.stack([row(lm.model, neuron).cpu() for neuron in chosen])
+            height, _ = linear_shape(lm.model.get_submodule(path))
+            places = nn.functional.one_hot(torch.tensor(chosen) + offset, height).float()
+            change = LowRankDelta(new[list(subjects)] - current, places.T)
+            changes[path] = changes[path].beside(change) if path in changes else change
+        return changes
+
+
+def spare_neurons(
+    lm: LanguageModel,
+    config: EditConfig,
+    layers: Sequence[int],
+    count: int,
+    edits: Collection[Mapping[str, LowRankDelta]] = (),
+) -> list[Spare] | None:
+    """Return the neurons that an edit may rewrite, by layer, or None if a layer has none of this form, or too few.
+
+    Args:
+        lm: The model, with its edits off.
+        layers: The layers to edit, ascending.
+        count: Number of subjects.
+        edits: The deltas of the edits that the model carries. Their neurons are not rewritten.
+    """
+    if not config.editor.gates or config.covariance == "identity" or config.regularizer is not None:
+        return None
+    found = {layer: find_neurons(lm.model, lm.architecture, layer) for layer in layers}
+    if not all(found.values()):
+        return None
+    neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
+    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate) for layer, of in neurons.items()})
+    spare = []
+    for layer, of_layer in neurons.items():
+        used = {neuron for deltas in edits for neuron in rewritten(of_layer, deltas)}
+        most = of_layer.count // _SPARE - len(used)
+        if count > most:
+            logger.info(
+                "Layer %d has %d neurons to spare, and %d subjects need one each: the values are inserted without.",
+                layer,
+                max(most, 0),
+                count,
+            )
+            return None
+        down = lm.architecture.weight(lm.model, layer).float().cpu()
+        order = (down.square().sum(0) * moments[layer].energy).argsort().tolist()
+        nearest = [neuron for neuron in order if neuron not in used][: most + _ROWS]
+        lengths = torch.stack([of_layer.gate_row(lm.model, neuron).norm() for neuron in nearest])
+        free = [n for n, length in zip(nearest, lengths.tolist(), strict=True) if length <= _LOUD * lengths.median()]
+        spare.append(Spare(layer, of_layer, free, down[:, free], moments[layer]))
+    return spare
+
+
+def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]:
+    """Return the neurons of a layer whose gates an edit changes."""
+    if neurons.gate not in deltas:
+        return []
+    rows = deltas[neurons.gate].B.abs().amax(1).nonzero()[:, 0] - neurons.gate_offset
+    return [row for row in rows.tolist() if 0 <= row < neurons.count]
+
+
+def gates_of(
+    lm: LanguageModel, requests: Sequence[EditRequest], texts: Sequence[SubjectRows], spare: Sequence[Spare], seed: int
+) -> list[Gates]:
+    """Return neurons that respond to each of N subjects and not to the others, by layer.
+
+    Args:
+        requests: A request about each subject.
+        texts: The texts of each subject.
+        spare: The neurons that may be rewritten, by layer.
+        seed: Seed of the choice of other subjects.
+    """
+    sites = [lm.model.get_submodule(of_layer.neurons.gate) for of_layer in spare]
+    here: list[list[Tensor]] = []  # by subject and layer
+    elsewhere: list[list[Tensor]] = []
+    for request, subject in zip(requests, texts, strict=True):
+        rows = subject.rows
+        inputs = _inputs(lm, [list(row.input_ids) for row in rows], sites)
+        names = {row.input_ids[row.subject] for row in rows}
+        tokens = [token for row in rows for token in row.input_ids]
+        ends, start = [], 0
+        for row in rows:
+            ends.append(start + row.subject)
+            start += len(row.input_ids)
+        others = [place for place, token in enumerate(tokens) if token not in names]
+        alike = _inputs_alike(lm, request, sites, seed)
+        here.append([of_layer[ends] for of_layer in inputs])
+        elsewhere.append([torch.cat([of_layer[others], more]) for of_layer, more in zip(inputs, alike, strict=True)])
+    gates = []
+    for index, of_layer in enumerate(spare):
+        rows_of = [
+            gate_rows(
+                here[subject][index],
+                torch.cat(
+                    [elsewhere[subject][index], *(of[index] for other, of in enumerate(here) if other != subject)]
+                ),
+                of_layer.moments,
+            )
+            for subject in range(len(requests))
+        ]
+        gates.append(
+            Gates(of_layer, torch.stack([gate for gate, _ in rows_of]), torch.stack([up for _, up in rows_of]))
+        )
+    return gates
+
+
+@contextmanager
+def rewriting(lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int]) -> Iterator[None]:
+    """Run the model as if subjects had their neurons, with values of zero, inside this context."""
+    with ExitStack() as stack:
+        for of_layer in gates:
+            for path, delta in of_layer.deltas(lm, subjects).items():
+                stack.enter_context(adding_delta(lm.model.get_submodule(path), delta.A, delta.B))
+        yield
+
+
+def _inputs_alike(lm: LanguageModel, request: EditRequest, sites: Sequence[nn.Module], seed: int) -> list[Tensor]:
+    """Return the inputs at the last tokens of other subjects that end in the same token, by layer `(n, d)`."""
+    asked = rendered(lm.tokenizer, request)
+    ids = subject_tokens(lm.tokenizer, asked.text, asked.subject_start, asked.subject_end)
+    starts = beginnings(lm.tokenizer, _ALIKE, seed) if len(ids) > 1 else []
+    rows = [[*start, ids[-1]] for start in starts if start[-len(ids) + 1 :] != ids[:-1]]
+    if not rows:
+        return [torch.zeros(0, linear_shape(site)[1]) for site in sites]
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
+    return [of_layer[ends] for of_layer in _inputs(lm, rows, sites)]
+
+
+@torch.no_grad()
+def _inputs(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the inputs of linear maps at all tokens of rows, row after row, by map `(tokens, d)` float32."""
+    found: list[list[Tensor]] = [[] for _ in sites]
+    named = {str(index): site for index, site in enumerate(sites)}
+    with evaluating(lm.model):
+        for start in range(0, len(rows), _ROWS):
+            group = rows[start : start + _ROWS]
+            longest = max(map(len, group))
+            ids = torch.tensor([row + [lm.padding_id] * (longest - len(row)) for row in group], device=lm.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in group], device=lm.device)
+            with stop_forward() as stop, recording(named) as record, ExitStack() as stack:
+                stack.callback(sites[-1].register_forward_hook(lambda *_, stop=stop: stop()).remove)
+                lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            read = mask.reshape(-1).nonzero()[:, 0]
+            for index in range(len(sites)):
+                hidden = hidden_argument(*record.calls[str(index)])
+                found[index].append(hidden.reshape(-1, hidden.shape[-1])[read.to(hidden.device)].float().cpu())
+    return [torch.cat(of_site) for of_site in found]
