@@ -289,7 +289,12 @@ def _get_submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _probe_ids(model: nn.Module) -> Tensor:
+def probe_ids(model: nn.Module) -> Tensor:
+    """Return a few tokens to run the model on, `(1, T)`.
+
+    Raises:
+        UnsupportedArchitectureError: The model does not take token ids of a single vocabulary.
+    """
     if not hasattr(model.get_input_embeddings(), "weight"):  # type: ignore[operator]
         raise UnsupportedArchitectureError(f"{type(model).__name__} does not take token ids of a single vocabulary.")
     # From the middle of the vocabulary: special tokens sit at its ends.
@@ -300,7 +305,7 @@ def _probe_ids(model: nn.Module) -> Tensor:
 
 def _check_causal(model: nn.Module) -> None:
     """Raise UnsupportedArchitectureError if a token changes the logits at earlier positions."""
-    ids = _probe_ids(model)
+    ids = probe_ids(model)
     other_last = ids.clone()
     other_last[:, -1] = ids[:, 0]
     before, after = (model(input_ids=tokens, use_cache=False).logits[0, :-1].float() for tokens in (ids, other_last))
@@ -316,7 +321,7 @@ class _CleanForward:
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
         self.model = model
-        self.ids = _probe_ids(model)
+        self.ids = probe_ids(model)
         self.executed: Counter[nn.Module] = Counter()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
