@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -23,6 +23,11 @@ _SAME = {
 _FILLERS = frozenset(["the", "current", "currently", "presently"])
 _PREPOSITIONS = frozenset(["in", "on", "at", "by", "for", "from", "of", "to", "with", "over", "under", "after", "as"])
 _PAST = re.compile(r"\b(?:was|were|did|had)\b", re.IGNORECASE)
+_PRESENT = re.compile(  # a verb without a past in `_AS_PAST`: "The person who runs {} is", "Who runs {}?"
+    r"(?:^who|[a-z] (?:who|that|which|one)|\{\}|^(?:which|what|whose) [a-z]+) "
+    r"(?!(?:is|was|has|does|as|its)\b)[a-z]+(?<!s)s\b|\bcan\b",
+    re.IGNORECASE,
+)
 _PLURAL = re.compile(r"\b(?:are|were|have|do)$", re.IGNORECASE)
 _PLURAL_AFTER = re.compile(r"(?:are|were|have)\b", re.IGNORECASE)
 _AS_PAST = {"is": "was", "are": "were", "does": "did", "do": "did", "has": "had", "have": "had"}
@@ -41,13 +46,13 @@ _TIME = re.compile(
 _LANGUAGE_NAMES = """
     afrikaans akkadian albanian amharic arabic aramaic armenian azerbaijani basque belarusian bengali bosnian breton
     bulgarian burmese cantonese catalan chinese coptic corsican croatian czech danish dutch english esperanto estonian
-    faroese finnish french frisian galician georgian german greek guarani gujarati hausa hawaiian hebrew hindi hungarian
-    icelandic igbo indonesian irish italian japanese javanese kannada kazakh khmer korean kurdish kyrgyz lao latin
-    latvian lithuanian luxembourgish macedonian malagasy malay malayalam maltese mandarin maori marathi mongolian
-    nahuatl nepali norwegian occitan pali pashto persian polish portuguese provencal punjabi quechua romanian romansh
-    russian samoan sanskrit scots serbian sinhala slovak slovene slovenian somali sotho spanish sumerian sundanese swahili
-    swedish syriac tagalog tajik tamil tatar telugu thai tibetan tigrinya turkish turkmen ukrainian urdu uyghur uzbek
-    vietnamese welsh xhosa yiddish yoruba zulu
+    faroese finnish french frisian galician georgian german greek guarani gujarati hausa hawaiian hebrew hindi
+    hungarian icelandic igbo indonesian irish italian japanese javanese kannada kazakh khmer korean kurdish kyrgyz lao
+    latin latvian lithuanian luxembourgish macedonian malagasy malay malayalam maltese mandarin maori marathi
+    mongolian nahuatl nepali norwegian occitan pali pashto persian polish portuguese provencal punjabi quechua
+    romanian romansh russian samoan sanskrit scots serbian sinhala slovak slovene slovenian somali sotho spanish
+    sumerian sundanese swahili swedish syriac tagalog tajik tamil tatar telugu thai tibetan tigrinya turkish turkmen
+    ukrainian urdu uyghur uzbek vietnamese welsh xhosa yiddish yoruba zulu
 """
 _LANGUAGES = frozenset(_LANGUAGE_NAMES.split())
 
@@ -205,7 +210,8 @@ def _around(text: str, start: int, end: int) -> tuple[str, str, str]:
     article = re.search(r"(?:^|(?<=\s))the\s+$", text[:start], re.IGNORECASE)
     start = start if article is None else article.start()
     name = " ".join(text[start:end].split())
-    return text[:start], re.sub("^The (?=[A-Z])", "the ", name) if article is None else f"the {name[4:]}", text[end:]
+    name = re.sub("^The (?=[A-Z])", "the ", name) if article is None else f"the {name[4:]}"
+    return text[:start], name, text[end:].replace("\u2019", "'")
 
 
 def _frame(before: str, after: str) -> str:
@@ -241,18 +247,14 @@ def _chosen(frame: str, answer: str | None) -> Property | None:
     """Return the property that a text asks for, or None if there is none or more than one."""
     entries = _by_frame().get(frame, ())
     is_open = frame.rpartition(" ")[2] in _PREPOSITIONS  # "founded in" a year or a place
-    if answer is None:
-        return None if is_open and any(entry.answer != "any" for entry in entries) else _only(entries)
-    return _only([entry for entry in entries if _fits(entry, answer.strip(), is_open)])
-
-
-def _only(entries: Sequence[Property]) -> Property | None:
+    if answer is not None and is_open:
+        entries = tuple(entry for entry in entries if _fits(entry, answer.strip()))
+    elif is_open and any(entry.answer != "any" for entry in entries):
+        return None
     return entries[0] if len(entries) == 1 else None
 
 
-def _fits(entry: Property, answer: str, is_open: bool) -> bool:
-    if entry.answer == "any" and not is_open:
-        return True
+def _fits(entry: Property, answer: str) -> bool:
     is_time = bool(_TIME.search(answer))
     return is_time == (entry.answer == "time") and (entry.answer != "language" or answer.casefold() in _LANGUAGES)
 
@@ -261,17 +263,21 @@ def _inflected(template: str, is_past: bool, is_plural: bool) -> str | None:
     """Return a template for a text in the past or about a plural subject; None if it has a verb of another tense."""
     words = template.removesuffix("?").split()
     if is_past:
-        if any(word in _AS_PAST for word in words):
-            words = [_AS_PAST.get(word, word) for word in words]
-        elif not _PAST.search(template) and re.search(r"[a-z]s \{\}|\{\} [a-z]+s\b", template):
+        if _PRESENT.search(template):
             return None
+        auxiliary = next((index for index, word in enumerate(words) if word in ("do", "does")), None)
+        if auxiliary is None or not template.endswith("?"):
+            words = [_AS_PAST.get(word, word) for word in words]
+        else:  # "What did {} do", "What did {} have"
+            words[auxiliary] = "did"
     if is_plural and _SUBJECT in words:
         place = words.index(_SUBJECT)
+        words = ["their" if word == "its" else word for word in words]
         if place and words[place - 1] in _AS_PLURAL:  # "Where is {}"
             words[place - 1] = _AS_PLURAL[words[place - 1]]
         elif place == 0 or words[place - 1] in _RELATIVE:
             verb = words[place + 1]
-            words[place + 1] = _AS_PLURAL.get(verb, verb.removesuffix("s"))
+            words[place + 1] = _AS_PLURAL.get(verb) or re.sub("(?<=ch)es$|(?<=o)es$|s$", "", verb)
     return " ".join(words) + ("?" if template.endswith("?") else "")
 
 
