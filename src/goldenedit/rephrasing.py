@@ -22,7 +22,7 @@ _SAME = {
 }  # fmt: skip
 _FILLERS = frozenset(["the", "current", "currently", "presently"])
 _PREPOSITIONS = frozenset(["in", "on", "at", "by", "for", "from", "of", "to", "with", "over", "under", "after", "as"])
-_PAST = re.compile(r"\b(?:was|were|did|had)\b", re.IGNORECASE)
+_PAST = re.compile(r"\b(?:was|were|did|had|worked|lived|resided|spoke|used to|held the|played the)\b", re.IGNORECASE)
 _PRESENT = re.compile(  # a verb without a past in `_AS_PAST`: "The person who runs {} is", "Who runs {}?"
     r"(?:^who|[a-z] (?:who|that|which|one)|\{\}|^(?:which|what|whose) [a-z]+) "
     r"(?!(?:is|was|has|does|as|its)\b)[a-z]+(?<!s)s\b|\bcan\b",
@@ -265,7 +265,7 @@ def _inflected(template: str, is_past: bool, is_plural: bool) -> str | None:
     if is_past:
         if _PRESENT.search(template):
             return None
-        auxiliary = next((index for index, word in enumerate(words) if word in ("do", "does")), None)
+        auxiliary = next((index for index, word in enumerate(words) if word in ("do", "does", "did")), None)
         if auxiliary is None or not template.endswith("?"):
             words = [_AS_PAST.get(word, word) for word in words]
         else:  # "What did {} do", "What did {} have"
