@@ -152,6 +152,7 @@ def test_a_rephrasing_asks_for_no_other_property(entry):
         ("The president of {} in 1990 was", None),
         ("The spouse of the president of {} is", None),
         ("{} follows", None),
+        ("{}, from", None),
         ("La capitale de {} est", None),
     ],
 )

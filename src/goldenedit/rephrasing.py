@@ -24,7 +24,7 @@ _FILLERS = frozenset(["the", "current", "currently", "presently"])
 _PREPOSITIONS = frozenset(["in", "on", "at", "by", "for", "from", "of", "to", "with", "over", "under", "after", "as"])
 _PAST = re.compile(r"\b(?:was|were|did|had|worked|lived|resided|spoke|used to|held the|played the)\b", re.IGNORECASE)
 _PRESENT = re.compile(  # a verb without a past in `_AS_PAST`: "The person who runs {} is", "Who runs {}?"
-    r"(?:^who|[a-z] (?:who|that|which|one)|\{\}|^(?:which|what|whose) [a-z]+) "
+    r"(?:^who|[a-z] (?:who|that|one)|\{\}|^(?:which|what|whose) [a-z]+) "
     r"(?!(?:is|was|has|does|as|its)\b)[a-z]+(?<!s)s\b|\bcan\b",
     re.IGNORECASE,
 )
