@@ -172,6 +172,7 @@ def test_a_part_of_a_name_is_no_subject():
         ("{} was founded in", "Boston", "founding place"),
         ("{} was founded in", "1901", "founding year"),
         ("{} was founded in", "the 19th century", "founding year"),
+        ("{} was founded in", "the 1990s", "founding year"),
         ("{} was founded in", None, None),
         ("{} was born in", "Ulm", "place of birth"),
         ("{} was born in", "1879", "year of birth"),

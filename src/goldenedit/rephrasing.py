@@ -37,12 +37,10 @@ _OPENING, _CLOSING = '"\u201c', '"\u201d'
 # What may follow a question: "What sport does X play? They play".
 _ANSWERED = re.compile(r"\?\s+(?:it is(?: located)?(?: in)?|they play(?: as)?|(?:the )?answer is)$", re.IGNORECASE)
 _TIME = re.compile(
-    r"\b(?:1\d{3}|20\d{2}|\d{1,2}(?:st|nd|rd|th) century|january|february|march \d+|april|may \d+|june|july|august|"
+    r"\b(?:1\d{3}s?|20\d{2}s?|\d{1,2}(?:st|nd|rd|th) century|january|february|march \d+|april|may \d+|june|july|august|"
     r"september|october|november|december)\b|^\d{3}s?$",
     re.IGNORECASE,
 )
-
-
 _LANGUAGE_NAMES = """
     afrikaans akkadian albanian amharic arabic aramaic armenian azerbaijani basque belarusian bengali bosnian breton
     bulgarian burmese cantonese catalan chinese coptic corsican croatian czech danish dutch english esperanto estonian
@@ -101,8 +99,8 @@ def rephrased(text: str, start: int, end: int, answer: str | None = None) -> Rep
         text: A statement before the answer, or a question.
         start: Index of the first character of the subject.
         end: Index of the first character after the subject.
-        answer: The answer. It tells whether a text such as "Nokia was founded in" is about a time or a place; without
-            an answer, such a text is unknown.
+        answer: The new answer. It tells whether a text such as "Nokia was founded in" is about a time or a place;
+            without it, such a text is unknown.
 
     Example:
         ```python
