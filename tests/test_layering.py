@@ -23,6 +23,7 @@ ORDER = (
     "cost",
     "writing",
     "questions",
+    "rephrasing",
     "subjects",
     "texts",
     "requests",
