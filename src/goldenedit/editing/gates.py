@@ -9,14 +9,16 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.hooks import adding_delta, evaluating, hidden_argument, recording, stop_forward
-from goldenedit.architecture.layers import linear_shape
-from goldenedit.architecture.neurons import Neurons, find_neurons
+from goldenedit.architecture.layers import linear_shape, plain_weight
+from goldenedit.architecture.neurons import GATE, Neurons, find_neurons
 from goldenedit.config import EditConfig
+from goldenedit.devices import execution_device
 from goldenedit.editing.keys import beginnings
 from goldenedit.editing.values import SubjectRows
 from goldenedit.editors import LowRankDelta
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _ALIKE = 64  # other subjects that end in the same token
 _SPARE = 32  # one in so many neurons of a layer may be rewritten
 _ROWS = 32  # of a forward
+_NEAREST = 16  # further hardly used neurons, to compare with
 _LOUD = 4.0  # a gate that is so much longer than those of other hardly used neurons may be an edit's
 
 
@@ -59,18 +62,18 @@ class Gates:
 
     Attributes:
         spare: The neurons that may be rewritten; those of a change are the first.
-        gate: `(N, d)`, the new rows of the gate.
-        up: `(N, d)`, those of the up projection.
+        here: `(N, d)`, the rows that respond to each subject.
+        everywhere: `(N, d)`, the rows that respond to all tokens.
     """
 
     spare: Spare
-    gate: Tensor
-    up: Tensor
+    here: Tensor
+    everywhere: Tensor
 
     def detectors(self, subjects: Sequence[int]) -> Tensor:
         """Return what the neurons of subjects add to the key that their values are inserted under, `(n, d_ff)`."""
-        neurons = torch.tensor(self.spare.free[: len(subjects)])
-        return nn.functional.one_hot(neurons, self.spare.neurons.count).float() / self.spare.neurons.response
+        chosen = torch.tensor(self.spare.free[: len(subjects)])
+        return nn.functional.one_hot(chosen, self.spare.neurons.count).float() / self.spare.neurons.response
 
     def deltas(
         self, lm: LanguageModel, subjects: Sequence[int], values: Tensor | None = None
@@ -82,19 +85,21 @@ class Gates:
             values: `(d_out, n)`, what their neurons add to the output of the layer; None for nothing.
         """
         neurons, chosen = self.spare.neurons, self.spare.free[: len(subjects)]
+        columns = -neurons.response * self.spare.columns[:, : len(subjects)]
+        columns = columns if values is None else columns + values.to(columns)
         down = lm.architecture.down_projections[self.spare.layer]
-        detectors = self.detectors(subjects)
-        added = -neurons.response * self.spare.columns[:, : len(subjects)]
-        changes = {down: LowRankDelta(detectors, added if values is None else added + values.to(added))}
-        rows = [(neurons.gate, neurons.gate_offset, neurons.gate_row, self.gate)]
+        changes = {down: LowRankDelta(self.detectors(subjects), columns)}
+        members = list(subjects)
+        w, e = self.here[members], self.everywhere[members]
+        rows = [(neurons.gate, GATE * w)]
         if neurons.up is not None:
-            rows.append((neurons.up, neurons.up_offset, neurons.up_row, self.up))
-        for path, offset, row, new in rows:
-            current = torch.stack([row(lm.model, neuron).cpu() for neuron in chosen])
-            height, _ = linear_shape(lm.model.get_submodule(path))
-            places = nn.functional.one_hot(torch.tensor(chosen) + offset, height).float()
-            change = LowRankDelta(new[list(subjects)] - current, places.T)
-            changes[path] = changes[path].beside(change) if path in changes else change
+            rows.append((neurons.up, (2 * e - w) / GATE))
+        for of, new in rows:
+            current = [of.read(lm.model, neuron) for neuron in chosen]
+            biases = torch.tensor([bias for _, bias in current])
+            A = new - biases[:, None] * e - torch.stack([row.cpu() for row, _ in current])
+            change = LowRankDelta(A, torch.cat([of.output(lm.model, neuron) for neuron in chosen], 1))
+            changes[of.path] = changes[of.path].beside(change) if of.path in changes else change
         return changes
 
 
@@ -119,7 +124,7 @@ def spare_neurons(
     if not all(found.values()):
         return None
     neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
-    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate) for layer, of in neurons.items()})
+    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate.path) for layer, of in neurons.items()})
     spare = []
     for layer, of_layer in neurons.items():
         used = {neuron for deltas in edits for neuron in rewritten(of_layer, deltas)}
@@ -132,20 +137,23 @@ def spare_neurons(
                 count,
             )
             return None
-        down = lm.architecture.weight(lm.model, layer).float().cpu()
+        down = _columns(lm.architecture.down_projection(lm.model, layer))
         order = (down.square().sum(0) * moments[layer].energy).argsort().tolist()
-        nearest = [neuron for neuron in order if neuron not in used][: most + _ROWS]
-        lengths = torch.stack([of_layer.gate_row(lm.model, neuron).norm() for neuron in nearest])
-        free = [n for n, length in zip(nearest, lengths.tolist(), strict=True) if length <= _LOUD * lengths.median()]
+        nearest = [neuron for neuron in order if neuron not in used][: count + _NEAREST]
+        lengths = torch.stack([of_layer.gate.read(lm.model, neuron)[0].norm() for neuron in nearest]).tolist()
+        loud = _LOUD * median(lengths)
+        free = [neuron for neuron, length in zip(nearest, lengths, strict=True) if length <= loud][:count]
         spare.append(Spare(layer, of_layer, free, down[:, free], moments[layer]))
+    if any(len(of_layer.free) < count for of_layer in spare):
+        return None
     return spare
 
 
 def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]:
     """Return the neurons of a layer whose gates an edit changes."""
-    if neurons.gate not in deltas:
+    if neurons.gate.path not in deltas:
         return []
-    rows = deltas[neurons.gate].B.abs().amax(1).nonzero()[:, 0] - neurons.gate_offset
+    rows = deltas[neurons.gate.path].B.abs().amax(1).nonzero()[:, 0] - neurons.gate.offset
     return [row for row in rows.tolist() if 0 <= row < neurons.count]
 
 
@@ -160,7 +168,7 @@ def gates_of(
         spare: The neurons that may be rewritten, by layer.
         seed: Seed of the choice of other subjects.
     """
-    sites = [lm.model.get_submodule(of_layer.neurons.gate) for of_layer in spare]
+    sites = [lm.model.get_submodule(of_layer.neurons.gate.path) for of_layer in spare]
     here: list[list[Tensor]] = []  # by subject and layer
     elsewhere: list[list[Tensor]] = []
     for request, subject in zip(requests, texts, strict=True):
@@ -188,9 +196,7 @@ def gates_of(
             )
             for subject in range(len(requests))
         ]
-        gates.append(
-            Gates(of_layer, torch.stack([gate for gate, _ in rows_of]), torch.stack([up for _, up in rows_of]))
-        )
+        gates.append(Gates(of_layer, torch.stack([w for w, _ in rows_of]), torch.stack([e for _, e in rows_of])))
     return gates
 
 
@@ -202,6 +208,24 @@ def rewriting(lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int]
             for path, delta in of_layer.deltas(lm, subjects).items():
                 stack.enter_context(adding_delta(lm.model.get_submodule(path), delta.A, delta.B))
         yield
+
+
+@torch.no_grad()
+def _columns(module: nn.Module) -> Tensor:
+    """Return the weight of a linear map, `(d_out, d_in)` float32, quantized or not."""
+    weight = plain_weight(module)
+    if weight is not None:
+        return weight.float().cpu()
+    height, width = linear_shape(module)
+    columns = torch.empty(height, width)
+    device = execution_device(module)
+    for start in range(0, width, 512):
+        units = nn.functional.one_hot(torch.arange(start, min(start + 512, width), device=device), width)
+        dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
+        columns[:, start : start + len(units)] = (
+            (module(units.to(dtype)) - module(0 * units[:1].to(dtype))).T.float().cpu()
+        )
+    return columns
 
 
 def _inputs_alike(lm: LanguageModel, request: EditRequest, sites: Sequence[nn.Module], seed: int) -> list[Tensor]:

@@ -20,9 +20,12 @@ from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import Continuation
 from goldenedit.lm.tokens import with_answer
 from goldenedit.questions import question_from
+from goldenedit.rephrasing import Rephrasings, rephrased, without
 from goldenedit.requests import ChatText, EditRequest, Message
 from goldenedit.subjects import find_subject, respelled_subject
 
+_OTHER_QUESTIONS = 2
+_OTHER_STATEMENTS = 1
 LENGTH = 24  # tokens of the model's own answer
 _EARLIER: tuple[Message, ...] = (
     {"role": "user", "content": "Can you help me with a few questions?"},
@@ -62,7 +65,30 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
     for index, prompt in enumerate((request.text, *request.prompts)):
         other = replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
         found += _as_question(tokenizer, other, is_first=index == 0)
+    others = _others(request)
+    for index, question in enumerate(others.questions[:_OTHER_QUESTIONS] if others else ()):
+        other = replace(request, prompt=question, subject=spelled(question, request.subject), prompts=())
+        wrapped = _as_question(tokenizer, other, is_first=False)
+        found += wrapped if index == 0 else wrapped[-1:]
     return found
+
+
+def stated(request: EditRequest) -> list[EditRequest]:
+    """Return a fact as other statements that its answer ends. Arguments and texts are as in `asked`."""
+    others = _others(request)
+    return [
+        replace(request, prompt=text, subject=spelled(text, request.subject), prompts=())
+        for text in (others.statements[:_OTHER_STATEMENTS] if others else ())
+    ]
+
+
+def _others(request: EditRequest) -> Rephrasings | None:
+    """Return other texts about the property that a fact asks for, without those that measure the edit."""
+    if request.messages is not None or isinstance(request.prompt, ChatText):
+        return None
+    found = rephrased(request.text, request.subject_start, request.subject_end, request.target_new)
+    measuring = [request.question, *request.paraphrases, *request.generation, *(text for text, _ in request.locality)]
+    return None if found is None else without(found, [text for text in measuring if text])
 
 
 def _as_question(tokenizer: PreTrainedTokenizerBase, request: EditRequest, is_first: bool) -> list[EditRequest]:
@@ -92,7 +118,10 @@ def worded(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[list[Word
     prompts = [other.text for others in by_fact for other in others]
     own = iter(lm.answers(prompts, LENGTH, _has_ended))
     return [
-        [Wording(other, _answer(request, other, next(own))) for other in others]
+        [
+            *(Wording(other, _answer(request, other, next(own))) for other in others),
+            *(Wording(other, request.target_new) for other in stated(request)),
+        ]
         for request, others in zip(requests, by_fact, strict=True)
     ]
 

@@ -11,10 +11,11 @@ regression to 1 at the subject's last token in each wording, and to -1 at all ot
     w = argmin  E_text (w . x + 1)^2 + a mean_subject (w . x - 1)^2 + b mean_others (w . x + 1)^2 + ridge ||w||^2
 
 `others` are the other tokens of the wordings, and the last tokens of other subjects that end alike. It has a closed
-form in the mean and the second moment of the inputs on text. Scaled by `GATE`, the activation is zero for w . x < 0,
-but for rounding, and linear above. The subject is not equally far above in all wordings. So the row of the up
-projection is `(2 e - w) / GATE`, with `e` the same regression to 1 everywhere, and the neuron computes `s (2 - s)` at
-s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5. The column of the down projection is the value.
+form in the mean and the second moment of the inputs on text. The row of the gate is `GATE w` with a large `GATE`: the
+activation is zero for w . x < 0, but for rounding, and linear above. The subject is not equally far above in all
+wordings. So the row of the up projection is `(2 e - w) / GATE`, with `e` the same regression to 1 everywhere, and the
+neuron computes `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5. Biases are subtracted along `e`.
+The column of the down projection is the value.
 
 Neurons as keys and values: Geva et al. 2021 (arXiv 2012.14913). One more neuron for each mistake: Huang et al. 2023
 (arXiv 2301.09785). One in the place of another: Sutton et al. 2024 (arXiv 2406.12670), whose detector is the last token
@@ -34,7 +35,6 @@ from goldenedit.editors.null_space import null_space_insertion
 from goldenedit.editors.problem import Problem
 from goldenedit.editors.record import editor
 
-GATE = 30.0  # act(-GATE / 2) is 5e-6 of act(GATE) for SiLU, and 0 for GELU and ReLU
 _SUBJECT = 0.2  # weight of the wordings, against 1 for other text
 _OTHERS = 0.5
 _RIDGE = 1e-2  # of the mean eigenvalue
@@ -47,7 +47,8 @@ class InputMoments:
     Attributes:
         mean: `(d,)`.
         second_moment: `(d, d)`.
-        energy: `(d_ff,)`, the mean square of each neuron's output.
+        energy: `(d_ff,)`, the root of the mean fourth power of each neuron's output: a mean square that minds tokens
+            at which a neuron is rarely, but strongly, active.
     """
 
     mean: Tensor
@@ -56,7 +57,7 @@ class InputMoments:
 
 
 def gate_rows(subject: Tensor, others: Tensor, text: InputMoments) -> tuple[Tensor, Tensor]:
-    """Return the rows of the gate and of the up projection of a subject's neuron, `(d,)` float32 each.
+    """Return `w` and `e`, `(d,)` float32: the rows that respond to a subject, and with 1 to all tokens.
 
     Args:
         subject: `(n, d)`, inputs of the MLP at the subject's last token in each wording.
@@ -73,7 +74,7 @@ def gate_rows(subject: Tensor, others: Tensor, text: InputMoments) -> tuple[Tens
     here = _SUBJECT * P.mean(0)
     w, e = torch.linalg.solve(H, torch.stack([here - rest, here + rest], 1)).T
     w, e = w / (P @ w).mean(), e / (P @ e).mean()
-    return (GATE * w).float(), ((2 * e - w) / GATE).float()
+    return w.float(), e.float()
 
 
 @editor(
