@@ -114,9 +114,9 @@ class EditConfig(
         },
     )
     kept_questions: int = option(
-        6, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
+        4, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
     )
-    kept_factor: float = option(6.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
+    kept_factor: float = option(3.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
     contexts: int = option(4, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
     context_length: int = option(10, help="Number of tokens of each sampled prefix.", least=1, whole=True)
     steps: int = option(40, help="Largest number of steps of the value optimization.", least=1, whole=True)
