@@ -137,7 +137,8 @@ def spare_neurons(
                 count,
             )
             return None
-        down = _columns(lm.architecture.down_projection(lm.model, layer))
+        dtype: torch.dtype = lm.model.dtype  # type: ignore[assignment]
+        down = _columns(lm.architecture.down_projection(lm.model, layer), dtype)
         order = (down.square().sum(0) * moments[layer].energy).argsort().tolist()
         nearest = [neuron for neuron in order if neuron not in used][: count + _NEAREST]
         lengths = torch.stack([of_layer.gate.read(lm.model, neuron)[0].norm() for neuron in nearest]).tolist()
@@ -211,8 +212,8 @@ def rewriting(lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int]
 
 
 @torch.no_grad()
-def _columns(module: nn.Module) -> Tensor:
-    """Return the weight of a linear map, `(d_out, d_in)` float32, quantized or not."""
+def _columns(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a linear map, `(d_out, d_in)` float32. If it is quantized, it runs in a precision."""
     weight = plain_weight(module)
     if weight is not None:
         return weight.float().cpu()
@@ -221,10 +222,8 @@ def _columns(module: nn.Module) -> Tensor:
     device = execution_device(module)
     for start in range(0, width, 512):
         units = nn.functional.one_hot(torch.arange(start, min(start + 512, width), device=device), width)
-        dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-        columns[:, start : start + len(units)] = (
-            (module(units.to(dtype)) - module(0 * units[:1].to(dtype))).T.float().cpu()
-        )
+        units = units.to(dtype)
+        columns[:, start : start + len(units)] = (module(units) - module(0 * units[:1])).T.float().cpu()
     return columns
 
 
