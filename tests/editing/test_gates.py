@@ -10,11 +10,14 @@ import torch
 from peft import PeftModel
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import evaluating, recording
 from goldenedit.architecture.neurons import GATE, find_neurons
-from goldenedit.editing.gates import _columns, gates_of, rewriting, rewritten, spare_neurons
+from goldenedit.editing.gates import _columns, gates_of, moved, rewriting, rewritten, spare_neurons
 from goldenedit.editing.prepared import subject_texts
+from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
+from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
 from tiny_edits import MERKEL, TOWER, assert_near, differ, logits
 from zoo import zoo_model
@@ -38,9 +41,9 @@ def config(**options) -> EditConfig:
     return EditConfig(**fast | {"phrasings": "none", "kept_questions": 1, "contrast": 0} | options)
 
 
-def wide_model(kind="llama"):
-    """Return a tiny model with four neurons to spare in each layer."""
-    return zoo_model(kind, width=64)
+def wide_model(kind="llama", width=64):
+    """Return a tiny model with four neurons to spare in each layer, or more."""
+    return zoo_model(kind, width=width)
 
 
 def edit_model(tokenizer, kind="llama", **options) -> EditModel:
@@ -58,7 +61,7 @@ class Prepared:
     """Neurons for two subjects in a model that is wide enough to tell them from text."""
 
     def __init__(self, kind, tokenizer) -> None:
-        self.lm = LanguageModel(zoo_model(kind, width=256), tokenizer)
+        self.lm = LanguageModel(wide_model(kind, width=256), tokenizer)
         self.requests = [TOWER, MERKEL]
         self.texts = subject_texts(self.lm, self.requests, config(), ["", "I. "], joint=True)
         self.spare = spare_neurons(self.lm, config(covariance_tokens=2_000), LAYERS, 2)
@@ -291,3 +294,139 @@ def test_neurons_are_the_least_used_ones(tokenizer):
         down.data[:, [7, 100]] *= 1e-3
     spare = spare_neurons(LanguageModel(model, tokenizer), config(), LAYERS, 2)
     assert [set(of_layer.free) for of_layer in spare] == [{7, 100}, {7, 100}]
+
+
+def apart(kind, tokenizer, folder, requests=((TOWER,), (MERKEL,)), width=64, **options):
+    """Save edits that were made independently on the same base, and return a function that loads it again."""
+
+    def load():
+        model = wide_model(kind, width)
+        for path in read_architecture(model).down_projections.values():
+            down = model.get_submodule(path).weight.data
+            # Some neurons that add next to nothing, so that all tell the same with any of them rewritten.
+            (down.T if kind != "gpt2" else down)[10:20] *= 1e-4
+        return model
+
+    for index, facts in enumerate(requests):
+        model = get_edit_model(load(), config(**options), tokenizer)
+        model.edit(list(facts), name=f"edit {index}")
+        model.save_pretrained(folder / str(index))
+    return load
+
+
+def told(model, request, tokenizer):
+    """Return the logits behind a prompt."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([tokenizer(request.text)["input_ids"]])).logits[0].float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_that_was_made_apart_is_moved_to_other_neurons(kind, tokenizer, tmp_path):
+    load = apart(kind, tokenizer, tmp_path, width=256, steps=20, covariance_tokens=2_000)
+    alone = [EditModel.from_pretrained(load(), tmp_path / str(index), tokenizer=tokenizer) for index in range(2)]
+    assert neurons_of(alone[0], "edit 0") == neurons_of(alone[1], "edit 1")
+    both = EditModel.from_pretrained(load(), tmp_path / "0", tokenizer=tokenizer)
+    both.load_adapter(tmp_path / "1")
+    for one, other in zip(neurons_of(both, "edit 0"), neurons_of(both, "edit 1"), strict=True):
+        assert len(one) == len(other) == 1
+        assert not one & other
+    assert both.edits["edit 1"].rank == alone[1].edits["edit 1"].rank
+    both.set_adapter("edit 1")
+    near = 2e-2 if kind == "gpt2" else 1e-3  # a change of weights cannot move a bias
+    assert_near(logits(both), logits(alone[1]), near)
+    assert_near(told(both, MERKEL, tokenizer), told(alone[1], MERKEL, tokenizer), near)
+    both.set_adapter("edit 0")
+    assert torch.equal(logits(both), logits(alone[0]))
+    both.set_adapter(["edit 0", "edit 1"])
+    base = load()
+    for model, request in ((alone[0], TOWER), (alone[1], MERKEL)):
+        before, expected, found = (told(each, request, tokenizer) for each in (base, model, both))
+        # But for a few tokens at which a neuron of a random model is not silent.
+        assert (found - expected).abs().max() < 0.3 * (expected - before).abs().max()
+        # In the first layer, whose inputs are the same, both edits add up at all tokens.
+        output, *others = (output_of(each, request, tokenizer) for each in (base, *alone))
+        added = output_of(both, request, tokenizer) - output
+        assert_near(added, sum(other - output for other in others), near)
+
+
+def output_of(model, request, tokenizer, layer=LAYERS[0]):
+    """Return the output of a layer's MLP at the tokens of a prompt."""
+    inner = model.get_base_model() if isinstance(model, EditModel) else model
+    path = read_architecture(wide_model(inner.config.model_type)).down_projections[layer]
+    with recording({"down": inner.get_submodule(path)}) as record:
+        told(model, request, tokenizer)
+    return record.outputs["down"]
+
+
+@pytest.fixture
+def refused(caplog):
+    """Return a function that counts the warnings of edits that could not be moved."""
+    return lambda: [record.getMessage() for record in caplog.records if "cannot be moved" in record.getMessage()]
+
+
+def test_edits_that_use_up_the_neurons_are_named(tokenizer, tmp_path, refused):
+    facts = ((TOWER, LONDON), (MERKEL, EditRequest("Berlin is a city in", "Berlin", "Rome")), (TOWER,))
+    load = apart("llama", tokenizer, tmp_path, facts)
+    model = EditModel.from_pretrained(load(), tmp_path / "0", tokenizer=tokenizer)
+    model.load_adapter(tmp_path / "1")
+    assert refused() == []
+    model.load_adapter(tmp_path / "2")
+    assert neurons_of(model, "edit 2")[0] <= neurons_of(model, "edit 0")[0]
+    (warning,) = refused()
+    assert "Edit 'edit 2' rewrites neurons that the edits ['edit 0'] rewrite too" in warning
+    assert "set_adapter" in warning
+
+
+def test_edits_of_one_folder_keep_out_of_each_other_s_way(tokenizer, tmp_path, refused):
+    load = apart("llama", tokenizer, tmp_path)
+    model = get_edit_model(load(), config(), tokenizer)
+    for name, request in (("london", LONDON), ("tower", TOWER)):
+        model.edit(request, name=name)
+    edited = logits(model)
+    model.save_pretrained(tmp_path / "two")
+    both = EditModel.from_pretrained(load(), tmp_path / "1", tokenizer=tokenizer)
+    both.load_adapter(tmp_path / "two")
+    assert [len(of_layer) for of_layer in neurons_of(both, *both.edits)] == [3, 3]
+    both.set_adapter(["london", "tower"])
+    assert_near(logits(both), edited, 1e-3)
+    both.save_pretrained(tmp_path / "moved")  # what they are in this model
+    again = EditModel.from_pretrained(load(), tmp_path / "moved", tokenizer=tokenizer)
+    assert torch.equal(logits(again), logits(both))
+    assert refused() == []
+
+
+def test_an_edit_without_neurons_of_another_one_is_loaded_as_it_is(tokenizer, tmp_path):
+    load = apart("llama", tokenizer, tmp_path)
+    for name, options in (("without", {"method": "null-space"}), ("before", {})):
+        model = get_edit_model(load(), config(**options), tokenizer)
+        model.edit(LONDON, name=name)
+        saved = EditModel.from_pretrained(load(), tmp_path / "0", tokenizer=tokenizer)
+        if name == "before":
+            saved.delete_adapter("edit 0")
+        model.save_pretrained(tmp_path / name)
+        saved.load_adapter(tmp_path / name)
+        for path, delta in model.edits[name].deltas.items():
+            assert torch.equal(saved.edits[name].deltas[path].dense(), delta.dense())
+
+
+def test_an_edit_whose_neurons_share_ranks_is_not_moved(tokenizer, tmp_path, refused):
+    load = apart("llama", tokenizer, tmp_path, ((TOWER, MERKEL), (LONDON,)))
+    edit = read_edit_folder(tmp_path / "0").edits[0]
+    mixed = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    deltas = {
+        path: LowRankDelta(mixed @ delta.A / 2, delta.B @ mixed) for path, delta in edit.deltas.items()
+    }  # the same changes
+    model = EditModel.from_pretrained(load(), tmp_path / "1", tokenizer=tokenizer)
+    result, clashing = moved(model.lm, config(), deltas, {"edit 1": model.edits["edit 1"].deltas})
+    assert clashing == ["edit 1"]
+    assert result == deltas
+
+
+def test_biases_that_differ_keep_a_neuron_where_it_is(tokenizer, tmp_path, refused):
+    load = apart("gpt2", tokenizer, tmp_path)
+    base = load()
+    for block in base.transformer.h:
+        block.mlp.c_fc.bias.data = torch.randn_like(block.mlp.c_fc.bias) * 40
+    model = EditModel.from_pretrained(base, tmp_path / "0", tokenizer=tokenizer, ignore_fingerprint=True)
+    model.load_adapter(tmp_path / "1", ignore_fingerprint=True)
+    assert len(refused()) == 1
