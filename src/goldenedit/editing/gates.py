@@ -25,7 +25,7 @@ from goldenedit.editors import LowRankDelta
 from goldenedit.editors.gated import InputMoments, gate_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.tokens import subject_tokens
+from goldenedit.lm.tokens import Row, subject_tokens
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -257,13 +257,7 @@ def gates_of(
     for request, subject in zip(requests, texts, strict=True):
         rows = subject.rows
         inputs = _inputs(lm, [list(row.input_ids) for row in rows], sites)
-        names = {row.input_ids[row.subject] for row in rows}
-        tokens = [token for row in rows for token in row.input_ids]
-        ends, start = [], 0
-        for row in rows:
-            ends.append(start + row.subject)
-            start += len(row.input_ids)
-        others = [place for place, token in enumerate(tokens) if token not in names]
+        ends, others = _mentions(rows, len(_subject_ids(lm, request)))
         alike = _inputs_alike(lm, request, sites, seed)
         here.append([of_layer[ends] for of_layer in inputs])
         elsewhere.append([torch.cat([of_layer[others], more]) for of_layer, more in zip(inputs, alike, strict=True)])
@@ -309,10 +303,35 @@ def _columns(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return columns
 
 
+def _mentions(rows: Sequence[Row], length: int) -> tuple[list[int], list[int]]:
+    """Return the places of a subject's last token in the joined tokens of rows, at all mentions, and those of others.
+
+    Tokens that equal the subject's last one at other places are neither.
+
+    Args:
+        length: Number of tokens of the subject.
+    """
+    names = {row.input_ids[max(row.subject + 1 - length, 0) : row.subject + 1] for row in rows}
+    last = {name[-1] for name in names}
+    ends, others, start = [], [], 0
+    for row in rows:
+        for place, token in enumerate(row.input_ids):
+            if any(row.input_ids[max(place + 1 - len(name), 0) : place + 1] == name for name in names):
+                ends.append(start + place)
+            elif token not in last:
+                others.append(start + place)
+        start += len(row.input_ids)
+    return ends, others
+
+
+def _subject_ids(lm: LanguageModel, request: EditRequest) -> list[int]:
+    asked = rendered(lm.tokenizer, request)
+    return subject_tokens(lm.tokenizer, asked.text, asked.subject_start, asked.subject_end)
+
+
 def _inputs_alike(lm: LanguageModel, request: EditRequest, sites: Sequence[nn.Module], seed: int) -> list[Tensor]:
     """Return the inputs at the last tokens of other subjects that end in the same token, by layer `(n, d)`."""
-    asked = rendered(lm.tokenizer, request)
-    ids = subject_tokens(lm.tokenizer, asked.text, asked.subject_start, asked.subject_end)
+    ids = _subject_ids(lm, request)
     starts = beginnings(lm.tokenizer, _ALIKE, seed) if len(ids) > 1 else []
     rows = [[*start, ids[-1]] for start in starts if start[-len(ids) + 1 :] != ids[:-1]]
     if not rows:
