@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.architecture.layers import is_quantized, plain_weight
+from goldenedit.architecture.neurons import find_neurons
 from goldenedit.architecture.quantized import giving_backward
-from goldenedit.editing.gates import _columns
+from goldenedit.editing.gates import _columns, rewritten
 from goldenedit.layer_selection import lga_scores
 from goldenedit.storage.fingerprint import fingerprint
 from models import NUM_LAYERS, VOCAB_SIZE
@@ -240,6 +241,31 @@ def test_gguf_is_loaded_dequantized_and_merges(tokenizer, logits, tmp_path):
     model = check_edits(load, tokenizer, logits, tmp_path / "edit")
     stacked = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), stacked, rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_that_was_made_apart_is_moved_to_other_neurons(tokenizer, tmp_path):
+    options = {"covariance": "sampled", "covariance_tokens": 200}
+    for name, request in (("tower", TOWER), ("merkel", MERKEL)):
+        model = get_edit_model(with_integers(), config(**options), tokenizer)
+        model.edit(request, name=name)
+        model.save_pretrained(tmp_path / name)
+    alone = EditModel.from_pretrained(with_integers(), tmp_path / "merkel", tokenizer=tokenizer)
+    both = EditModel.from_pretrained(with_integers(), tmp_path / "tower", tokenizer=tokenizer)
+    both.load_adapter(tmp_path / "merkel")
+    both.set_adapter("merkel")
+    found = []
+    for model in (alone, both):
+        neurons = find_neurons(model.lm.model, model.architecture, 1)
+        (neuron,) = rewritten(neurons, model.edits["merkel"].deltas)
+        rows = [of.read(model.lm.model, neuron)[0] for of in (neurons.gate, neurons.up)]
+        down = model.architecture.down_projection(model.lm.model, 1)
+        with torch.no_grad():
+            column = down(torch.eye(MLP_WIDTH)[[neuron]])[0]
+        found.append((neuron, *rows, column))
+    (old, *expected), (new, *actual) = found
+    assert old != new
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def by_config(folder, quantization):
