@@ -103,6 +103,25 @@ class Gates:
         return changes
 
 
+def known_neurons(
+    lm: LanguageModel, config: EditConfig, layers: Sequence[int]
+) -> dict[int, tuple[Neurons, InputMoments]]:
+    """Return how the neurons of layers are computed, and their moments on other text, by layer.
+
+    The moments of all layers are computed in one pass, which processes share, and kept by `lm`. Layers whose neurons
+    an edit with this config does not rewrite are left out.
+
+    Args:
+        lm: The model, with its edits off.
+    """
+    if not config.editor.gates or config.covariance == "identity" or config.regularizer is not None:
+        return {}
+    found = {layer: find_neurons(lm.model, lm.architecture, layer) for layer in layers}
+    neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
+    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate.path) for layer, of in neurons.items()})
+    return {layer: (of_layer, moments[layer]) for layer, of_layer in neurons.items()}
+
+
 def spare_neurons(
     lm: LanguageModel,
     config: EditConfig,
@@ -118,15 +137,11 @@ def spare_neurons(
         count: Number of subjects.
         edits: The deltas of the edits that the model carries. Their neurons are not rewritten.
     """
-    if not config.editor.gates or config.covariance == "identity" or config.regularizer is not None:
+    known = known_neurons(lm, config, layers)
+    if len(known) < len(layers):
         return None
-    found = {layer: find_neurons(lm.model, lm.architecture, layer) for layer in layers}
-    if not all(found.values()):
-        return None
-    neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
-    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate.path) for layer, of in neurons.items()})
     spare = []
-    for layer, of_layer in neurons.items():
+    for layer, (of_layer, moments) in known.items():
         used = {neuron for deltas in edits for neuron in rewritten(of_layer, deltas)}
         most = of_layer.count // _SPARE - len(used)
         if count > most:
@@ -138,12 +153,12 @@ def spare_neurons(
             )
             return None
         down = _columns(lm.architecture.down_projection(lm.model, layer))
-        order = (down.square().sum(0) * moments[layer].energy).argsort().tolist()
+        order = (down.square().sum(0) * moments.energy).argsort().tolist()
         nearest = [neuron for neuron in order if neuron not in used][: count + _NEAREST]
         lengths = torch.stack([of_layer.gate.read(lm.model, neuron)[0].norm() for neuron in nearest]).tolist()
         loud = _LOUD * median(lengths)
         free = [neuron for neuron, length in zip(nearest, lengths, strict=True) if length <= loud][:count]
-        spare.append(Spare(layer, of_layer, free, down[:, free], moments[layer]))
+        spare.append(Spare(layer, of_layer, free, down[:, free], moments))
     if any(len(of_layer.free) < count for of_layer in spare):
         return None
     return spare

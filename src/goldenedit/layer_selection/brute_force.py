@@ -23,6 +23,7 @@ from goldenedit.architecture.hooks import adding_delta
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
+from goldenedit.editing.gates import known_neurons
 from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
@@ -143,8 +144,9 @@ def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequen
     """Return the statistics of layers that editors read; none if no editor reads them."""
     readers = [config for config in configs if config.editor.reads_statistics]
     statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
-    for config in readers:
-        lm.output_gradients(config, layers)  # of all layers in one pass, at the first call; `lm` keeps them
+    for config in readers:  # of all layers in one pass, at the first call; `lm` keeps them
+        lm.output_gradients(config, layers)
+        known_neurons(lm, config, layers)
     return statistics
 
 
