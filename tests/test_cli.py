@@ -96,7 +96,7 @@ def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
 
     code, output, _ = run(capsys, "show", str(saved))
     assert code == 0
-    for part in ("tower", "null-space", "chosen by hand", "identity", "rank 1", "Rome", "KB"):
+    for part in ("tower", "gated", "chosen by hand", "identity", "rank 1", "Rome", "KB"):
         assert part in output
     assert "The edits do what they list, and their facts explain them." in output
 

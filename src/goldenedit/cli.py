@@ -53,7 +53,7 @@ def locate(
         ),
     ] = "lga",
     sweep: Annotated[int, typer.Option(help="With `all`: run `sweep` too, on this many facts.")] = 0,
-    editor: Annotated[str, typer.Option(help="The editor for `sweep`, `key_response` and `published`.")] = "null-space",
+    editor: Annotated[str, typer.Option(help="The editor for `sweep`, `key_response` and `published`.")] = "gated",
     loss: Annotated[str, typer.Option(help="The loss of `lga`: `sequence` or `answer`.")] = "sequence",
     kappa: Annotated[float, typer.Option(help="The width of the outlier fence, in interquartile ranges.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Save the chart as an image in this file.")] = None,
@@ -116,7 +116,7 @@ def edit(
     ] = None,
     format: FactsFormat = "auto",
     skip_bad: SkipBad = False,
-    method: Annotated[str, typer.Option(help="The editor (listed by `goldenedit editors`).")] = "null-space",
+    method: Annotated[str, typer.Option(help="The editor (listed by `goldenedit editors`).")] = "gated",
     layer: Layer = "lga",
     covariance: Annotated[
         str, typer.Option(help="Key statistics: `sampled`, `identity`, a text file or a dataset.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,13 +18,16 @@ from goldenedit.architecture.hooks import adding_delta, evaluating, hidden_argum
 from goldenedit.architecture.layers import linear_shape, plain_weight
 from goldenedit.architecture.neurons import GATE, Neurons, find_neurons
 from goldenedit.config import EditConfig
+from goldenedit.cost import phase
 from goldenedit.devices import execution_device
 from goldenedit.editing.keys import beginnings
 from goldenedit.editing.values import SubjectRows
 from goldenedit.editors import LowRankDelta
 from goldenedit.editors.gated import InputMoments, gate_rows
+from goldenedit.evaluation.harm import State, compare, text_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
+from goldenedit.lm.covariance import sampled_texts
 from goldenedit.lm.tokens import Row, subject_tokens
 from goldenedit.requests import EditRequest
 
@@ -35,6 +38,8 @@ _SPARE = 32  # one in so many neurons of a layer may be rewritten
 _ROWS = 32  # of a forward
 _NEAREST = 16  # further hardly used neurons, to compare with
 _BIAS = 0.05  # largest difference of what neurons respond at a subject, from biases, to take one for another
+_CANDIDATES = 8  # hardly used neurons whose removal is measured
+_TEXT_TOKENS = 500  # that it is measured on
 _LOUD = 4.0  # a gate that is so much longer than those of other hardly used neurons may be an edit's
 
 
@@ -104,6 +109,25 @@ class Gates:
         return changes
 
 
+def known_neurons(
+    lm: LanguageModel, config: EditConfig, layers: Sequence[int]
+) -> dict[int, tuple[Neurons, InputMoments]]:
+    """Return how the neurons of layers are computed, and their moments on other text, by layer.
+
+    The moments of all layers are computed in one pass, which processes share, and kept by `lm`. Layers whose neurons
+    an edit with this config does not rewrite are left out.
+
+    Args:
+        lm: The model, with its edits off.
+    """
+    if not config.editor.gates or config.covariance == "identity" or config.regularizer is not None:
+        return {}
+    found = {layer: find_neurons(lm.model, lm.architecture, layer) for layer in layers}
+    neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
+    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate.path) for layer, of in neurons.items()})
+    return {layer: (of_layer, moments[layer]) for layer, of_layer in neurons.items()}
+
+
 def spare_neurons(
     lm: LanguageModel,
     config: EditConfig,
@@ -119,15 +143,11 @@ def spare_neurons(
         count: Number of subjects.
         edits: The deltas of the edits that the model carries. Their neurons are not rewritten.
     """
-    if not config.editor.gates or config.covariance == "identity" or config.regularizer is not None:
+    known = known_neurons(lm, config, layers)
+    if len(known) < len(layers):
         return None
-    found = {layer: find_neurons(lm.model, lm.architecture, layer) for layer in layers}
-    if not all(found.values()):
-        return None
-    neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
-    moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate.path) for layer, of in neurons.items()})
     spare = []
-    for layer, of_layer in neurons.items():
+    for layer, (of_layer, moments) in known.items():
         used = {neuron for deltas in edits for neuron in rewritten(of_layer, deltas)}
         most = of_layer.count // _SPARE - len(used)
         if count > most:
@@ -140,15 +160,43 @@ def spare_neurons(
             return None
         dtype: torch.dtype = lm.model.dtype  # type: ignore[assignment]
         down = _columns(lm.architecture.down_projection(lm.model, layer), dtype)
-        order = (down.square().sum(0) * moments[layer].energy).argsort().tolist()
+        order = (down.square().sum(0) * moments.energy).argsort().tolist()
         nearest = [neuron for neuron in order if neuron not in used][: count + _NEAREST]
         lengths = torch.stack([of_layer.gate.read(lm.model, neuron)[0].norm() for neuron in nearest]).tolist()
         loud = _LOUD * median(lengths)
-        free = [neuron for neuron, length in zip(nearest, lengths, strict=True) if length <= loud][:count]
-        spare.append(Spare(layer, of_layer, free, down[:, free], moments[layer]))
+        free = [neuron for neuron, length in zip(nearest, lengths, strict=True) if length <= loud]
+        free = _least_missed(lm, layer, free[:_CANDIDATES], down, config.seed) + free[_CANDIDATES:]
+        free = free[:count]
+        spare.append(Spare(layer, of_layer, free, down[:, free], moments))
     if any(len(of_layer.free) < count for of_layer in spare):
         return None
     return spare
+
+
+def _least_missed(lm: LanguageModel, layer: int, neurons: Sequence[int], down: Tensor, seed: int) -> list[int]:
+    """Return neurons in the order of what their removal changes: the mean KL divergence on text from the model.
+
+    What a neuron adds to the layer is a poor guide: some that add little, or rarely something, move much.
+
+    Args:
+        neurons: The neurons to compare.
+        down: `(d_out, d_ff)`, the weight of the down projection.
+    """
+    key = (layer, tuple(neurons), seed)
+    if key not in lm.measured:
+        module, width = lm.architecture.down_projection(lm.model, layer), down.shape[1]
+
+        def without(neuron: int) -> State:
+            unit = nn.functional.one_hot(torch.tensor([neuron]), width).float()
+            return lambda: adding_delta(module, unit, -down[:, [neuron]])
+
+        with phase("spare neurons"):
+            rows = text_rows(lm, sampled_texts(lm, _TEXT_TOKENS, seed + 1))
+            states = {str(neuron): without(neuron) for neuron in neurons}
+            compared = compare(lm, rows, layer, nullcontext, states, "Spare neurons")
+        sums = {neuron: sum(sum(row.kl) for row in compared[str(neuron)]) for neuron in neurons}
+        lm.measured[key] = sorted(neurons, key=sums.__getitem__)
+    return list(lm.measured[key])
 
 
 def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]:

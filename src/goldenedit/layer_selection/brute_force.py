@@ -8,7 +8,8 @@ change that the editor of the cell makes of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from goldenedit.architecture.hooks import adding_delta
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
+from goldenedit.editing.gates import known_neurons
 from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
@@ -141,8 +144,9 @@ def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequen
     """Return the statistics of layers that editors read; none if no editor reads them."""
     readers = [config for config in configs if config.editor.reads_statistics]
     statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
-    for config in readers:
-        lm.output_gradients(config, layers)  # of all layers in one pass, at the first call; `lm` keeps them
+    for config in readers:  # of all layers in one pass, at the first call; `lm` keeps them
+        lm.output_gradients(config, layers)
+        known_neurons(lm, config, layers)
     return statistics
 
 
@@ -204,11 +208,22 @@ class _Layer:
         with measuring() as cost:
             for chosen in [every_fact] if in_one_batch else [[index] for index in every_fact]:
                 batch = [self.facts[index] for index in chosen]
-                (delta,) = deltas_of(chosen).values()
-                with self.lm.architecture.adding_delta(self.lm.model, layer, delta.A, delta.B):
+                with self._edited(layer, deltas_of(chosen)):
                     after = observe(self.lm, batch, neighbors=self.options.neighbors)
                 outcomes += [_outcome(fact, after, self.before, self.options.neighbors) for fact in batch]
         return Cell(config.method, layer, outcomes, values_cost + cost())
+
+    @contextmanager
+    def _edited(self, layer: int, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
+        """Run the model with the changes of a layer inside this context."""
+        model, architecture = self.lm.model, self.lm.architecture
+        with ExitStack() as stack:
+            for path, delta in deltas.items():
+                if path == architecture.down_projections[layer]:  # of fused experts, no module
+                    stack.enter_context(architecture.adding_delta(model, layer, delta.A, delta.B))
+                else:
+                    stack.enter_context(adding_delta(model.get_submodule(path), delta.A, delta.B))
+            yield
 
     def _inserting(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return a function from indices of facts to the deltas of their edit, and the cost of the values."""
