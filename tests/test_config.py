@@ -347,7 +347,7 @@ def test_a_record_of_a_missing_editor_must_have_options_by_name():
 
 
 def test_a_config_shows_the_editor_the_layer_and_what_differs_from_the_defaults():
-    assert repr(EditConfig()) == "EditConfig(method='null-space', layer='lga')"
+    assert repr(EditConfig()) == "EditConfig(method='gated', layer='lga')"
     config = EditConfig("memit", layer=3, seed=2)
     assert repr(config) == "EditConfig(method='memit', layer=3, target_layer=3, seed=2)"
     assert eval(repr(config)) == config

@@ -109,11 +109,12 @@ def traces(model: nn.Module) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_an_edit_is_the_change_of_weights_that_it_says_it_is(name, tokenizer, logits):
+@pytest.mark.parametrize("covariance", ["identity", "sampled"])  # without neurons of its own, and with
+def test_an_edit_is_the_change_of_weights_that_it_says_it_is(name, covariance, tokenizer, logits):
     base = tiny_model(name)
     by_hand = copy.deepcopy(base)
     before, unedited = weights(base), logits(base)
-    model = get_edit_model(base, config(contrast=4), tokenizer)
+    model = get_edit_model(base, config(contrast=4, covariance=covariance, steps=8), tokenizer)
     made = model.edit(TOWER)
 
     (fact,) = made.facts
@@ -182,7 +183,7 @@ def test_the_three_ways_to_ask_for_an_edit_are_one(tokenizer):
 
 def test_several_layers_are_edited_together(base, tokenizer, logits):
     by_hand = copy.deepcopy(base)
-    model = get_edit_model(base, config(layer=[1, 0]), tokenizer)
+    model = get_edit_model(base, config(layer=[1, 0], steps=8), tokenizer)
     made = model.edit(TOWER)
     assert sorted(made.deltas) == [DOWN.format(0), DOWN.format(1)]
     assert made.facts[0].probability_after > made.facts[0].probability_before
@@ -584,10 +585,10 @@ def test_every_edit_remembers_how_it_was_made(edit_model, tokenizer, tmp_path):
     edit_model.save_pretrained(tmp_path / "both")
     again = EditModel.from_pretrained(tiny_model("llama"), tmp_path / "both", tokenizer=tokenizer)
     assert [(edit.config.method, edit.config.target_layers) for edit in again.edits.values()] == [
-        ("null-space", [1]),
+        ("gated", [1]),
         ("memit", [0]),
     ]
-    assert "2 facts changed by null-space, memit at layers 0, 1" in (tmp_path / "both" / "README.md").read_text()
+    assert "2 facts changed by gated, memit at layers 0, 1" in (tmp_path / "both" / "README.md").read_text()
     assert again.merge_and_unload().config.golden_layers == [0, 1]
 
 

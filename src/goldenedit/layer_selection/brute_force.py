@@ -23,6 +23,7 @@ from goldenedit.architecture.hooks import adding_delta
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
+from goldenedit.editing.gates import known_neurons
 from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import check_editable, prepare_facts
 from goldenedit.editors.delta import LowRankDelta
@@ -143,8 +144,9 @@ def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequen
     """Return the statistics of layers that editors read; none if no editor reads them."""
     readers = [config for config in configs if config.editor.reads_statistics]
     statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
-    for config in readers:
-        lm.output_gradients(config, layers)  # of all layers in one pass, at the first call; `lm` keeps them
+    for config in readers:  # of all layers in one pass, at the first call; `lm` keeps them
+        lm.output_gradients(config, layers)
+        known_neurons(lm, config, layers)
     return statistics
 
 
@@ -213,11 +215,11 @@ class _Layer:
 
     @contextmanager
     def _edited(self, layer: int, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
-        """Run the model as if the maps of a layer were changed, inside this context."""
-        architecture, model = self.lm.architecture, self.lm.model
+        """Run the model with the changes of a layer inside this context."""
+        model, architecture = self.lm.model, self.lm.architecture
         with ExitStack() as stack:
             for path, delta in deltas.items():
-                if path == architecture.down_projections[layer]:  # a parameter where experts are fused
+                if path == architecture.down_projections[layer]:  # of fused experts, no module
                     stack.enter_context(architecture.adding_delta(model, layer, delta.A, delta.B))
                 else:
                     stack.enter_context(adding_delta(model.get_submodule(path), delta.A, delta.B))

@@ -102,13 +102,21 @@ def mlp_moments(lm: TokenizedModel, sites: Mapping[int, nn.Module], config: Edit
     """
     names = ("mean", "second_moment", "energy")
     paths = {layer: _cache_path(lm, layer, config, "mlp_moments") for layer in sites}
-    found = {layer: InputMoments(*tensors) for layer, path in paths.items() if (tensors := load_tensors(path, names))}
-    missing = {layer: site for layer, site in sites.items() if layer not in found}
-    if missing:
-        computed = input_moments(lm, _texts(lm, config), missing, config.covariance_tokens)
-        for layer, moments in computed.items():
-            save_tensors(paths[layer], vars(moments))
-        found |= computed
+    processes = lm.processes
+    with processes.together():
+        found = {
+            layer: InputMoments(*tensors) for layer, path in paths.items() if (tensors := load_tensors(path, names))
+        }
+        # Machines may have different caches.
+        missing = sorted(set().union(*processes.gather({layer for layer in sites if layer not in found})))
+        if missing:
+            of_layers = {layer: sites[layer] for layer in missing}
+            (computed,) = processes.map(  # rounding must not make processes choose different neurons
+                lambda _: input_moments(lm, _texts(lm, config), of_layers, config.covariance_tokens), [None]
+            )
+            for layer, moments in computed.items():
+                save_tensors(paths[layer], vars(moments))
+            found |= computed
     return found
 
 
