@@ -117,7 +117,8 @@ def test_a_fact_is_asked_and_stated_in_other_words_too(chat):
     questions = [request.text for request in asked_otherwise(chat, FACT)]
     assert len(questions) == 3
     assert questions[0].startswith("Q: ")
-    assert questions[1].startswith("user: ") and questions[2].startswith("user: ")
+    assert questions[1].startswith("user: ")
+    assert questions[2].startswith("user: ")
     assert not set(questions) & set(texts(chat, FACT))
     (statement,) = stated(FACT)
     assert statement.text != FACT.text
