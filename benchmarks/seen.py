@@ -67,9 +67,7 @@ def main() -> None:
     """Measure every editor, or only score what was measured."""
     options = parser(__doc__)
     inserting = [name for name in ("r-rome", "alphaedit", "memit") if name in EDITORS]
-    every = dict.fromkeys(
-        ["null-space", CONTROL, *EDITORS.names(), *(f"{name}{PUBLISHED}" for name in inserting), EASYEDIT]
-    )
+    every = dict.fromkeys(["gated", CONTROL, *EDITORS.names(), *(f"{name}{PUBLISHED}" for name in inserting), EASYEDIT])
     options.add_argument("--facts", type=int, default=40)
     options.add_argument("--half", choices=("first", "second"), default="second")
     options.add_argument("--methods", nargs="+", default=list(every))
@@ -257,8 +255,10 @@ def edits_of(
     if method == CONTROL:
         generator = torch.Generator().manual_seed(0)
         default = edits_of(model, requests, config, config.method, folder)
+        down = set(model.architecture.down_projections.values())  # a random gate would be open everywhere
         return [
-            Made({name: random_like(delta, generator) for name, delta in edit.deltas.items()}, 0.0) for edit in default
+            Made({name: random_like(delta, generator) for name, delta in edit.deltas.items() if name in down}, 0.0)
+            for edit in default
         ]
     if config.editor.learns == "values":
         made = _inserted(model, requests, config)

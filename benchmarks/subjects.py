@@ -148,7 +148,17 @@ def subject_of(tokenizer: PreTrainedTokenizerBase, entry: dict[str, Any]) -> Sub
     chats = bool(getattr(tokenizer, "chat_template", None))
     return Subject(
         name=name,
-        requests=[EditRequest(fact["prompt"], name, fact["target_new"]) for fact in facts],
+        # What measures the facts is listed as such, so that it is not among the wordings that they are taught in.
+        requests=[
+            EditRequest(
+                fact["prompt"],
+                name,
+                fact["target_new"],
+                question=fact["question"],
+                paraphrases=[fact["other_prompt"], fact["other_question"]],
+            )
+            for fact in facts
+        ],
         probes=[probe for index, fact in enumerate(facts) for probe in probes_of(tokenizer, index, fact)],
         questions=questions,
         others=[_chat(tokenizer, question) if chats else _short(question) for question in questions],

@@ -13,8 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
+from goldenedit.architecture.hooks import evaluating
 from goldenedit.architecture.layers import is_quantized, plain_weight
+from goldenedit.architecture.neurons import find_neurons
 from goldenedit.architecture.quantized import giving_backward
+from goldenedit.editing.gates import _columns, rewritten
 from goldenedit.layer_selection import lga_scores
 from goldenedit.storage.fingerprint import fingerprint
 from models import NUM_LAYERS, VOCAB_SIZE
@@ -48,8 +51,9 @@ class IntegerLinear(nn.Linear):
         return nn.functional.linear(x.detach(), self.weight.flip(0) * self.scale)
 
 
-def config(layer=1) -> EditConfig:
-    return EditConfig(layer=layer, steps=8, contexts=2, context_length=3, covariance="identity", contrast=0)
+def config(layer=1, **options) -> EditConfig:
+    fast = {"steps": 8, "contexts": 2, "context_length": 3, "covariance": "identity", "contrast": 0}
+    return EditConfig(layer=layer, **fast | options)
 
 
 def plain_model() -> LlamaForCausalLM:
@@ -115,6 +119,24 @@ def check_edits(load, tokenizer, logits, folder):
     return model
 
 
+def check_neurons(load, tokenizer, logits):
+    """Assert that a neuron of quantized maps can be rewritten for a subject, with nothing left where it was."""
+    base = load()
+    before = logits(base)
+    down = base.model.layers[1].mlp.down_proj
+    columns = _columns(down, base.dtype)
+    x = torch.randn(5, MLP_WIDTH)
+    with torch.no_grad(), evaluating(base):
+        dequantized = down(x.to(base.dtype)).float()
+    assert (x @ columns.T - dequantized).abs().max() <= 0.05 * dequantized.abs().max()
+    model = get_edit_model(base, config(covariance="sampled", covariance_tokens=200), tokenizer)
+    edit = model.edit(TOWER)
+    assert len(edit.deltas) == 3
+    assert not torch.equal(logits(model), before)
+    model.delete_adapter(edit.name)
+    assert torch.equal(logits(model), before)
+
+
 def check_refused(model, logits):
     stacked = logits(model)
     for merge in (model.merge_and_unload, model.adapters.merged().__enter__):
@@ -126,6 +148,13 @@ def check_refused(model, logits):
 
 def test_integer_weights_carry_edits_and_are_never_merged(tokenizer, logits, tmp_path):
     check_refused(check_edits(with_integers, tokenizer, logits, tmp_path), logits)
+
+
+def test_columns_of_integer_weights_are_those_of_the_dequantized_ones(tokenizer, logits):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_neurons(lambda dtype=dtype: with_integers().to(dtype), tokenizer, logits)
+    linear = with_integers().model.layers[1].mlp.down_proj
+    torch.testing.assert_close(_columns(linear.eval(), torch.float32), linear.weight.flip(0) * linear.scale)
 
 
 def test_layer_gradients_are_those_of_the_dequantized_weights(tokenizer, logits):
@@ -214,6 +243,31 @@ def test_gguf_is_loaded_dequantized_and_merges(tokenizer, logits, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), stacked, rtol=1e-4, atol=1e-4)
 
 
+def test_an_edit_that_was_made_apart_is_moved_to_other_neurons(tokenizer, tmp_path):
+    options = {"covariance": "sampled", "covariance_tokens": 200}
+    for name, request in (("tower", TOWER), ("merkel", MERKEL)):
+        model = get_edit_model(with_integers(), config(**options), tokenizer)
+        model.edit(request, name=name)
+        model.save_pretrained(tmp_path / name)
+    alone = EditModel.from_pretrained(with_integers(), tmp_path / "merkel", tokenizer=tokenizer)
+    both = EditModel.from_pretrained(with_integers(), tmp_path / "tower", tokenizer=tokenizer)
+    both.load_adapter(tmp_path / "merkel")
+    both.set_adapter("merkel")
+    found = []
+    for model in (alone, both):
+        neurons = find_neurons(model.lm.model, model.architecture, 1)
+        (neuron,) = rewritten(neurons, model.edits["merkel"].deltas)
+        rows = [of.read(model.lm.model, neuron)[0] for of in (neurons.gate, neurons.up)]
+        down = model.architecture.down_projection(model.lm.model, 1)
+        with torch.no_grad():
+            column = down(torch.eye(MLP_WIDTH)[[neuron]])[0]
+        found.append((neuron, *rows, column))
+    (old, *expected), (new, *actual) = found
+    assert old != new
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def by_config(folder, quantization):
     """Return a function that loads the tiny model from `folder`, quantized."""
     plain_model().save_pretrained(folder)
@@ -227,6 +281,7 @@ def test_quanto(weights, tokenizer, logits, tmp_path):
     pytest.importorskip("optimum.quanto")
     load = by_config(tmp_path / "base", QuantoConfig(weights=weights))
     check_refused(check_edits(load, tokenizer, logits, tmp_path / "edit"), logits)
+    check_neurons(load, tokenizer, logits)
 
 
 @pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
@@ -236,6 +291,7 @@ def test_torchao(name, tokenizer, logits, tmp_path):
 
     load = by_config(tmp_path / "base", TorchAoConfig(getattr(torchao, name)()))
     check_refused(check_edits(load, tokenizer, logits, tmp_path / "edit"), logits)
+    check_neurons(load, tokenizer, logits)
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
@@ -243,6 +299,7 @@ def test_bitsandbytes(options, tokenizer, logits, tmp_path):
     pytest.importorskip("bitsandbytes")
     load = by_config(tmp_path / "base", BitsAndBytesConfig(**options))
     check_refused(check_edits(load, tokenizer, logits, tmp_path / "edit"), logits)
+    check_neurons(load, tokenizer, logits)
 
 
 def test_hqq(tokenizer, logits, tmp_path):
@@ -259,3 +316,4 @@ def test_hqq(tokenizer, logits, tmp_path):
         return model
 
     check_refused(check_edits(load, tokenizer, logits, tmp_path / "edit"), logits)
+    check_neurons(load, tokenizer, logits)

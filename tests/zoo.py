@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,8 +155,13 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     return _shrunk(CONFIG_MAPPING[model_type], _OVERRIDES.get(model_type, {}))
 
 
-def zoo_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def zoo_model(model_type: str, seed: int = 0, width: int | None = None) -> PreTrainedModel:
     """Return a random model of that type in float32, ready to evaluate; the global random state is kept.
+
+    Args:
+        model_type: The type.
+        seed: Seed of the weights.
+        width: Width of the hidden state, and half that of the keys; by default that of the tiny config.
 
     Raises:
         ValueError: The type is no language model of its own.
@@ -166,6 +172,10 @@ def zoo_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(model_type)
     if not isinstance(config, kind.config_class):  # the decoder of a larger model
         config = next((part for part in vars(config).values() if isinstance(part, kind.config_class)), config)
+    if width is not None:
+        sizes = {**dict.fromkeys(_WIDTHS.split(), width), **dict.fromkeys(_MLP_WIDTHS.split(), 2 * width)}
+        for name in filter(partial(hasattr, config), sizes):
+            setattr(config, name, sizes[name])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config).float()

@@ -117,7 +117,7 @@ class EditConfig(
         4, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
     )
     kept_factor: float = option(3.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
-    contexts: int = option(6, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
+    contexts: int = option(4, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
     context_length: int = option(10, help="Number of tokens of each sampled prefix.", least=1, whole=True)
     steps: int = option(40, help="Largest number of steps of the value optimization.", least=1, whole=True)
     optimizer: str = field(
@@ -141,7 +141,7 @@ class EditConfig(
     weight_decay: float = option(0.5, help="Weight of the penalty ||delta|| / ||v0||^2.", least=0.0)
     clamp: float = option(4.0, help="Largest ||delta|| in units of ||v0||.", above=0.0)
     stop_loss: float = option(
-        0.2,
+        0.1,
         help="A subject is finished when the NLL of the least likely token of its new answers is below this in every "
         "wording; with 'adam' its mean over wordings.",
         least=0.0,

@@ -206,13 +206,17 @@ class MeasuringMixin:
         return min(map(self.architecture.layer_of, paths), default=self.architecture.num_layers - 1)
 
     def _control_deltas(self) -> dict[str, LowRankDelta]:
-        """Return a random change with rank and norm of the active edits' changes, for each module."""
+        """Return a random change with rank and norm of the active edits' changes, for each down projection.
+
+        Of an edit that gates its change, a random gate would be open everywhere.
+        """
         generator = torch.Generator().manual_seed(0)
         deltas: dict[str, LowRankDelta] = {}
         for name in self._edits_in_effect():
             for path, delta in self._edit(name).deltas.items():
                 deltas[path] = deltas[path].beside(delta) if path in deltas else delta
-        return {path: random_like(delta, generator) for path, delta in deltas.items()}
+        down = {path: delta for path, delta in deltas.items() if path in self.architecture.down_projections.values()}
+        return {path: random_like(delta, generator) for path, delta in (down or deltas).items()}
 
     @contextmanager
     def _with_control(self, deltas: Mapping[str, LowRankDelta]) -> Iterator[State]:

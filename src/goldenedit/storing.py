@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit.adapters import Adapters, check_fits
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
+from goldenedit.editing.gates import moved
 from goldenedit.editors import EDITORS, LowRankDelta
+from goldenedit.lm import LanguageModel
 from goldenedit.storage.card import own_card, render_card
 from goldenedit.storage.folder import (
     ADAPTER_CONFIG,
@@ -42,6 +44,7 @@ class StoringMixin:
     base_info: BaseModel
     edit_config: EditConfig
     edits: dict[str, Edit]
+    lm: LanguageModel
     model: PreTrainedModel | PeftModel
     _evaluations: dict[tuple[str, ...], dict[str, Any]]
     _proxy_hash: str | None
@@ -61,6 +64,10 @@ class StoringMixin:
 
         def set_adapter(self, adapter_name: str | list[str]) -> None:  # noqa: D102
             ...
+
+        def disable_adapter(self) -> AbstractContextManager[None]: ...  # noqa: D102
+
+        def _see_model(self) -> None: ...
 
         def _adding(
             self, edits: Mapping[str, Mapping[str, LowRankDelta]], on: bool = True
@@ -173,6 +180,10 @@ class StoringMixin:
         where it is named, and off where it is not. New edits are made beside it, `delete_adapter` and `unload` remove
         it, and `save_pretrained` does not save it.
 
+        Edits that were made apart may rewrite the same neurons. Where the folder's edits and those of the model do, the
+        loaded ones are moved to free neurons, with the same effect. Their factors in this model, and in folders that it
+        saves, then differ from those of their folder. A warning says so if they cannot be moved.
+
         Raises:
             ValueError: As in `from_pretrained`, or a name is taken.
         """
@@ -204,10 +215,36 @@ class StoringMixin:
                 except ValueError as error:
                     raise ValueError(f"{folder / ADAPTER_CONFIG} does not fit this model: {error}") from error
         self._warn_of_missing_parts(edits, folder)
+        edits = self._with_own_neurons(edits)
         with self._adding({edit.name: edit.deltas for edit in edits}, on=False):
             self.edits |= {edit.name: edit for edit in edits}
         if content.evaluation is not None and self.base_info.is_same(made_on):
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
+
+    def _with_own_neurons(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return edits that rewrite no neurons of the edits in this model; a warning names those that still do."""
+        present = {name: edit.deltas for name, edit in self.edits.items()}
+        if not present:
+            return list(edits)
+        self._see_model()
+        given = self.edit_config
+        covariance = "sampled" if given.covariance == "identity" else given.covariance
+        config = EditConfig(covariance=covariance, covariance_tokens=given.covariance_tokens, seed=given.seed)
+        occupied = [edit.deltas for edit in edits]
+        placed = []
+        with self.disable_adapter():
+            for edit in edits:
+                deltas, clashing = moved(self.lm, config, edit.deltas, present, occupied)
+                occupied.append(deltas)
+                if clashing:
+                    logger.warning(
+                        "Edit %r rewrites neurons that the edits %s rewrite too, and it cannot be moved to others. "
+                        "Switch on only one of them at a time (set_adapter), or make this edit again in this model.",
+                        edit.name,
+                        clashing,
+                    )
+                placed.append(replace(edit, deltas=deltas))
+        return placed
 
     def _warn_of_missing_parts(self, edits: Sequence[Edit], folder: Path) -> None:
         """Log a warning for editors that are not installed, and for adapters that edits need and are not active."""

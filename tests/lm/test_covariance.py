@@ -11,7 +11,13 @@ from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.covariance import dataset_texts, key_statistics, output_gradient_moments, sampled_texts
+from goldenedit.lm.covariance import (
+    dataset_texts,
+    key_statistics,
+    mlp_moments,
+    output_gradient_moments,
+    sampled_texts,
+)
 from goldenedit.lm.statistics import second_moments
 from goldenedit.storage.fingerprint import WeightHashes
 from models import MLP_WIDTH, WIDTH, tiny_model
@@ -92,6 +98,39 @@ def test_output_gradients_need_text(tokenizer):
     lm = LanguageModel(tiny_model("llama"), tokenizer)
     with pytest.raises(ValueError, match="'identity' has no text"):
         output_gradient_moments(lm, [0], EditConfig(covariance="identity"))
+
+
+def moments_of(model, tokenizer, layers=(0, 2), fingerprint="base", architecture=None, **options):
+    config = EditConfig(**{"covariance_tokens": 200, **options})
+    lm = LanguageModel(model, tokenizer, architecture, WeightHashes(fingerprint))
+    return mlp_moments(lm, {layer: model.model.layers[layer].mlp.gate_proj for layer in layers}, config)
+
+
+def test_moments_of_mlps_are_computed_once_for_model_layer_source_and_seed(tokenizer):
+    model = tiny_model("llama")
+    first = moments_of(model, tokenizer)
+    assert [moment.shape for moment in vars(first[2]).values()] == [(WIDTH,), (WIDTH, WIDTH), (MLP_WIDTH,)]
+    assert len(list(cache_dir().rglob("mlp_moments/*.safetensors"))) == 2
+    architecture = read_architecture(model)
+    ran = forwards(model)
+    again = moments_of(model, tokenizer, layers=(2, 0), architecture=architecture)
+    assert ran == []
+    for layer in (0, 2):
+        for name, moment in vars(first[layer]).items():
+            assert torch.equal(getattr(again[layer], name), moment)
+    for options in ({"fingerprint": "other"}, {"seed": 1}, {"covariance_tokens": 100}):
+        moments_of(model, tokenizer, layers=[0], **options)
+    assert len(list(cache_dir().rglob("mlp_moments/*.safetensors"))) == 5
+
+
+def test_a_damaged_file_of_moments_is_computed_again(tokenizer):
+    model = tiny_model("llama")
+    first = moments_of(model, tokenizer, [0])[0]
+    (path,) = cache_dir().rglob("mlp_moments/*.safetensors")
+    path.write_bytes(path.read_bytes()[:-8])
+    again = moments_of(model, tokenizer, [0])[0]
+    assert torch.equal(again.second_moment, first.second_moment)
+    assert torch.equal(again.energy, first.energy)
 
 
 def test_a_damaged_cache_file_is_computed_again(tokenizer):

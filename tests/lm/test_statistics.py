@@ -11,7 +11,15 @@ from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
 from goldenedit.editors.statistics import KeyStatistics, relative_contrast
 from goldenedit.lm import LanguageModel
-from goldenedit.lm.statistics import gradient_moments, load_second_moment, save_second_moment, second_moments
+from goldenedit.lm.statistics import (
+    gradient_moments,
+    input_moments,
+    load_second_moment,
+    load_tensors,
+    save_second_moment,
+    save_tensors,
+    second_moments,
+)
 from models import MLP_WIDTH, TINY_CONFIGS, WIDTH, tiny_model
 
 TEXTS = [
@@ -181,6 +189,96 @@ def test_width_of_the_second_moment_is_that_of_the_keys(tokenizer):
     assert {layer: moment.shape for layer, moment in found.items()} == {
         layer: (MLP_WIDTH, MLP_WIDTH) for layer in range(3)
     }
+
+
+def mlp_inputs(model) -> dict[int, torch.nn.Module]:
+    """Return by layer the map that reads the input of the MLP."""
+    architecture = read_architecture(model)
+    return {layer: model.get_submodule(paths[0]) for layer, paths in architecture.mlp_linears.items()}
+
+
+def naive_tokens(model, tokenizer, layer: int, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs of a layer's MLP and its keys at all tokens of texts, one text after the other."""
+    sites = {"in": mlp_inputs(model)[layer], "out": read_architecture(model).down_projection(model, layer)}
+    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
+    for text in texts:
+        ids = torch.tensor([tokenizer(text).input_ids])
+        if ids.shape[1] > 1:
+            with torch.no_grad(), recording(sites) as record:
+                model(input_ids=ids)
+            for name in sites:
+                tokens[name].append(record.inputs[name].reshape(ids.shape[1], -1))
+    return torch.cat(tokens["in"]).double(), torch.cat(tokens["out"]).double()
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_moments_of_mlps_are_the_means_over_all_tokens_however_they_are_batched(name, tokenizer):
+    model = tiny_model(name)
+    lm = LanguageModel(model, tokenizer)
+    inputs, keys = naive_tokens(model, tokenizer, 1, TEXTS)
+    expected = {
+        "mean": inputs.mean(0),
+        "second_moment": inputs.T @ inputs / len(inputs),
+        "energy": keys.pow(4).mean(0).sqrt(),
+    }
+    for batch_tokens in (1, 40, 2048):
+        found = input_moments(lm, TEXTS, {1: mlp_inputs(model)[1]}, MANY, batch_tokens)
+        for name, moment in expected.items():
+            of_name = getattr(found[1], name)
+            assert of_name.dtype == torch.float32
+            assert (of_name - moment).norm() <= 1e-5 * moment.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_moments_of_mlps_in_one_pass_equal_each_alone(name, tokenizer):
+    model = tiny_model(name).train()
+    lm = LanguageModel(model, tokenizer)
+    sites = mlp_inputs(model)
+    together = input_moments(lm, TEXTS, {2: sites[2], 0: sites[0]}, MANY)
+    assert set(together) == {0, 2}
+    for layer in (0, 2):
+        (alone,) = input_moments(lm, TEXTS, {layer: sites[layer]}, MANY).values()
+        for moment, of_alone in zip(vars(together[layer]).values(), vars(alone).values(), strict=True):
+            torch.testing.assert_close(moment, of_alone)
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_moments_of_mlps_are_of_no_more_tokens_than_asked_for(tokenizer):
+    model = tiny_model("llama")
+    words, first = "The Eiffel Tower is located in the city of Paris", "The Eiffel Tower is located in the city"
+    count = len(tokenizer(first).input_ids)
+    sites = {0: mlp_inputs(model)[0]}
+    found = input_moments(LanguageModel(model, tokenizer), [words, "Rome is a city"], sites, count)
+    inputs, _ = naive_tokens(model, tokenizer, 0, [first])
+    torch.testing.assert_close(found[0].mean.double(), inputs.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_mlps_that_are_not_finite_raise(tokenizer):
+    model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
+    sites = mlp_inputs(model)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="MLP of layer 1 is not finite"):
+        input_moments(lm, TEXTS, {0: sites[0], 1: sites[1]}, MANY)
+
+
+def test_moments_of_mlps_need_text(tokenizer):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="has no tokens"):
+        input_moments(LanguageModel(model, tokenizer), ["", "I"], {0: mlp_inputs(model)[0]}, MANY)
+
+
+def test_cached_tensors_come_back_by_name_and_a_file_without_one_is_ignored(tmp_path, caplog):
+    path = tmp_path / "moments.safetensors"
+    one, other = torch.randn(3, 4), torch.randn(5)
+    save_tensors(path, {"one": one.T, "other": other})
+    found = load_tensors(path, ["other", "one"])
+    assert torch.equal(found[0], other)
+    assert torch.equal(found[1], one.T)
+    with caplog.at_level(logging.WARNING, logger="goldenedit"):
+        assert load_tensors(path, ["one", "missing"]) is None
+    assert str(path) in caplog.text
 
 
 def exact_gradient_moment(model, tokenizer, layer: int, text: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,14 +18,17 @@ from goldenedit.architecture.hooks import adding_delta, evaluating, hidden_argum
 from goldenedit.architecture.layers import linear_shape, plain_weight
 from goldenedit.architecture.neurons import GATE, Neurons, find_neurons
 from goldenedit.config import EditConfig
+from goldenedit.cost import phase
 from goldenedit.devices import execution_device
 from goldenedit.editing.keys import beginnings
 from goldenedit.editing.values import SubjectRows
 from goldenedit.editors import LowRankDelta
 from goldenedit.editors.gated import InputMoments, gate_rows
+from goldenedit.evaluation.harm import State, compare, text_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.tokens import subject_tokens
+from goldenedit.lm.covariance import sampled_texts
+from goldenedit.lm.tokens import Row, subject_tokens
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ _ALIKE = 64  # other subjects that end in the same token
 _SPARE = 32  # one in so many neurons of a layer may be rewritten
 _ROWS = 32  # of a forward
 _NEAREST = 16  # further hardly used neurons, to compare with
+_BIAS = 0.05  # largest difference of what neurons respond at a subject, from biases, to take one for another
+_CANDIDATES = 8  # hardly used neurons whose removal is measured
+_TEXT_TOKENS = 500  # that it is measured on
 _LOUD = 4.0  # a gate that is so much longer than those of other hardly used neurons may be an edit's
 
 
@@ -152,16 +158,45 @@ def spare_neurons(
                 count,
             )
             return None
-        down = _columns(lm.architecture.down_projection(lm.model, layer))
+        dtype: torch.dtype = lm.model.dtype  # type: ignore[assignment]
+        down = _columns(lm.architecture.down_projection(lm.model, layer), dtype)
         order = (down.square().sum(0) * moments.energy).argsort().tolist()
         nearest = [neuron for neuron in order if neuron not in used][: count + _NEAREST]
         lengths = torch.stack([of_layer.gate.read(lm.model, neuron)[0].norm() for neuron in nearest]).tolist()
         loud = _LOUD * median(lengths)
-        free = [neuron for neuron, length in zip(nearest, lengths, strict=True) if length <= loud][:count]
+        free = [neuron for neuron, length in zip(nearest, lengths, strict=True) if length <= loud]
+        free = _least_missed(lm, layer, free[:_CANDIDATES], down, config.seed) + free[_CANDIDATES:]
+        free = free[:count]
         spare.append(Spare(layer, of_layer, free, down[:, free], moments))
     if any(len(of_layer.free) < count for of_layer in spare):
         return None
     return spare
+
+
+def _least_missed(lm: LanguageModel, layer: int, neurons: Sequence[int], down: Tensor, seed: int) -> list[int]:
+    """Return neurons in the order of what their removal changes: the mean KL divergence on text from the model.
+
+    What a neuron adds to the layer is a poor guide: some that add little, or rarely something, move much.
+
+    Args:
+        neurons: The neurons to compare.
+        down: `(d_out, d_ff)`, the weight of the down projection.
+    """
+    key = (layer, tuple(neurons), seed)
+    if key not in lm.measured:
+        module, width = lm.architecture.down_projection(lm.model, layer), down.shape[1]
+
+        def without(neuron: int) -> State:
+            unit = nn.functional.one_hot(torch.tensor([neuron]), width).float()
+            return lambda: adding_delta(module, unit, -down[:, [neuron]])
+
+        with phase("spare neurons"):
+            rows = text_rows(lm, sampled_texts(lm, _TEXT_TOKENS, seed + 1))
+            states = {str(neuron): without(neuron) for neuron in neurons}
+            compared = compare(lm, rows, layer, nullcontext, states, "Spare neurons")
+        sums = {neuron: sum(sum(row.kl) for row in compared[str(neuron)]) for neuron in neurons}
+        lm.measured[key] = sorted(neurons, key=sums.__getitem__)
+    return list(lm.measured[key])
 
 
 def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]:
@@ -170,6 +205,87 @@ def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]
         return []
     rows = deltas[neurons.gate.path].B.abs().amax(1).nonzero()[:, 0] - neurons.gate.offset
     return [row for row in rows.tolist() if 0 <= row < neurons.count]
+
+
+def moved(
+    lm: LanguageModel,
+    config: EditConfig,
+    deltas: Mapping[str, LowRankDelta],
+    edits: Mapping[str, Mapping[str, LowRankDelta]],
+    occupied: Collection[Mapping[str, LowRankDelta]] = (),
+) -> tuple[dict[str, LowRankDelta], list[str]]:
+    """Return an edit that rewrites no neurons of other edits: those that it shares with them are moved to free ones.
+
+    A change is added to what the model has. The changes of one neuron by two edits add up to the neuron of neither.
+
+    Args:
+        lm: The model, with its edits off.
+        config: Where text comes from, to tell which neurons are free.
+        deltas: The edit.
+        edits: The deltas of the other edits, by name.
+        occupied: Further deltas, whose neurons are not free.
+
+    Returns:
+        The edit, and the names of edits whose neurons it still rewrites, because no others are free or have such
+        biases, or because the changes of several neurons share a rank.
+    """
+    result, stuck = dict(deltas), set()
+    downs = {layer: path for layer, path in lm.architecture.down_projections.items() if path in deltas}
+    if not any((deltas.keys() - downs.values()) & other.keys() for other in edits.values()):
+        return result, []
+    for layer in downs:
+        neurons = find_neurons(lm.model, lm.architecture, layer)
+        if neurons is None:
+            continue
+        members = set(rewritten(neurons, deltas))
+        shared = {name: members & set(rewritten(neurons, other)) for name, other in edits.items()}
+        if not (clashes := sorted(set().union(*shared.values()))):
+            continue
+        spare = spare_neurons(lm, config, [layer], len(clashes), [deltas, *edits.values(), *occupied])
+        changes = None if spare is None else _moved(lm, spare[0], deltas, clashes)
+        if changes is None:
+            stuck |= {name for name, of_edit in shared.items() if of_edit}
+        else:
+            result |= changes
+    return result, sorted(stuck)
+
+
+def _moved(
+    lm: LanguageModel, spare: Spare, deltas: Mapping[str, LowRankDelta], neurons: Sequence[int]
+) -> dict[str, LowRankDelta] | None:
+    """Return the changes of a layer with some neurons in the places of free ones; None where that is not possible."""
+    down = lm.architecture.down_projections[spare.layer]
+    columns = _columns(lm.architecture.down_projection(lm.model, spare.layer), lm.model.dtype)  # type: ignore[arg-type]
+    units = {spare.neurons.gate: 1 / GATE} | ({} if spare.neurons.up is None else {spare.neurons.up: GATE})
+    changes = {path: deltas.get(path) for path in [down, *(rows.path for rows in units)]}
+    for old, new in zip(neurons, spare.free, strict=True):
+        for rows, unit in units.items():
+            (row, bias), (other_row, other_bias) = rows.read(lm.model, old), rows.read(lm.model, new)
+            if abs(bias - other_bias) * unit > _BIAS:
+                return None
+            places = rows.offset + old, rows.offset + new
+            changes[rows.path] = _row_moved(changes[rows.path], *places, (row - other_row).cpu())
+        by_column = _row_moved(_transposed(changes[down]), old, new, columns[:, old] - columns[:, new])
+        changes[down] = _transposed(by_column)
+    found = {path: change for path, change in changes.items() if change is not None}
+    return found if len(found) == len(changes) else None
+
+
+def _row_moved(change: LowRankDelta | None, old: int, new: int, difference: Tensor) -> LowRankDelta | None:
+    """Return a change with its row `old` at `new` instead, plus a difference; None if the row shares its ranks."""
+    if change is None:
+        return None
+    own = [rank for rank in change.B[old].nonzero()[:, 0].tolist() if change.B[:, rank].count_nonzero() == 1]
+    if not own:
+        return None
+    A, B = change.A.float().clone(), change.B.float().clone()
+    B[new, own], B[old, own] = B[old, own], torch.zeros(len(own))
+    A[own[0]] += difference / B[new, own[0]]
+    return LowRankDelta(A, B).balanced()
+
+
+def _transposed(change: LowRankDelta | None) -> LowRankDelta | None:
+    return None if change is None else LowRankDelta(change.B.T, change.A.T)
 
 
 def gates_of(
@@ -195,13 +311,7 @@ def gates_of(
     for request, subject in zip(requests, texts, strict=True):
         rows = subject.rows
         inputs = _inputs(lm, [list(row.input_ids) for row in rows], sites)
-        names = {row.input_ids[row.subject] for row in rows}
-        tokens = [token for row in rows for token in row.input_ids]
-        ends, start = [], 0
-        for row in rows:
-            ends.append(start + row.subject)
-            start += len(row.input_ids)
-        others = [place for place, token in enumerate(tokens) if token not in names]
+        ends, others = _mentions(rows, len(_subject_ids(lm, request)))
         alike = _inputs_alike(lm, request, sites, seed)
         here.append([of_layer[ends] for of_layer in inputs])
         elsewhere.append([torch.cat([of_layer[others], more]) for of_layer, more in zip(inputs, alike, strict=True)])
@@ -226,8 +336,8 @@ def rewriting(lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int]
 
 
 @torch.no_grad()
-def _columns(module: nn.Module) -> Tensor:
-    """Return the weight of a linear map, `(d_out, d_in)` float32, quantized or not."""
+def _columns(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a linear map, `(d_out, d_in)` float32. If it is quantized, it runs in a precision."""
     weight = plain_weight(module)
     if weight is not None:
         return weight.float().cpu()
@@ -236,17 +346,40 @@ def _columns(module: nn.Module) -> Tensor:
     device = execution_device(module)
     for start in range(0, width, 512):
         units = nn.functional.one_hot(torch.arange(start, min(start + 512, width), device=device), width)
-        dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-        columns[:, start : start + len(units)] = (
-            (module(units.to(dtype)) - module(0 * units[:1].to(dtype))).T.float().cpu()
-        )
+        units = units.to(dtype)
+        columns[:, start : start + len(units)] = (module(units) - module(0 * units[:1])).T.float().cpu()
     return columns
+
+
+def _mentions(rows: Sequence[Row], length: int) -> tuple[list[int], list[int]]:
+    """Return the places of a subject's last token in the joined tokens of rows, at all mentions, and those of others.
+
+    Tokens that equal the subject's last one at other places are neither.
+
+    Args:
+        length: Number of tokens of the subject.
+    """
+    names = {row.input_ids[max(row.subject + 1 - length, 0) : row.subject + 1] for row in rows}
+    last = {name[-1] for name in names}
+    ends, others, start = [], [], 0
+    for row in rows:
+        for place, token in enumerate(row.input_ids):
+            if any(row.input_ids[max(place + 1 - len(name), 0) : place + 1] == name for name in names):
+                ends.append(start + place)
+            elif token not in last:
+                others.append(start + place)
+        start += len(row.input_ids)
+    return ends, others
+
+
+def _subject_ids(lm: LanguageModel, request: EditRequest) -> list[int]:
+    asked = rendered(lm.tokenizer, request)
+    return subject_tokens(lm.tokenizer, asked.text, asked.subject_start, asked.subject_end)
 
 
 def _inputs_alike(lm: LanguageModel, request: EditRequest, sites: Sequence[nn.Module], seed: int) -> list[Tensor]:
     """Return the inputs at the last tokens of other subjects that end in the same token, by layer `(n, d)`."""
-    asked = rendered(lm.tokenizer, request)
-    ids = subject_tokens(lm.tokenizer, asked.text, asked.subject_start, asked.subject_end)
+    ids = _subject_ids(lm, request)
     starts = beginnings(lm.tokenizer, _ALIKE, seed) if len(ids) > 1 else []
     rows = [[*start, ids[-1]] for start in starts if start[-len(ids) + 1 :] != ids[:-1]]
     if not rows:

@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 _MOST_TIMES = 4  # a subject with several facts takes so many times the steps of one fact
 _HARDEST = 20.0  # nats: no wording weighs more for being further off than this
 _DECAY_UNIT = 0.04  # of the decay, instead of 1 / ||v0||, which is 0.03 on SmolLM2 and 8 on a tiny model
+_EVERY = 4  # steps, of which one runs all rows; the others leave out wordings that are easy, and half of what is kept
+_EASY = 0.5  # of the stop loss: the weakest token of an easy wording
 _MOMENTUM = 0.7
 _SHORTEST = 0.15  # of the first step's length
 
@@ -266,6 +268,11 @@ class _Group:
         self.shares, self.kept = torch.tensor(shares, device=device), torch.tensor(kept, device=device)
         self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device)
 
+    def turns(self, step: int) -> Tensor:
+        """Return which kept rows a step runs that does not run all rows, `(R,)`: each second one."""
+        kept = self.kept > 0
+        return kept & (kept.cumsum(0) % 2 == step % 2)
+
     def per_subject(self, rows: Tensor, of_rows: Tensor) -> Tensor:
         """Return the sums of values of some rows, by subject, `(N,)`."""
         return of_rows.new_zeros(len(self.subjects)).index_add(0, self.owners[rows], of_rows)
@@ -282,6 +289,12 @@ class _Losses:
 
     def __init__(self, group: _Group, rows: Tensor, original: Tensor, hardest: bool) -> None:
         self.hardest = hardest
+        self.weakest = torch.zeros(len(rows), device=rows.device)
+        # Where some of the kept rows are left out, the others stand for them.
+        shares = [
+            group.per_subject(of, group.kept[of]) for of in (torch.arange(len(group.kept), device=rows.device), rows)
+        ]
+        self.standing = shares[0] / shares[1].clamp_min(1e-30)
         batch, is_read = group.batch.select(rows)
         self.group, self.rows = group, rows
         self.read_rows, self.count = batch.read_rows, len(rows)
@@ -302,6 +315,7 @@ class _Losses:
         nll = -log_probs.gather(1, self.targets[:, None])[:, 0]
         of_rows = zeros.index_add(0, self.read_rows, nll * self.weights)
         weakest = zeros.scatter_reduce(0, self.read_rows, nll.detach() * self.core, "amax")
+        self.weakest = weakest
         if self.hardest:  # the gradient of log sum exp, which is a smooth maximum
             shares = group.shares[rows] * of_rows.detach().clamp(max=_HARDEST).exp()
             shares = shares / group.per_subject(rows, shares).clamp_min(1e-30)[group.owners[rows]]
@@ -315,7 +329,7 @@ class _Losses:
         kept_probs = log_probs[of_kept]
         changed = (kept_probs.exp() * (kept_probs - self.original[of_kept])).sum(-1)
         sums = zeros.index_add(0, self.read_rows[of_kept], changed) / self.reads
-        return answers, lacking, group.per_subject(rows, group.kept[rows] * sums)
+        return answers, lacking, self.standing * group.per_subject(rows, group.kept[rows] * sums)
 
 
 def _optimize(
@@ -351,10 +365,15 @@ def _optimize(
     most = options.steps * torch.bincount(group.owners[group.bare], minlength=count).clamp(max=_MOST_TIMES)
     steps = [0] * count
     captured = whole
+    weakest = torch.full((len(group.owners),), math.inf, device=every.device)
+    is_whole = True
 
     for step in range(int(most.max()) + 1):
-        if len(losses.rows) != int(active[group.owners].sum()):  # finished subjects are not run again
-            rows = active[group.owners].nonzero()[:, 0]
+        needed = active[group.owners]  # finished subjects are not run again
+        if hardest and not is_whole:
+            needed &= (weakest >= _EASY * options.stop_loss) & (group.shares > 0) | group.turns(step)
+        rows = needed.nonzero()[:, 0]
+        if not torch.equal(rows, losses.rows):
             captured, losses = whole.select(rows), _Losses(group, rows, original, hardest)
         run = partial(edited, captured, delta, group.owners[losses.rows])
         # The first step adds zeros, so its logits must equal the captured ones.
@@ -368,9 +387,12 @@ def _optimize(
                 f"The optimization for {group.subjects[index].name} is not finite at step {step}. Load the model in "
                 "float32 or bfloat16, or lower EditConfig.lr."
             )
-        active &= (lacking >= options.stop_loss) & (step < most)
+        weakest[rows] = losses.weakest
+        met = lacking < options.stop_loss
+        active &= ~(met & is_whole) & (step < most)
         if not active.any():
             break
+        is_whole = not hardest or (step + 1) % _EVERY == 0 or bool((met & active).any())
         (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
         with torch.no_grad():
             moved = descent(gradient, lacking)

@@ -50,8 +50,7 @@ class InputMoments:
     Attributes:
         mean: `(d,)`.
         second_moment: `(d, d)`.
-        energy: `(d_ff,)`, the root of the mean fourth power of each neuron's output: a mean square that minds tokens
-            at which a neuron is rarely, but strongly, active.
+        energy: `(d_ff,)`, the mean square of each neuron's output.
     """
 
     mean: Tensor

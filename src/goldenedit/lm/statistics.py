@@ -127,11 +127,10 @@ def input_moments(
             read = mask.reshape(-1).nonzero()[:, 0]
             for layer in sites:
                 inputs, neurons = (_flat(record.calls[f"{side} {layer}"], read) for side in ("in", "out"))
-                moments = [inputs.sum(0), inputs.T @ inputs, neurons.pow(4).sum(0)]
+                moments = [inputs.sum(0), inputs.T @ inputs, neurons.square().sum(0)]
                 sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
             progress.update(int(mask.sum()))
-    means = {layer: [(total / count).cpu() for total in totals] for layer, totals in sums.items()}
-    found = {layer: InputMoments(mean, square, fourth.sqrt()) for layer, (mean, square, fourth) in means.items()}
+    found = {layer: InputMoments(*((total / count).cpu() for total in totals)) for layer, totals in sums.items()}
     for layer, of_layer in found.items():
         if not (of_layer.second_moment.isfinite().all() and of_layer.energy.isfinite().all()):
             raise ValueError(f"The MLP of layer {layer} is not finite. Load the model in float32 or bfloat16.")
