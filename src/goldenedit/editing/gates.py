@@ -290,15 +290,21 @@ def _transposed(change: LowRankDelta | None) -> LowRankDelta | None:
 
 
 def gates_of(
-    lm: LanguageModel, requests: Sequence[EditRequest], texts: Sequence[SubjectRows], spare: Sequence[Spare], seed: int
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    texts: Sequence[SubjectRows],
+    spare: Sequence[Spare],
+    seed: int,
+    together: bool = True,
 ) -> list[Gates]:
-    """Return neurons that respond to each of N subjects and not to the others, by layer.
+    """Return neurons that respond to each of N subjects, by layer.
 
     Args:
         requests: A request about each subject.
         texts: The texts of each subject.
         spare: The neurons that may be rewritten, by layer.
         seed: Seed of the choice of other subjects.
+        together: Whether the subjects are edited together, so that no neuron may respond to another of them.
     """
     sites = [lm.model.get_submodule(of_layer.neurons.gate.path) for of_layer in spare]
     here: list[list[Tensor]] = []  # by subject and layer
@@ -312,16 +318,10 @@ def gates_of(
         elsewhere.append([torch.cat([of_layer[others], more]) for of_layer, more in zip(inputs, alike, strict=True)])
     gates = []
     for index, of_layer in enumerate(spare):
-        rows_of = [
-            gate_rows(
-                here[subject][index],
-                torch.cat(
-                    [elsewhere[subject][index], *(of[index] for other, of in enumerate(here) if other != subject)]
-                ),
-                of_layer.moments,
-            )
-            for subject in range(len(requests))
-        ]
+        rows_of = []
+        for place, own in enumerate(here):
+            rest = [of[index] for other, of in enumerate(here) if other != place] if together else []
+            rows_of.append(gate_rows(own[index], torch.cat([elsewhere[place][index], *rest]), of_layer.moments))
         gates.append(Gates(of_layer, torch.stack([w for w, _ in rows_of]), torch.stack([e for _, e in rows_of])))
     return gates
 
