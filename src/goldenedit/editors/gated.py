@@ -38,6 +38,7 @@ from goldenedit.editors.record import editor
 _SUBJECT = 0.2  # weight of the wordings, against 1 for other text
 _OTHERS = 0.5
 _RIDGE = 1e-2  # of the mean eigenvalue
+_LEAST = 0.5  # response to a subject that is scaled to 1; above 0.9 where language models tell it from text
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ def gate_rows(subject: Tensor, others: Tensor, text: InputMoments) -> tuple[Tens
     H.diagonal().add_(_RIDGE * text.second_moment.diagonal().double().mean())
     here = _SUBJECT * P.mean(0)
     w, e = torch.linalg.solve(H, torch.stack([here - rest, here + rest], 1)).T
-    w, e = w / (P @ w).mean(), e / (P @ e).mean()
+    e = e / (P @ e).mean()
+    response = (P @ w).mean()
+    # A subject that cannot be told from text has a response near that of text, or none to divide by.
+    shift = (_LEAST - response).clamp_min(0)
+    w = (w + shift * e) / (response + shift)
     return w.float(), e.float()
 
 
