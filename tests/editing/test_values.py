@@ -62,6 +62,8 @@ class Reference:
             self.modules |= {f"attention {layer}": architecture.attention_output(model, layer) for layer in layers}
         self.model, self.subject, self.options = model, subject, options
         self.detectors, self.flatness = detectors, flatness
+        self.runs_answers = [True] * len(self.every_answer)
+        self.runs_kept = [True] * len(subject.kept)
         with torch.no_grad():
             norms = [[self.run(answer.row)[2].norm(dim=-1) for answer in of_fact] for of_fact in subject.answers]
             self.original = [self.read(kept.row) for kept in subject.kept]
@@ -118,26 +120,52 @@ class Reference:
 
         Its gradient weighs the wordings by the softmax of their losses.
         """
-        by_fact = [torch.stack([self.nll(answer, deltas) for answer in of_fact]) for of_fact in self.subject.answers]
         if self.hardest:
-            return torch.stack([of_fact.exp().mean() for of_fact in by_fact]).mean().log()
+            shares = [1 / len(of_fact) / len(self.subject.answers) for of_fact in self.subject.answers for _ in of_fact]
+            run = [
+                (share, self.nll(answer, deltas))
+                for share, answer, is_run in zip(shares, self.every_answer, self.runs_answers, strict=True)
+                if is_run
+            ]
+            return sum(share * nll.exp() for share, nll in run).log() if run else torch.zeros(())
+        by_fact = [torch.stack([self.nll(answer, deltas) for answer in of_fact]) for of_fact in self.subject.answers]
         return torch.stack([of_fact.mean() for of_fact in by_fact]).mean()
 
     def lacking(self, deltas=None):
         """The least likely token of the new answer, in the wording that lacks most, or its mean over wordings."""
         by_fact = [
-            torch.stack([self.token_nll(answer, deltas)[list(answer.core)].max() for answer in of_fact])
-            for of_fact in self.subject.answers
+            torch.stack([self.weakest(answer, deltas) for answer in of_fact]) for of_fact in self.subject.answers
         ]
         if self.hardest:
-            return torch.cat(by_fact).max().item()
+            run = torch.cat(by_fact)[torch.tensor(self.runs_answers)]
+            return run.max().item() if len(run) else 0.0
         return torch.stack([of_fact.mean() for of_fact in by_fact]).mean().item()
+
+    def weakest(self, answer, deltas):
+        return self.token_nll(answer, deltas)[list(answer.core)].max()
+
+    @property
+    def every_answer(self):
+        return [answer for of_fact in self.subject.answers for answer in of_fact]
+
+    def choose_rows(self, step, weakest, is_whole):
+        """Set which rows a step runs: all, or answers that are not easy and every second kept row."""
+        count = len(self.subject.kept)
+        self.runs_answers = [nll >= 0.5 * self.options.stop_loss for nll in weakest]
+        self.runs_kept = [(number + 1) % 2 == step % 2 for number in range(count)]
+        if is_whole or not any(self.runs_answers + self.runs_kept):
+            self.runs_answers, self.runs_kept = [True] * len(weakest), [True] * count
+            return True
+        return False
 
     def loss(self, deltas):
         loss = self.answers(deltas)
-        for kept, original in zip(self.subject.kept, self.original, strict=True):
-            now = self.read(kept.row, deltas)
-            loss = loss + kept.weight * (now.exp() * (now - original)).sum(-1).mean()
+        run = sum(kept.weight for kept, is_run in zip(self.subject.kept, self.runs_kept, strict=True) if is_run)
+        standing = sum(kept.weight for kept in self.subject.kept) / run if run else 0.0
+        for kept, original, is_run in zip(self.subject.kept, self.original, self.runs_kept, strict=True):
+            if is_run:
+                now = self.read(kept.row, deltas)
+                loss = loss + standing * kept.weight * (now.exp() * (now - original)).sum(-1).mean()
         is_published = self.options.optimizer == "adam"
         decay = sum(
             delta.norm() * (norm**-2 if is_published else 0.04 / norm)
@@ -149,12 +177,18 @@ class Reference:
         delta = torch.zeros(len(self.modules), WIDTH, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.options.lr)
         velocity = torch.zeros_like(delta)
-        for _ in range(self.options.steps * len(self.subject.answers)):
+        weakest, is_whole = [torch.inf] * len(self.every_answer), True
+        for step in range(self.options.steps * len(self.subject.answers)):
+            is_whole = self.choose_rows(step, weakest, is_whole or not self.hardest)
             adam.zero_grad()
             self.loss(delta).backward(inputs=[delta])
             if self.options.optimizer == "adam":
                 adam.step()
             with torch.no_grad():
+                for number, answer in enumerate(self.every_answer):
+                    if self.runs_answers[number]:
+                        weakest[number] = self.weakest(answer, delta).item()
+                is_whole = (step + 1) % 4 == 0 or self.lacking(delta) < self.options.stop_loss
                 if self.options.optimizer == "normalized":
                     velocity = 0.7 * velocity + self.direction(delta.grad)
                     length = self.options.lr * min(max(self.lacking(delta), 0.15), 1.0)

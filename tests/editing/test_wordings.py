@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from goldenedit import EditRequest
-from goldenedit.editing.wordings import asked, spelled, worded
+from goldenedit.editing.wordings import asked, asked_otherwise, spelled, stated, worded
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.decoding import Continuation
 from goldenedit.requests import ChatText
@@ -54,7 +54,8 @@ def texts(tokenizer, request: EditRequest) -> list[str]:
 def answers(tokenizer, request: EditRequest, own: str, finished: bool = True) -> dict[bool, str]:
     """Return the taught answers by whether they are asked in a chat; equal ones once."""
     (wordings,) = worded(Answering(tokenizer, own, finished), [request])
-    return {isinstance(wording.request.prompt, ChatText): wording.answer for wording in wordings}
+    own_text = wordings[: len(asked(tokenizer, request))]  # other words come behind
+    return {isinstance(wording.request.prompt, ChatText): wording.answer for wording in own_text}
 
 
 def test_without_a_chat_template_a_statement_is_asked_as_a_plain_question(tokenizer):
@@ -110,6 +111,28 @@ def test_a_conversation_is_asked_in_a_later_turn_behind_its_system_message(chat)
 def test_a_text_that_is_rendered_already_is_taught_as_it_is(chat):
     prompt = ChatText("user: The Eiffel Tower<eos>", subject_start=6, context_start=6)
     assert asked(chat, replace(FACT, prompt=prompt)) == []
+
+
+def test_a_fact_is_asked_and_stated_in_other_words_too(chat):
+    questions = [request.text for request in asked_otherwise(chat, FACT)]
+    assert len(questions) == 3
+    assert questions[0].startswith("Q: ")
+    assert questions[1].startswith("user: ")
+    assert questions[2].startswith("user: ")
+    assert not set(questions) & set(texts(chat, FACT))
+    (statement,) = stated(FACT)
+    assert statement.text != FACT.text
+    assert statement.text[statement.subject_start : statement.subject_end] == statement.subject
+    unknown = replace(FACT, prompt="{} is never seen without")
+    assert asked_otherwise(chat, unknown) == stated(unknown) == []
+
+
+def test_other_words_that_measure_an_edit_are_not_taught(chat):
+    (statement,) = stated(FACT)
+    asking = [request.text.split("user: ")[-1].split("<eos>")[0] for request in asked_otherwise(chat, FACT)[1:]]
+    measured = replace(FACT, paraphrases=(statement.text,), question=asking[0])
+    assert statement.text not in [request.text for request in stated(measured)]
+    assert not any(asking[0] in request.text for request in asked_otherwise(chat, measured))
 
 
 def test_texts_that_measure_an_edit_are_not_taught(chat):

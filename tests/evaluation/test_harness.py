@@ -95,7 +95,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def edited():
-    model = get_edit_model(tiny_model("llama"), fast_config(steps=20), tiny_tokenizer())
+    model = get_edit_model(tiny_model("llama"), fast_config(steps=40), tiny_tokenizer())
     model.edit([TOWER, MERKEL])
     return model
 

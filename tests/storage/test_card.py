@@ -287,7 +287,7 @@ def test_a_card_lists_the_constants_of_its_editor_and_no_others(method):
     assert ("finetune_lr 0.005" in line) == (method in ("crispedit", "ft-l", "ft-m", "lora"))
     assert ("finetune_lr 0.002" in line) == (method == "locft")
     assert ("finetune_batch 4" in line) == (method in ("locft", "crispedit"))
-    assert ("null_space_threshold " in line) == (method in ("alphaedit", "null-space"))
+    assert ("null_space_threshold " in line) == (method in ("alphaedit", "null-space", "gated"))
     assert ("optimizer adam" in line) == ("kept_questions 3" in line) == (EDITORS.get(method).learns == "values")
     assert ("covariance_weight 1.0" in line) == (method in ("memit", "pmet"))
     assert "None" not in line

@@ -301,6 +301,8 @@ def prepare_facts(
     texts = subject_texts(lm, requests, config, contexts, joint=joint)
     count = len(texts.groups) if joint else min(len(texts.groups), _FEW)
     spare = None if statistics is None else spare_neurons(lm, config, config.target_layers, count)
+    if spare is None and statistics is not None and not joint:
+        spare = spare_neurons(lm, config, config.target_layers, 1)
     return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients, spare)
 
 
@@ -371,12 +373,12 @@ def _prepare_gated(
     """Optimize the values of subjects in the model with a neuron for each of them."""
     with phase("gates"):
         first = [requests[group[0]] for group in texts.groups]
-        gates = gates_of(lm, first, texts.rows, spare, config.seed)
+        gates = gates_of(lm, first, texts.rows, spare, config.seed, together)
     every = range(len(texts.groups))
     found = []
     with phase("values"):
         # Subjects that are edited one by one would not all be without the neurons of the others.
-        size = len(every) if together else _FEW
+        size = min(len(of_layer.free) for of_layer in spare)
         for subjects in (every[start : start + size] for start in range(0, len(every), size)):
             detectors = [of_layer.detectors(subjects) for of_layer in gates]
             with rewriting(lm, gates, subjects):

@@ -233,6 +233,7 @@ class _Group:
         bare: `(F,)`, the row of each fact's bare prompt.
         shares: `(R,)`, the weight of each row in the mean over the answers of its subject; 0 for a kept row.
         kept: `(R,)`, the weight of each kept row; 0 for a row with an answer.
+        turn: `(R,)`, the number of each kept row among those of its subject, from 1 on.
         weights: `(M,)`, the weight of each token of an answer in its row; 0 for a kept row.
         core: `(M,)`, whether each token belongs to the new answer itself.
     """
@@ -250,6 +251,7 @@ class _Group:
         kept: list[float] = []
         weights: list[float] = []
         core: list[bool] = []
+        turn: list[int] = []
         for index, subject in enumerate(subjects):
             owners += [index] * len(rows[index])
             for of_fact in subject.answers:
@@ -261,17 +263,18 @@ class _Group:
                     core += [place in answer.core for place in range(len(answer.row.target))]
             shares += [0.0] * len(subject.kept)
             kept += [row.weight for row in subject.kept]
+            turn += [0] * (len(kept) - len(subject.kept) - len(turn)) + list(range(1, len(subject.kept) + 1))
             reads = sum(len(row.row.reads) for row in subject.kept)
             weights += [0.0] * reads
             core += [False] * reads
         self.owners, self.bare = torch.tensor(owners, device=device), torch.tensor(bare, device=device)
         self.shares, self.kept = torch.tensor(shares, device=device), torch.tensor(kept, device=device)
+        self.turn = torch.tensor(turn, device=device)
         self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device)
 
     def turns(self, step: int) -> Tensor:
-        """Return which kept rows a step runs that does not run all rows, `(R,)`: each second one."""
-        kept = self.kept > 0
-        return kept & (kept.cumsum(0) % 2 == step % 2)
+        """Return which kept rows a step runs that does not run all rows, `(R,)`: every second one of each subject."""
+        return (self.kept > 0) & (self.turn % 2 == step % 2)
 
     def per_subject(self, rows: Tensor, of_rows: Tensor) -> Tensor:
         """Return the sums of values of some rows, by subject, `(N,)`."""
@@ -366,12 +369,13 @@ def _optimize(
     steps = [0] * count
     captured = whole
     weakest = torch.full((len(group.owners),), math.inf, device=every.device)
-    is_whole = True
+    is_whole = torch.ones_like(active)  # whether all rows of a subject are run
 
     for step in range(int(most.max()) + 1):
         needed = active[group.owners]  # finished subjects are not run again
-        if hardest and not is_whole:
-            needed &= (weakest >= _EASY * options.stop_loss) & (group.shares > 0) | group.turns(step)
+        is_due = (weakest >= _EASY * options.stop_loss) & (group.shares > 0) | group.turns(step)
+        is_whole |= group.per_subject(every, (needed & is_due).float()) == 0
+        needed &= is_whole[group.owners] | is_due
         rows = needed.nonzero()[:, 0]
         if not torch.equal(rows, losses.rows):
             captured, losses = whole.select(rows), _Losses(group, rows, original, hardest)
@@ -392,7 +396,7 @@ def _optimize(
         active &= ~(met & is_whole) & (step < most)
         if not active.any():
             break
-        is_whole = not hardest or (step + 1) % _EVERY == 0 or bool((met & active).any())
+        is_whole = met if hardest and (step + 1) % _EVERY else torch.ones_like(met)
         (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
         with torch.no_grad():
             moved = descent(gradient, lacking)

@@ -65,16 +65,25 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
     for index, prompt in enumerate((request.text, *request.prompts)):
         other = replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
         found += _as_question(tokenizer, other, is_first=index == 0)
+    return found
+
+
+def asked_otherwise(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[EditRequest]:
+    """Return questions that ask for a fact in other words than its own, as the model reads them.
+
+    The first of them is asked plainly and in a chat, the others in one way: in a chat if there is a chat template.
+    """
     others = _others(request)
+    found = []
     for index, question in enumerate(others.questions[:_OTHER_QUESTIONS] if others else ()):
         other = replace(request, prompt=question, subject=spelled(question, request.subject), prompts=())
-        wrapped = _as_question(tokenizer, other, is_first=False)
-        found += wrapped if index == 0 else wrapped[-1:]
+        ways = _as_question(tokenizer, other, is_first=False)
+        found += ways if index == 0 else ways[-1:]
     return found
 
 
 def stated(request: EditRequest) -> list[EditRequest]:
-    """Return a fact as other statements that its answer ends. Arguments and texts are as in `asked`."""
+    """Return a fact as statements in other words, which its answer ends."""
     others = _others(request)
     return [
         replace(request, prompt=text, subject=spelled(text, request.subject), prompts=())
@@ -114,7 +123,7 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, request: EditRequest, messages:
 
 def worded(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[list[Wording]]:
     """Return the wordings of facts. The model must be the unedited one: its own answers are used."""
-    by_fact = [asked(lm.tokenizer, request) for request in requests]
+    by_fact = [[*asked(lm.tokenizer, request), *asked_otherwise(lm.tokenizer, request)] for request in requests]
     prompts = [other.text for others in by_fact for other in others]
     own = iter(lm.answers(prompts, LENGTH, _has_ended))
     return [

@@ -36,9 +36,11 @@ from goldenedit.editors.problem import Problem
 from goldenedit.editors.record import editor
 
 _SUBJECT = 0.2  # weight of the wordings, against 1 for other text
+_RAISED = 4.0  # factor of this weight until the rows clearly respond to the subject; narrow models need it
+_RAISES = 10
+_CLEAR = 0.5
 _OTHERS = 0.5
 _RIDGE = 1e-2  # of the mean eigenvalue
-_LEAST = 0.5  # response to a subject that is scaled to 1; above 0.9 where language models tell it from text
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,20 @@ def gate_rows(subject: Tensor, others: Tensor, text: InputMoments) -> tuple[Tens
         text: Moments of the inputs on other text.
     """
     P, N, mu = subject.double(), others.double(), text.mean.double()
-    H = text.second_moment.double() + _SUBJECT / len(P) * P.T @ P
-    rest = mu
+    elsewhere, rest = text.second_moment.double(), mu
     if len(N):
-        H = H + _OTHERS / len(N) * N.T @ N
+        elsewhere = elsewhere + _OTHERS / len(N) * N.T @ N
         rest = mu + _OTHERS * N.mean(0)
-    H.diagonal().add_(_RIDGE * text.second_moment.diagonal().double().mean())
-    here = _SUBJECT * P.mean(0)
-    w, e = torch.linalg.solve(H, torch.stack([here - rest, here + rest], 1)).T
-    e = e / (P @ e).mean()
-    response = (P @ w).mean()
-    # A subject that cannot be told from text has a response near that of text, or none to divide by.
-    shift = (_LEAST - response).clamp_min(0)
-    w = (w + shift * e) / (response + shift)
+    elsewhere = elsewhere + _RIDGE * text.second_moment.diagonal().double().mean() * torch.eye(len(mu), dtype=mu.dtype)
+    for raised in range(_RAISES):
+        weight = _SUBJECT * _RAISED**raised
+        here = weight * P.mean(0)
+        H = elsewhere + weight / len(P) * P.T @ P
+        w, e = torch.linalg.solve(H, torch.stack([here - rest, here + rest], 1)).T
+        responses = (P @ w).mean(), (P @ e).mean()
+        if min(responses) >= _CLEAR:
+            break
+    w, e = w / responses[0], e / responses[1]
     return w.float(), e.float()
 
 
