@@ -239,6 +239,15 @@ def test_neurons_of_merged_edits_are_not_rewritten(kind, tokenizer):
         assert not before & after
 
 
+@pytest.mark.parametrize("combination_type", ["cat", "svd"])
+def test_a_combined_edit_rewrites_the_neurons_of_its_parts(combination_type, tokenizer):
+    model = edit_model(tokenizer)
+    model.edit(TOWER, name="tower")
+    model.edit(MERKEL, name="merkel")
+    model.add_weighted_adapter(["tower", "merkel"], [1.0, 1.0], "both", combination_type)
+    assert neurons_of(model, "both") == neurons_of(model, "tower", "merkel")
+
+
 def changes_down_projections_alone(model: EditModel, name: str) -> bool:
     paths = {model.architecture.down_projections[layer] for layer in model.edit_config.target_layers}
     return model.edits[name].deltas.keys() == paths

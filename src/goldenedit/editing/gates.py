@@ -212,7 +212,10 @@ def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]
     """Return the neurons of a layer whose gates an edit changes."""
     if neurons.gate.path not in deltas:
         return []
-    rows = deltas[neurons.gate.path].B.abs().amax(1).nonzero()[:, 0] - neurons.gate.offset
+    A, B = deltas[neurons.gate.path].A.float(), deltas[neurons.gate.path].B.float()
+    lengths = (B @ (A @ A.T) * B).sum(1).clamp_min(0).sqrt()
+    # Combinations of edits by singular values change all other rows by rounding.
+    rows = (lengths > 1e-3 * lengths.max()).nonzero()[:, 0] - neurons.gate.offset
     return [row for row in rows.tolist() if 0 <= row < neurons.count]
 
 
