@@ -57,7 +57,7 @@ def changes_of_batch(
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         spare = spare_neurons(lm, config, config.target_layers, len(subjects_of(requests)), edits)
         statistics = {} if spare is not None else lm.statistics(config, config.target_layers)
-        output_gradients = lm.output_gradients(config, config.target_layers)
+        output_gradients = {} if spare is not None else lm.output_gradients(config, config.target_layers)
         contexts = lm.contexts(config)
         with phase("wordings"):
             subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)

@@ -125,6 +125,8 @@ def known_neurons(
     """
     if not config.editor.gates or config.covariance == "identity" or config.regularizer is not None:
         return {}
+    if config.target_modules is not None:  # the user says which maps may change
+        return {}
     found = {layer: find_neurons(lm.model, lm.architecture, layer) for layer in layers}
     neurons = {layer: of_layer for layer, of_layer in found.items() if of_layer is not None}
     moments = lm.mlp_moments(config, {layer: lm.model.get_submodule(of.gate.path) for layer, of in neurons.items()})
