@@ -6,14 +6,26 @@ import re
 from io import StringIO
 
 import pytest
+import torch
 from rich.console import Console
 
 from goldenedit import EditRequest
+from goldenedit.audit import EditAudit, ModuleAudit
+from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation
 from goldenedit.evaluation.report import FormScores, Share, Text, TextScores, UnchangedScores
 from goldenedit.evaluation.seen import Seen
 from goldenedit.storage.folder import Edit, EditedFact
-from goldenedit.tables import comparison_table, facts_table, failures, general_table, printable, seen_table
+from goldenedit.tables import (
+    audit_table,
+    changes_rows,
+    comparison_table,
+    facts_table,
+    failures,
+    general_table,
+    printable,
+    seen_table,
+)
 from goldenedit.terminal import console
 
 
@@ -72,6 +84,20 @@ def test_of_many_facts_those_that_do_not_take_are_shown():
     assert output.count("does not take") == 1
     assert "and 2995 more" in output
     assert printed(facts_table([Edit("edit_1", facts[:5], {})], most=5)).count("more") == 0
+
+
+def test_changes_are_shown_by_layer_in_the_order_of_layers():
+    one, two = (LowRankDelta(torch.ones(rank, 4), torch.ones(4, rank)) for rank in (1, 2))
+    paths = [f"layers.{layer}.mlp.{name}" for layer in (10, 9) for name in ("down", "up")]
+    edit = Edit("edit_1", [], {**dict.fromkeys(paths[:3], one), paths[3]: two})
+    assert list(changes_rows([edit])) == [
+        ("edit_1", "layers.9.mlp: down, up; rank 1, 2; norm 4.00, 8.00"),
+        ("", "layers.10.mlp: down, up; rank 1; norm 4.00, 4.00"),
+    ]
+    modules = [ModuleAudit(path, 0.1, None) for path in paths]
+    output = printed(audit_table([EditAudit("edit_1", modules, [], [], [])]))
+    assert output.count("edit_1") == 1
+    assert output.index(paths[3]) < output.index(paths[0])
 
 
 def test_scores_of_the_harness_have_their_number_of_items():

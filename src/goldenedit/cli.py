@@ -204,9 +204,8 @@ def show(
         summary.add_row("editor", printable(config.method))
         summary.add_row("layer", printable(f"{config.target_layer}, chosen by {selector}"))
         summary.add_row("key covariance", printable(config.covariance))
-    for stored in content.edits:
-        for module, delta in stored.deltas.items():
-            summary.add_row(printable(stored.name), printable(f"{module}, rank {delta.rank}, norm {delta.norm:.2f}"))
+    for name, changes in tables.changes_rows(content.edits):
+        summary.add_row(name, changes)
     summary.add_row("size", f"{folder_size(path) / 1000:.1f} KB")
     console.print(summary)
     console.print(tables.facts_table(content.edits))
@@ -241,8 +240,8 @@ def show_audit(folder: Path, model: str | None) -> None:
     if any(module.unexplained is None for edit_audit in audits for module in edit_audit.modules):
         console.print(
             "The edits do what they list. For some of them it is unknown whether they do more: edits by training have "
-            "no rows to compare, later layers depend on earlier ones, and another processor may sample other text from "
-            "the base model.",
+            "no rows to compare, those of later layers depend on earlier ones in all editors but 'gated', and another "
+            "processor may sample other text from the base model.",
             style="yellow",
         )
     else:

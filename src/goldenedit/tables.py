@@ -250,12 +250,34 @@ def selectors_table(selectors: Sequence[Selector]) -> Table:
     return table
 
 
+def changes_rows(edits: Sequence[Edit]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each edit, and for each layer the maps that it changes, with the ranks and norms."""
+    for edit in edits:
+        groups: dict[str, list[str]] = {}
+        for path in sorted(edit.deltas, key=_by_layer):
+            groups.setdefault(path.rpartition(".")[0], []).append(path)
+        for index, (parent, paths) in enumerate(groups.items()):
+            deltas = [edit.deltas[path] for path in paths]
+            names = ", ".join(path.rpartition(".")[2] for path in paths)
+            each = [str(delta.rank) for delta in deltas]
+            ranks = each[0] if len(set(each)) == 1 else ", ".join(each)
+            norms = ", ".join(f"{delta.norm:.2f}" for delta in deltas)
+            name = edit.name if index == 0 else ""
+            yield printable(name), printable(f"{parent}: {names}; rank {ranks}; norm {norms}")
+
+
+def _by_layer(path: str) -> list[tuple[bool, int, str]]:
+    """Return the sort key of a path that puts layer 10 after layer 9."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.split(".")]
+
+
 def audit_table(audits: Sequence[EditAudit]) -> Table:
     """Return the size of each change, and the share of it that the listed facts do not explain."""
     table = Table("edit", "module", "norm, relative to the base matrix", "not explained by its facts")
     for audit in audits:
-        for module in audit.modules:
+        for index, module in enumerate(sorted(audit.modules, key=lambda module: _by_layer(module.path))):
             share = "unknown" if module.unexplained is None else f"{module.unexplained:.1%}"
             norm = "unknown" if module.norm is None else f"{module.norm:.2%}"
-            table.add_row(printable(audit.name), printable(module.path), norm, share)
+            table.add_row(printable(audit.name) if index == 0 else "", printable(module.path), norm, share)
+        table.add_section()
     return table

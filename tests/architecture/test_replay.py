@@ -13,6 +13,7 @@ from goldenedit.architecture import read_architecture, replay
 from goldenedit.architecture.hooks import adding
 from goldenedit.architecture.replay import Batch, Replayer, capture, may_pack
 from models import NUM_LAYERS, TINY_CONFIGS, VOCAB_SIZE, WIDTH, tiny_model
+from zoo import zoo_model
 
 # Its sliding window of 8 is shorter than the rows, so its cache has forgotten what the suffix needs.
 LAYERS_ONLY = {"gemma3"}
@@ -170,6 +171,15 @@ def test_a_capture_of_some_rows_replays_as_they_did_among_the_others(name, way, 
     assert some.batch.read_rows.tolist() == [1, 1, 0]
     torch.testing.assert_close(some.logits, captured.logits[[0, 1, 3]])
     torch.testing.assert_close(replayer(some), some.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_some_rows_are_captured_of_a_model_with_several_streams(batch):
+    captured, replayer, _ = prepared(zoo_model("gemma3n_text"), 1, batch)
+    use(replayer, "layers")
+    some = captured.select(torch.tensor([2, 0]))
+    assert captured.hidden.ndim == 4
+    torch.testing.assert_close(replayer(some), captured.logits[[0, 1, 3]], rtol=1e-4, atol=1e-4)
 
 
 @every_architecture

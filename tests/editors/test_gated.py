@@ -53,6 +53,15 @@ def test_rows_are_one_at_the_subject_on_average():
         assert (subject @ row).mean().item() == pytest.approx(1, abs=1e-4)
 
 
+def test_a_subject_that_cannot_be_told_from_text_does_not_make_the_rows_long():
+    text = torch.cat([torch.randn(2_000, 8), torch.ones(2_000, 1)], 1)
+    for apart in torch.linspace(0, 4, 50):  # somewhere between, the response to the subject is 0
+        subject = torch.cat([torch.randn(20, 8) + apart, torch.ones(20, 1)], 1)
+        w, _ = gate_rows(subject, text[:0], moments_of(text))
+        assert (subject @ w).mean().item() == pytest.approx(1, abs=1e-4)
+        assert (text @ w).std() < 2
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_scale_of_the_inputs_does_not_change_what_the_rows_say(scale):
     text, subject, others = random_text(), random_text(3) + 1, random_text(9)

@@ -9,11 +9,15 @@ import torch
 from contents import FIRST, SECOND, delta, edit_folder
 from transformers import Gemma3Config
 
-from goldenedit.architecture import find_down_projections
+from goldenedit import EditConfig, get_edit_model
+from goldenedit.architecture import find_down_projections, read_architecture
+from goldenedit.architecture.neurons import find_neurons
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import Edit, fuse
 from goldenedit.storage.gguf import ARCHITECTURES, export_gguf
 from models import EXPERTS_CONFIGS, NUM_LAYERS, TINY_CONFIGS, UNSUPPORTED_CONFIGS, tiny_model
+from tiny_edits import TOWER
+from zoo import zoo_model
 
 LLAMA = TINY_CONFIGS["llama"]()
 
@@ -71,6 +75,38 @@ def test_each_architecture_has_its_down_projections_in_linear_orientation(name, 
     assert torch.equal(tensors["blk.2.ffn_down.weight.lora_a"], delta(1, 2).A)
 
 
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_each_architecture_has_the_maps_that_compute_its_neurons(model_type, tmp_path):
+    model = zoo_model(model_type)
+    neurons = find_neurons(model, read_architecture(model), 1)
+    paths = {block.path for block in (neurons.gate, neurons.up) if block is not None}
+    deltas = {path: delta(1, index) for index, path in enumerate(sorted(paths))}
+    export_gguf(one_edit(deltas), model.config, tmp_path / "edit.gguf")
+    tensors = read(tmp_path / "edit.gguf")[1]
+    gate = "ffn_gate" if len(paths) == 2 else "ffn_up"  # alone, or before the ups in one map
+    assert len(tensors) == 2 * len(paths)
+    assert torch.equal(tensors[f"blk.1.{gate}.weight.lora_a"], deltas[neurons.gate.path].A)
+    if neurons.up is not None:
+        assert torch.equal(tensors["blk.1.ffn_up.weight.lora_a"], deltas[neurons.up.path].A)
+        assert len(paths) == 2 or neurons.gate.offset == 0  # llama.cpp takes the first half for the gates
+
+
+def test_the_factors_of_an_edit_that_rewrites_neurons_have_the_orientation_of_linear_maps(tokenizer, tmp_path):
+    base = tiny_model("gpt2")
+    fast = {"steps": 2, "contexts": 1, "context_length": 3, "covariance_tokens": 100}
+    model = get_edit_model(base, EditConfig(layer=1, **fast), tokenizer)
+    model.edit([TOWER], name="tower")
+    export_gguf(model._content(["tower"]), base.config, tmp_path / "edit.gguf")
+    tensors = read(tmp_path / "edit.gguf")[1]
+    merged, plain = model.merge_and_unload(), tiny_model("gpt2")
+    for name, tensor in (("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down")):
+        path = f"transformer.h.1.{name}"
+        change = merged.get_submodule(path).weight - plain.get_submodule(path).weight  # Conv1D: (d_in, d_out)
+        factors = [tensors.pop(f"blk.1.{tensor}.weight.lora_{factor}") for factor in "ba"]
+        assert torch.allclose(factors[0] @ factors[1], change.detach().T, atol=1e-5)
+    assert not tensors
+
+
 def test_the_text_part_of_a_larger_model_has_the_names_of_a_text_model(tmp_path):
     config = Gemma3Config(text_config={"num_hidden_layers": NUM_LAYERS})
     module = "model.language_model.layers.1.mlp.down_proj"
@@ -92,7 +128,7 @@ def test_a_model_that_llama_cpp_does_not_run_is_refused_by_name(name, tmp_path):
 
 @pytest.mark.parametrize("module", ["model.layers.1.self_attn.q_proj", "model.layers.3.mlp.down_proj", "lm_head"])
 def test_a_module_that_llama_cpp_keeps_otherwise_is_refused_by_name(module, tmp_path):
-    with pytest.raises(ValueError, match=f"know {module} as a down projection of a 'llama' model with 3 layers"):
+    with pytest.raises(ValueError, match=f"know {module} as a gate, up or down projection of a 'llama' model"):
         export_gguf(one_edit({FIRST: delta(1, 0), module: delta(1, 1)}), LLAMA, tmp_path / "edit.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -123,7 +123,7 @@ class Capture:
     Attributes:
         batch: The sequences.
         logits: `(M, V)`, logits at the positions read.
-        hidden: `(B, T, d_model)`, input of the layer to replay from.
+        hidden: `(B, T, d_model)`, input of the layer to replay from; `(4, B, T, d_model)` in models with four streams.
         returns_tuple: Length of the tuple that a decoder layer returns, 0 if it returns a tensor.
         cache: `(keys, values)` of every layer, or None if the model has no such cache.
         record: Inputs and outputs of the recorded modules.
@@ -142,7 +142,7 @@ class Capture:
         cache = None
         if self.cache is not None:  # layers may be on several devices
             cache = [(keys[rows.to(keys.device)], values[rows.to(keys.device)]) for keys, values in self.cache]
-        hidden = self.hidden[rows.to(self.hidden.device)]
+        hidden = self.hidden.index_select(-3, rows.to(self.hidden.device))
         return replace(self, batch=batch, logits=self.logits[is_read], hidden=hidden, cache=cache)
 
 

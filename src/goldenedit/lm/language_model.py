@@ -68,7 +68,6 @@ class LanguageModel(TokenizedModel):
         self._mlp_moments: dict[tuple[object, ...], InputMoments] = {}
         self._streamed: dict[tuple[object, ...], StreamedStatistics] = {}
         self._perplexity: float | None = None
-        self.measured: dict[tuple[object, ...], list[int]] = {}  # what others have measured on the model
         self._answers: dict[tuple[str, bool, int, Ends | None], Continuation] = {}
 
     def contexts(self, config: EditConfig) -> list[str]:

@@ -9,9 +9,10 @@ from transformers import PretrainedConfig
 
 from goldenedit.storage.folder import EditFolder, fuse
 
-# llama.cpp's architecture name for each `model_type` of transformers. It lists only models whose down projections
-# llama.cpp stores unchanged. llama.cpp scales those of Falcon-H1, for example, and an adapter of the wrong scale would
-# still load.
+# llama.cpp's architecture name for each `model_type` of transformers. It lists only models whose MLPs llama.cpp stores
+# unchanged: gates, ups and down projections as they are; fused gates and ups (GLM, Phi-3) as one `ffn_up`, gates first;
+# weights of Conv1D (GPT-2) in the orientation of Linear, as deltas are. llama.cpp scales the maps of Falcon-H1, for
+# example, and splits the fused ones of GraniteMoe, and an adapter of the wrong scale would still load.
 ARCHITECTURES = {
     "bloom": "bloom",
     "cohere": "command-r",
@@ -45,8 +46,9 @@ ARCHITECTURES = {
 def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> None:
     """Write edits as one GGUF adapter, for `llama-cli --lora` or `Llama(lora_path=...)`.
 
-    The factors are float32, independently of the precision of the base model's GGUF file. GPT-2 is supported too,
-    although llama.cpp's own converter transposes its factors wrongly.
+    Edits of MLPs can be exported: of gates, ups and down projections. The factors are float32, independently of the
+    precision of the base model's GGUF file. GPT-2 is supported too, although llama.cpp's own converter transposes its
+    factors wrongly.
 
     Args:
         content: The edits; the adapter is their sum.
@@ -78,13 +80,14 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
     num_layers = config.get_text_config().num_hidden_layers
     names = gguf.get_tensor_name_map(architecture, num_layers)
     rank, modules = fuse(content.edits)
+    mlp = (gguf.MODEL_TENSOR.FFN_GATE, gguf.MODEL_TENSOR.FFN_UP, gguf.MODEL_TENSOR.FFN_DOWN)
     tensors = {}
     for module, delta in sorted(modules.items()):
         kind, tensor = names.get_type_and_name(module.replace("language_model.", "")) or (None, "")
-        if kind != gguf.MODEL_TENSOR.FFN_DOWN:  # llama.cpp permutes, splits or merges others
+        if kind not in mlp:  # llama.cpp permutes, splits or merges others
             raise ValueError(
-                f"llama.cpp does not know {module} as a down projection of a {config.model_type!r} model with "
-                f"{num_layers} layers. Only edits of down projections can be exported to GGUF."
+                f"llama.cpp does not know {module} as a gate, up or down projection of a {config.model_type!r} model "
+                f"with {num_layers} layers. Only edits of these projections can be exported to GGUF."
             )
         for factor, values in (("a", delta.A), ("b", delta.B)):
             tensors[f"{tensor}.weight.lora_{factor}"] = values.detach().float().cpu().contiguous().numpy()
