@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
 from command import run, saved_model
-from goldenedit import EditModel
+from goldenedit import EditConfig, EditModel
 from goldenedit.audit import EditAudit
 from goldenedit.benchmark.command import read_option
 from goldenedit.cli import app, parse_layer, show_audit
@@ -50,6 +51,17 @@ def test_help_lists_the_commands():
     assert output.exit_code == 0
     for command in ("locate", "edit", "evaluate", "show", "push", "export", "demo", "benchmark"):
         assert f" {command} " in output.output
+
+
+def test_the_editor_is_the_one_that_a_config_has():
+    commands = typer.main.get_command(app).commands
+    found = {
+        (name, parameter.name): parameter.default
+        for name in ("edit", "locate")
+        for parameter in commands[name].params
+        if parameter.name in ("method", "editor")
+    }
+    assert found == dict.fromkeys([("edit", "method"), ("locate", "editor")], EditConfig().method)
 
 
 @pytest.mark.parametrize("command", ["locate", "edit", "evaluate", "show", "push", "export", "demo"])
