@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, applied, load, parser, record, timed
+from common import RESULTS, applied, constants, load, parser, record, timed
 from torch import Tensor, nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
@@ -72,21 +72,24 @@ def main() -> None:
     options.add_argument("--half", choices=("first", "second"), default="second")
     options.add_argument("--methods", nargs="+", default=list(every))
     options.add_argument("--layer", default="lga", help="a layer selector or a number")
+    options.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of EditConfig")
+    options.add_argument("--name", default="", help="name of the results with these options")
     options.add_argument("--score", action="store_true", help="only compute figures from stored texts")
     arguments = options.parse_args()
 
     layer = int(arguments.layer) if arguments.layer.isdecimal() else arguments.layer
-    model = load(arguments.model, EditConfig(layer=layer))
+    model = load(arguments.model, EditConfig(**{"layer": layer, **constants(arguments.set)}))
     model.select_layer()
     requests = known_mquake(model, arguments.data, arguments.half)[: arguments.facts]
     with timed() as seconds_of_base:
         base = few_unrelated(baseline(model.lm, model.tokenizer, requests, OPTIONS))
-    folder = RESULTS / "seen" / f"{arguments.model}-{arguments.half}-{arguments.layer}"
+    name = f"{arguments.model}-{arguments.half}-{arguments.name or arguments.layer}"
+    folder = RESULTS / "seen" / name
     folder.mkdir(parents=True, exist_ok=True)
     if not arguments.score:
         measure(model, base, arguments.methods, folder)
     rows = list(figures(model, base, arguments.methods, folder, seconds_of_base()))
-    record(f"seen-{arguments.model}-{arguments.half}-{arguments.layer}", rows)
+    record(f"seen-{name}", rows)
     print("\n".join(table(rows)))
 
 
