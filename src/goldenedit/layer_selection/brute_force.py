@@ -45,7 +45,7 @@ _IRRELEVANT = (
     *("lga_loss", "tukey_kappa", "batch_size", "max_perplexity_ratio"),
 )
 _NEIGHBORS = 5
-_VERSION = 2  # of the content of cells and the way they are measured
+_VERSION = 3  # of the content of cells and the way they are measured
 _Deltas = Callable[[list[int]], dict[str, LowRankDelta]]
 
 
