@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,9 +95,16 @@ def preferring(
     return requests[skip:], before[skip:]
 
 
-def prepare(model: EditModel, requests: Sequence[EditRequest]) -> PreparedFacts:
-    """Optimize the values of several facts in one batch, for edits that are made one by one later."""
-    return prepare_facts(model.lm, requests, model.edit_config, model.lm.contexts(model.edit_config))
+def prepare(
+    model: EditModel, requests: Sequence[EditRequest], statistics: Mapping[int, KeyStatistics] | None = None
+) -> PreparedFacts:
+    """Optimize the values of several facts in one batch, for edits that are made one by one later.
+
+    Args:
+        statistics: For values that are optimized under the change that inserts them.
+    """
+    contexts = model.lm.contexts(model.edit_config)
+    return prepare_facts(model.lm, requests, model.edit_config, contexts, statistics=statistics)
 
 
 def score_single_edits(
