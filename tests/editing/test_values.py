@@ -461,6 +461,26 @@ def test_keys_are_those_of_each_context_with_the_deltas_in_place(name, layers, a
         assert_close(torch.stack([of_layer[index] for of_layer in values.keys]), torch.stack(keys, 1))
 
 
+def test_of_the_values_that_give_the_answers_that_which_changes_the_kept_texts_least_is_taken(tokenizer, monkeypatch):
+    model = tiny_model("llama")
+    subject = rows_of(model, tokenizer, REQUESTS[0])
+    subject = replace(subject, kept=[replace(subject.kept[0], weight=200.0)])
+    reference = Reference(model, subject, [1], NORMALIZED)
+    with torch.no_grad():
+        options = replace(NORMALIZED, stop_loss=0.9 * reference.lacking(), steps=60, lr=0.5, weight_decay=0.0)
+
+    def found() -> tuple[float, float]:
+        delta = optimize_values(LanguageModel(model, tokenizer), [subject], [1], options).delta[0]
+        with torch.no_grad():
+            return reference.lacking(delta), (reference.loss(delta) - reference.answers(delta)).item()
+
+    lacking, kept = found()
+    monkeypatch.setattr(values, "_POLISH", 0)
+    at_first, kept_at_first = found()
+    assert max(lacking, at_first) < options.stop_loss
+    assert kept < 0.9 * kept_at_first
+
+
 @models
 @layer_sets
 @pytest.mark.parametrize("detects", [False, True], ids=["at the subject", "with detectors"])

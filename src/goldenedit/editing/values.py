@@ -13,8 +13,9 @@ sequence is often unusual.
 
 The mean over wordings hides a wording in which the fact does not hold, and a mean over tokens a name that is broken in
 its middle. So the wordings weigh as the softmax of their losses, except with the published optimizer, and a subject is
-finished once the least likely token of the new answer is likely in every wording; the other terms do not vanish. The
-decay is then a multiple of `||delta|| / ||v0||`, so that it means the same for every model.
+finished once the least likely token of the new answer is likely in every wording; the other terms do not vanish. It
+goes on for a few more steps, and of the values that give the new answers the one that changes the kept texts least is
+taken. The decay is then a multiple of `||delta|| / ||v0||`, so that it means the same for every model.
 
 The finished edit does not add `delta` at one token. It adds `delta` times `d . k` at every token, where `d` is the
 detector that the editor inserts it with and `k` the key there: 1 on average at the subject, not 0 elsewhere. With
@@ -51,6 +52,7 @@ _HARDEST = 20.0  # nats: no wording weighs more for being further off than this
 _DECAY_UNIT = 0.04  # of the decay, instead of 1 / ||v0||, which is 0.03 on SmolLM2 and 8 on a tiny model
 _EVERY = 4  # steps, of which one runs all rows; the others leave out wordings that are easy, and half of what is kept
 _EASY = 0.5  # of the stop loss: the weakest token of an easy wording
+_POLISH = 12  # further steps of a finished subject
 _MOMENTUM = 0.7
 _SHORTEST = 0.15  # of the first step's length
 
@@ -371,7 +373,10 @@ def _optimize(
     weakest = torch.full((len(group.owners),), math.inf, device=every.device)
     is_whole = torch.ones_like(active)  # whether all rows of a subject are run
 
-    for step in range(int(most.max()) + 1):
+    best, least = torch.zeros_like(delta), torch.full((count,), math.inf, device=every.device)
+    last = most.clone()  # the step that each subject ends at
+
+    for step in range(int(most.max()) + _POLISH + 1):
         needed = active[group.owners]  # finished subjects are not run again
         is_due = (weakest >= _EASY * options.stop_loss) & (group.shares > 0) | group.turns(step)
         is_whole |= group.per_subject(every, (needed & is_due).float()) == 0
@@ -393,10 +398,17 @@ def _optimize(
             )
         weakest[rows] = losses.weakest
         met = lacking < options.stop_loss
-        active &= ~(met & is_whole) & (step < most)
+        finished = active & met & is_whole
+        if hardest:
+            better = finished & (kept.detach() < least)
+            best[better], least[better] = delta.detach()[better], kept.detach()[better]
+            last = torch.where(finished & (last == most), step + _POLISH if step else 0, last)
+            active &= step < last
+        else:
+            active &= ~finished & (step < last)
         if not active.any():
             break
-        is_whole = met if hardest and (step + 1) % _EVERY else torch.ones_like(met)
+        is_whole = met | (last != most) if hardest and (step + 1) % _EVERY else torch.ones_like(met)
         (gradient,) = torch.autograd.grad(loss[active].sum(), delta)
         with torch.no_grad():
             moved = descent(gradient, lacking)
@@ -406,7 +418,9 @@ def _optimize(
             delta[active] = moved[active]  # momentum would still change finished subjects
         for index in active.nonzero()[:, 0].tolist():
             steps[index] += 1
-    delta = delta.detach()[:, : len(layers)]  # vectors of attention are not stored
+    delta = torch.where((least < math.inf)[:, None, None], best, delta.detach())[
+        :, : len(layers)
+    ]  # vectors of attention are not stored
     keys = _keys(replay, whole, layers, sites[: len(layers)], delta, group.owners)
     taught = [((group.owners == index) & (group.shares > 0)).nonzero()[:, 0] for index in range(count)]
     nll = -original.gather(1, group.targets[:, None])[:, 0]
