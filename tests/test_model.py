@@ -114,7 +114,7 @@ def test_an_edit_is_the_change_of_weights_that_it_says_it_is(name, covariance, t
     base = tiny_model(name)
     by_hand = copy.deepcopy(base)
     before, unedited = weights(base), logits(base)
-    model = get_edit_model(base, config(contrast=4, covariance=covariance, steps=8), tokenizer)
+    model = get_edit_model(base, config(contrast=4, covariance=covariance, steps=8, phrasings="none"), tokenizer)
     made = model.edit(TOWER)
 
     (fact,) = made.facts
@@ -310,7 +310,7 @@ def test_facts_of_one_subject_in_one_call_are_one_adapter_of_rank_one(edit_model
 def taking(base, tokenizer) -> EditModel:
     """A model that an edit gives another answer, which takes a head with larger logits."""
     base.lm_head.weight.data *= 4
-    return get_edit_model(base, config(layer=0, steps=40, clamp=50.0), tokenizer)
+    return get_edit_model(base, config(layer=0, steps=40, clamp=50.0, phrasings="none"), tokenizer)
 
 
 @pytest.fixture
