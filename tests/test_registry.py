@@ -41,7 +41,7 @@ def registries(monkeypatch):
 
 
 def test_the_built_in_parts_have_their_names():
-    values = ["alphaedit", "emmet", "memit", "null-space", "pmet", "r-rome", "rome"]
+    values = ["alphaedit", "emmet", "memit", "gated", "null-space", "pmet", "r-rome", "rome"]
     trained = ["crispedit", "ft-l", "ft-m", "locft", "lora"]
     selectors = ["auto", "causal_tracing", "key_response", "lga", "published", "random", "selectivity", "sweep"]
     assert sorted(EDITORS.names()) == sorted([*values, *trained, "ultraedit"])
