@@ -354,6 +354,13 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         is_sum = combination_type == "cat"
         if is_sum and kwargs:
             raise TypeError(f"add_weighted_adapter() with 'cat' takes no {sorted(kwargs)}.")
+        down = set(self.architecture.down_projections.values())
+        if any(weight != 1 and not part.deltas.keys() <= down for weight, part in zip(weights, parts, strict=True)):
+            logger.warning(
+                "Edit %r weighs edits that rewrite neurons: a weight scales what they respond to and their values, "
+                "so half of the weight is about an eighth of the effect. Give such edits the weight 1.",
+                adapter_name,
+            )
         edit, cut = joined(adapter_name, parts, weights, reduce=is_sum)
         if is_sum:
             if cut > 0:

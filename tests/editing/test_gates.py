@@ -248,6 +248,15 @@ def test_a_combined_edit_rewrites_the_neurons_of_its_parts(combination_type, tok
     assert neurons_of(model, "both") == neurons_of(model, "tower", "merkel")
 
 
+def test_a_weight_that_scales_gates_is_warned_of(tokenizer, caplog):
+    model = edit_model(tokenizer)
+    model.edit(TOWER, name="tower")
+    model.add_weighted_adapter(["tower"], [1.0], "same")
+    assert "rewrite neurons" not in caplog.text
+    model.add_weighted_adapter(["tower"], [0.5], "half")
+    assert "'half' weighs edits that rewrite neurons" in caplog.text
+
+
 def changes_down_projections_alone(model: EditModel, name: str) -> bool:
     paths = {model.architecture.down_projections[layer] for layer in model.edit_config.target_layers}
     return model.edits[name].deltas.keys() == paths
