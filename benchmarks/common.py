@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
-from goldenedit.architecture.hooks import adding_delta
 from goldenedit.benchmark.command import read_option
 from goldenedit.editing.prepared import PreparedFacts, prepare_facts
 from goldenedit.editors.statistics import KeyStatistics
@@ -126,14 +125,7 @@ def score_single_edits(
 @contextmanager
 def applied(model: EditModel, deltas: Callable[[], dict[str, Any]]) -> Iterator[None]:
     """Apply deltas to linear maps of some layers inside this context."""
-    where = model.architecture
-    with ExitStack() as stack:
-        for path, delta in deltas().items():
-            layer = where.layer_of(path)
-            if layer in where.experts:
-                stack.enter_context(where.adding_delta(model.lm.model, layer, delta.A, delta.B))
-            else:
-                stack.enter_context(adding_delta(model.lm.model.get_submodule(path), delta.A, delta.B))
+    with model.architecture.adding_deltas(model.lm.model, deltas()):
         yield
 
 

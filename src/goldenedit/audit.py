@@ -275,9 +275,7 @@ def _rewritings(model: EditModel, edit: Edit) -> list[_Rewriting]:
 
 def _changed_rows(delta: LowRankDelta) -> list[int]:
     """Return the rows of a matrix that a delta changes."""
-    A, B = delta.A.double(), delta.B.double()
-    norms = ((B @ (A @ A.T)) * B).sum(1).clamp_min(0).sqrt()
-    return (norms > _ROUNDING * delta.norm).nonzero()[:, 0].tolist()
+    return (delta.row_norms > _ROUNDING * delta.norm).nonzero()[:, 0].tolist()
 
 
 def _doubts_about_neurons(
@@ -302,7 +300,7 @@ def _doubts_about_neurons(
     for path, delta in edit.deltas.items():
         if is_gated and path in down_projections:
             rewritten = {neuron for of_layer in layers if of_layer.down == path for neuron in of_layer.rewritten}
-            if not rewritten.issuperset(_changed_rows(LowRankDelta(delta.B.T, delta.A.T))):
+            if not rewritten.issuperset(_changed_rows(delta.transposed)):
                 doubts[path] = f"{path} changes columns of neurons whose gates do not change"
     return doubts
 

@@ -71,6 +71,17 @@ def hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     raise TypeError("The module was called without a hidden state.")
 
 
+def inputs_at(call: Call, tokens: Tensor | None = None) -> Tensor:
+    """Return the hidden state among the arguments of a call, token after token, `(n, d)` float32.
+
+    Args:
+        tokens: `(n,)`, indices into all tokens of the call, in order; None for all tokens.
+    """
+    hidden = hidden_argument(*call).detach()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return (hidden if tokens is None else hidden[tokens.to(hidden.device)]).float()
+
+
 @contextmanager
 def recording(modules: Mapping[str, nn.Module]) -> Iterator[Record]:
     """Record the input and the output of each module in `modules` during the forwards inside this context.

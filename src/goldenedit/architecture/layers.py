@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.experts import FusedExperts, expert_matrices, find_experts, is_fused
-from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument
+from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument, inputs_at
 from goldenedit.architecture.quantized import is_composite
 from goldenedit.devices import input_device, onloaded_parameter
+from goldenedit.editors import LowRankDelta
 
 _PROBE_TOKENS = 8
 _NOISED_TOKEN = 1  # not the first, which may be an attention sink; nor the last, as later tokens must see the noise
@@ -72,16 +73,25 @@ class Architecture:
         """
         if index in self.experts:
             return self.experts[index].keys(model, call, tokens)
-        args, kwargs = call
-        hidden = hidden_argument(args, kwargs).detach()
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        return (hidden if tokens is None else hidden[tokens.to(hidden.device)]).float()
+        return inputs_at(call, tokens)
 
     def adding_delta(self, model: nn.Module, index: int, A: Tensor, B: Tensor) -> AbstractContextManager[None]:
         """Add `B @ A` to the down projection of layer `index` inside a context, without writing to the weights."""
         if index in self.experts:
             return self.experts[index].adding_delta(model, A, B)
         return adding_delta(self.down_projection(model, index), A, B)
+
+    @contextmanager
+    def adding_deltas(self, model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
+        """Add deltas to the maps at their paths inside a context, without writing to the weights."""
+        with ExitStack() as stack:
+            for path, delta in deltas.items():
+                layer = self.layer_of(path)
+                if layer in self.experts and path == self.down_projections[layer]:  # no module
+                    stack.enter_context(self.adding_delta(model, layer, delta.A, delta.B))
+                else:
+                    stack.enter_context(adding_delta(model.get_submodule(path), delta.A, delta.B))
+            yield
 
     def attention_output(self, model: nn.Module, index: int) -> nn.Module:
         """Return the output projection of the attention of layer `index`.

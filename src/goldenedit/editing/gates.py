@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from goldenedit.architecture.hooks import adding_delta, evaluating, hidden_argument, recording, stop_forward
+from goldenedit.architecture.hooks import adding_delta, evaluating, inputs_at, recording, stop_forward
 from goldenedit.architecture.layers import linear_shape, plain_weight
 from goldenedit.architecture.neurons import GATE, Neurons, find_neurons
 from goldenedit.cache import cache_dir, is_kept, keep
@@ -214,8 +214,7 @@ def rewritten(neurons: Neurons, deltas: Mapping[str, LowRankDelta]) -> list[int]
     """Return the neurons of a layer whose gates an edit changes."""
     if neurons.gate.path not in deltas:
         return []
-    A, B = deltas[neurons.gate.path].A.float(), deltas[neurons.gate.path].B.float()
-    lengths = (B @ (A @ A.T) * B).sum(1).clamp_min(0).sqrt()
+    lengths = deltas[neurons.gate.path].row_norms
     # Combinations of edits by singular values change all other rows by rounding.
     rows = (lengths > 1e-3 * lengths.max()).nonzero()[:, 0] - neurons.gate.offset
     return [row for row in rows.tolist() if 0 <= row < neurons.count]
@@ -279,8 +278,10 @@ def _moved(
                 return None
             places = rows.offset + old, rows.offset + new
             changes[rows.path] = _row_moved(changes[rows.path], *places, (row - other_row).cpu())
-        by_column = _row_moved(_transposed(changes[down]), old, new, columns[:, old] - columns[:, new])
-        changes[down] = _transposed(by_column)
+        change = changes[down]
+        of_columns = None if change is None else change.transposed
+        of_columns = _row_moved(of_columns, old, new, columns[:, old] - columns[:, new])
+        changes[down] = None if of_columns is None else of_columns.transposed
     found = {path: change for path, change in changes.items() if change is not None}
     return found if len(found) == len(changes) else None
 
@@ -296,10 +297,6 @@ def _row_moved(change: LowRankDelta | None, old: int, new: int, difference: Tens
     B[new, own], B[old, own] = B[old, own], torch.zeros(len(own))
     A[own[0]] += difference / B[new, own[0]]
     return LowRankDelta(A, B).balanced()
-
-
-def _transposed(change: LowRankDelta | None) -> LowRankDelta | None:
-    return None if change is None else LowRankDelta(change.B.T, change.A.T)
 
 
 def gates_of(
@@ -325,8 +322,9 @@ def gates_of(
     for request, subject in zip(requests, texts, strict=True):
         rows = subject.rows
         inputs = _inputs(lm, [list(row.input_ids) for row in rows], sites)
-        ends, others = _mentions(rows, len(_subject_ids(lm, request)))
-        alike = _inputs_alike(lm, request, sites, seed)
+        ids = _subject_ids(lm, request)
+        ends, others = _mentions(rows, len(ids))
+        alike = _inputs_alike(lm, ids, sites, seed)
         here.append([of_layer[ends] for of_layer in inputs])
         elsewhere.append([torch.cat([of_layer[others], more]) for of_layer, more in zip(inputs, alike, strict=True)])
     gates = []
@@ -342,10 +340,8 @@ def gates_of(
 @contextmanager
 def rewriting(lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int]) -> Iterator[None]:
     """Run the model as if subjects had their neurons, with values of zero, inside this context."""
-    with ExitStack() as stack:
-        for of_layer in gates:
-            for path, delta in of_layer.deltas(lm, subjects).items():
-                stack.enter_context(adding_delta(lm.model.get_submodule(path), delta.A, delta.B))
+    deltas = {path: delta for of_layer in gates for path, delta in of_layer.deltas(lm, subjects).items()}
+    with lm.architecture.adding_deltas(lm.model, deltas):
         yield
 
 
@@ -391,9 +387,8 @@ def _subject_ids(lm: LanguageModel, request: EditRequest) -> list[int]:
     return subject_tokens(lm.tokenizer, asked.text, asked.subject_start, asked.subject_end)
 
 
-def _inputs_alike(lm: LanguageModel, request: EditRequest, sites: Sequence[nn.Module], seed: int) -> list[Tensor]:
-    """Return the inputs at the last tokens of other subjects that end in the same token, by layer `(n, d)`."""
-    ids = _subject_ids(lm, request)
+def _inputs_alike(lm: LanguageModel, ids: Sequence[int], sites: Sequence[nn.Module], seed: int) -> list[Tensor]:
+    """Return the inputs at the last tokens of other subjects that end in a subject's last token, by layer `(n, d)`."""
     starts = beginnings(lm.tokenizer, _ALIKE, seed) if len(ids) > 1 else []
     rows = [[*start, ids[-1]] for start in starts if start[-len(ids) + 1 :] != ids[:-1]]
     if not rows:
@@ -418,6 +413,5 @@ def _inputs(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Mod
                 lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
             read = mask.reshape(-1).nonzero()[:, 0]
             for index in range(len(sites)):
-                hidden = hidden_argument(*record.calls[str(index)])
-                found[index].append(hidden.reshape(-1, hidden.shape[-1])[read.to(hidden.device)].float().cpu())
+                found[index].append(inputs_at(record.calls[str(index)], read).cpu())
     return [torch.cat(of_site) for of_site in found]

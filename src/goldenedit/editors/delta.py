@@ -85,6 +85,17 @@ class LowRankDelta:
         return ((A @ A.T) * (B.T @ B)).sum().clamp_min(0).sqrt().item()
 
     @property
+    def row_norms(self) -> Tensor:
+        """The norm of each row, `(d_out,)` float64."""
+        A, B = self.A.double(), self.B.double()
+        return ((B @ (A @ A.T)) * B).sum(1).clamp_min(0).sqrt()
+
+    @property
+    def transposed(self) -> LowRankDelta:
+        """The transposed delta."""
+        return LowRankDelta(self.B.T, self.A.T)
+
+    @property
     def paying_rank(self) -> int:
         """The largest rank at which the factors are no larger than the dense matrix and vLLM loads them."""
         d_out, d_in = self.B.shape[0], self.A.shape[1] // self.experts

@@ -8,8 +8,7 @@ change that the editor of the cell makes of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from goldenedit.architecture.hooks import adding_delta
 from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
@@ -208,22 +206,10 @@ class _Layer:
         with measuring() as cost:
             for chosen in [every_fact] if in_one_batch else [[index] for index in every_fact]:
                 batch = [self.facts[index] for index in chosen]
-                with self._edited(layer, deltas_of(chosen)):
+                with self.lm.architecture.adding_deltas(self.lm.model, deltas_of(chosen)):
                     after = observe(self.lm, batch, neighbors=self.options.neighbors)
                 outcomes += [_outcome(fact, after, self.before, self.options.neighbors) for fact in batch]
         return Cell(config.method, layer, outcomes, values_cost + cost())
-
-    @contextmanager
-    def _edited(self, layer: int, deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
-        """Run the model with the changes of a layer inside this context."""
-        model, architecture = self.lm.model, self.lm.architecture
-        with ExitStack() as stack:
-            for path, delta in deltas.items():
-                if path == architecture.down_projections[layer]:  # of fused experts, no module
-                    stack.enter_context(architecture.adding_delta(model, layer, delta.A, delta.B))
-                else:
-                    stack.enter_context(adding_delta(model.get_submodule(path), delta.A, delta.B))
-            yield
 
     def _inserting(self, config: EditConfig) -> tuple[_Deltas, Cost]:
         """Return a function from indices of facts to the deltas of their edit, and the cost of the values."""

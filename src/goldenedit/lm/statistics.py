@@ -18,7 +18,7 @@ from transformers.utils.logging import tqdm
 from goldenedit.architecture.hooks import (
     Call,
     evaluating,
-    hidden_argument,
+    inputs_at,
     outside_inference_mode,
     reading_logits,
     recording,
@@ -126,7 +126,7 @@ def input_moments(
                 lm.model(input_ids=tokens.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
             read = mask.reshape(-1).nonzero()[:, 0]
             for layer in sites:
-                inputs, neurons = (_flat(record.calls[f"{side} {layer}"], read) for side in ("in", "out"))
+                inputs, neurons = (inputs_at(record.calls[f"{side} {layer}"], read) for side in ("in", "out"))
                 moments = [inputs.sum(0), inputs.T @ inputs, neurons.square().sum(0)]
                 sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
             progress.update(int(mask.sum()))
@@ -135,13 +135,6 @@ def input_moments(
         if not (of_layer.second_moment.isfinite().all() and of_layer.energy.isfinite().all()):
             raise ValueError(f"The MLP of layer {layer} is not finite. Load the model in float32 or bfloat16.")
     return found
-
-
-def _flat(call: Call, tokens: Tensor) -> Tensor:
-    """Return the input of a linear map at some tokens of a call, `(n, d)` float32."""
-    hidden = hidden_argument(*call).detach()
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return hidden[tokens.to(hidden.device)].float()
 
 
 @outside_inference_mode()
