@@ -400,11 +400,12 @@ def _inputs_alike(lm: LanguageModel, ids: Sequence[int], sites: Sequence[nn.Modu
 @torch.no_grad()
 def _inputs(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Module]) -> list[Tensor]:
     """Return the inputs of linear maps at all tokens of rows, row after row, by map `(tokens, d)` float32."""
-    found: list[list[Tensor]] = [[] for _ in sites]
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in sites]
     named = {str(index): site for index, site in enumerate(sites)}
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
     with evaluating(lm.model):
-        for start in range(0, len(rows), _ROWS):
-            group = rows[start : start + _ROWS]
+        for members in (order[start : start + _ROWS] for start in range(0, len(order), _ROWS)):
+            group = [rows[index] for index in members]
             longest = max(map(len, group))
             ids = torch.tensor([row + [lm.padding_id] * (longest - len(row)) for row in group], device=lm.device)
             mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in group], device=lm.device)
@@ -413,5 +414,7 @@ def _inputs(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Mod
                 lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
             read = mask.reshape(-1).nonzero()[:, 0]
             for index in range(len(sites)):
-                found[index].append(inputs_at(record.calls[str(index)], read).cpu())
+                inputs = inputs_at(record.calls[str(index)], read).cpu()
+                for member, of_row in zip(members, inputs.split([len(row) for row in group]), strict=True):
+                    found[index][member] = of_row
     return [torch.cat(of_site) for of_site in found]
