@@ -30,6 +30,7 @@ from goldenedit.evaluation.harm import State, compare, text_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.covariance import sampled_texts
+from goldenedit.lm.statistics import padded
 from goldenedit.lm.tokens import Row, subject_tokens
 from goldenedit.requests import EditRequest
 
@@ -406,12 +407,10 @@ def _inputs(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Mod
     with evaluating(lm.model):
         for members in (order[start : start + _ROWS] for start in range(0, len(order), _ROWS)):
             group = [rows[index] for index in members]
-            longest = max(map(len, group))
-            ids = torch.tensor([row + [lm.padding_id] * (longest - len(row)) for row in group], device=lm.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in group], device=lm.device)
+            ids, mask = padded(group, lm.padding_id)
             with stop_forward() as stop, recording(named) as record, ExitStack() as stack:
                 stack.callback(sites[-1].register_forward_hook(lambda *_, stop=stop: stop()).remove)
-                lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                lm.model(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
             read = mask.reshape(-1).nonzero()[:, 0]
             for index in range(len(sites)):
                 inputs = inputs_at(record.calls[str(index)], read).cpu()

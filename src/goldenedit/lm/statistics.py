@@ -249,14 +249,15 @@ def _batches(rows: Iterable[list[int]], batch_tokens: int, pad: int) -> Iterable
     group: list[list[int]] = []
     for row in sorted(rows, key=len):
         if group and len(row) * (len(group) + 1) > batch_tokens:
-            yield _padded(group, pad)
+            yield padded(group, pad)
             group = []
         group.append(row)
     if group:
-        yield _padded(group, pad)
+        yield padded(group, pad)
 
 
-def _padded(group: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+def padded(group: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return the ids and the attention mask of rows that are padded on the right, `(B, T)` each."""
     length = max(len(row) for row in group)
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in group])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in group])
