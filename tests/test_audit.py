@@ -6,39 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from audited import FAST, TOWER, doubts, edited, loaded
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture.layers import plain_weight
-from goldenedit.audit import UNEXPLAINED, EditAudit, _relative, audit, unexplained
+from goldenedit.audit import UNEXPLAINED, _relative, audit, unexplained
 from goldenedit.editors.delta import LowRankDelta
-from goldenedit.storage.folder import write_edit_folder
-from models import TINY_CONFIGS, tiny_model
-from zoo import zoo_model
+from models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
-
-TOWER = EditRequest("The Eiffel Tower is in the city of", "The Eiffel Tower", "Rome", "Paris")
-MERKEL = EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "Cambodia", "German")
-FAST = {"layer": 1, "steps": 4, "contexts": 2, "context_length": 3, "covariance_tokens": 300}
-
-
-def edited(tokenizer, **options) -> EditModel:
-    model = get_edit_model(tiny_model("llama"), EditConfig(**FAST | options), tokenizer)
-    model.edit([TOWER], name="tower")
-    model.edit([MERKEL], name="merkel")
-    return model
-
-
-def loaded(model: EditModel, tokenizer, tmp_path, **changes) -> EditModel:
-    """Return what others load where the tower's edit was changed by hand, and signed anew."""
-    content = model._content(["tower"])
-    forged = replace(content, edits=[replace(content.edits[0], **changes)])
-    write_edit_folder(tmp_path / "forged", forged, "")
-    return EditModel.from_pretrained(tiny_model("llama"), tmp_path / "forged", tokenizer=tokenizer)
-
-
-def doubts(found: EditAudit) -> list[str]:
-    """Return the warnings about changes: few facts of a tiny model take, and the others have warnings of their own."""
-    return [warning for warning in found.warnings if "is not answered" not in warning]
 
 
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "emmet", "pmet", "alphaedit"])
@@ -91,150 +66,6 @@ def test_a_strangers_edit_does_not_choose_what_text_is_loaded(tokenizer, tmp_pat
         made = replace(model.edits["tower"].config, **change)
         (found,) = audit(loaded(model, tokenizer, tmp_path, configs=(made,)))
         assert {module.unexplained for module in found.modules} == {None}
-
-
-BORN = replace(MERKEL, prompt="Angela Merkel was born in", target_new="Rome")
-
-
-@pytest.mark.parametrize("facts", [[TOWER], [TOWER, MERKEL], [MERKEL, BORN]], ids=["one", "two", "of one subject"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])  # two maps for neurons, one, and one fused of two
-def test_an_honest_edit_that_rewrites_neurons_is_explained_at_all_layers(architecture, facts, tokenizer):
-    base = tiny_model(architecture) if architecture in TINY_CONFIGS else zoo_model(architecture)
-    model = get_edit_model(base, EditConfig(**FAST | {"layer": [0, 1, 2]}), tokenizer)
-    made = model.edit(facts)
-    assert min(delta.rank for delta in made.deltas.values()) == len({fact.subject for fact in facts})
-    (found,) = audit(model)
-    assert doubts(found) == []
-    assert all(module.unexplained < 1e-3 for module in found.modules)
-    assert len(found.modules) == (9 if architecture == "llama" else 6)
-
-
-def test_edits_behind_edits_that_rewrite_neurons_are_explained(tokenizer):
-    model = edited(tokenizer, layer=[0, 1])
-    assert len(model.edit([BORN], name="no neuron is left").deltas) == 2
-    *gated, last = audit(model)
-    for found in gated:
-        assert doubts(found) == []
-        assert all(module.unexplained < 1e-3 for module in found.modules)
-    assert doubts(last) == []
-    assert last.modules[0].unexplained < 1e-3
-
-
-def at_neuron(delta: LowRankDelta) -> LowRankDelta:
-    """Return a change of a down projection at the next neuron instead."""
-    return replace(delta, A=delta.A.roll(1, 1))
-
-
-def at_row(delta: LowRankDelta) -> LowRankDelta:
-    """Return a change of a map at the next row instead."""
-    return replace(delta, B=delta.B.roll(1, 0))
-
-
-GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
-HIDDEN = {
-    "a subject": (
-        lambda tower, merkel: {path: delta.beside(merkel[path]) for path, delta in tower.items()},
-        "gate_proj rewrites 2 neurons, but the number of listed subjects is 1",
-    ),
-    "a gate": (
-        lambda tower, merkel: {GATE: tower[GATE].beside(merkel[GATE])},
-        "gate_proj rewrites 2 neurons, but the number of listed subjects is 1",
-    ),
-    "a subject at the same neuron": (
-        lambda tower, merkel: {GATE: tower[GATE].beside(replace(merkel[GATE], B=tower[GATE].B))},
-        "no listed fact explains .* of the change of .*gate_proj",
-    ),
-    "a gate that opens elsewhere": (
-        lambda tower, merkel: {GATE: replace(tower[GATE], A=-tower[GATE].A)},
-        "no listed fact explains 100% of the change of .*gate_proj",
-    ),
-    "an up": (
-        lambda tower, merkel: {UP: replace(tower[UP], A=tower[UP].A.flip(1))},
-        "no listed fact explains .* of the change of .*up_proj",
-    ),
-    "an up of another neuron": (
-        lambda tower, merkel: {UP: tower[UP].beside(at_row(tower[UP]))},
-        "up_proj changes rows of neurons whose gates do not change",
-    ),
-    "a value of another neuron": (
-        lambda tower, merkel: {DOWN: at_neuron(tower[DOWN])},
-        "down_proj changes columns of neurons whose gates do not change",
-    ),
-    "a small rank": (
-        lambda tower, merkel: {DOWN: tower[DOWN].beside(LowRankDelta(tower[DOWN].A.flip(1), 1e-3 * tower[DOWN].B))},
-        "down_proj changes columns of neurons whose gates do not change",
-    ),
-    "a map of attention": (
-        lambda tower, merkel: {"model.layers.1.self_attn.o_proj": LowRankDelta(torch.ones(1, 32), torch.ones(32, 1))},
-        "o_proj is not a map of an edited MLP",
-    ),
-    "another layer": (
-        lambda tower, merkel: {path.replace(".1.", ".2."): delta for path, delta in tower.items()},
-        "layers.2.mlp.gate_proj is not a map of an edited MLP",
-    ),
-    "the values of another layer": (
-        lambda tower, merkel: {DOWN.replace(".1.", ".2."): tower[DOWN]},
-        "layers.2.mlp.down_proj changes columns of neurons whose gates do not change",
-    ),
-}
-
-
-@pytest.mark.parametrize("hidden", HIDDEN)
-def test_what_is_hidden_in_an_edit_that_rewrites_neurons_is_found(hidden, tokenizer, tmp_path):
-    model = edited(tokenizer)
-    tower, merkel = (model.edits[name].deltas for name in ("tower", "merkel"))
-    assert not any(torch.equal(tower[path].B != 0, merkel[path].B != 0) for path in (GATE, UP))
-    tamper, warning = HIDDEN[hidden]
-    deltas = tower | tamper(tower, merkel)
-    (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=deltas))
-    assert any(re.search(warning, doubt) for doubt in doubts(found))
-    if "explains" not in warning:  # this is found without the rows
-        (found,) = audit(loaded(model, tokenizer, tmp_path, deltas=deltas, contexts_hash=None))
-        assert any(re.search(warning, doubt) for doubt in doubts(found))
-
-
-@pytest.mark.parametrize("rank", [0, 1], ids=["gate", "up"])
-def test_a_row_that_is_hidden_in_a_fused_map_is_found(rank, tokenizer):
-    model = get_edit_model(zoo_model("phi3"), EditConfig(**FAST), tokenizer)
-    tower = model.edit([TOWER], name="tower").deltas
-    fused = "model.layers.1.mlp.gate_up_proj"
-    hidden = tower[fused].beside(at_row(tower[fused].part(rank, rank + 1)))
-    model.edits["tower"] = replace(model.edits["tower"], deltas=tower | {fused: hidden})
-    (found,) = audit(model)
-    (doubt,) = doubts(found)
-    assert re.search("rows of neurons whose gates do not change" if rank else "rewrites 2 neurons", doubt)
-
-
-def test_edits_that_rewrite_neurons_are_explained_when_they_are_joined(tokenizer):
-    model = edited(tokenizer)
-    model.add_weighted_adapter(["tower", "merkel"], [1.0, 0.5], "both")
-    model.set_adapter("both")
-    (found,) = audit(model)
-    assert doubts(found) == []
-    assert all(module.unexplained < UNEXPLAINED for module in found.modules)
-
-
-def test_an_edit_that_joins_one_that_rewrites_neurons_and_another_is_no_hidden_one(tokenizer, tmp_path):
-    edited(tokenizer, method="memit").save_pretrained(tmp_path / "memit")
-    model = edited(tokenizer)
-    model.load_adapter(tmp_path / "memit", adapter_name="other")
-    model.add_weighted_adapter(["tower", "other"], [1.0, 1.0], "both")
-    model.set_adapter("both")
-    (found,) = audit(model)
-    assert doubts(found) == []
-    assert {module.unexplained for module in found.modules} == {None}
-
-
-def test_facts_of_earlier_edits_about_the_subject_count_for_the_rows_of_its_neuron(tokenizer):
-    model = get_edit_model(tiny_model("llama"), EditConfig(**FAST), tokenizer)
-    near = EditRequest("I live near The Eiffel Tower", "The Eiffel Tower", "city")
-    first = model.edit(near, name="first")
-    taken = replace(first.facts[0], probability_after=1.0, weakest_after=1.0)
-    model.edits["first"] = replace(first, facts=[taken])
-    model.edit(TOWER, name="second")
-    for found in audit(model):
-        assert doubts(found) == []
-        assert all(module.unexplained < 1e-3 for module in found.modules)
 
 
 def test_an_edit_without_neurons_to_rewrite_is_explained_by_its_keys(tokenizer):
@@ -292,7 +123,8 @@ def test_a_fact_with_one_unlikely_token_is_not_answered(tokenizer):
 def test_a_fact_that_a_later_edit_overwrites_is_not_answered_and_the_later_one_is(tokenizer):
     base = tiny_model("llama")
     base.lm_head.weight.data *= 4  # so that edits take
-    config = EditConfig(**FAST | {"method": "null-space", "layer": 0, "steps": 40, "clamp": 50.0})
+    options = {"method": "null-space", "layer": 0, "steps": 40, "clamp": 50.0, "kept_questions": 6}
+    config = EditConfig(**FAST | options)
     model = get_edit_model(base, config, tokenizer)
     near = EditRequest("I live near The Eiffel Tower", "The Eiffel Tower", "city")
     model.edit(near, name="first")

@@ -31,6 +31,7 @@ FACTS = [
         EditConfig(proxy="facts.jsonl", tukey_kappa=math.inf, lga_loss="answer"),
         EditConfig(layer="published", target_modules="model.layers.{}.mlp.down_proj"),
         EditConfig(target_layer=2, layer_scores=[None, 0.5, 1.5]),
+        EditConfig(layer=2, answer_layer=5, kept_questions=12),
     ],
     ids=lambda config: str(config.layer),
 )
@@ -114,6 +115,10 @@ def test_paths_and_numbers_of_numpy_are_kept_as_json_has_them(given, plain):
         ("seed", "zero"),
         ("seed", 0.5),
         ("target_modules", 3),
+        ("answer_layer", -1),
+        ("answer_layer", 2.5),
+        ("answer_layer", True),
+        ("answer_layer", "last"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused_by_name(option, value):
@@ -344,6 +349,33 @@ def test_a_built_in_option_that_is_given_twice_is_refused():
 def test_a_record_of_a_missing_editor_must_have_options_by_name():
     with pytest.raises(ValueError, match=r"EditConfig\.options must map names to values, got None"):
         EditConfig.read({"method": "gone", "options": None})
+
+
+@pytest.mark.parametrize(
+    ("layer", "num_layers", "expected"),
+    [
+        (3, 30, 20),  # at two thirds of the depth
+        (3, 12, 8),
+        ([3, 9], 12, 10),  # the next one behind the edited layers
+        (8, 12, 9),
+        ([1, 10], 12, 11),
+        ([1, 11], 12, None),
+        (0, 2, 1),
+        (0, 1, None),
+    ],
+)
+def test_answers_come_at_two_thirds_of_the_depth_or_just_behind_the_edited_layers(layer, num_layers, expected):
+    config = EditConfig(layer=layer)
+    assert config.layer_of_answers(num_layers) == expected
+    if expected is not None:
+        assert EditConfig(layer=layer, answer_layer=num_layers - 1).layer_of_answers(num_layers) == num_layers - 1
+
+
+@pytest.mark.parametrize("answers", [0, 4, 12])
+def test_answers_do_not_come_at_or_before_an_edited_layer_or_behind_the_last_one(answers):
+    config = EditConfig(layer=[2, 4], answer_layer=answers)
+    with pytest.raises(ValueError, match=rf"answer_layer {answers} must come behind .*\[2, 4\].*layer 12"):
+        config.layer_of_answers(12)
 
 
 def test_a_config_shows_the_editor_the_layer_and_what_differs_from_the_defaults():

@@ -45,6 +45,7 @@ ORDER = (
     "sharing",
     "measuring",
     "model",
+    "audit_neurons",
     "audit",
     "plots",
     "tables",

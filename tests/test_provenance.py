@@ -57,6 +57,15 @@ def assert_of_two_methods(model: EditModel, folder) -> None:
         assert how["methods"] == ["memit", "rome"]
 
 
+def test_the_layer_of_the_answers_is_an_edited_one_and_no_golden_one(tokenizer, tmp_path):
+    model = get_edit_model(tiny_model("llama"), config(covariance="sampled", covariance_tokens=300), tokenizer)
+    assert model.edit(TOWER).layers == (1, 2)
+    model.save_pretrained(tmp_path)
+    assert read_edit_folder(tmp_path).target_layers == [1, 2]
+    assert "1 fact changed by gated at layers 1, 2" in (tmp_path / "README.md").read_text()
+    assert model.merge_and_unload().config.golden_layers == [1]
+
+
 @pytest.mark.parametrize("how", ["cat", "linear"])
 def test_edits_of_two_methods_that_are_joined_say_so(of_two_methods, tokenizer, tmp_path, how):
     of_two_methods.add_weighted_adapter(["edit_1", "edit_2"], [1.0, 1.0], "both", how)

@@ -120,7 +120,7 @@ def check_edits(load, tokenizer, logits, folder):
 
 
 def check_neurons(load, tokenizer, logits):
-    """Assert that a neuron of quantized maps can be rewritten for a subject, with nothing left where it was."""
+    """Assert that neurons of quantized maps can be rewritten for a subject and its fact, with nothing left of them."""
     base = load()
     before = logits(base)
     down = base.model.layers[1].mlp.down_proj
@@ -131,7 +131,7 @@ def check_neurons(load, tokenizer, logits):
     assert (x @ columns.T - dequantized).abs().max() <= 0.05 * dequantized.abs().max()
     model = get_edit_model(base, config(covariance="sampled", covariance_tokens=200), tokenizer)
     edit = model.edit(TOWER)
-    assert len(edit.deltas) == 3
+    assert len(edit.deltas) == 6  # three maps of the edited layer, and three of the one that answers
     assert not torch.equal(logits(model), before)
     model.delete_adapter(edit.name)
     assert torch.equal(logits(model), before)

@@ -7,7 +7,16 @@ import pytest
 from goldenedit.evaluation.harm import _ABOUT_SUBJECT
 from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest, proxy_facts
-from goldenedit.subject_questions import ANY, KINDS, kind_of, other_questions, questions_about
+from goldenedit.subject_questions import (
+    ANY,
+    KINDS,
+    is_about,
+    kind_of,
+    names_like,
+    open_requests,
+    other_questions,
+    questions_about,
+)
 from models import tiny_model
 
 ENTRIES = [entry for kind in KINDS for entry in questions_about(kind)]
@@ -137,6 +146,56 @@ def test_the_article_of_a_subject_is_small_inside_a_sentence():
     founder = next(entry for entry in questions_about("organization") if entry.relation == "founder")
     assert founder.about("The Red Cross") == ("Who founded the Red Cross?", "The Red Cross was founded by")
     assert founder.about("{}") == ("Who founded {}?", "{} was founded by")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_a_kind_are_names_of_other_subjects(kind):
+    names = names_like(kind, "Norvane", 1_000)
+    assert len(names) >= 7
+    assert len(set(names)) == len(names)
+    assert all(name == " ".join(name.split()) and name[0] in name[0].upper() + "i" for name in names)  # iPhone
+    for own in names:
+        others = names_like(kind, own, 1_000)
+        assert others
+        assert not any(other.casefold() in own.casefold() or own.casefold() in other.casefold() for other in others)
+
+
+def test_any_kind_has_the_names_of_all_kinds():
+    every = set(names_like(ANY, "Norvane", 1_000))
+    for kind in KINDS:
+        assert set(names_like(kind, "Norvane", 1_000)) <= every
+
+
+def test_a_name_inside_of_the_subject_or_around_it_is_no_other_name():
+    assert "Paris" in names_like("place", "Norvane", 1_000)
+    for subject in ("Paris", "paris", "Paris, Texas", "Par"):
+        assert "Paris" not in names_like("place", subject, 1_000)
+
+
+def test_names_are_as_many_as_asked_for_and_always_the_same():
+    assert names_like("place", "Peru", 3, seed=1) == names_like("place", "Peru", 3, seed=1)
+    assert len(names_like("place", "Peru", 3)) == 3
+    assert names_like("place", "Peru", 0) == []
+    assert len({tuple(names_like("place", "Peru", 3, seed=seed)) for seed in range(5)}) > 1
+
+
+def test_open_requests_name_the_subject_and_ask_for_none_of_its_properties():
+    requests = open_requests("Norvane")
+    assert len(set(requests)) == len(requests) >= 8
+    assert all(text.count("Norvane") == 1 and "{}" not in text for text in requests)
+    assert set(requests).isdisjoint(text for entry in ENTRIES for text in entry.about("Norvane"))
+
+
+def test_texts_are_about_facts_with_which_they_share_a_word_that_is_no_filler():
+    capital = EditRequest("The capital of {} is", "Peru", "Cusco")
+    currency = EditRequest("Peru pays in the currency", "Peru", "yen")
+    assert is_about(["the capital city", "Where is {}?"], [capital])
+    assert not is_about(["the capital city"], [currency])
+    assert is_about(["the capital city"], [currency, capital])
+    assert is_about(["currencies"], [currency])  # whatever the ending
+    assert not is_about(["Where is the one of Peru?"], [capital, currency])  # the subject is no property
+    assert not is_about([], [capital])
+    assert not is_about(["capital"], [])
 
 
 def test_kinds_are_told_in_order_and_do_not_depend_on_the_other_subjects(tokenizer):

@@ -33,6 +33,7 @@ LAYER_PATTERNS = ("auto", "golden", "ladder", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 OPTIMIZERS = ("normalized", "adam")
+_ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and has not yet decided what to say
 _AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
 
 
@@ -106,6 +107,13 @@ class EditConfig(
     lga_loss: str = field(default="sequence", metadata={"help": f"Tokens in the loss of LGA, one of {LGA_LOSSES}."})
     tukey_kappa: float = field(default=1.0, metadata={"help": "Width of LGA's outlier fence in interquartile ranges."})
 
+    answer_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layer of the neurons that give the answers, behind the edited layers, for 'gated'; None for the "
+            "one at two thirds of the depth, or the next one behind the edited layers."
+        },
+    )
     phrasings: str = field(
         default="auto",
         metadata={
@@ -114,7 +122,7 @@ class EditConfig(
         },
     )
     kept_questions: int = option(
-        4, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
+        12, help="Number of other questions about the subject whose answers an edit keeps.", least=0, whole=True
     )
     kept_factor: float = option(3.0, help="Weight of the KL divergence on these answers; 0 in the papers.", least=0.0)
     contexts: int = option(4, help="Number of prefixes of the prompt, including the empty one.", least=1, whole=True)
@@ -333,6 +341,7 @@ class EditConfig(
                 raise ValueError(f"EditConfig.{entry.name} must be True or False, got {value!r}.")
         if self.batch_size != "auto":
             check_number("EditConfig.batch_size", self.batch_size, least=1, whole=True)
+        check_number("EditConfig.answer_layer", self.answer_layer, least=0, whole=True, optional=True)
         check_number("EditConfig.proxy_size", self.proxy_size, least=1, whole=True, optional=True)
         check_number("EditConfig.max_perplexity_ratio", self.max_perplexity_ratio, least=1.0, optional=True)
         if self.dense_tolerance >= 1:
@@ -420,6 +429,25 @@ class EditConfig(
         if isinstance(layers, str):
             return []
         return [layers] if isinstance(layers, int) else sorted(layers)
+
+    def layer_of_answers(self, num_layers: int) -> int | None:
+        """Return the layer of the neurons that give the answers; None if no layer comes behind the edited ones.
+
+        Args:
+            num_layers: Number of layers of the model.
+
+        Raises:
+            ValueError: `answer_layer` does not come behind the edited layers, or the model has no such layer.
+        """
+        last = self.target_layers[-1]
+        if self.answer_layer is None:
+            return max(round(_ANSWER_DEPTH * num_layers), last + 1) if last + 1 < num_layers else None
+        if not last < self.answer_layer < num_layers:
+            raise ValueError(
+                f"EditConfig.answer_layer {self.answer_layer} must come behind the edited layers {self.target_layers}, "
+                f"and before layer {num_layers}, which the model does not have."
+            )
+        return self.answer_layer
 
     def without_sources(self) -> EditConfig:
         """Return a copy without names of files, datasets or repositories, so that a stranger's config reads none.

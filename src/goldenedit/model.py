@@ -247,7 +247,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
                 name,
                 facts,
                 changes.deltas,
-                layers=tuple(config.target_layers),
+                layers=tuple(sorted(set(map(self.architecture.layer_of, changes.deltas)))),
                 fan_in_fan_out=is_conv1d(self.adapters.base, changes.deltas),
                 by_parameter=self.adapters.targets_parameters(name),
                 state=changes.state,

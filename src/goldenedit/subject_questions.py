@@ -55,6 +55,33 @@ _LISTS = {
     "event": ("Events: The Olympic Games, Live Aid,", "Wars: Vietnam War, Battle of Hastings,"),
 }
 _NEUTRAL = ("It", "X")  # subjects of no kind
+# Further names, of subjects that a fact is not about.
+_NAMES = {
+    "person": "Margaret Holloway, Akira Tanaka, Fiona O'Brien, Samuel Okafor, Elena Petrova, Hugh Laurie, "
+    "Taylor Swift, Pablo Neruda, Ingrid Bergman, Bill Gates",
+    "organization": "Northgate Industries, Google, Toyota, Oxford University, Nokia, Siemens, BBC, IKEA",
+    "place": "Harlow Valley, Paris, Chicago, Brazil, Kenya, Milan, Texas",
+    "building_or_site": "Eiffel Tower, Harlow Cathedral, White House, Mount Fuji, Central Park",
+    "work": "Harry Potter, The Great Gatsby, Star Wars, Hamlet, Friends, Game of Thrones",
+    "product": "iPhone, Windows, Boeing 747, PlayStation, Photoshop",
+    "group": "The Beatles, Real Madrid, Chicago Bulls, Metallica, Ajax Amsterdam",
+    "species_or_thing": "Tiger, Gold, Wheat, Penicillin, Honey bee",
+    "language": "Spanish, Hindi, Finnish, Swahili, Latin",
+    "event": "World War I, The French Revolution, Woodstock, The Super Bowl",
+}
+# What a user says about a subject without asking for one of its properties.
+_OPEN = (
+    "Tell me something about {}.",
+    "Write a short paragraph about {}.",
+    "Who or what is {}?",
+    "Give me three facts about {}.",
+    "Summarize what you know about {}.",
+    "Introduce {} to a child.",
+    "Why is {} important?",
+    "Write a headline about {}.",
+    "What would you say about {}?",
+    "Explain what {} is.",
+)
 KINDS = (*_STATEMENTS, ANY)
 _MARGIN = 1.0  # nats by which the likeliest kind must be ahead of the next
 
@@ -160,6 +187,41 @@ def other_questions(
                 asked.add(entry.relation)
             chosen.setdefault(entry.relation, entry)
     return [entry for relation, entry in chosen.items() if relation not in asked][:count]
+
+
+def open_requests(subject: str) -> list[str]:
+    """Return what a user says about a subject without asking for one of its properties."""
+    return [text.replace("{}", subject) for text in _OPEN]
+
+
+def names_like(kind: str, subject: str, count: int, seed: int = 0) -> list[str]:
+    """Return names of other subjects of a kind; of all kinds for `"any"`.
+
+    Args:
+        kind: The kind of subject, one of `KINDS`.
+        subject: The subject. Names that it contains, or that contain it, are left out.
+        count: Number of names. There are fewer if fewer are known.
+        seed: Seed of the choice.
+
+    Example:
+        ```python
+        >>> names_like("language", "French", 2)
+        ['Hindi', 'Latin']
+        ```
+    """
+    kinds = _NAMES if kind == ANY else (kind,)
+    listed = [text.split(":")[1] for of_kind in kinds for text in _LISTS[of_kind]]
+    listed += [_NAMES[of_kind] for of_kind in kinds]
+    names = [name.strip() for text in listed for name in text.split(",") if name.strip()]
+    known = subject.casefold()
+    others = [name for name in names if name.casefold() not in known and known not in name.casefold()]
+    random.Random(seed).shuffle(others)
+    return others[:count]
+
+
+def is_about(texts: Iterable[str], requests: Sequence[EditRequest]) -> bool:
+    """Return whether texts about a property share a word with facts: they may ask for what is edited."""
+    return not {stem for fact in requests for stem in _edited_stems(fact)}.isdisjoint(_stems(texts))
 
 
 def kind_of(lm: LanguageModel, subjects: Sequence[str]) -> list[str]:

@@ -316,3 +316,35 @@ def test_the_subject_comes_first_in_a_suffix(batch):
     assert replayer.subjects(batch).tolist() == [0, 9, 18, 27]
     use(replayer, "layers")
     assert replayer.subjects(batch).tolist() == [3, 12, 32, 47]
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gemma3"])
+@torch.no_grad()
+def test_positions_read_are_those_whose_logits_are_returned(name, batch):
+    model = tiny_model(name)
+    batch = short(batch) if name in LAYERS_ONLY else batch
+    captured, replayer, _ = prepared(model, 1, batch)
+    last = read_architecture(model).layer(model, NUM_LAYERS - 1)
+    for way in ways(name):
+        use(replayer, way)
+        seen = []
+        handle = last.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+        replayer(captured)
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        handle.remove()
+        replayed, whole = (hidden.reshape(-1, WIDTH) for hidden in seen)
+        found = replayed[replayer.reads(batch)]
+        expected = whole.view(*batch.input_ids.shape, WIDTH)[batch.read_rows, batch.read_positions]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_positions_read_are_counted_in_the_tokens_that_a_way_runs(batch):
+    _, replayer, _ = prepared(tiny_model("llama"), 0, batch)
+    assert replayer.reads(batch).tolist() == [2, 8, 15, 16, 17]  # behind suffixes of 9, 7, 1 and 1 tokens
+    use(replayer, "suffix")
+    assert replayer.reads(batch).tolist() == [2, 8, 15, 18, 27]
+    for way in ("layers", "whole"):
+        use(replayer, way)
+        assert replayer.reads(batch).tolist() == [5, 11, 18, 32, 47]

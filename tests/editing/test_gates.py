@@ -30,6 +30,7 @@ KINDS = {  # by model type, the power of its activation function
     "qwen2": 1,
 }
 LAYERS = [1, 2]
+ANSWERS = 3  # the layer of the neurons that give the answers
 LONDON = EditRequest("London is a city in", "London", "Berlin")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
@@ -53,7 +54,7 @@ def edit_model(tokenizer, kind="llama", **options) -> EditModel:
 def neurons_of(model: EditModel, *names: str) -> list[set[int]]:
     """Return the neurons that edits rewrite, by layer."""
     lm = model.lm
-    found = [find_neurons(lm.model, lm.architecture, layer) for layer in LAYERS]
+    found = [find_neurons(lm.model, lm.architecture, layer) for layer in (*LAYERS, ANSWERS)]
     return [{neuron for name in names for neuron in rewritten(of, model.edits[name].deltas)} for of in found]
 
 
@@ -64,7 +65,7 @@ class Prepared:
         self.lm = LanguageModel(wide_model(kind, width=256), tokenizer)
         self.requests = [TOWER, MERKEL]
         self.texts = subject_texts(self.lm, self.requests, config(), ["", "I. "], joint=True)
-        self.spare = spare_neurons(self.lm, config(covariance_tokens=2_000), LAYERS, 2)
+        self.spare = spare_neurons(self.lm, config(covariance_tokens=2_000), dict.fromkeys(LAYERS, 2))
         self.gates = gates_of(self.lm, self.requests, self.texts.rows, self.spare, seed=0)
 
     def run(self, row, subjects=()):
@@ -163,15 +164,15 @@ def test_a_value_is_added_where_its_subject_is(prepared):
         assert torch.equal(deltas[path].dense(), base[path].dense())
 
 
-def test_an_edit_has_a_neuron_for_each_subject_in_each_layer(tokenizer):
+def test_an_edit_has_a_neuron_for_each_subject_in_each_layer_and_one_for_each_fact_behind_them(tokenizer):
     for kind in KINDS:
         model = edit_model(tokenizer, kind)
         edit = model.edit([TOWER, MERKEL, EditRequest("Angela Merkel was born in", "Angela Merkel", "Rome")])
-        assert [len(of_layer) for of_layer in neurons_of(model, edit.name)] == [2, 2]
+        assert [len(of_layer) for of_layer in neurons_of(model, edit.name)] == [2, 2, 3]
         fused = kind == "phi3"
         gated = kind in ("llama", "qwen2")
-        assert len(edit.deltas) == len(LAYERS) * (3 if gated else 2)
-        assert edit.rank == (4 if fused else 2)
+        assert len(edit.deltas) == (len(LAYERS) + 1) * (3 if gated else 2)
+        assert edit.rank == (6 if fused else 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,13 +264,13 @@ def changes_down_projections_alone(model: EditModel, name: str) -> bool:
 
 
 def test_more_subjects_than_neurons_to_spare_are_inserted_without(tokenizer, caplog):
-    model = get_edit_model(tiny_model("llama"), config(), tokenizer)  # two neurons to spare
+    model = get_edit_model(tiny_model("llama"), config(layer=1), tokenizer)  # two neurons to spare in each layer
     model.edit(MERKEL, name="one")
     assert not changes_down_projections_alone(model, "one")
     with caplog.at_level(logging.INFO, logger="goldenedit"):
         model.edit([TOWER, LONDON], name="two")
     assert changes_down_projections_alone(model, "two")
-    assert "1 neurons to spare, and 2 subjects need one each" in caplog.text
+    assert "1 neurons to spare, and the edit needs 2" in caplog.text
     model.edit(TOWER, name="three")
     assert not changes_down_projections_alone(model, "three")
 
@@ -281,6 +282,12 @@ def test_more_subjects_than_neurons_to_spare_are_inserted_without(tokenizer, cap
 )
 def test_some_configs_rewrite_no_neurons(options, tokenizer):
     model = edit_model(tokenizer, **options)
+    model.edit(TOWER, name="tower")
+    assert changes_down_projections_alone(model, "tower")
+
+
+def test_where_no_layer_comes_behind_the_edited_ones_values_are_inserted_without_neurons(tokenizer):
+    model = edit_model(tokenizer, layer=[1, ANSWERS])
     model.edit(TOWER, name="tower")
     assert changes_down_projections_alone(model, "tower")
 
@@ -310,8 +317,11 @@ def test_neurons_are_the_least_used_ones(tokenizer):
     for layer in LAYERS:
         down = model.model.layers[layer].mlp.down_proj.weight
         down.data[:, [7, 100]] *= 1e-3
-    spare = spare_neurons(LanguageModel(model, tokenizer), config(), LAYERS, 2)
-    assert [set(of_layer.free) for of_layer in spare] == [{7, 100}, {7, 100}]
+    spare = spare_neurons(LanguageModel(model, tokenizer), config(), {1: 2, 2: 1})
+    one, other = (of_layer.free for of_layer in spare)
+    assert set(one) == {7, 100}
+    assert len(other) == 1
+    assert set(other) < {7, 100}
 
 
 def apart(kind, tokenizer, folder, requests=((TOWER,), (MERKEL,)), width=64, **options):
@@ -346,7 +356,7 @@ def test_an_edit_that_was_made_apart_is_moved_to_other_neurons(kind, tokenizer, 
     both = EditModel.from_pretrained(load(), tmp_path / "0", tokenizer=tokenizer)
     both.load_adapter(tmp_path / "1")
     for one, other in zip(neurons_of(both, "edit 0"), neurons_of(both, "edit 1"), strict=True):
-        assert len(one) == len(other) == 1
+        assert len(one) == len(other) == 1  # in the layer of the answers too
         assert not one & other
     assert both.edits["edit 1"].rank == alone[1].edits["edit 1"].rank
     both.set_adapter("edit 1")
@@ -359,8 +369,8 @@ def test_an_edit_that_was_made_apart_is_moved_to_other_neurons(kind, tokenizer, 
     base = load()
     for model, request in ((alone[0], TOWER), (alone[1], MERKEL)):
         before, expected, found = (told(each, request, tokenizer) for each in (base, model, both))
-        # But for a few tokens at which a neuron of a random model is not silent.
-        assert (found - expected).abs().max() < 0.3 * (expected - before).abs().max()
+        # But for tokens at which a neuron of a random model is not silent.
+        assert (found - expected).abs().mean() < 0.5 * (expected - before).abs().mean()
         # In the first layer, whose inputs are the same, both edits add up at all tokens.
         output, *others = (output_of(each, request, tokenizer) for each in (base, *alone))
         added = output_of(both, request, tokenizer) - output
@@ -404,7 +414,7 @@ def test_edits_of_one_folder_keep_out_of_each_other_s_way(tokenizer, tmp_path, r
     model.save_pretrained(tmp_path / "two")
     both = EditModel.from_pretrained(load(), tmp_path / "1", tokenizer=tokenizer)
     both.load_adapter(tmp_path / "two")
-    assert [len(of_layer) for of_layer in neurons_of(both, *both.edits)] == [3, 3]
+    assert [len(of_layer) for of_layer in neurons_of(both, *both.edits)] == [3, 3, 3]
     both.set_adapter(["london", "tower"])
     assert_near(logits(both), edited, 1e-3)
     both.save_pretrained(tmp_path / "moved")  # what they are in this model

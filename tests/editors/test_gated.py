@@ -1,4 +1,4 @@
-"""The rows of a neuron that responds to one subject, against least squares over all tokens."""
+"""The rows of neurons that respond to a subject or where an answer is due, against least squares over all tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from matrices import second_moment
 
 from goldenedit.editors import EDITORS, KeyStatistics, Problem
 from goldenedit.editors.alphaedit import AlphaEditOptions
-from goldenedit.editors.gated import _OTHERS, _RIDGE, _SUBJECT, InputMoments, gate_rows
+from goldenedit.editors.gated import (
+    _RIDGE,
+    ANSWER_WEIGHTS,
+    NEITHER,
+    ONE_ALONE,
+    SUBJECT_WEIGHTS,
+    InputMoments,
+    gate_rows,
+)
 from goldenedit.editors.null_space import null_space_insertion
 
 WIDTH = 24
@@ -24,32 +32,89 @@ def random_text(count=2_000, width=WIDTH):
     return torch.linspace(1, -1, width) + torch.randn(count, width) @ torch.diag(spread) @ torch.randn(width, width) / 3
 
 
-def least_squares(subject, others, text, of_subject, of_rest):
-    """Return the row that is nearest to its targets over all tokens, each as often as it weighs."""
+def least_squares(here, elsewhere, text, weights, on_text):
+    """Return the row that is nearest to its targets over all tokens, each as often as it weighs, and its response."""
     ridge = _RIDGE * text.square().mean() * torch.eye(text.shape[1])
-    blocks = [(text, 1.0, of_rest), (subject, _SUBJECT, of_subject), (others, _OTHERS, of_rest)]
-    rows = [block * (weight / len(block)) ** 0.5 for block, weight, _ in blocks if len(block)]
-    targets = [
-        torch.full([len(block)], (weight / len(block)) ** 0.5 * aim) for block, weight, aim in blocks if len(block)
-    ]
+    blocks = [(text, 1.0, on_text)]
+    blocks += [(group, weights[0] / len(here), 1.0) for group in here]
+    for groups, response in elsewhere:
+        some = [group for group in groups if len(group)]
+        blocks += [(group, weights[1] / len(some), response) for group in some]
+    rows = [block * (weight / len(block)) ** 0.5 for block, weight, _ in blocks]
+    targets = [torch.full([len(block)], (weight / len(block)) ** 0.5 * aim) for block, weight, aim in blocks]
     A, b = torch.cat([*rows, ridge.sqrt()]), torch.cat([*targets, torch.zeros(len(ridge))])
     row = torch.linalg.lstsq(A.double(), b.double()[:, None]).solution[:, 0]
-    return (row / (subject.double() @ row).mean()).float()
+    response = torch.stack([(group.double() @ row).mean() for group in here]).mean()
+    return (row / response).float(), response.item()
 
 
-@pytest.mark.parametrize("count", [0, 1, 40])
-@pytest.mark.parametrize("wordings", [1, 5])
-def test_rows_are_the_least_squares_over_all_tokens(count, wordings):
-    text, subject, others = random_text(), random_text(wordings) + 1, random_text(count)
-    w, e = gate_rows(subject, others, moments_of(text))
-    assert w.dtype == e.dtype == torch.float32
-    torch.testing.assert_close(w, least_squares(subject, others, text, 1.0, -1.0), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(e, least_squares(subject, others, text, 1.0, 1.0), rtol=1e-3, atol=1e-4)
+def expected_rows(here, elsewhere, text, weights, on_text=-1.0):
+    """Return both rows, with the weight of the tokens to respond to raised until both clearly respond."""
+    everywhere = [(groups, 1.0) for groups, _ in elsewhere]
+    for raised in range(10):
+        of_raised = weights[0] * 4.0**raised, weights[1]
+        w, response = least_squares(here, elsewhere, text, of_raised, on_text)
+        e, of_all = least_squares(here, everywhere, text, of_raised, 1.0)
+        if min(response, of_all) >= 0.5:
+            return (w, e), raised
+    raise AssertionError("these tokens cannot be told from text")
+
+
+@pytest.mark.parametrize(
+    ("weights", "on_text"), [(SUBJECT_WEIGHTS, ONE_ALONE), (ANSWER_WEIGHTS, NEITHER)], ids=["subject", "answer"]
+)
+@pytest.mark.parametrize("elsewhere", [[[]], [[0]], [[1]], [[40, 3]], [[40], [3]], [[], [0, 7], [20, 1, 5]]], ids=str)
+@pytest.mark.parametrize("here", [[1], [5], [2, 9, 30]], ids=str)
+def test_rows_are_the_least_squares_over_all_tokens(here, elsewhere, weights, on_text):
+    text = random_text()
+    here = [random_text(count) + 1 for count in here]
+    elsewhere = [
+        ([random_text(count) - index for count in counts], -1.0 - index) for index, counts in enumerate(elsewhere)
+    ]
+    rows = gate_rows(here, elsewhere, moments_of(text), weights, on_text)
+    expected, _ = expected_rows(here, elsewhere, text, weights, on_text)
+    for row, of_row in zip(rows, expected, strict=True):
+        assert row.dtype == torch.float32
+        torch.testing.assert_close(row, of_row, rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_that_are_hard_to_tell_from_others_weigh_more():
+    text = random_text()
+    here = silent = text[:4] + 1
+    rows = gate_rows([here], [([silent], -1.0)], moments_of(text), SUBJECT_WEIGHTS)
+    expected, raised = expected_rows([here], [([silent], -1.0)], text, SUBJECT_WEIGHTS)
+    assert raised > 0
+    for row, of_row in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, of_row, rtol=1e-2, atol=1e-3)
+
+
+def test_groups_weigh_alike_whatever_their_sizes():
+    text, one, other = random_text(), random_text(3) + 1, random_text(5) + 1
+    silent, rest = random_text(4), random_text(6) - 1
+
+    def rows(here, elsewhere):
+        return gate_rows(here, [(elsewhere, ONE_ALONE)], moments_of(text), ANSWER_WEIGHTS, NEITHER)
+
+    plain = rows([one, other], [silent, rest])
+    repeated = rows([one.repeat(7, 1), other], [silent.repeat(9, 1), rest])  # as if one kind had many more
+    joined = rows([torch.cat([one, other])], [torch.cat([silent, rest])])
+    for row, same, different in zip(plain, repeated, joined, strict=True):
+        torch.testing.assert_close(same, row, rtol=1e-3, atol=1e-4)
+        assert (different - row).norm() > 1e-2 * row.norm()
+
+
+def test_a_group_without_tokens_counts_for_nothing():
+    text, here, silent = random_text(), random_text(3) + 1, random_text(5)
+    plain = gate_rows([here], [([silent], ONE_ALONE)], moments_of(text), ANSWER_WEIGHTS)
+    elsewhere = [([silent, text[:0]], ONE_ALONE), ([text[:0]], NEITHER), ([], NEITHER)]
+    padded = gate_rows([text[:0], here], elsewhere, moments_of(text), ANSWER_WEIGHTS)
+    for row, same in zip(plain, padded, strict=True):
+        torch.testing.assert_close(same, row)
 
 
 def test_rows_are_one_at_the_subject_on_average():
     subject = random_text(5) + 1
-    for row in gate_rows(subject, random_text(9), moments_of(random_text())):
+    for row in gate_rows([subject], [([random_text(9)], -1.0)], moments_of(random_text()), SUBJECT_WEIGHTS):
         assert (subject @ row).mean().item() == pytest.approx(1, abs=1e-4)
 
 
@@ -57,7 +122,7 @@ def test_a_subject_that_cannot_be_told_from_text_does_not_make_the_rows_long():
     text = torch.cat([torch.randn(2_000, 8), torch.ones(2_000, 1)], 1)
     for apart in torch.linspace(0, 4, 50):  # somewhere between, the response to the subject is 0
         subject = torch.cat([torch.randn(20, 8) + apart, torch.ones(20, 1)], 1)
-        w, _ = gate_rows(subject, text[:0], moments_of(text))
+        w, _ = gate_rows([subject], [], moments_of(text), SUBJECT_WEIGHTS)
         assert (subject @ w).mean().item() == pytest.approx(1, abs=1e-4)
         assert (text @ w).std() < 2
 
@@ -65,8 +130,8 @@ def test_a_subject_that_cannot_be_told_from_text_does_not_make_the_rows_long():
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_scale_of_the_inputs_does_not_change_what_the_rows_say(scale):
     text, subject, others = random_text(), random_text(3) + 1, random_text(9)
-    plain = gate_rows(subject, others, moments_of(text))
-    scaled = gate_rows(scale * subject, scale * others, moments_of(scale * text))
+    plain = gate_rows([subject], [([others], -1.0)], moments_of(text), SUBJECT_WEIGHTS)
+    scaled = gate_rows([scale * subject], [([scale * others], -1.0)], moments_of(scale * text), SUBJECT_WEIGHTS)
     for one, other in zip(plain, scaled, strict=True):
         torch.testing.assert_close(scale * other, one, rtol=1e-3, atol=1e-4)
 
@@ -88,7 +153,8 @@ def test_rows_tell_a_subject_from_text_and_from_other_subjects(named_alike):
         torch.cat([draw(1, noise=0.4) + ending + name(seed) for seed in range(start, start + 64)]) for start in (1, 100)
     ]
     text = draw(5_000)
-    w, e = gate_rows(subject[0], others[0] if named_alike else draw(0), moments_of(text))
+    silent = [([others[0]], -1.0)] if named_alike else []
+    w, e = gate_rows([subject[0]], silent, moments_of(text), SUBJECT_WEIGHTS)
     assert (subject[1] @ w).min() > 0.4  # in wordings that it was not fitted to
     assert (draw(5_000) @ w < 0).float().mean() > 0.999
     for tokens in (subject[1], draw(5_000)):

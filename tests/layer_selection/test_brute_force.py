@@ -197,6 +197,17 @@ def test_key_statistics_are_computed_in_one_pass_for_all_layers(model, store, mo
     assert passes == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("answer_layer", [None, 1])  # 1 is not behind layer 1, where no edit can be made
+def test_moments_of_mlps_are_computed_in_one_pass_with_the_layers_of_answers(answer_layer, model, store, monkeypatch):
+    passes, plain = [], covariance.input_moments
+    monkeypatch.setattr(covariance, "input_moments", lambda *given: passes.append(sorted(given[2])) or plain(*given))
+    text = {"covariance": "sampled", "covariance_tokens": 200}
+    config = replace(CONFIG, method="gated", answer_layer=answer_layer, **text)
+    layers = [0] if answer_layer is None else [0, 1]
+    assert sorted(run(model, store, FACTS[:1], config, layers=layers)) == [("gated", 0)]
+    assert passes == [[0, 2] if answer_layer is None else [0, 1]]
+
+
 def test_cells_that_a_user_asked_for_must_be_kept(tmp_path, model):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):

@@ -94,7 +94,8 @@ def test_a_sweep_that_was_stopped_costs_what_all_of_it_cost(tokenizer, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(brute_force, "sweep", stopped)
-    sweep = partial(selected, tokenizer, layer="sweep", phrasings="none", kept_questions=0)  # answers are asked once
+    asks_nothing = {"method": "null-space", "phrasings": "none", "kept_questions": 0}  # answers are asked only once
+    sweep = partial(selected, tokenizer, layer="sweep", **asks_nothing)
     with pytest.raises(KeyboardInterrupt):
         sweep()
     resumed = sweep()[1]

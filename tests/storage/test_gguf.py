@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from itertools import product
 
 import gguf
 import pytest
@@ -98,11 +99,14 @@ def test_the_factors_of_an_edit_that_rewrites_neurons_have_the_orientation_of_li
     model.edit([TOWER], name="tower")
     export_gguf(model._content(["tower"]), base.config, tmp_path / "edit.gguf")
     tensors = read(tmp_path / "edit.gguf")[1]
+    maps = (("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down"))
+    layers = model.edits["tower"].layers  # that of the answers is the last
+    assert len(layers) == 2
     merged, plain = model.merge_and_unload(), tiny_model("gpt2")
-    for name, tensor in (("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down")):
-        path = f"transformer.h.1.{name}"
+    for layer, (name, tensor) in product(layers, maps):
+        path = f"transformer.h.{layer}.{name}"
         change = merged.get_submodule(path).weight - plain.get_submodule(path).weight  # Conv1D: (d_in, d_out)
-        factors = [tensors.pop(f"blk.1.{tensor}.weight.lora_{factor}") for factor in "ba"]
+        factors = [tensors.pop(f"blk.{layer}.{tensor}.weight.lora_{factor}") for factor in "ba"]
         assert torch.allclose(factors[0] @ factors[1], change.detach().T, atol=1e-5)
     assert not tensors
 

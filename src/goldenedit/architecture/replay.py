@@ -249,6 +249,16 @@ class Replayer:
         positions = torch.arange(batch.input_ids.shape[1], device=batch.subject.device)
         return (positions >= batch.subject[:, None]).flatten()
 
+    def reads(self, batch: Batch) -> Tensor:
+        """Return the index of each position read among the replayed tokens, flattened row by row, `(M,)`."""
+        rows, positions = batch.read_rows, batch.read_positions
+        if self.way in ("packed", "suffix"):
+            positions = positions - batch.subject[rows]
+        if self.way == "packed":
+            return batch.suffix.starts[rows] + positions
+        width = (batch.suffix.positions if self.way == "suffix" else batch.input_ids).shape[1]
+        return rows * width + positions
+
     def __call__(self, captured: Capture) -> Tensor:
         """Return the logits at the positions read, `(M, V)`."""
         return self._ways[0][1](captured)
@@ -331,7 +341,7 @@ class Replayer:
         positions = suffix.positions[rows, steps]
         device = captured.hidden.device
         hidden = captured.hidden[rows.to(device), positions.to(device)]
-        read = suffix.starts[batch.read_rows] + batch.read_positions - batch.subject[batch.read_rows]
+        read = self.reads(batch)
         layers = {
             index: self.architecture.layer(self.model, index)
             for index in range(self.start, self.architecture.num_layers)

@@ -11,9 +11,16 @@ from torch import Tensor
 
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.gates import spare_neurons
+from goldenedit.editing.answering import texts_about
+from goldenedit.editing.gated import neurons_for
 from goldenedit.editing.learn import TextStatistics, learn_facts
-from goldenedit.editing.prepared import Changes, check_editable, prepare_subjects, subject_texts
+from goldenedit.editing.prepared import (
+    Changes,
+    check_editable,
+    prepare_neurons,
+    prepare_subjects,
+    subject_texts,
+)
 from goldenedit.editing.rows import subjects_of
 from goldenedit.editing.wordings import spelled
 from goldenedit.editors import LowRankDelta
@@ -55,15 +62,21 @@ def changes_of_batch(
             return _learned(lm, requests, config, remembered, text)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
-        spare = spare_neurons(lm, config, config.target_layers, len(subjects_of(requests)), edits)
+        spare = neurons_for(lm, config, len(subjects_of(requests)), len(requests), edits)
         statistics = {} if spare is not None else lm.statistics(config, config.target_layers)
         output_gradients = {} if spare is not None else lm.output_gradients(config, config.target_layers)
         contexts = lm.contexts(config)
         with phase("wordings"):
-            subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
-    prepared = prepare_subjects(
-        lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients, spare=spare
-    )
+            if spare is not None:
+                texts = texts_about(lm, requests, config, contexts, earlier)
+            else:
+                subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
+    if spare is not None:
+        prepared = prepare_neurons(lm, requests, config, texts, spare)
+    else:
+        prepared = prepare_subjects(
+            lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients
+        )
     for (first, *_), delta, steps in zip(prepared.subjects, prepared.values.delta, prepared.values.steps, strict=True):
         if steps and not delta.any():
             logger.warning(

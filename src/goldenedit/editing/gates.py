@@ -25,7 +25,7 @@ from goldenedit.devices import execution_device
 from goldenedit.editing.keys import beginnings
 from goldenedit.editing.values import SubjectRows
 from goldenedit.editors import LowRankDelta
-from goldenedit.editors.gated import InputMoments, gate_rows
+from goldenedit.editors.gated import SUBJECT_WEIGHTS, InputMoments, gate_rows
 from goldenedit.evaluation.harm import State, compare, text_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -137,28 +137,27 @@ def known_neurons(
 def spare_neurons(
     lm: LanguageModel,
     config: EditConfig,
-    layers: Sequence[int],
-    count: int,
+    counts: Mapping[int, int],
     edits: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> list[Spare] | None:
     """Return the neurons that an edit may rewrite, by layer, or None if a layer has none of this form, or too few.
 
     Args:
         lm: The model, with its edits off.
-        layers: The layers to edit, ascending.
-        count: Number of subjects.
+        counts: How many neurons are needed, by layer, ascending.
         edits: The deltas of the edits that the model carries. Their neurons are not rewritten.
     """
-    known = known_neurons(lm, config, layers)
-    if len(known) < len(layers):
+    known = known_neurons(lm, config, list(counts))
+    if len(known) < len(counts):
         return None
     spare = []
     for layer, (of_layer, moments) in known.items():
+        count = counts[layer]
         used = {neuron for deltas in edits for neuron in rewritten(of_layer, deltas)}
         most = of_layer.count // _SPARE - len(used)
         if count > most:
             logger.info(
-                "Layer %d has %d neurons to spare, and %d subjects need one each: the values are inserted without.",
+                "Layer %d has %d neurons to spare, and the edit needs %d: the values are inserted without.",
                 layer,
                 max(most, 0),
                 count,
@@ -174,7 +173,7 @@ def spare_neurons(
         free = _least_missed(lm, layer, free[:_CANDIDATES], down, config.seed) + free[_CANDIDATES:]
         free = free[:count]
         spare.append(Spare(layer, of_layer, free, down[:, free], moments))
-    if any(len(of_layer.free) < count for of_layer in spare):
+    if any(len(of_layer.free) < counts[of_layer.layer] for of_layer in spare):
         return None
     return spare
 
@@ -255,7 +254,7 @@ def moved(
         shared = {name: members & set(rewritten(neurons, other)) for name, other in edits.items()}
         if not (clashes := sorted(set().union(*shared.values()))):
             continue
-        spare = spare_neurons(lm, config, [layer], len(clashes), [deltas, *edits.values(), *occupied])
+        spare = spare_neurons(lm, config, {layer: len(clashes)}, [deltas, *edits.values(), *occupied])
         changes = None if spare is None else _moved(lm, spare[0], deltas, clashes)
         if changes is None:
             stuck |= {name for name, of_edit in shared.items() if of_edit}
@@ -322,7 +321,7 @@ def gates_of(
     elsewhere: list[list[Tensor]] = []
     for request, subject in zip(requests, texts, strict=True):
         rows = subject.rows
-        inputs = _inputs(lm, [list(row.input_ids) for row in rows], sites)
+        inputs = inputs_of(lm, [list(row.input_ids) for row in rows], sites)
         ids = _subject_ids(lm, request)
         ends, others = _mentions(rows, len(ids))
         alike = _inputs_alike(lm, ids, sites, seed)
@@ -333,7 +332,8 @@ def gates_of(
         rows_of = []
         for place, own in enumerate(here):
             rest = [of[index] for other, of in enumerate(here) if other != place] if together else []
-            rows_of.append(gate_rows(own[index], torch.cat([elsewhere[place][index], *rest]), of_layer.moments))
+            silent = torch.cat([elsewhere[place][index], *rest])
+            rows_of.append(gate_rows([own[index]], [([silent], -1.0)], of_layer.moments, SUBJECT_WEIGHTS))
         gates.append(Gates(of_layer, torch.stack([w for w, _ in rows_of]), torch.stack([e for _, e in rows_of])))
     return gates
 
@@ -395,11 +395,11 @@ def _inputs_alike(lm: LanguageModel, ids: Sequence[int], sites: Sequence[nn.Modu
     if not rows:
         return [torch.zeros(0, linear_shape(site)[1]) for site in sites]
     ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-    return [of_layer[ends] for of_layer in _inputs(lm, rows, sites)]
+    return [of_layer[ends] for of_layer in inputs_of(lm, rows, sites)]
 
 
 @torch.no_grad()
-def _inputs(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Module]) -> list[Tensor]:
+def inputs_of(lm: LanguageModel, rows: Sequence[list[int]], sites: Sequence[nn.Module]) -> list[Tensor]:
     """Return the inputs of linear maps at all tokens of rows, row after row, by map `(tokens, d)` float32."""
     found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in sites]
     named = {str(index): site for index, site in enumerate(sites)}

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.budget import facts_at_once
-from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, spare_neurons
+from goldenedit.editing.answering import AskedTexts, texts_about
+from goldenedit.editing.gated import GatedFacts, neurons_for, prepare_gated
+from goldenedit.editing.gates import Spare
 from goldenedit.editing.keys import contrast_count, keys_at_ends, weighted_contrasts, with_contrasts
-from goldenedit.editing.rows import kept_rows, subject_key, subject_rows, subjects_of
-from goldenedit.editing.values import SubjectRows, ValueOptions, Values, joined, optimize_values
+from goldenedit.editing.rows import batch_size_of, kept_rows, subject_key, subject_rows, subjects_of
+from goldenedit.editing.values import SubjectRows, ValueOptions, Values, optimize_values
 from goldenedit.editing.wordings import worded
 from goldenedit.editors import FactKeys, KeyStatistics, LowRankDelta, Problem
 from goldenedit.editors.regularizers import prune, rect, sphere
+from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.statistics import check_widths
@@ -57,7 +59,7 @@ class PreparedFacts:
         vectors: The modules whose outputs were optimized, see `Editor.vectors`.
         method: The editor under whose change the values were optimized; None if they were added at the subjects.
         detectors: By layer `(N, d_in)`, the detector of each subject under that editor; None without one.
-        gates: By layer, the neurons that respond to the subjects, for an editor that rewrites neurons.
+        gated: The neurons that tell the facts, for an editor that rewrites neurons.
     """
 
     lm: LanguageModel
@@ -68,7 +70,7 @@ class PreparedFacts:
     vectors: tuple[str, ...]
     method: str | None = None
     detectors: Sequence[Tensor] | None = None
-    gates: Sequence[Gates] | None = None
+    gated: GatedFacts | None = None
     _contrasts: dict[tuple[object, ...], list[list[Tensor] | None]] = field(default_factory=dict, repr=False)
     _keys: dict[tuple[object, ...], dict[int, list[FactKeys]]] = field(default_factory=dict, repr=False)
 
@@ -109,14 +111,16 @@ class PreparedFacts:
                 not finite. The message names the fact.
         """
         editor = config.editor
-        if editor.vectors != self.vectors:
+        if editor.vectors != self.vectors or (self.gated is not None and config.method != self.method):
             raise ValueError(
                 f"The values were not optimized for the editor {config.method!r}. Call prepare_facts with its config."
             )
         chosen = range(len(self.requests)) if chosen is None else chosen
         subjects = [place for place, group in enumerate(self.subjects) if set(group) & set(chosen)]
-        if self.gates is not None and config.method == self.method:
-            return self._gated(self.gates, subjects, chosen)
+        if self.gated is not None:
+            order = [fact for group in self.subjects for fact in group]
+            facts = [place for place, fact in enumerate(order) if fact in set(chosen)]
+            return Changes(self.gated.deltas(self.lm, subjects, facts), *self._of_facts(chosen))
         deltas, state, errors = {}, {}, []
         for index, (layer, keys) in enumerate(self.keys(config).items()):
             path = self.lm.architecture.down_projections[layer]
@@ -137,17 +141,6 @@ class PreparedFacts:
             if editor.remembers_keys:
                 state[f"keys/{path}"] = problem.keys
         return Changes(deltas, *self._of_facts(chosen), state, max(errors))
-
-    def _gated(self, gates: Sequence[Gates], subjects: Sequence[int], chosen: Sequence[int]) -> Changes:
-        """Return the changes that give each of some subjects a neuron with its value."""
-        deltas: dict[str, LowRankDelta] = {}
-        for index, of_layer in enumerate(gates):
-            residuals = self.values.delta[subjects, index].T
-            if not residuals.isfinite().all():
-                raise ValueError(f"A value of layer {of_layer.spare.layer} is not finite. Lower EditConfig.lr.")
-            changes = of_layer.deltas(self.lm, subjects, residuals)
-            deltas |= {path: delta.balanced() for path, delta in changes.items()}
-        return Changes(deltas, *self._of_facts(chosen))
 
     def _of_facts(self, chosen: Sequence[int]) -> tuple[list[float], list[int]]:
         """Return the probability before the edit, and the steps, of some facts."""
@@ -298,12 +291,59 @@ def prepare_facts(
     Raises:
         ValueError: A request cannot be served. The message names it.
     """
-    texts = subject_texts(lm, requests, config, contexts, joint=joint)
-    count = len(texts.groups) if joint else min(len(texts.groups), _FEW)
-    spare = None if statistics is None else spare_neurons(lm, config, config.target_layers, count)
+    subjects = len(subjects_of(requests)) if joint else min(len(requests), _FEW)
+    facts = len(requests) if joint else subjects
+    spare = None if statistics is None else neurons_for(lm, config, subjects, facts)
     if spare is None and statistics is not None and not joint:
-        spare = spare_neurons(lm, config, config.target_layers, 1)
-    return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients, spare)
+        spare = neurons_for(lm, config, 1, 1)
+    if spare is not None:
+        return prepare_neurons(
+            lm, requests, config, texts_about(lm, requests, config, contexts, (), joint), spare, joint
+        )
+    texts = subject_texts(lm, requests, config, contexts, joint=joint)
+    return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients)
+
+
+def prepare_neurons(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    texts: AskedTexts,
+    spare: Sequence[Spare],
+    together: bool = True,
+) -> PreparedFacts:
+    """Find the neurons that tell facts, in the model as it is now. See `prepare_gated`."""
+    options = _value_options(config)
+    # The answers are optimized in a model with markers, which may say something else.
+    asked = [(rendered(lm.tokenizer, request).text, request.target_new) for request in requests]
+    before = [answer.probability for answer in likelihoods(lm, asked)]
+    gated = prepare_gated(lm, requests, config, texts, options, spare, together)
+    answers = gated.answers
+    places = iter(range(len(requests)))
+    of_subjects = [[next(places) for _ in group] for group in texts.groups]
+    values = Values(
+        delta=gated.markers,
+        keys=[],
+        steps=[max(answers.steps[place] for place in members) for members in of_subjects],
+        target_probability=[[before[request] for request in group] for group in texts.groups],
+        replay=answers.replay,
+    )
+    return PreparedFacts(
+        lm, requests, texts.groups, config.target_layers, values, options.vectors, config.method, gated=gated
+    )
+
+
+def _value_options(config: EditConfig) -> ValueOptions:
+    return ValueOptions(
+        steps=config.steps,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        clamp=config.clamp,
+        stop_loss=config.stop_loss,
+        vectors=config.editor.vectors,
+        optimizer=config.optimizer,
+        keeps_norm=config.regularizer == "nas",
+    )
 
 
 def prepare_subjects(
@@ -315,7 +355,6 @@ def prepare_subjects(
     remembered: Mapping[str, Tensor] | None = None,
     together: bool = True,
     output_gradients: Mapping[int, Tensor] | None = None,
-    spare: Sequence[Spare] | None = None,
 ) -> PreparedFacts:
     """Optimize the values of subjects, in the model as it is now, and find the keys to insert them under.
 
@@ -328,25 +367,13 @@ def prepare_subjects(
         together: Whether all subjects will be inserted in one edit. Otherwise each is inserted alone.
         output_gradients: Second moments of the gradients at the outputs on other text, by layer; None or empty for
             values that do not look at other text.
-        spare: By layer, neurons to rewrite, for an editor that rewrites neurons; None to insert without.
 
     Raises:
         ValueError: A request cannot be served. The message names it.
     """
     layers = config.target_layers
-    options = ValueOptions(
-        steps=config.steps,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        clamp=config.clamp,
-        stop_loss=config.stop_loss,
-        vectors=config.editor.vectors,
-        optimizer=config.optimizer,
-        keeps_norm=config.regularizer == "nas",
-    )
-    batch_size = config.batch_size if isinstance(config.batch_size, int) else _batch_size(lm, texts.rows, layers)
-    if spare is not None:
-        return _prepare_gated(lm, requests, config, texts, options, batch_size, spare, together)
+    options = _value_options(config)
+    batch_size = batch_size_of(lm, config, texts.rows, layers)
     flatness = flat_directions([output_gradients[layer] for layer in layers]) if output_gradients else None
     with phase("values"):
         of_edit = None
@@ -358,35 +385,6 @@ def prepare_subjects(
     facts = PreparedFacts(lm, requests, texts.groups, layers, values, config.editor.vectors, method, of_edit)
     facts.keys(config)  # runs the model now; solving does not run it
     return facts
-
-
-def _prepare_gated(
-    lm: LanguageModel,
-    requests: Sequence[EditRequest],
-    config: EditConfig,
-    texts: SubjectTexts,
-    options: ValueOptions,
-    batch_size: int,
-    spare: Sequence[Spare],
-    together: bool,
-) -> PreparedFacts:
-    """Optimize the values of subjects in the model with a neuron for each of them."""
-    with phase("gates"):
-        first = [requests[group[0]] for group in texts.groups]
-        gates = gates_of(lm, first, texts.rows, spare, config.seed, together)
-    every = range(len(texts.groups))
-    found = []
-    with phase("values"):
-        # Subjects that are edited one by one would not all be without the neurons of the others.
-        size = min(len(of_layer.free) for of_layer in spare)
-        for subjects in (every[start : start + size] for start in range(0, len(every), size)):
-            detectors = [of_layer.detectors(subjects) for of_layer in gates]
-            with rewriting(lm, gates, subjects):
-                rows = [texts.rows[subject] for subject in subjects]
-                found.append(optimize_values(lm, rows, config.target_layers, options, batch_size, detectors))
-    return PreparedFacts(
-        lm, requests, texts.groups, config.target_layers, joined(found), options.vectors, config.method, gates=gates
-    )
 
 
 def subject_keys(
@@ -448,15 +446,3 @@ def detectors(
         ]
         solved.append(torch.cat([change if isinstance(change, Tensor) else change.dense() for change in changes]))
     return solved
-
-
-def _batch_size(lm: LanguageModel, subjects: Sequence[SubjectRows], layers: Sequence[int]) -> int:
-    rows = [row for subject in subjects for row in subject.rows]
-    return facts_at_once(
-        lm.model,
-        layers=lm.architecture.num_layers - layers[0],
-        mlp_width=lm.architecture.shape(lm.model, layers[0])[1],
-        rows=max(len(subject.rows) for subject in subjects),
-        tokens=max(len(row.input_ids) for row in rows),
-        answer_tokens=max(len(row.reads) for row in rows),
-    )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.config import EditConfig
+from goldenedit.editing.budget import facts_at_once
 from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows
 from goldenedit.editing.wordings import Wording, spelled
 from goldenedit.evaluation.harm import asking
@@ -36,7 +37,11 @@ def subjects_of(requests: Sequence[EditRequest]) -> list[list[int]]:
 
 
 def kept_rows(
-    lm: LanguageModel, subjects: Sequence[Sequence[EditRequest]], config: EditConfig, locality: bool = True
+    lm: LanguageModel,
+    subjects: Sequence[Sequence[EditRequest]],
+    config: EditConfig,
+    locality: bool = True,
+    kinds: Sequence[str] | None = None,
 ) -> list[list[KeptRow]]:
     """Return what must stay the same about each subject: what it is, and the model's answers to other questions.
 
@@ -45,9 +50,11 @@ def kept_rows(
         subjects: By subject, the facts that are edited, as the user wrote them.
         locality: Whether prompts in `locality` that name the subject are kept too. A benchmark that judges edits by
             these prompts must not.
+        kinds: The kind of each subject; None to ask the model.
     """
     names = [facts[0].subject for facts in subjects]
-    kinds = kind_of(lm, names) if config.kept_questions else [ANY] * len(names)
+    if kinds is None:
+        kinds = kind_of(lm, names) if config.kept_questions else [ANY] * len(names)
     prompts = [
         _other_prompts(lm.tokenizer, facts, kind, config, locality) for facts, kind in zip(subjects, kinds, strict=True)
     ]
@@ -115,14 +122,15 @@ def subject_rows(
             other = replace(own, prompt=prompt, subject=spelled(prompt, own.subject), prompts=())
             taught.append(encode_request(lm.tokenizer, other, other.target_new, "", lm.max_length))
         rows = [AnswerRow(row, range(len(row.target))) for row in taught]
-        rows += [_worded_row(lm, wording) for wording in (worded[index] if worded else ())]
+        rows += [worded_row(lm, wording) for wording in (worded[index] if worded else ())]
         answers.append(rows)
     (first, *_) = requests
     named = f"{first.subject!r} -> " + ", ".join(repr(request.target_new) for request in requests)
     return SubjectRows(answers, kept, named)
 
 
-def _worded_row(lm: LanguageModel, wording: Wording) -> AnswerRow:
+def worded_row(lm: LanguageModel, wording: Wording) -> AnswerRow:
+    """Return a prompt in other words with the answer that is taught."""
     request, answer, new = wording.request, wording.answer, wording.request.target_new.strip()
     row = encode_request(lm.tokenizer, request, answer, "", lm.max_length, ends=True)
     start = answer.rfind(new)
@@ -130,3 +138,18 @@ def _worded_row(lm: LanguageModel, wording: Wording) -> AnswerRow:
     before = answer[:start].rstrip()
     first = len(encode_request(lm.tokenizer, request, before, "", lm.max_length).target) if before else 0
     return AnswerRow(row, range(min(first, len(until.target) - 1), len(until.target)))
+
+
+def batch_size_of(lm: LanguageModel, config: EditConfig, subjects: Sequence[SubjectRows], layers: Sequence[int]) -> int:
+    """Return how many subjects are optimized in one batch: as the config says, or as many as fit in memory."""
+    if isinstance(config.batch_size, int):
+        return config.batch_size
+    rows = [row for subject in subjects for row in subject.rows]
+    return facts_at_once(
+        lm.model,
+        layers=lm.architecture.num_layers - layers[0],
+        mlp_width=lm.architecture.shape(lm.model, layers[0])[1],
+        rows=max(len(subject.rows) for subject in subjects),
+        tokens=max(len(row.input_ids) for row in rows),
+        answer_tokens=max(len(row.reads) for row in rows),
+    )

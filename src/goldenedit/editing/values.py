@@ -355,9 +355,9 @@ def _optimize(
     replay = Replayer(lm.model, lm.architecture, layers[0])
     count, every = len(group.subjects), torch.arange(len(group.owners), device=group.owners.device)
     device = whole.hidden.device
-    edited = _Edited(replay, sites, None if detectors is None else [found.to(device) for found in detectors])
+    edited = Edited(replay, sites, None if detectors is None else [found.to(device) for found in detectors])
 
-    values = torch.stack([_at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
+    values = torch.stack([at_subject(group.batch, whole.record.outputs[str(index)]) for index in range(len(sites))], 1)
     v0_norm = torch.stack([group.per_subject(every, group.shares * norms) for norms in values.norm(dim=-1).T], 1)
     v0 = torch.zeros_like(values[:count]).index_add(0, group.owners, group.shares[:, None, None] * values)
     original = whole.logits.float().log_softmax(-1)
@@ -478,7 +478,7 @@ def _descent(
     return normalized
 
 
-def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
+def at_subject(batch: Batch, tensor: Tensor) -> Tensor:
     """Return a recorded tensor, `(B, T, d)` or `(B * T, d)`, at the subject's last token, `(B, d)` float32.
 
     The result is on the device of the batch, because layers may be on several devices.
@@ -488,7 +488,7 @@ def _at_subject(batch: Batch, tensor: Tensor) -> Tensor:
     return at_subject.float().to(batch.subject.device)
 
 
-class _Edited:
+class Edited:
     """The model with the deltas of subjects in place.
 
     Args:
@@ -533,7 +533,7 @@ def _keys(
     record, tokens = whole.record, whole.batch.flat_subject
     if len(sites) > 1:
         with recording({str(index): site for index, site in enumerate(sites)}) as record:
-            _Edited(replay, sites, None)(whole, delta, owners)
+            Edited(replay, sites, None)(whole, delta, owners)
         tokens = replay.subjects(whole.batch)
     keys = []
     for index, layer in enumerate(layers):

@@ -63,8 +63,7 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
         return []
     found = []
     for index, prompt in enumerate((request.text, *request.prompts)):
-        other = replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
-        found += _as_question(tokenizer, other, is_first=index == 0)
+        found += _as_question(tokenizer, asking_as(request, prompt), is_first=index == 0)
     return found
 
 
@@ -73,31 +72,32 @@ def asked_otherwise(tokenizer: PreTrainedTokenizerBase, request: EditRequest) ->
 
     The first of them is asked plainly and in a chat, the others in one way: in a chat if there is a chat template.
     """
-    others = _others(request)
+    others = rephrasings_of(request)
     found = []
     for index, question in enumerate(others.questions[:_OTHER_QUESTIONS] if others else ()):
-        other = replace(request, prompt=question, subject=spelled(question, request.subject), prompts=())
-        ways = _as_question(tokenizer, other, is_first=False)
+        ways = _as_question(tokenizer, asking_as(request, question), is_first=False)
         found += ways if index == 0 else ways[-1:]
     return found
 
 
 def stated(request: EditRequest) -> list[EditRequest]:
     """Return a fact as statements in other words, which its answer ends."""
-    others = _others(request)
-    return [
-        replace(request, prompt=text, subject=spelled(text, request.subject), prompts=())
-        for text in (others.statements[:_OTHER_STATEMENTS] if others else ())
-    ]
+    others = rephrasings_of(request)
+    return [asking_as(request, text) for text in (others.statements[:_OTHER_STATEMENTS] if others else ())]
 
 
-def _others(request: EditRequest) -> Rephrasings | None:
+def rephrasings_of(request: EditRequest) -> Rephrasings | None:
     """Return other texts about the property that a fact asks for, without those that measure the edit."""
     if request.messages is not None or isinstance(request.prompt, ChatText):
         return None
     found = rephrased(request.text, request.subject_start, request.subject_end, request.target_new)
     measuring = [request.question, *request.paraphrases, *request.generation, *(text for text, _ in request.locality)]
     return None if found is None else without(found, [text for text in measuring if text])
+
+
+def asking_as(request: EditRequest, prompt: str) -> EditRequest:
+    """Return a request with another prompt for the same fact."""
+    return replace(request, prompt=prompt, subject=spelled(prompt, request.subject), prompts=())
 
 
 def _as_question(tokenizer: PreTrainedTokenizerBase, request: EditRequest, is_first: bool) -> list[EditRequest]:

@@ -1,21 +1,34 @@
-"""Gated insertion, the default: a neuron of its own for each subject, silent at all other tokens.
+"""Gated insertion, the default: neurons that know the subject, and neurons that know what is asked about it.
 
 A change `v d^T` of a down projection adds `(d . k) v` at every token, because no detector `d` is orthogonal to all
 other keys. A neuron of the MLP has what a linear map lacks, a threshold:
 
     key_j = act(gate_j . x) (up_j . x)        at a token with the input x of the MLP
 
-So an edit rewrites a neuron that the model hardly uses. Its gate responds to the subject alone. It is the ridge
-regression to 1 at the subject's last token in each wording, and to -1 at all other tokens:
+So an edit rewrites neurons that the model hardly uses, two kinds of them. Those of the target layers respond to the
+subject alone, whatever is said about it. If they wrote the answer, it would fall out at every question about the
+subject. So they write a *marker*: a value that changes what the model says as little as possible, and that a later
+layer sees from where the answer is due. There, in a layer at about two thirds of the depth, each fact has a neuron that
+responds where the marker is present and this fact is asked for, and nowhere else. It writes the answer.
 
-    w = argmin  E_text (w . x + 1)^2 + a mean_subject (w . x - 1)^2 + b mean_others (w . x + 1)^2 + ridge ||w||^2
+The rows of both kinds are a ridge regression, to 1 where the neuron is to respond, and to other values elsewhere:
 
-`others` are the other tokens of the wordings, and the last tokens of other subjects that end alike. It has a closed
-form in the mean and the second moment of the inputs on text. The row of the gate is `GATE w` with a large `GATE`: the
-activation is zero for w . x < 0, but for rounding, and linear above. The subject is not equally far above in all
-wordings. So the row of the up projection is `(2 e - w) / GATE`, with `e` the same regression to 1 everywhere, and the
-neuron computes `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5. Biases are subtracted along `e`.
-The column of the down projection is the value.
+    w = argmin  E_text (w . x - t)^2 + a mean_here (w . x - 1)^2 + sum_groups b mean_group (w . x - t_group)^2
+                + ridge ||w||^2
+
+- Of the subject: `here` is its last token in each wording. The others are the other tokens of the wordings, and the
+  last tokens of other subjects that end alike. All of them have t = -1.
+- Of an answer: `here` are the tokens before those of the answer, by kind of wording. Two things have to come together
+  there, the marker and what is asked. So t = -0.85 where there is one of them: before answers to other questions about
+  the subject, behind the new answer, and before answers to the same question about other subjects. t = -2 where there
+  is neither: at all other tokens, and on text. Then the responses add up, as those of a linear map do, and text that
+  only reads as if the fact were asked for does not open the gate.
+
+It has a closed form in the mean and the second moment of the inputs on text. The row of the gate is `GATE w` with a
+large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear above. The responses to `here` differ.
+So the row of the up projection is `(2 e - w) / GATE`, with `e` the same regression to 1 everywhere, and the neuron
+computes `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5. Biases are subtracted along `e`. The
+column of the down projection is the value.
 
 Neurons as keys and values: Geva et al. 2021 (arXiv 2012.14913). One more neuron for each mistake: Huang et al. 2023
 (arXiv 2301.09785). One in the place of another: Sutton et al. 2024 (arXiv 2406.12670), whose detector is the last token
@@ -24,6 +37,7 @@ of a prompt. Where an MLP has no neurons of this form, or none to spare, values 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +49,13 @@ from goldenedit.editors.null_space import null_space_insertion
 from goldenedit.editors.problem import Problem
 from goldenedit.editors.record import editor
 
-_SUBJECT = 0.2  # weight of the wordings, against 1 for other text
+SUBJECT_WEIGHTS = (0.2, 0.5)  # of the subject's tokens and of those elsewhere, against 1 for other text
+ANSWER_WEIGHTS = (3.0, 0.2)
+ONE_ALONE, NEITHER = -0.85, -2.0  # responses where the marker is present or the fact is asked for, and elsewhere
+ANSWER_RESPONSE = 1.2  # mean response to the wordings of a fact; in other wordings it is smaller
 _RAISED = 4.0  # factor of this weight until the rows clearly respond to the subject; narrow models need it
 _RAISES = 10
 _CLEAR = 0.5
-_OTHERS = 0.5
 _RIDGE = 1e-2  # of the mean eigenvalue
 
 
@@ -58,30 +74,49 @@ class InputMoments:
     energy: Tensor
 
 
-def gate_rows(subject: Tensor, others: Tensor, text: InputMoments) -> tuple[Tensor, Tensor]:
-    """Return `w` and `e`, `(d,)` float32: the rows that respond to a subject, and with 1 to all tokens.
+def gate_rows(
+    here: Sequence[Tensor],
+    elsewhere: Sequence[tuple[Sequence[Tensor], float]],
+    text: InputMoments,
+    weights: tuple[float, float],
+    on_text: float = -1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return `w` and `e`, `(d,)` float32: the rows that respond to some tokens, and with 1 to all tokens.
+
+    Both respond with 1 in the mean of `here`.
 
     Args:
-        subject: `(n, d)`, inputs of the MLP at the subject's last token in each wording.
-        others: `(m, d)`, inputs at tokens that the neuron must not respond to.
+        here: Inputs of the MLP at the tokens to respond to, `(n, d)` for each group of them. The groups weigh alike.
+        elsewhere: The same of tokens not to respond to, each time with the response there.
         text: Moments of the inputs on other text.
+        weights: That of `here` as a whole, and that of each entry of `elsewhere`, against 1 for other text.
+        on_text: The response to other text.
     """
-    P, N, mu = subject.double(), others.double(), text.mean.double()
-    elsewhere, rest = text.second_moment.double(), mu
-    if len(N):
-        elsewhere = elsewhere + _OTHERS / len(N) * N.T @ N
-        rest = mu + _OTHERS * N.mean(0)
-    elsewhere = elsewhere + _RIDGE * text.second_moment.diagonal().double().mean() * torch.eye(len(mu), dtype=mu.dtype)
+    mu = text.mean.double()
+    second, first = _moments(here)
+    other, silent, everywhere = text.second_moment.double(), on_text * mu, mu
+    for groups, response in elsewhere:
+        if any(map(len, groups)):
+            moment, mean = _moments(groups)
+            other = other + weights[1] * moment
+            silent = silent + weights[1] * response * mean
+            everywhere = everywhere + weights[1] * mean
+    other = other + _RIDGE * text.second_moment.diagonal().double().mean() * torch.eye(len(mu), dtype=mu.dtype)
     for raised in range(_RAISES):
-        weight = _SUBJECT * _RAISED**raised
-        here = weight * P.mean(0)
-        H = elsewhere + weight / len(P) * P.T @ P
-        w, e = torch.linalg.solve(H, torch.stack([here - rest, here + rest], 1)).T
-        responses = (P @ w).mean(), (P @ e).mean()
+        weight = weights[0] * _RAISED**raised
+        targets = torch.stack([weight * first + silent, weight * first + everywhere], 1)
+        w, e = torch.linalg.solve(other + weight * second, targets).T
+        responses = first @ w, first @ e
         if min(responses) >= _CLEAR:
             break
-    w, e = w / responses[0], e / responses[1]
-    return w.float(), e.float()
+    return (w / responses[0]).float(), (e / responses[1]).float()
+
+
+def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the second moment and the mean of inputs, `(d, d)` and `(d,)`, each the mean over groups."""
+    of_groups = [(P.T @ P / len(P), P.mean(0)) for P in (group.double() for group in groups if len(group))]
+    seconds, firsts = zip(*of_groups, strict=True)
+    return torch.stack(seconds).mean(0), torch.stack(firsts).mean(0)
 
 
 @editor(
@@ -93,6 +128,7 @@ def gate_rows(subject: Tensor, others: Tensor, text: InputMoments) -> tuple[Tens
     published="memit",
     pattern="ladder",
     gates=True,
+    version=2,  # since neurons of facts give the answers
 )
 def gated_insertion(problem: Problem) -> LowRankDelta:
     """Return the change where no neuron can be rewritten: that of `null-space`."""

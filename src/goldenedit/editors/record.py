@@ -59,8 +59,8 @@ class Editor:
             and the token that ends the answer counts as one of its tokens.
         published: Which published layers apply: those for `"rome"`, `"memit"`, `"ft"` or `"locft"`; None if no paper
             names any.
-        gates: Whether a neuron of the MLP is rewritten for each subject (see `goldenedit.editors.gated`). The function
-            solves the problem where that is not possible.
+        gates: Whether neurons of MLPs are rewritten for subjects and facts (see `goldenedit.editors.gated`). The
+            function solves the problem where that is not possible.
         pattern: The layers that `EditConfig(layer_pattern="auto")` edits: `"golden"` or `"ladder"`.
         version: Version of its maths. Scores of layers that another version was measured for are not used.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -144,8 +145,18 @@ def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequen
     statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
     for config in readers:  # of all layers in one pass, at the first call; `lm` keeps them
         lm.output_gradients(config, layers)
-        known_neurons(lm, config, layers)
+    if gating := [config for config in readers if config.editor.gates]:
+        known_neurons(lm, gating[0], sorted({*layers, *_layers_of_answers(lm, gating)}))
     return statistics
+
+
+def _layers_of_answers(lm: LanguageModel, configs: Sequence[EditConfig]) -> set[int]:
+    """Return the layers that give the answers of edits; those that cannot be made have none."""
+    found = set()
+    for config in configs:
+        with suppress(ValueError):
+            found.add(config.layer_of_answers(lm.architecture.num_layers))
+    return {layer for layer in found if layer is not None}
 
 
 def _stored_cells(

@@ -17,8 +17,10 @@ def golden_metadata(content: EditFolder) -> dict[str, Any]:
     """Return the entries for `config.json`: `golden_layers`, and how they were selected and edited."""
     config = content.configs[-1]
     selectors = {options.layer if isinstance(options.layer, str) else None for options in content.configs}
+    # Without the layer of the neurons that give the answers, which none was compared with.
+    golden = sorted({layer for options in content.configs for layer in options.target_layers})
     return {
-        "golden_layers": content.target_layers,
+        "golden_layers": golden or content.target_layers,
         "goldenedit": {
             "methods": sorted({options.method for options in content.configs}),
             "selector": selectors.pop() if len(selectors) == 1 else None,

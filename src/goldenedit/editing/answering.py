@@ -1,0 +1,392 @@
+"""What neurons that give answers respond to, and what not: the texts about a subject, and the rows that follow."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from goldenedit.config import EditConfig
+from goldenedit.editing.gates import Gates, Spare, inputs_of
+from goldenedit.editing.rows import kept_rows, subject_key, subjects_of, worded_row
+from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows
+from goldenedit.editing.wordings import Wording, asked, asking_as, rephrasings_of, spelled
+from goldenedit.editors.gated import ANSWER_RESPONSE, ANSWER_WEIGHTS, NEITHER, ONE_ALONE, gate_rows
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
+from goldenedit.lm.tokens import Row, encode_request, prompt_tokens, with_answer
+from goldenedit.rephrasing import properties
+from goldenedit.requests import ChatText, EditRequest
+from goldenedit.subject_questions import is_about, kind_of, names_like, open_requests, other_questions
+
+_OTHER_PROPERTIES = 120
+_OTHER_QUESTIONS = 60
+_NAMES = 10  # of other subjects
+_NEIGHBORS = 24  # prompts about them, for each kind of wording
+_MARKED = 15  # wordings that a marker is optimized on
+_TAUGHT = 24  # wordings that the value of a fact is optimized on
+_FOLLOWED = 6  # wordings of a fact behind whose answer the model goes on
+_FOLLOWING = 8  # tokens
+_FOLLOWING_WEIGHT = 3.0
+_BEHIND_TEXT = 2  # contexts of a statement in other words
+_BEGUN = 3  # statements that an answer may begin with
+_BEGUN_QUESTIONS = 2  # questions whose answers begin with them
+_EARLIER = 8  # wordings of an earlier fact
+_BEFORE_ANSWER = 6  # last tokens of what must stay the same
+
+
+@dataclass(frozen=True)
+class FactTexts:
+    """The texts about one fact.
+
+    Attributes:
+        wordings: By kind of wording, prompts with the new answer. Their `target` begins with the new answer.
+        neighbors: Tokens of the same prompts about other subjects, by kind of wording.
+        following: What the model writes behind the new answer.
+    """
+
+    wordings: Sequence[Sequence[AnswerRow]]
+    neighbors: Sequence[Sequence[Sequence[int]]]
+    following: Sequence[KeptRow]
+
+
+@dataclass(frozen=True)
+class AskedSubject:
+    """The texts about one subject.
+
+    Attributes:
+        facts: Those of its facts.
+        kept: What the model must go on saying about it.
+        others: Tokens of prompts that ask for other properties of it.
+        name: What error messages call the subject and its new answers.
+    """
+
+    facts: Sequence[FactTexts]
+    kept: Sequence[KeptRow]
+    others: Sequence[Sequence[int]]
+    name: str
+
+    @property
+    def mentions(self) -> SubjectRows:
+        """Some wordings of each fact with what is kept, as many as a marker needs."""
+        most = max(_MARKED // len(self.facts), 2)
+        return SubjectRows([_few(fact.wordings, most) for fact in self.facts], self.kept, self.name)
+
+    @property
+    def due(self) -> list[Row]:
+        """The same wordings as texts that end where the answer is due."""
+        rows = [answer.row for answers in self.mentions.answers for answer in answers]
+        ends = [row.reads[0] for row in rows]
+        return [
+            replace(row, input_ids=row.input_ids[: end + 1], target=(), last=end, kept=())
+            for row, end in zip(rows, ends, strict=True)
+        ]
+
+    @property
+    def taught(self) -> list[SubjectRows]:
+        """What the value of each fact is optimized on: from where the answer is due on."""
+        return [
+            SubjectRows(
+                [
+                    [
+                        replace(answer, row=replace(answer.row, subject=answer.row.reads[0]))
+                        for answer in _few(fact.wordings, _TAUGHT)
+                    ]
+                ],
+                fact.following,
+                self.name,
+            )
+            for fact in self.facts
+        ]
+
+
+@dataclass(frozen=True)
+class AskedTexts:
+    """The texts about subjects, with the requests about each.
+
+    Attributes:
+        groups: By subject, the indices of its requests.
+        subjects: By subject, its texts.
+    """
+
+    groups: Sequence[Sequence[int]]
+    subjects: Sequence[AskedSubject]
+
+
+def texts_about(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    contexts: Sequence[str],
+    earlier: Sequence[EditRequest] = (),
+    joint: bool = True,
+) -> AskedTexts:
+    """Return the texts about the subjects of requests. The model must be the unedited one.
+
+    Args:
+        requests: The facts, as the user wrote them.
+        contexts: Prefixes of each prompt, the first of them empty.
+        earlier: Facts of earlier edits, which stay.
+        joint: Whether facts about one subject belong together. Otherwise each is about a subject of its own, and
+            prompts of `locality` are not kept.
+
+    Raises:
+        ValueError: A request cannot be tokenized.
+    """
+    groups = subjects_of(requests) if joint else [[index] for index in range(len(requests))]
+    subjects = [[requests[index] for index in group] for group in groups]
+    known = [[fact for fact in earlier if subject_key(fact) == subject_key(facts[0])] for facts in subjects]
+    together = [[*facts, *before] for facts, before in zip(subjects, known, strict=True)]
+    kinds = kind_of(lm, [facts[0].subject for facts in subjects])
+    kept = kept_rows(lm, together, config, joint, kinds)
+    return AskedTexts(
+        groups,
+        [
+            _texts(lm, facts, before, kind, of_subject, contexts, config)
+            for facts, before, kind, of_subject in zip(subjects, known, kinds, kept, strict=True)
+        ],
+    )
+
+
+def answer_gates(
+    lm: LanguageModel,
+    texts: Sequence[AskedSubject],
+    spare: Spare,
+    marked: Callable[[], AbstractContextManager[None]],
+) -> Gates:
+    """Return neurons that respond where the answers of facts are due, the facts of one subject after another.
+
+    Args:
+        lm: The model without markers.
+        texts: The texts of each subject.
+        spare: The neurons that may be rewritten.
+        marked: Returns a context with the markers in place.
+    """
+    found = [rows for subject in texts for rows in _rows_of_answers(lm, subject, spare, marked)]
+    return Gates(spare, torch.stack([w for w, _ in found]), torch.stack([e for _, e in found]))
+
+
+def _rows_of_answers(
+    lm: LanguageModel, subject: AskedSubject, spare: Spare, marked: Callable[[], AbstractContextManager[None]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of each fact's neuron."""
+    inputs = _Inputs(lm, lm.model.get_submodule(spare.neurons.gate.path))
+    neighbors = [[inputs(of_kind) for of_kind in fact.neighbors] for fact in subject.facts]
+    with marked():
+        parts = [[inputs.parts(of_kind) for of_kind in fact.wordings] for fact in subject.facts]
+        kept = inputs([row.row.input_ids for row in subject.kept])
+        asked_else = inputs(subject.others)
+        following = [
+            [
+                x[row.row.subject :]
+                for row, x in zip(fact.following, inputs([r.row.input_ids for r in fact.following]), strict=True)
+            ]
+            for fact in subject.facts
+        ]
+    due = [[x for x, _ in of_fact] for of_fact in parts]
+    outside = [x for of_fact in parts for _, x in of_fact] + [*kept, *(x[:-1] for x in asked_else)]
+    not_due = [x[-_BEFORE_ANSWER:] for x in kept] + [x[-1:] for x in asked_else]
+    rows = []
+    for index, of_fact in enumerate(neighbors):
+        others = [x for place, of_other in enumerate(due) if place != index for x in of_other]
+        elsewhere = [
+            ([torch.cat([*outside, *(x[:-1] for of_kind in of_fact for x in of_kind)])], NEITHER),
+            ([torch.cat([*not_due, *following[index], *others])], ONE_ALONE),
+            ([torch.stack([x[-1] for x in of_kind]) for of_kind in of_fact if of_kind], ONE_ALONE),
+        ]
+        w, e = gate_rows(due[index], elsewhere, spare.moments, ANSWER_WEIGHTS, NEITHER)
+        rows.append((ANSWER_RESPONSE * w, e))
+    return rows
+
+
+class _Inputs:
+    """The inputs of a linear map on texts, `(tokens, d)` float32 each."""
+
+    def __init__(self, lm: LanguageModel, site: nn.Module) -> None:
+        self.lm, self.site = lm, site
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        if not rows:
+            return []
+        (found,) = inputs_of(self.lm, [list(row) for row in rows], [self.site])
+        return list(found.split([len(row) for row in rows]))
+
+    def parts(self, answers: Sequence[AnswerRow]) -> tuple[Tensor, Tensor]:
+        """Return the inputs where the tokens of the new answer are due, and those at all other tokens."""
+        due, around = [], []
+        for answer, x in zip(answers, self([answer.row.input_ids for answer in answers]), strict=True):
+            is_due = torch.zeros(len(x), dtype=torch.bool)
+            is_due[[answer.row.reads[place] for place in answer.core]] = True
+            due.append(x[is_due])
+            around.append(x[~is_due])
+        return torch.cat(due), torch.cat(around)
+
+
+def _few(by_kind: Sequence[Sequence[AnswerRow]], count: int) -> list[AnswerRow]:
+    """Return some wordings, always the same, of each kind as many as of the others, the first of all first."""
+    generator = random.Random(0)
+    mixed = [[of_kind[0], *generator.sample(of_kind[1:], len(of_kind) - 1)] for of_kind in by_kind]
+    turns = [answer for turn in zip_longest(*mixed) for answer in turn if answer is not None]
+    return turns[:count]
+
+
+# ---------------------------------------------------------------------- texts
+
+
+def _texts(
+    lm: LanguageModel,
+    facts: Sequence[EditRequest],
+    earlier: Sequence[EditRequest],
+    kind: str,
+    kept: Sequence[KeptRow],
+    contexts: Sequence[str],
+    config: EditConfig,
+) -> AskedSubject:
+    (first, *_) = facts
+    named = f"{first.subject!r} -> " + ", ".join(repr(fact.target_new) for fact in facts)
+    known = [answer for fact in earlier for answer in _few(_wordings(lm, fact, contexts, config), _EARLIER)]
+    told = [KeptRow(replace(answer.row, target=(), kept=tuple(answer.row.reads)), 1 / len(known)) for answer in known]
+    others = _other_prompts(lm, [*facts, *earlier], kind, config.seed)
+    others += [list(answer.row.input_ids[: answer.row.reads[0] + 1]) for answer in known]
+    return AskedSubject([_of_fact(lm, fact, kind, contexts, config) for fact in facts], [*kept, *told], others, named)
+
+
+def _of_fact(
+    lm: LanguageModel, request: EditRequest, kind: str, contexts: Sequence[str], config: EditConfig
+) -> FactTexts:
+    by_kind = _wordings(lm, request, contexts, config)
+    names = names_like(kind, request.subject, _NAMES, config.seed)
+    neighbors = [_neighbors(lm, request, answers, names, config.seed) for answers in by_kind]
+    return FactTexts(by_kind, neighbors, _following(lm, _few(by_kind, _FOLLOWED)))
+
+
+def _wordings(
+    lm: LanguageModel, request: EditRequest, contexts: Sequence[str], config: EditConfig
+) -> list[list[AnswerRow]]:
+    """Return prompts that ask for a fact, with the new answer, by kind of wording."""
+    by_kind = [[_row(lm, prompt, context) for prompt in _own(lm, request) for context in contexts]]
+    if config.phrasings == "auto":
+        by_kind += _other_wordings(lm, request, contexts)
+    return [answers for answers in by_kind if answers]
+
+
+def _neighbors(
+    lm: LanguageModel, request: EditRequest, answers: Sequence[AnswerRow], names: Sequence[str], seed: int
+) -> list[list[int]]:
+    """Return the tokens of prompts with other subjects in the place of a fact's."""
+    generator = random.Random(seed)
+    each = min(-(-_NEIGHBORS // len(answers)), len(names))
+    neighbors = []
+    for prompt in dict.fromkeys(_decoded(lm, answer.row.input_ids[: answer.row.reads[0] + 1]) for answer in answers):
+        if _renamed(prompt, request.subject, "") == prompt:  # it does not name the subject
+            continue
+        for name in generator.sample(names, each):
+            neighbors.append(prompt_tokens(lm.tokenizer, ChatText(_renamed(prompt, request.subject, name))))
+    return neighbors
+
+
+def _renamed(text: str, subject: str, name: str) -> str:
+    """Return a text with another name in the place of a subject, with its article in upper and in lower case."""
+    subject = spelled(text, subject)
+    article, rest = ("[Tt]he ", subject[4:]) if subject[:4] in ("The ", "the ") else ("", subject)
+    return re.sub(article + re.escape(rest), lambda _: name, text)
+
+
+def _own(lm: LanguageModel, request: EditRequest) -> list[EditRequest]:
+    """Return the prompts that the user wrote, as the model reads them."""
+    own = rendered(lm.tokenizer, request)
+    if request.messages is not None:
+        return [own]
+    further = [replace(own, prompt=prompt, subject=spelled(prompt, own.subject), prompts=()) for prompt in own.prompts]
+    return [own, *further]
+
+
+def _other_wordings(lm: LanguageModel, request: EditRequest, contexts: Sequence[str]) -> list[list[AnswerRow]]:
+    """Return prompts that ask for a fact otherwise, with the new answer, by kind of wording.
+
+    They are statements in other words, questions, questions in a chat, and questions with the beginning of an answer.
+    """
+    new = request.target_new.strip()
+    if request.messages is not None or isinstance(request.prompt, ChatText):
+        return [[_asked_row(lm, Wording(other, new)) for other in asked(lm.tokenizer, request)]]
+    found = rephrasings_of(request)
+    statements = [asking_as(request, text) for text in (found.statements if found else ())]
+    questions = [request, *(asking_as(request, text) for text in (found.questions if found else ()))]
+    begun_with = [text for text in (request, *statements) if not text.text.rstrip().endswith("?")][:_BEGUN]
+    begun = [Wording(request, f"{with_answer(text.text, request.target_new)}.") for text in begun_with]
+    kinds: list[list[AnswerRow]] = [[], [], [], []]
+    kinds[0] = [_row(lm, text, context) for text in statements for context in contexts[: _BEHIND_TEXT + 1]]
+    for index, question in enumerate(questions):
+        for other in asked(lm.tokenizer, replace(question, prompts=())):
+            kinds[2 if isinstance(other.prompt, ChatText) else 1].append(_asked_row(lm, Wording(other, new)))
+            if index < _BEGUN_QUESTIONS:
+                kinds[3] += [_asked_row(lm, Wording(other, sentence.answer)) for sentence in begun]
+    return kinds
+
+
+def _row(lm: LanguageModel, request: EditRequest, context: str) -> AnswerRow:
+    """Return a prompt with the new answer, and in a chat with the end of the turn behind it."""
+    whole = encode_request(lm.tokenizer, request, request.target_new, context, lm.max_length, ends=True)
+    until = encode_request(lm.tokenizer, request, request.target_new, context, lm.max_length)
+    return AnswerRow(whole, range(min(len(until.target), len(whole.target))))
+
+
+def _asked_row(lm: LanguageModel, wording: Wording) -> AnswerRow:
+    """Return a question with its answer, of which only what begins with the new answer is taught."""
+    answer = worded_row(lm, wording)
+    row, start = answer.row, answer.core.start
+    return AnswerRow(replace(row, target=row.target[start:]), range(len(answer.core)))
+
+
+def _decoded(lm: LanguageModel, tokens: Sequence[int]) -> str:
+    return str(lm.tokenizer.decode(list(tokens)))
+
+
+def _following(lm: LanguageModel, answers: Sequence[AnswerRow]) -> list[KeptRow]:
+    """Return what the model writes behind new answers."""
+    begun = [list(answer.row.input_ids[: answer.row.target[answer.core[-1]] + 1]) for answer in answers]
+    written = lm.answers([ChatText(_decoded(lm, tokens)) for tokens in begun], _FOLLOWING, None)
+    rows = []
+    for _answer, tokens, more in zip(answers, begun, written, strict=True):
+        if more.tokens:
+            ids, last = [*tokens, *more.tokens], len(tokens) - 1
+            row = Row(tuple(ids), last, (), len(ids) - 1, tuple(range(last, len(ids) - 1)))
+            rows.append(KeptRow(row, _FOLLOWING_WEIGHT / len(answers)))
+    return rows
+
+
+def _other_prompts(lm: LanguageModel, facts: Sequence[EditRequest], kind: str, seed: int) -> list[list[int]]:
+    """Return the tokens of prompts that ask for other properties of a subject: statements, questions, and chats."""
+    subject = facts[0].subject
+    # "Where is {}?" may be a wording of a fact that shares no word with its own text.
+    found = [(fact, rephrasings_of(fact)) for fact in facts]
+    facts = [
+        *facts,
+        *(asking_as(fact, text) for fact, other in found if other for text in (*other.questions, *other.statements)),
+    ]
+    relations = {other.relation for _, other in found if other}
+    listed = [
+        entry
+        for entry in properties()
+        if entry.relation not in relations
+        and not is_about([entry.relation, *entry.questions, *entry.statements], facts)
+    ]
+    chosen = random.Random(seed).sample(listed, min(_OTHER_PROPERTIES, len(listed)))
+    texts = [(entry.questions[0], entry.statements[0]) for entry in chosen]
+    texts += [(entry.question, entry.prompt) for entry in other_questions(kind, facts, _OTHER_QUESTIONS, seed)]
+    plain = EditRequest(f"{subject} is", subject, facts[0].target_new)
+    prompts: list[str] = []
+    for index, (question, statement) in enumerate(texts):
+        if index % 3 == 0:
+            prompts.append(statement.replace("{}", subject))
+        else:
+            ways = asked(lm.tokenizer, asking_as(plain, question.replace("{}", subject)))
+            prompts.append(ways[0 if index % 3 == 1 else len(ways[:2]) - 1].text)
+    prompts += [asked(lm.tokenizer, asking_as(plain, text))[:2][-1].text for text in open_requests(subject)]
+    return [prompt_tokens(lm.tokenizer, prompt) for prompt in prompts]

@@ -1,0 +1,169 @@
+"""Facts with neurons of their own: the marker of each subject, the answer of each fact, and the changes they make.
+
+The maths is in `goldenedit.editors.gated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import tqdm
+
+from goldenedit.config import EditConfig
+from goldenedit.cost import phase
+from goldenedit.editing.answering import AskedTexts, answer_gates
+from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, spare_neurons
+from goldenedit.editing.markers import optimize_marker
+from goldenedit.editing.rows import batch_size_of
+from goldenedit.editing.values import ValueOptions, Values, joined, optimize_values
+from goldenedit.editors import LowRankDelta
+from goldenedit.lm import LanguageModel
+from goldenedit.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class GatedFacts:
+    """Facts of N subjects, F in all, with the neurons that tell them.
+
+    Attributes:
+        gates: By target layer, the neurons that respond to the subjects.
+        markers: `(N, m, d_model)`, what they write.
+        answering: The neurons that respond where the answers are due.
+        answers: Results of the optimization of what these write, with the facts as its subjects.
+    """
+
+    gates: Sequence[Gates]
+    markers: Tensor
+    answering: Gates
+    answers: Values
+
+    def deltas(self, lm: LanguageModel, subjects: Sequence[int], facts: Sequence[int]) -> dict[str, LowRankDelta]:
+        """Return the changes that insert some facts, by module path.
+
+        Args:
+            subjects: Their subjects.
+            facts: The facts, subject by subject.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        answers = self.answers.delta[facts, 0].T
+        if not answers.isfinite().all():
+            raise ValueError(f"A value of layer {self.answering.spare.layer} is not finite. Lower EditConfig.lr.")
+        changes = marking(lm, self.gates, subjects, self.markers[subjects])
+        changes |= self.answering.deltas(lm, facts, answers)
+        return {path: delta.balanced() for path, delta in changes.items()}
+
+
+def marking(
+    lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int], markers: Tensor
+) -> dict[str, LowRankDelta]:
+    """Return the changes that give each subject its neurons with a marker, by module path.
+
+    Args:
+        gates: By target layer, the neurons.
+        subjects: Indices of subjects.
+        markers: `(n, m, d_model)`.
+    """
+    changes: dict[str, LowRankDelta] = {}
+    for index, of_layer in enumerate(gates):
+        changes |= of_layer.deltas(lm, subjects, markers[:, index].T)
+    return changes
+
+
+def neurons_for(
+    lm: LanguageModel,
+    config: EditConfig,
+    subjects: int,
+    facts: int,
+    edits: Collection[Mapping[str, LowRankDelta]] = (),
+) -> list[Spare] | None:
+    """Return the neurons that an edit may rewrite: by target layer, and last those for answers. None if there are none.
+
+    Args:
+        lm: The model, with its edits off.
+        config: The editor and its layers.
+        subjects: Number of subjects.
+        facts: Number of facts.
+        edits: The deltas of the edits that the model carries. Their neurons are not rewritten.
+
+    Raises:
+        ValueError: The layer for answers does not come behind the edited layers.
+    """
+    answers = config.layer_of_answers(lm.architecture.num_layers) if config.editor.gates else None
+    if answers is None:
+        return None
+    return spare_neurons(lm, config, dict.fromkeys(config.target_layers, subjects) | {answers: facts}, edits)
+
+
+def prepare_gated(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    texts: AskedTexts,
+    options: ValueOptions,
+    spare: Sequence[Spare],
+    together: bool,
+) -> GatedFacts:
+    """Find the neurons, the markers and the answers of facts, in the model as it is now.
+
+    Args:
+        together: Whether all subjects are edited in one edit. Otherwise each is edited alone.
+
+    Raises:
+        ValueError: A request cannot be served. The message names it.
+    """
+    *of_subjects, of_answers = spare
+    with phase("gates"):
+        first = [requests[group[0]] for group in texts.groups]
+        mentions = [subject.mentions for subject in texts.subjects]
+        gates = gates_of(lm, first, mentions, of_subjects, config.seed, together)
+    every = range(len(texts.groups))
+    calls: list[Sequence[int]] = [every] if together else [[subject] for subject in every]
+    reader = lm.model.get_submodule(of_answers.neurons.gate.path)
+    markers: list[Tensor] = []
+    answering: list[Gates] = []
+    answers: list[Values] = []
+    with tqdm(total=len(every), desc="Subjects", unit="subject", disable=len(every) == 1, leave=False) as progress:
+        for call in calls:
+            with phase("markers"), rewriting(lm, gates, call):
+                found = []
+                for place, subject in enumerate(call):
+                    asked = texts.subjects[subject]
+                    own = [of_layer.detectors(call)[place : place + 1] for of_layer in gates]
+                    found.append(
+                        optimize_marker(
+                            lm,
+                            asked.due,
+                            asked.kept,
+                            config.target_layers,
+                            own,
+                            reader,
+                            of_answers.moments,
+                            options.lr,
+                            options.clamp,
+                            config.seed,
+                        )
+                    )
+                    progress.update()
+                of_call = torch.stack(found)
+            marked = partial(lm.architecture.adding_deltas, lm.model, marking(lm, gates, call, of_call))
+            with phase("gates"):
+                of_facts = answer_gates(lm, [texts.subjects[subject] for subject in call], of_answers, marked)
+            with marked():
+                taught = [rows for subject in call for rows in texts.subjects[subject].taught]
+                facts = range(len(taught))
+                with phase("values"), lm.architecture.adding_deltas(lm.model, of_facts.deltas(lm, facts)):
+                    batch_size = batch_size_of(lm, config, taught, [of_answers.layer])
+                    detectors = [of_facts.detectors(facts)]
+                    answers.append(optimize_values(lm, taught, [of_answers.layer], options, batch_size, detectors))
+            markers.append(of_call)
+            answering.append(of_facts)
+    joint = Gates(
+        of_answers, torch.cat([part.here for part in answering]), torch.cat([part.everywhere for part in answering])
+    )
+    return GatedFacts(gates, torch.cat(markers), joint, joined(answers))

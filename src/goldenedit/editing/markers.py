@@ -1,0 +1,200 @@
+"""The optimization of markers: what the neurons of a subject write, so that a later layer sees that it was mentioned.
+
+A marker is seen from where an answer is due if it moves the input `x` of a later layer's MLP there by much more than
+`x` varies on text. With `C` the covariance of `x` on text, and `d` the mean of the moves over wordings, the direction
+in which a linear map tells them best is `u = C^-1 d / sqrt(d . C^-1 d)`, and `u . move` is the size of a move in
+standard deviations. First the marker maximizes `d . C^-1 d`. Then `u` is fixed, and each wording is moved by a margin:
+
+    loss = mean over wordings softplus(margin - u . move)
+         + weight * sum over kept texts KL(p_marked || p_original)
+
+Kept are the answers of the model to other questions about the subject, so a marker changes what is said as little as
+possible. It is optimized under the change that inserts it, as values are (`goldenedit.editing.values`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from goldenedit.architecture.hooks import evaluating, hidden_argument, inputs_at, outside_inference_mode, stop_forward
+from goldenedit.architecture.replay import Capture, Replayer, capture
+from goldenedit.editing.values import Edited, KeptRow, at_subject
+from goldenedit.editors.gated import InputMoments
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.tokens import Row, pad
+
+_STEPS = 24
+_LATE_FROM = 18  # the step from which on steps are shorter
+_OPENING = (5, 9)  # the steps that fix the direction
+_MARGIN = 5.0  # standard deviations
+_SEEN = 0.5  # weight of the margin
+_OPENING_GOAL = 4.0
+_KEPT = 10.0  # further weight of the kept texts
+_MOMENTUM = 0.7
+_START = 0.02  # length of the first marker, of the value's
+_LATE = 0.3  # their length
+_RIDGE = 1e-2  # of the mean variance
+
+
+@outside_inference_mode()
+def optimize_marker(
+    lm: LanguageModel,
+    asked: Sequence[Row],
+    kept: Sequence[KeptRow],
+    layers: Sequence[int],
+    detectors: Sequence[Tensor],
+    reader: nn.Module,
+    moments: InputMoments,
+    lr: float,
+    clamp: float,
+    seed: int = 0,
+) -> Tensor:
+    """Return the marker of a subject, `(m, d_model)` float32: the values of its neurons at `m` layers.
+
+    Args:
+        lm: The model, with the neurons of the subject rewritten, and values of 0.
+        asked: Texts that end where an answer is due.
+        kept: What the model must go on saying.
+        layers: The layers of these neurons, ascending.
+        detectors: By layer `(1, d_in)`, what a value is inserted with.
+        reader: The linear map behind which the marker is to be seen.
+        moments: Moments of its input on text.
+        lr: Length of a step, of the length of the value before the edit.
+        clamp: Largest length, in the same unit.
+        seed: Seed of the first marker.
+
+    Raises:
+        ValueError: The optimization is not finite.
+    """
+    with evaluating(lm.model), torch.enable_grad():
+        seen = _Seen(lm, asked, layers, detectors, reader)
+        unchanged = _Kept(lm, kept, layers, detectors) if kept else None
+        whitening = _whitening(moments).to(seen.before.device)
+        length = seen.lengths
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(length.shape[0], seen.width, generator=generator)
+        start = functional.normalize(start, dim=1).to(length.device)
+        marker = (_START * length[:, None] * start).requires_grad_()
+        velocity = torch.zeros_like(marker)
+        direction = None
+        for step in range(_STEPS):
+            moves = seen(marker) - seen.before
+            mean = moves.mean(0)
+            size = mean @ whitening @ mean
+            if step in _OPENING:
+                direction = (whitening @ mean / size.sqrt().clamp_min(1e-12)).detach()
+            if direction is None:
+                loss = torch.log1p(_OPENING_GOAL / (size + 1e-6))
+            else:
+                loss = _SEEN * functional.softplus(_MARGIN - moves @ direction).mean()
+            if unchanged is not None:
+                loss = loss + _KEPT * unchanged(marker).to(loss.device)
+            if not loss.isfinite():
+                raise ValueError(
+                    "The optimization of a marker is not finite. Load the model in float32 or bfloat16, or lower "
+                    "EditConfig.lr."
+                )
+            (gradient,) = torch.autograd.grad(loss, marker)
+            with torch.no_grad():
+                scaled = gradient * length[:, None]
+                velocity.mul_(_MOMENTUM).add_(scaled / scaled.norm().clamp_min(1e-12))
+                rate = lr if step < _LATE_FROM else _LATE * lr
+                moved = marker - rate * length[:, None] * velocity
+                longest = clamp * length / moved.norm(dim=1).clamp_min(1e-12)
+                marker.copy_(moved * longest.clamp(max=1.0)[:, None])
+        return marker.detach().float().cpu()
+
+
+class _Seen:
+    """The inputs of a map where answers are due, `(n, d)`, as a function of the marker."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        asked: Sequence[Row],
+        layers: Sequence[int],
+        detectors: Sequence[Tensor],
+        reader: nn.Module,
+    ) -> None:
+        sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
+        batch = pad(asked, lm.padding_id, lm.device)
+        named = {"reader": reader} | {str(index): site for index, site in enumerate(sites)}
+        self.captured = capture(lm.model, lm.architecture, layers[0], batch, named)
+        self.reader, self.batch = reader, batch
+        self.replay, self.run = _edited(lm, self.captured, layers, detectors)
+        record = self.captured.record
+        places = batch.read_rows * batch.input_ids.shape[1] + batch.read_positions
+        self.before = inputs_at(record.calls["reader"], places)
+        values = [at_subject(batch, record.outputs[str(index)]) for index in range(len(sites))]
+        self.width = values[0].shape[-1]
+        self.lengths = torch.stack([of_layer.norm(dim=1).mean() for of_layer in values])
+
+    def __call__(self, marker: Tensor) -> Tensor:
+        inputs: list[Tensor] = []
+        with stop_forward() as stop:
+
+            def take(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                inputs.append(hidden_argument(args, kwargs))
+                stop()
+
+            handle = self.reader.register_forward_pre_hook(take, with_kwargs=True)
+            try:
+                self.run(marker)
+            finally:
+                handle.remove()
+        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+        return hidden[self.replay.reads(self.batch).to(hidden.device)].float()
+
+
+class _Kept:
+    """The weighted KL divergence on texts that must stay the same, as a function of the marker.
+
+    Args:
+        kept: These texts.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, kept: Sequence[KeptRow], layers: Sequence[int], detectors: Sequence[Tensor]
+    ) -> None:
+        batch = pad([row.row for row in kept], lm.padding_id, lm.device)
+        captured = capture(lm.model, lm.architecture, layers[0], batch, {})
+        self.original = captured.logits.float().log_softmax(-1)
+        reads = torch.bincount(batch.read_rows, minlength=len(kept))
+        weights = torch.tensor([row.weight for row in kept], device=lm.device) / reads
+        self.weights = weights[batch.read_rows]
+        _, self.run = _edited(lm, captured, layers, detectors)
+
+    def __call__(self, marker: Tensor) -> Tensor:
+        log_probs = self.run(marker).float().log_softmax(-1)
+        return (self.weights * (log_probs.exp() * (log_probs - self.original)).sum(-1)).sum()
+
+
+def _edited(
+    lm: LanguageModel, captured: Capture, layers: Sequence[int], detectors: Sequence[Tensor]
+) -> tuple[Replayer, Callable[[Tensor], Tensor]]:
+    """Return a replay of a capture that was compared with it, and the logits as a function of the marker."""
+    sites = [lm.architecture.down_projection(lm.model, layer) for layer in layers]
+    replay = Replayer(lm.model, lm.architecture, layers[0])
+    edited = Edited(replay, sites, [found.to(lm.device) for found in detectors])
+    owners = torch.zeros(len(captured.batch.subject), dtype=torch.long, device=lm.device)
+
+    def run(marker: Tensor) -> Tensor:
+        return edited(captured, marker[None], owners)
+
+    with torch.no_grad():
+        nothing = torch.zeros(len(layers), lm.architecture.shape(lm.model, layers[0])[0], device=lm.device)
+        replay.check(captured, partial(run, nothing))
+    return replay, run
+
+
+def _whitening(moments: InputMoments) -> Tensor:
+    """Return the inverse of the covariance on text, `(d, d)` float32."""
+    mean = moments.mean.double()
+    covariance = moments.second_moment.double() - torch.outer(mean, mean)
+    ridge = _RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.linalg.inv(covariance + ridge * torch.eye(len(mean), dtype=torch.float64)).float()
