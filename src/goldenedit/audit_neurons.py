@@ -186,21 +186,14 @@ def _spare(model: EditModel, of_layer: Rewriting, moments: InputMoments) -> Spar
 
 def _beside(gates: Sequence[Gates], others: Sequence[Sequence[Gates]]) -> list[Gates]:
     """Return the gates of each layer with further ones of the same layer."""
-    return [
-        replace(
-            first,
-            here=torch.cat([of_layer.here for of_layer in (first, *rest)]),
-            everywhere=torch.cat([of_layer.everywhere for of_layer in (first, *rest)]),
-        )
-        for first, *rest in zip(gates, *others, strict=True)
-    ]
+    return [first.beside(*rest) for first, *rest in zip(gates, *others, strict=True)]
 
 
 def _shares(lm: LanguageModel, edit: Edit, layers: Sequence[Rewriting], gates: Sequence[Gates]) -> dict[str, float]:
     """Return the share of the change of each map that the rows of `gates` do not explain."""
     shares = {}
     for of_layer, new in zip(layers, gates, strict=True):
-        if not 0 < len(of_layer.rewritten) <= len(new.here):
+        if not 0 < len(of_layer.rewritten) <= len(new.gates):
             continue
         for path, expected in new.deltas(lm, _nearest(edit, of_layer, new)).items():
             if path in edit.deltas:
@@ -215,7 +208,7 @@ def _shares(lm: LanguageModel, edit: Edit, layers: Sequence[Rewriting], gates: S
 def _nearest(edit: Edit, of_layer: Rewriting, gates: Gates) -> list[int]:
     """Return whose gate is most like that of each rewritten neuron."""
     changes = functional.normalize(_rows(edit.deltas[of_layer.neurons.gate.path], of_layer), dim=1)
-    return (changes @ functional.normalize(gates.here, dim=1).T).argmax(1).tolist()
+    return (changes @ functional.normalize(gates.gates, dim=1).T).argmax(1).tolist()
 
 
 def _rows(delta: LowRankDelta, of_layer: Rewriting) -> Tensor:

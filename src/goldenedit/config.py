@@ -29,11 +29,11 @@ from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
 REGULARIZERS = ("rect", "prune", "sphere", "nas")
-LAYER_PATTERNS = ("auto", "golden", "ladder", "window", "ends", "best")
+LAYER_PATTERNS = ("auto", "golden", "ladder", "upper", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 OPTIMIZERS = ("normalized", "adam")
-_ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and has not yet decided what to say
+ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and has not yet decided what to say
 _AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
 
 
@@ -77,8 +77,9 @@ class EditConfig(
         default="auto",
         metadata={
             "help": f"Which layers to edit together, one of {LAYER_PATTERNS}: what the editor is made for, only the "
-            "golden layer, a ladder of layers from it upward, a tenth of the model apart, the window that ends at it, "
-            "the first and the last layer of this window, or the layers with the best scores."
+            "golden layer, a ladder of layers from it upward, a tenth of the model apart, the upper two layers of a "
+            "ladder of four, the window that ends at it, the first and the last layer of this window, or the layers "
+            "with the best scores."
         },
     )
     pattern_layers: int = option(
@@ -441,7 +442,7 @@ class EditConfig(
         """
         last = self.target_layers[-1]
         if self.answer_layer is None:
-            return max(round(_ANSWER_DEPTH * num_layers), last + 1) if last + 1 < num_layers else None
+            return max(round(ANSWER_DEPTH * num_layers), last + 1) if last + 1 < num_layers else None
         if not last < self.answer_layer < num_layers:
             raise ValueError(
                 f"EditConfig.answer_layer {self.answer_layer} must come behind the edited layers {self.target_layers}, "

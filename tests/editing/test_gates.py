@@ -94,12 +94,11 @@ def test_a_rewritten_neuron_is_what_its_rows_say(prepared):
         for row in texts.rows:
             for gates, (x, keys, _) in zip(prepared.gates, prepared.run(row, [0, 1]), strict=True):
                 neurons = gates.spare.neurons
-                s, everywhere = x @ gates.here[place], x @ gates.everywhere[place]
                 bias = neurons.gate.read(prepared.lm.model, gates.spare.free[place])[1]
-                s = s + bias * (1 - everywhere) / GATE
+                s = x @ gates.gates[place] + bias * (1 - x @ gates.everywhere[place]) / GATE
                 expected = neurons.response * s.clamp(min=0) ** neurons.degree
                 if neurons.up is not None:
-                    expected = expected * (2 * everywhere - s)
+                    expected = expected * (x @ gates.ups[place])
                 clear = s.abs() > 0.3  # the activation function has reached its asymptote there
                 key = keys[clear, gates.spare.free[place]]
                 scale = neurons.response

@@ -9,12 +9,15 @@ from matrices import second_moment
 from goldenedit.editors import EDITORS, KeyStatistics, Problem
 from goldenedit.editors.alphaedit import AlphaEditOptions
 from goldenedit.editors.gated import (
+    _MARKED,
+    _NEITHER,
+    _ONE_ALONE,
     _RIDGE,
+    ANSWER_RESPONSE,
     ANSWER_WEIGHTS,
-    NEITHER,
-    ONE_ALONE,
     SUBJECT_WEIGHTS,
     InputMoments,
+    answer_rows,
     gate_rows,
 )
 from goldenedit.editors.null_space import null_space_insertion
@@ -61,7 +64,7 @@ def expected_rows(here, elsewhere, text, weights, on_text=-1.0):
 
 
 @pytest.mark.parametrize(
-    ("weights", "on_text"), [(SUBJECT_WEIGHTS, ONE_ALONE), (ANSWER_WEIGHTS, NEITHER)], ids=["subject", "answer"]
+    ("weights", "on_text"), [(SUBJECT_WEIGHTS, -1.0), (ANSWER_WEIGHTS, 0.0), (ANSWER_WEIGHTS, _NEITHER)]
 )
 @pytest.mark.parametrize("elsewhere", [[[]], [[0]], [[1]], [[40, 3]], [[40], [3]], [[], [0, 7], [20, 1, 5]]], ids=str)
 @pytest.mark.parametrize("here", [[1], [5], [2, 9, 30]], ids=str)
@@ -93,7 +96,7 @@ def test_groups_weigh_alike_whatever_their_sizes():
     silent, rest = random_text(4), random_text(6) - 1
 
     def rows(here, elsewhere):
-        return gate_rows(here, [(elsewhere, ONE_ALONE)], moments_of(text), ANSWER_WEIGHTS, NEITHER)
+        return gate_rows(here, [(elsewhere, -0.85)], moments_of(text), ANSWER_WEIGHTS, -2.0)
 
     plain = rows([one, other], [silent, rest])
     repeated = rows([one.repeat(7, 1), other], [silent.repeat(9, 1), rest])  # as if one kind had many more
@@ -105,11 +108,37 @@ def test_groups_weigh_alike_whatever_their_sizes():
 
 def test_a_group_without_tokens_counts_for_nothing():
     text, here, silent = random_text(), random_text(3) + 1, random_text(5)
-    plain = gate_rows([here], [([silent], ONE_ALONE)], moments_of(text), ANSWER_WEIGHTS)
-    elsewhere = [([silent, text[:0]], ONE_ALONE), ([text[:0]], NEITHER), ([], NEITHER)]
+    plain = gate_rows([here], [([silent], -0.85)], moments_of(text), ANSWER_WEIGHTS)
+    elsewhere = [([silent, text[:0]], -0.85), ([text[:0]], -2.0), ([], -2.0)]
     padded = gate_rows([text[:0], here], elsewhere, moments_of(text), ANSWER_WEIGHTS)
     for row, same in zip(plain, padded, strict=True):
         torch.testing.assert_close(same, row)
+
+
+def answers_of():
+    """Return the inputs that the rows of an answer are computed from."""
+    here, not_marked = [random_text(3) + 1, random_text(7) + 1], [random_text(4) + 0.5, random_text(6) + 0.5]
+    return here, random_text(9) + 0.5, not_marked, random_text(30)
+
+
+def test_the_gate_of_an_answer_knows_both_and_its_up_projection_knows_the_marker():
+    text = random_text()
+    here, not_asked, not_marked, outside = answers_of()
+    both = [([outside], _NEITHER), ([not_asked], _ONE_ALONE), (not_marked, _ONE_ALONE)]
+    marked = [([outside], 0.0), ([not_asked], _MARKED), (not_marked, 0.0)]
+    w, e = gate_rows(here, both, moments_of(text), ANSWER_WEIGHTS, _NEITHER)
+    u, _ = gate_rows(here, marked, moments_of(text), ANSWER_WEIGHTS, 0.0)
+    found = answer_rows(here, not_asked, not_marked, outside, moments_of(text))
+    torch.testing.assert_close(found[0], ANSWER_RESPONSE * w)
+    torch.testing.assert_close(found[1] * u.norm() / found[1].norm(), u, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[2], e)
+
+
+def test_the_responses_of_an_answers_neuron_have_a_mean_over_kinds_of_wordings():
+    here, *rest = answers_of()
+    w, u, _ = answer_rows(here, *rest, moments_of(random_text()))
+    responses = [(of_kind @ w).clamp(min=0) * (of_kind @ u) for of_kind in here]
+    assert sum(of_kind.mean().item() for of_kind in responses) / 2 == pytest.approx(ANSWER_RESPONSE, rel=1e-4)
 
 
 def test_rows_are_one_at_the_subject_on_average():

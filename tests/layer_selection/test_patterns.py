@@ -18,7 +18,8 @@ SCORES = [1.0, 90.0, 2.0, None, 5.0, 6.0, 4.0, 3.0]  # layer 1 lies outside the 
         ("ladder", 2, [5, 6]),
         ("ladder", 99, [5, 6, 7]),
         ("ladder", 1, 5),
-        ("auto", 3, [5, 6, 7]),  # of the default editor
+        ("upper", 3, 5),  # the others come too late for the layer of the answers
+        ("auto", 3, 5),  # of the default editor
         ("window", 2, [4, 5]),
         ("window", 3, [4, 5]),  # layer 3 has nothing to edit
         ("window", 10, [0, 1, 2, 4, 5]),
@@ -37,7 +38,22 @@ def test_the_pattern_decides(pattern, count, expected):
 def test_the_steps_of_a_ladder_are_a_tenth_of_the_model():
     scores = [3.0, *(2.0 + index / 100 for index in range(29))]
     scores[4] = 2.9
-    assert choose(EditConfig(layer_scores=scores, tukey_kappa=9.0)) == [0, 3, 6]
+    config = EditConfig(layer_scores=scores, tukey_kappa=9.0, layer_pattern="ladder")
+    assert choose(config) == [0, 3, 6]
+
+
+@pytest.mark.parametrize(("golden", "expected"), [(0, [6, 9]), (3, [9, 12]), (11, 17), (13, 19), (14, 14), (29, 29)])
+def test_the_upper_layers_lie_between_the_golden_one_and_the_answers(golden, expected):
+    scores = [10.0 if layer == golden else 9.0 - layer / 1_000 for layer in range(30)]
+    for pattern in ("upper", "auto"):
+        assert choose(EditConfig(layer_scores=scores, tukey_kappa=99.0, layer_pattern=pattern)) == expected
+
+
+def test_upper_layers_that_cannot_be_edited_are_left_out():
+    scores = [2.0, 1.9, 1.8, None, 1.7, 1.6]
+    assert choose(EditConfig(layer_scores=scores, tukey_kappa=9.0)) == 2
+    scores[2] = None
+    assert choose(EditConfig(layer_scores=scores, tukey_kappa=9.0)) == 0
 
 
 def test_an_editor_that_is_made_for_one_layer_gets_the_golden_one_alone():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -17,7 +17,7 @@ from goldenedit.editing.gates import Gates, Spare, inputs_of
 from goldenedit.editing.rows import kept_rows, subject_key, subjects_of, worded_row
 from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows
 from goldenedit.editing.wordings import Wording, asked, asking_as, rephrasings_of, spelled
-from goldenedit.editors.gated import ANSWER_RESPONSE, ANSWER_WEIGHTS, NEITHER, ONE_ALONE, gate_rows
+from goldenedit.editors.gated import answer_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.tokens import Row, encode_request, prompt_tokens, with_answer
@@ -33,8 +33,10 @@ _MARKED = 15  # wordings that a marker is optimized on
 _TAUGHT = 24  # wordings that the value of a fact is optimized on
 _FOLLOWED = 6  # wordings of a fact behind whose answer the model goes on
 _FOLLOWING = 8  # tokens
+_ANSWERED = 16  # tokens of answers to what asks for no property
 _FOLLOWING_WEIGHT = 3.0
-_BEHIND_TEXT = 2  # contexts of a statement in other words
+_BEHIND_TEXT = 2  # contexts of a statement in other words, of each length
+_LONGER_CONTEXTS, _LONGER = 5, 32  # their number, and their tokens
 _BEGUN = 3  # statements that an answer may begin with
 _BEGUN_QUESTIONS = 2  # questions whose answers begin with them
 _EARLIER = 8  # wordings of an earlier fact
@@ -63,13 +65,14 @@ class AskedSubject:
     Attributes:
         facts: Those of its facts.
         kept: What the model must go on saying about it.
-        others: Tokens of prompts that ask for other properties of it.
+        others: Prompts that ask for something else about it, to some of them with the model's answers. What comes from
+            their `subject` on is where another answer is due.
         name: What error messages call the subject and its new answers.
     """
 
     facts: Sequence[FactTexts]
     kept: Sequence[KeptRow]
-    others: Sequence[Sequence[int]]
+    others: Sequence[Row]
     name: str
 
     @property
@@ -145,10 +148,11 @@ def texts_about(
     together = [[*facts, *before] for facts, before in zip(subjects, known, strict=True)]
     kinds = kind_of(lm, [facts[0].subject for facts in subjects])
     kept = kept_rows(lm, together, config, joint, kinds)
+    behind = contexts, _longer_contexts(lm, config) if len(contexts) > 1 else []
     return AskedTexts(
         groups,
         [
-            _texts(lm, facts, before, kind, of_subject, contexts, config)
+            _texts(lm, facts, before, kind, of_subject, behind, config)
             for facts, before, kind, of_subject in zip(subjects, known, kinds, kept, strict=True)
         ],
     )
@@ -168,20 +172,19 @@ def answer_gates(
         spare: The neurons that may be rewritten.
         marked: Returns a context with the markers in place.
     """
-    found = [rows for subject in texts for rows in _rows_of_answers(lm, subject, spare, marked)]
-    return Gates(spare, torch.stack([w for w, _ in found]), torch.stack([e for _, e in found]))
+    return Gates.of(spare, [rows for subject in texts for rows in _rows_of_answers(lm, subject, spare, marked)])
 
 
 def _rows_of_answers(
     lm: LanguageModel, subject: AskedSubject, spare: Spare, marked: Callable[[], AbstractContextManager[None]]
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return the rows of each fact's neuron."""
     inputs = _Inputs(lm, lm.model.get_submodule(spare.neurons.gate.path))
     neighbors = [[inputs(of_kind) for of_kind in fact.neighbors] for fact in subject.facts]
     with marked():
         parts = [[inputs.parts(of_kind) for of_kind in fact.wordings] for fact in subject.facts]
         kept = inputs([row.row.input_ids for row in subject.kept])
-        asked_else = inputs(subject.others)
+        asked_else = list(zip(subject.others, inputs([row.input_ids for row in subject.others]), strict=True))
         following = [
             [
                 x[row.row.subject :]
@@ -190,18 +193,15 @@ def _rows_of_answers(
             for fact in subject.facts
         ]
     due = [[x for x, _ in of_fact] for of_fact in parts]
-    outside = [x for of_fact in parts for _, x in of_fact] + [*kept, *(x[:-1] for x in asked_else)]
-    not_due = [x[-_BEFORE_ANSWER:] for x in kept] + [x[-1:] for x in asked_else]
+    outside = [x for of_fact in parts for _, x in of_fact] + [*kept, *(x[: row.subject] for row, x in asked_else)]
+    not_due = [x[-_BEFORE_ANSWER:] for x in kept] + [x[row.subject :] for row, x in asked_else]
     rows = []
     for index, of_fact in enumerate(neighbors):
         others = [x for place, of_other in enumerate(due) if place != index for x in of_other]
-        elsewhere = [
-            ([torch.cat([*outside, *(x[:-1] for of_kind in of_fact for x in of_kind)])], NEITHER),
-            ([torch.cat([*not_due, *following[index], *others])], ONE_ALONE),
-            ([torch.stack([x[-1] for x in of_kind]) for of_kind in of_fact if of_kind], ONE_ALONE),
-        ]
-        w, e = gate_rows(due[index], elsewhere, spare.moments, ANSWER_WEIGHTS, NEITHER)
-        rows.append((ANSWER_RESPONSE * w, e))
+        not_asked = torch.cat([*not_due, *following[index], *others])
+        not_marked = [torch.stack([x[-1] for x in of_kind]) for of_kind in of_fact if of_kind]
+        around = torch.cat([*outside, *(x[:-1] for of_kind in of_fact for x in of_kind)])
+        rows.append(answer_rows(due[index], not_asked, not_marked, around, spare.moments))
     return rows
 
 
@@ -245,20 +245,25 @@ def _texts(
     earlier: Sequence[EditRequest],
     kind: str,
     kept: Sequence[KeptRow],
-    contexts: Sequence[str],
+    contexts: tuple[Sequence[str], Sequence[str]],
     config: EditConfig,
 ) -> AskedSubject:
     (first, *_) = facts
     named = f"{first.subject!r} -> " + ", ".join(repr(fact.target_new) for fact in facts)
     known = [answer for fact in earlier for answer in _few(_wordings(lm, fact, contexts, config), _EARLIER)]
     told = [KeptRow(replace(answer.row, target=(), kept=tuple(answer.row.reads)), 1 / len(known)) for answer in known]
-    others = _other_prompts(lm, [*facts, *earlier], kind, config.seed)
-    others += [list(answer.row.input_ids[: answer.row.reads[0] + 1]) for answer in known]
+    asked_else, answered = _other_prompts(lm, [*facts, *earlier], kind, config.seed)
+    asked_else += [list(answer.row.input_ids[: answer.row.reads[0] + 1]) for answer in known]
+    others = [_behind(tokens, []) for tokens in asked_else] + _continued(lm, answered, _ANSWERED)
     return AskedSubject([_of_fact(lm, fact, kind, contexts, config) for fact in facts], [*kept, *told], others, named)
 
 
 def _of_fact(
-    lm: LanguageModel, request: EditRequest, kind: str, contexts: Sequence[str], config: EditConfig
+    lm: LanguageModel,
+    request: EditRequest,
+    kind: str,
+    contexts: tuple[Sequence[str], Sequence[str]],
+    config: EditConfig,
 ) -> FactTexts:
     by_kind = _wordings(lm, request, contexts, config)
     names = names_like(kind, request.subject, _NAMES, config.seed)
@@ -267,10 +272,14 @@ def _of_fact(
 
 
 def _wordings(
-    lm: LanguageModel, request: EditRequest, contexts: Sequence[str], config: EditConfig
+    lm: LanguageModel, request: EditRequest, contexts: tuple[Sequence[str], Sequence[str]], config: EditConfig
 ) -> list[list[AnswerRow]]:
-    """Return prompts that ask for a fact, with the new answer, by kind of wording."""
-    by_kind = [[_row(lm, prompt, context) for prompt in _own(lm, request) for context in contexts]]
+    """Return prompts that ask for a fact, with the new answer, by kind of wording.
+
+    Args:
+        contexts: Prefixes of a prompt, and longer ones, which are left out where they do not fit.
+    """
+    by_kind = [[row for prompt in _own(lm, request) for row in _behind_contexts(lm, prompt, *contexts)]]
     if config.phrasings == "auto":
         by_kind += _other_wordings(lm, request, contexts)
     return [answers for answers in by_kind if answers]
@@ -307,7 +316,9 @@ def _own(lm: LanguageModel, request: EditRequest) -> list[EditRequest]:
     return [own, *further]
 
 
-def _other_wordings(lm: LanguageModel, request: EditRequest, contexts: Sequence[str]) -> list[list[AnswerRow]]:
+def _other_wordings(
+    lm: LanguageModel, request: EditRequest, contexts: tuple[Sequence[str], Sequence[str]]
+) -> list[list[AnswerRow]]:
     """Return prompts that ask for a fact otherwise, with the new answer, by kind of wording.
 
     They are statements in other words, questions, questions in a chat, and questions with the beginning of an answer.
@@ -321,13 +332,32 @@ def _other_wordings(lm: LanguageModel, request: EditRequest, contexts: Sequence[
     begun_with = [text for text in (request, *statements) if not text.text.rstrip().endswith("?")][:_BEGUN]
     begun = [Wording(request, f"{with_answer(text.text, request.target_new)}.") for text in begun_with]
     kinds: list[list[AnswerRow]] = [[], [], [], []]
-    kinds[0] = [_row(lm, text, context) for text in statements for context in contexts[: _BEHIND_TEXT + 1]]
+    some = contexts[0][: _BEHIND_TEXT + 1], contexts[1][:_BEHIND_TEXT]
+    kinds[0] = [row for text in statements for row in _behind_contexts(lm, text, *some)]
     for index, question in enumerate(questions):
         for other in asked(lm.tokenizer, replace(question, prompts=())):
             kinds[2 if isinstance(other.prompt, ChatText) else 1].append(_asked_row(lm, Wording(other, new)))
             if index < _BEGUN_QUESTIONS:
                 kinds[3] += [_asked_row(lm, Wording(other, sentence.answer)) for sentence in begun]
     return kinds
+
+
+def _longer_contexts(lm: LanguageModel, config: EditConfig) -> list[str]:
+    """Return prefixes that are as long as a paragraph; none if the model does not take texts that long."""
+    with suppress(ValueError):
+        return lm.contexts(replace(config, contexts=_LONGER_CONTEXTS + 1, context_length=_LONGER))[1:]
+    return []
+
+
+def _behind_contexts(
+    lm: LanguageModel, request: EditRequest, contexts: Sequence[str], longer: Sequence[str]
+) -> list[AnswerRow]:
+    """Return a prompt behind each context, and behind those of the longer ones that leave room for it."""
+    rows = [_row(lm, request, context) for context in contexts]
+    for context in longer:
+        with suppress(ValueError):
+            rows.append(_row(lm, request, context))
+    return rows
 
 
 def _row(lm: LanguageModel, request: EditRequest, context: str) -> AnswerRow:
@@ -351,18 +381,29 @@ def _decoded(lm: LanguageModel, tokens: Sequence[int]) -> str:
 def _following(lm: LanguageModel, answers: Sequence[AnswerRow]) -> list[KeptRow]:
     """Return what the model writes behind new answers."""
     begun = [list(answer.row.input_ids[: answer.row.target[answer.core[-1]] + 1]) for answer in answers]
-    written = lm.answers([ChatText(_decoded(lm, tokens)) for tokens in begun], _FOLLOWING, None)
-    rows = []
-    for _answer, tokens, more in zip(answers, begun, written, strict=True):
-        if more.tokens:
-            ids, last = [*tokens, *more.tokens], len(tokens) - 1
-            row = Row(tuple(ids), last, (), len(ids) - 1, tuple(range(last, len(ids) - 1)))
-            rows.append(KeptRow(row, _FOLLOWING_WEIGHT / len(answers)))
-    return rows
+    rows = [row for row in _continued(lm, begun, _FOLLOWING) if row.kept]
+    return [KeptRow(row, _FOLLOWING_WEIGHT / len(answers)) for row in rows]
 
 
-def _other_prompts(lm: LanguageModel, facts: Sequence[EditRequest], kind: str, seed: int) -> list[list[int]]:
-    """Return the tokens of prompts that ask for other properties of a subject: statements, questions, and chats."""
+def _continued(lm: LanguageModel, prompts: Sequence[Sequence[int]], count: int) -> list[Row]:
+    """Return the tokens of prompts with up to `count` tokens that the model writes behind them."""
+    written = lm.answers([ChatText(_decoded(lm, tokens)) for tokens in prompts], count, None)
+    return [_behind(tokens, more.tokens) for tokens, more in zip(prompts, written, strict=True)]
+
+
+def _behind(tokens: Sequence[int], more: Sequence[int]) -> Row:
+    """Return tokens as a row whose logits are read from their last one on, up to the last but one of those behind."""
+    ids, last = [*tokens, *more], len(tokens) - 1
+    return Row(tuple(ids), last, (), len(ids) - 1, tuple(range(last, len(ids) - 1)))
+
+
+def _other_prompts(
+    lm: LanguageModel, facts: Sequence[EditRequest], kind: str, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of prompts that ask for other properties of a subject, and of those that ask for none.
+
+    The first are statements, questions, and chats.
+    """
     subject = facts[0].subject
     # "Where is {}?" may be a wording of a fact that shares no word with its own text.
     found = [(fact, rephrasings_of(fact)) for fact in facts]
@@ -388,5 +429,6 @@ def _other_prompts(lm: LanguageModel, facts: Sequence[EditRequest], kind: str, s
         else:
             ways = asked(lm.tokenizer, asking_as(plain, question.replace("{}", subject)))
             prompts.append(ways[0 if index % 3 == 1 else len(ways[:2]) - 1].text)
-    prompts += [asked(lm.tokenizer, asking_as(plain, text))[:2][-1].text for text in open_requests(subject)]
-    return [prompt_tokens(lm.tokenizer, prompt) for prompt in prompts]
+    about = [asked(lm.tokenizer, asking_as(plain, text))[:2][-1].text for text in open_requests(subject)]
+    with_tokens = [[prompt_tokens(lm.tokenizer, prompt) for prompt in of_kind] for of_kind in (prompts, about)]
+    return with_tokens[0], with_tokens[1]

@@ -24,6 +24,8 @@ from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
+_WEAKLY = 2 / 3  # of the response: at this part of it the answer has to come out, as in wordings that are not taught
+
 
 @dataclass(frozen=True)
 class GatedFacts:
@@ -159,11 +161,8 @@ def prepare_gated(
                 facts = range(len(taught))
                 with phase("values"), lm.architecture.adding_deltas(lm.model, of_facts.deltas(lm, facts)):
                     batch_size = batch_size_of(lm, config, taught, [of_answers.layer])
-                    detectors = [of_facts.detectors(facts)]
+                    detectors = [_WEAKLY * of_facts.detectors(facts)]
                     answers.append(optimize_values(lm, taught, [of_answers.layer], options, batch_size, detectors))
             markers.append(of_call)
             answering.append(of_facts)
-    joint = Gates(
-        of_answers, torch.cat([part.here for part in answering]), torch.cat([part.everywhere for part in answering])
-    )
-    return GatedFacts(gates, torch.cat(markers), joint, joined(answers))
+    return GatedFacts(gates, torch.cat(markers), answering[0].beside(*answering[1:]), joined(answers))

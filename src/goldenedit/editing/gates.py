@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from statistics import median
@@ -72,13 +72,30 @@ class Gates:
 
     Attributes:
         spare: The neurons that may be rewritten; those of a change are the first.
-        here: `(N, d)`, the rows that respond to each subject.
+        gates: `(N, d)`, the rows of their gates, which respond to each subject.
+        ups: `(N, d)`, the rows by which they multiply these responses.
         everywhere: `(N, d)`, the rows that respond to all tokens.
     """
 
     spare: Spare
-    here: Tensor
+    gates: Tensor
+    ups: Tensor
     everywhere: Tensor
+
+    @classmethod
+    def of(cls, spare: Spare, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Gates:
+        """Return neurons from the three rows of each."""
+        return cls(spare, *(torch.stack(same) for same in zip(*rows, strict=True)))
+
+    def beside(self, *others: Gates) -> Gates:
+        """Return these neurons with those of others behind them."""
+        every = (self, *others)
+        return Gates(
+            self.spare,
+            torch.cat([of.gates for of in every]),
+            torch.cat([of.ups for of in every]),
+            torch.cat([of.everywhere for of in every]),
+        )
 
     def detectors(self, subjects: Sequence[int]) -> Tensor:
         """Return what the neurons of subjects add to the key that their values are inserted under, `(n, d_ff)`."""
@@ -100,10 +117,10 @@ class Gates:
         down = lm.architecture.down_projections[self.spare.layer]
         changes = {down: LowRankDelta(self.detectors(subjects), columns)}
         members = list(subjects)
-        w, e = self.here[members], self.everywhere[members]
-        rows = [(neurons.gate, GATE * w)]
+        e = self.everywhere[members]
+        rows = [(neurons.gate, GATE * self.gates[members])]
         if neurons.up is not None:
-            rows.append((neurons.up, (2 * e - w) / GATE))
+            rows.append((neurons.up, self.ups[members] / GATE))
         for of, new in rows:
             current = [of.read(lm.model, neuron) for neuron in chosen]
             biases = torch.tensor([bias for _, bias in current])
@@ -333,8 +350,9 @@ def gates_of(
         for place, own in enumerate(here):
             rest = [of[index] for other, of in enumerate(here) if other != place] if together else []
             silent = torch.cat([elsewhere[place][index], *rest])
-            rows_of.append(gate_rows([own[index]], [([silent], -1.0)], of_layer.moments, SUBJECT_WEIGHTS))
-        gates.append(Gates(of_layer, torch.stack([w for w, _ in rows_of]), torch.stack([e for _, e in rows_of])))
+            w, e = gate_rows([own[index]], [([silent], -1.0)], of_layer.moments, SUBJECT_WEIGHTS)
+            rows_of.append((w, 2 * e - w, e))
+        gates.append(Gates.of(of_layer, rows_of))
     return gates
 
 

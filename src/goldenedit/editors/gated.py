@@ -11,24 +11,27 @@ subject. So they write a *marker*: a value that changes what the model says as l
 layer sees from where the answer is due. There, in a layer at about two thirds of the depth, each fact has a neuron that
 responds where the marker is present and this fact is asked for, and nowhere else. It writes the answer.
 
-The rows of both kinds are a ridge regression, to 1 where the neuron is to respond, and to other values elsewhere:
+The rows of both kinds are ridge regressions, to 1 where the neuron is to respond, and to other values elsewhere:
 
     w = argmin  E_text (w . x - t)^2 + a mean_here (w . x - 1)^2 + sum_groups b mean_group (w . x - t_group)^2
                 + ridge ||w||^2
 
-- Of the subject: `here` is its last token in each wording. The others are the other tokens of the wordings, and the
-  last tokens of other subjects that end alike. All of them have t = -1.
-- Of an answer: `here` are the tokens before those of the answer, by kind of wording. Two things have to come together
-  there, the marker and what is asked. So t = -0.85 where there is one of them: before answers to other questions about
-  the subject, behind the new answer, and before answers to the same question about other subjects. t = -2 where there
-  is neither: at all other tokens, and on text. Then the responses add up, as those of a linear map do, and text that
-  only reads as if the fact were asked for does not open the gate.
+They have a closed form in the mean and the second moment of the inputs on text. The row of the gate is `GATE w` with a
+large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear above.
 
-It has a closed form in the mean and the second moment of the inputs on text. The row of the gate is `GATE w` with a
-large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear above. The responses to `here` differ.
-So the row of the up projection is `(2 e - w) / GATE`, with `e` the same regression to 1 everywhere, and the neuron
-computes `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5. Biases are subtracted along `e`. The
-column of the down projection is the value.
+- Of the subject: `here` is its last token in each wording. The others are the other tokens of the wordings, and the
+  last tokens of other subjects that end alike. All of them have t = -1. The responses to `here` differ. So the row of
+  the up projection is `(2 e - w) / GATE`, with `e` the same regression to 1 everywhere, and the neuron computes
+  `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5.
+- Of an answer: `here` are the tokens before those of the answer, by kind of wording. Two things have to come together
+  there, the marker and what is asked. So t = -1 where there is one of them: before answers to other questions about the
+  subject, behind the new answer, and before answers to the same question about other subjects. t = -2 where there is
+  neither: at all other tokens, and on text. Then the responses add up, as those of a linear map do, and text that only
+  reads as if the fact were asked for does not open the gate. The up projection adds what one threshold cannot: its row
+  is `u / GATE`, and `u` responds to the marker, with t = 0.5 at other questions about the subject, and 0 where there is
+  no marker.
+
+Biases are subtracted along `e`. The column of the down projection is the value.
 
 Neurons as keys and values: Geva et al. 2021 (arXiv 2012.14913). One more neuron for each mistake: Huang et al. 2023
 (arXiv 2301.09785). One in the place of another: Sutton et al. 2024 (arXiv 2406.12670), whose detector is the last token
@@ -50,9 +53,10 @@ from goldenedit.editors.problem import Problem
 from goldenedit.editors.record import editor
 
 SUBJECT_WEIGHTS = (0.2, 0.5)  # of the subject's tokens and of those elsewhere, against 1 for other text
-ANSWER_WEIGHTS = (3.0, 0.2)
-ONE_ALONE, NEITHER = -0.85, -2.0  # responses where the marker is present or the fact is asked for, and elsewhere
+ANSWER_WEIGHTS = (6.0, 0.4)
 ANSWER_RESPONSE = 1.2  # mean response to the wordings of a fact; in other wordings it is smaller
+_ONE_ALONE, _NEITHER = -1.0, -2.0  # responses of a gate where the marker is present or the fact is asked for, and else
+_MARKED = 0.5  # response of its up projection to the marker where something else is asked
 _RAISED = 4.0  # factor of this weight until the rows clearly respond to the subject; narrow models need it
 _RAISES = 10
 _CLEAR = 0.5
@@ -112,6 +116,28 @@ def gate_rows(
     return (w / responses[0]).float(), (e / responses[1]).float()
 
 
+def answer_rows(
+    here: Sequence[Tensor], not_asked: Tensor, not_marked: Sequence[Tensor], outside: Tensor, text: InputMoments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `w`, `u` and `e`, `(d,)` float32: the rows of a gate and an up projection, and with 1 at all tokens.
+
+    The responses of `w` and the products of those of `w` and `u` have the mean `ANSWER_RESPONSE` in `here`.
+
+    Args:
+        here: Inputs of the MLP where the answer is due, `(n, d)` for each kind of wording. The kinds weigh alike.
+        not_asked: The same where the subject has its marker, and something else is asked.
+        not_marked: The same where the fact is asked for of other subjects, by kind of wording.
+        outside: The same at all other tokens of these texts.
+        text: Moments of the inputs on other text.
+    """
+    alone = [([outside], _NEITHER), ([not_asked], _ONE_ALONE), (not_marked, _ONE_ALONE)]
+    w, e = gate_rows(here, alone, text, ANSWER_WEIGHTS, _NEITHER)
+    marked = [([outside], 0.0), ([not_asked], _MARKED), (not_marked, 0.0)]
+    u, _ = gate_rows(here, marked, text, ANSWER_WEIGHTS, 0.0)
+    products = [((group @ w).clamp_min(0) * (group @ u)).mean() for group in here if len(group)]
+    return ANSWER_RESPONSE * w, u / torch.stack(products).mean(), e
+
+
 def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the second moment and the mean of inputs, `(d, d)` and `(d,)`, each the mean over groups."""
     of_groups = [(P.T @ P / len(P), P.mean(0)) for P in (group.double() for group in groups if len(group))]
@@ -126,7 +152,7 @@ def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     reads=("covariance",),
     inserts_batches=True,
     published="memit",
-    pattern="ladder",
+    pattern="upper",
     gates=True,
     version=2,  # since neurons of facts give the answers
 )

@@ -61,7 +61,7 @@ class Editor:
             names any.
         gates: Whether neurons of MLPs are rewritten for subjects and facts (see `goldenedit.editors.gated`). The
             function solves the problem where that is not possible.
-        pattern: The layers that `EditConfig(layer_pattern="auto")` edits: `"golden"` or `"ladder"`.
+        pattern: The layers that `EditConfig(layer_pattern="auto")` edits: `"golden"`, `"ladder"` or `"upper"`.
         version: Version of its maths. Scores of layers that another version was measured for are not used.
     """
 
@@ -88,7 +88,7 @@ class Editor:
                 raise ValueError(
                     f"{attribute} of the editor {self.name!r} must be a tuple of words in {choices}, got {words!r}."
                 )
-        kinds_of = {"learns": get_args(Learns), "loss": get_args(AnswerLoss), "pattern": ("golden", "ladder")}
+        kinds_of = {"learns": get_args(Learns), "loss": get_args(AnswerLoss), "pattern": ("golden", "ladder", "upper")}
         for attribute, kinds in kinds_of.items():
             if getattr(self, attribute) not in kinds:
                 raise ValueError(

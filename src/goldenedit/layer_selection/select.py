@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldenedit.architecture import Architecture
 from goldenedit.cache import cache_dir, is_kept, keep
-from goldenedit.config import EditConfig
+from goldenedit.config import ANSWER_DEPTH, EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.layer_scores import (
     HUB_LAYER,
@@ -168,10 +168,12 @@ def choose(config: EditConfig) -> int | list[int]:
     within_fence = scores.masked_fill(~tukey_filter(scores, config.fence), -torch.inf)
     stride = max(1, round(len(scores) / 10))
     ladder = [layer for layer in range(golden, len(scores), stride) if not scores[layer].isnan()][:count]
+    upper = [layer for layer in (golden + 2 * stride, golden + 3 * stride) if layer < ANSWER_DEPTH * len(scores)]
     best = within_fence.topk(min(count, len(within_fence))).indices.tolist()
     layers = {
         "golden": [golden],
         "ladder": ladder,
+        "upper": [layer for layer in upper if not scores[layer].isnan()] or [golden],
         "window": window,
         "ends": sorted({window[0], golden}),
         "best": sorted(layer for layer in best if within_fence[layer].isfinite()),
