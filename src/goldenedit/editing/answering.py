@@ -201,7 +201,8 @@ def _rows_of_answers(
         not_asked = torch.cat([*not_due, *following[index], *others])
         not_marked = [torch.stack([x[-1] for x in of_kind]) for of_kind in of_fact if of_kind]
         around = torch.cat([*outside, *(x[:-1] for of_kind in of_fact for x in of_kind)])
-        rows.append(answer_rows(due[index], not_asked, not_marked, around, spare.moments))
+        w, u, e = answer_rows(due[index], not_asked, not_marked, around, spare.moments)
+        rows.append((w, 2 * u - w, e))
     return rows
 
 

@@ -28,8 +28,8 @@ from goldenedit.editors.gated import InputMoments
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import Row, pad
 
-_STEPS = 24
-_LATE_FROM = 18  # the step from which on steps are shorter
+_STEPS = 20
+_LATE_FROM = 14  # the step from which on steps are shorter
 _OPENING = (5, 9)  # the steps that fix the direction
 _MARGIN = 5.0  # standard deviations
 _SEEN = 0.5  # weight of the margin

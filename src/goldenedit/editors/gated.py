@@ -28,8 +28,8 @@ large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear
   subject, behind the new answer, and before answers to the same question about other subjects. t = -2 where there is
   neither: at all other tokens, and on text. Then the responses add up, as those of a linear map do, and text that only
   reads as if the fact were asked for does not open the gate. The up projection adds what one threshold cannot: its row
-  is `u / GATE`, and `u` responds to the marker, with t = 0.5 at other questions about the subject, and 0 where there is
-  no marker.
+  is `(2 u - w) / GATE`, and `u` responds to the marker, with t = 0.5 at other questions about the subject, and 0 where
+  there is no marker. With m = u . x the neuron computes `s (2 m - s)`.
 
 Biases are subtracted along `e`. The column of the down projection is the value.
 
@@ -54,7 +54,6 @@ from goldenedit.editors.record import editor
 
 SUBJECT_WEIGHTS = (0.2, 0.5)  # of the subject's tokens and of those elsewhere, against 1 for other text
 ANSWER_WEIGHTS = (6.0, 0.4)
-ANSWER_RESPONSE = 1.2  # mean response to the wordings of a fact; in other wordings it is smaller
 _ONE_ALONE, _NEITHER = -1.0, -2.0  # responses of a gate where the marker is present or the fact is asked for, and else
 _MARKED = 0.5  # response of its up projection to the marker where something else is asked
 _RAISED = 4.0  # factor of this weight until the rows clearly respond to the subject; narrow models need it
@@ -119,9 +118,9 @@ def gate_rows(
 def answer_rows(
     here: Sequence[Tensor], not_asked: Tensor, not_marked: Sequence[Tensor], outside: Tensor, text: InputMoments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `w`, `u` and `e`, `(d,)` float32: the rows of a gate and an up projection, and with 1 at all tokens.
+    """Return `w`, `u` and `e`, `(d,)` float32: the rows that respond to an answer, to the marker, and to all tokens.
 
-    The responses of `w` and the products of those of `w` and `u` have the mean `ANSWER_RESPONSE` in `here`.
+    All of them respond with 1 in the mean of `here`.
 
     Args:
         here: Inputs of the MLP where the answer is due, `(n, d)` for each kind of wording. The kinds weigh alike.
@@ -134,8 +133,7 @@ def answer_rows(
     w, e = gate_rows(here, alone, text, ANSWER_WEIGHTS, _NEITHER)
     marked = [([outside], 0.0), ([not_asked], _MARKED), (not_marked, 0.0)]
     u, _ = gate_rows(here, marked, text, ANSWER_WEIGHTS, 0.0)
-    products = [((group @ w).clamp_min(0) * (group @ u)).mean() for group in here if len(group)]
-    return ANSWER_RESPONSE * w, u / torch.stack(products).mean(), e
+    return w, u, e
 
 
 def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
