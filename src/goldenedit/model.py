@@ -63,7 +63,7 @@ def get_edit_model(
     Args:
         model: A causal LM of transformers, or a PeftModel around one: LoRA adapters that are active in it are a part of
             the model that is edited, and stay yours. Edits are put beside the weights, which are never written.
-        edit_config: How to edit; gated insertion from LGA's golden layer upward by default. The model keeps a
+        edit_config: How to edit; gated insertion above LGA's golden layer by default. The model keeps a
             copy, `model.edit_config`; `target_layer` and `layer_scores` are filled in on both.
         tokenizer: Its tokenizer; by default the one at `model.name_or_path`.
 
