@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,7 +35,12 @@ class Marking:
         self.lm = lm = LanguageModel(zoo_model("llama", width=64) if model is None else model, tokenizer)
         self.layers = config.target_layers
         *of_subject, of_answers = neurons_for(lm, config, 1, 1)
-        (self.subject,) = texts_about(lm, [request], config, ["", "Therefore. ", "You and I live in a city. "]).subjects
+        contexts = ["", "Therefore. ", "You and I live in a city. "]
+        (subject,) = texts_about(lm, [request], config, contexts).subjects
+        ((own,),) = (fact.wordings for fact in subject.facts)
+        each = len(own) // 2  # for each prompt, those behind longer contexts come last
+        short = [answer for index, answer in enumerate(own) if index % each < len(contexts)]
+        self.subject = replace(subject, facts=[replace(subject.facts[0], wordings=[short])])
         self.gates = gates_of(lm, [request], [self.subject.mentions], of_subject, 0)
         self.detectors = [gates.detectors([0]) for gates in self.gates]
         self.reader = lm.model.get_submodule(of_answers.neurons.gate.path)
@@ -129,7 +135,7 @@ def reference(marked, lr, clamp, kept):
     marker = 0.02 * length[:, None] * functional.normalize(start, dim=1)
     velocity, direction = torch.zeros_like(marker), None
     inverse = torch.linalg.inv(marked.covariance).float()
-    for step in range(24):
+    for step in range(markers._STEPS):
         marker.requires_grad_()
         moves = marked.moves(marker)
         mean = moves.mean(0)
@@ -143,7 +149,7 @@ def reference(marked, lr, clamp, kept):
         (gradient,) = torch.autograd.grad(loss, marker)
         scaled = gradient * length[:, None]
         velocity = 0.7 * velocity + scaled / scaled.norm()
-        moved = marker.detach() - (lr if step < 18 else 0.3 * lr) * length[:, None] * velocity
+        moved = marker.detach() - (lr if step < markers._LATE_FROM else 0.3 * lr) * length[:, None] * velocity
         marker = moved * (clamp * length / moved.norm(dim=1)).clamp(max=1.0)[:, None]
     return marker
 
