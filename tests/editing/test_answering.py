@@ -283,6 +283,16 @@ def test_a_marker_is_optimized_where_some_wordings_of_each_fact_are_due(lm):
         assert row.subject == answer.row.subject
 
 
+def test_a_marker_of_many_facts_is_optimized_on_all_kinds_of_wordings(chat):
+    facts = [replace(TOWER, prompt=text) for text in ("{} is in", "{} was built by", "{} is made of", "{} opened in")]
+    subject = about(chat, *facts, ARCHITECT)
+    chosen = prompts(chat, [answer for of_fact in subject.mentions.answers for answer in of_fact])
+    assert any(text.count(read(chat, "user:")) > 1 for text in chosen)  # in a later turn
+    assert any(text.count(read(chat, "user:")) == 1 for text in chosen)
+    assert any(read(chat, "Q:") in text for text in chosen)
+    assert sum(not is_chat(chat, text) for text in chosen) > len(facts)
+
+
 def test_an_answer_is_optimized_from_where_it_is_due_on(lm):
     subject = about(lm, TOWER, ARCHITECT)
     for rows, fact in zip(subject.taught, subject.facts, strict=True):

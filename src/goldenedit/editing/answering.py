@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import cycle, islice, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ _NAMES = 10  # of other subjects
 _NEIGHBORS = 24  # prompts about them, for each kind of wording
 _MARKED = 15  # wordings that a marker is optimized on
 _TAUGHT = 24  # wordings that the value of a fact is optimized on
+_STRENGTHS = (1.0, 2 / 3, 4 / 3)  # at which a value is to give the answer, in turn
 _FOLLOWED = 6  # wordings of a fact behind whose answer the model goes on
 _FOLLOWING = 8  # tokens
 _ANSWERED = 16  # tokens of answers to what asks for no property
@@ -77,9 +78,10 @@ class AskedSubject:
 
     @property
     def mentions(self) -> SubjectRows:
-        """Some wordings of each fact with what is kept, as many as a marker needs."""
-        most = max(_MARKED // len(self.facts), 2)
-        return SubjectRows([_few(fact.wordings, most) for fact in self.facts], self.kept, self.name)
+        """Some wordings of each fact with what is kept, as many as a marker needs, of other kinds for each fact."""
+        most = max(_MARKED // len(self.facts), 4)
+        some = [_few(fact.wordings, most, turn) for turn, fact in enumerate(self.facts)]
+        return SubjectRows(some, self.kept, self.name)
 
     @property
     def due(self) -> list[Row]:
@@ -93,13 +95,16 @@ class AskedSubject:
 
     @property
     def taught(self) -> list[SubjectRows]:
-        """What the value of each fact is optimized on: from where the answer is due on."""
+        """What the value of each fact is optimized on: from where the answer is due on, and at several strengths.
+
+        In wordings that are not taught the neuron responds less or more.
+        """
         return [
             SubjectRows(
                 [
                     [
-                        replace(answer, row=replace(answer.row, subject=answer.row.reads[0]))
-                        for answer in _few(fact.wordings, _TAUGHT)
+                        replace(answer, row=replace(answer.row, subject=answer.row.reads[0]), strength=strength)
+                        for answer, strength in zip(_few(fact.wordings, _TAUGHT), cycle(_STRENGTHS))
                     ]
                 ],
                 fact.following,
@@ -229,12 +234,17 @@ class _Inputs:
         return torch.cat(due), torch.cat(around)
 
 
-def _few(by_kind: Sequence[Sequence[AnswerRow]], count: int) -> list[AnswerRow]:
-    """Return some wordings, always the same, of each kind as many as of the others, the first of all first."""
+def _few(by_kind: Sequence[Sequence[AnswerRow]], count: int, turn: int = 0) -> list[AnswerRow]:
+    """Return some wordings, always the same: the first of all, and of each kind as many as of the others.
+
+    Args:
+        turn: 0 for the first of them, 1 for those that come next, and so on.
+    """
     generator = random.Random(0)
     mixed = [[of_kind[0], *generator.sample(of_kind[1:], len(of_kind) - 1)] for of_kind in by_kind]
-    turns = [answer for turn in zip_longest(*mixed) for answer in turn if answer is not None]
-    return turns[:count]
+    first, *rest = [answer for turns in zip_longest(*mixed) for answer in turns if answer is not None]
+    count = min(count - 1, len(rest))
+    return [first, *islice(cycle(rest), turn * count, (turn + 1) * count)]
 
 
 # ---------------------------------------------------------------------- texts

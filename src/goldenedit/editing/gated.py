@@ -24,8 +24,6 @@ from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
 from goldenedit.requests import EditRequest
 
-_WEAKLY = 2 / 3  # of the response: at this part of it the answer has to come out, as in wordings that are not taught
-
 
 @dataclass(frozen=True)
 class GatedFacts:
@@ -161,7 +159,7 @@ def prepare_gated(
                 facts = range(len(taught))
                 with phase("values"), lm.architecture.adding_deltas(lm.model, of_facts.deltas(lm, facts)):
                     batch_size = batch_size_of(lm, config, taught, [of_answers.layer])
-                    detectors = [_WEAKLY * of_facts.detectors(facts)]
+                    detectors = [of_facts.detectors(facts)]
                     answers.append(optimize_values(lm, taught, [of_answers.layer], options, batch_size, detectors))
             markers.append(of_call)
             answering.append(of_facts)

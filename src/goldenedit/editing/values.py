@@ -79,10 +79,12 @@ class AnswerRow:
         row: Its tokens.
         core: Places of the new answer itself among the target's tokens. It weighs as much as all other tokens of the
             answer, which the model says anyway.
+        strength: The part of the value that is to give the answer.
     """
 
     row: Row
     core: range
+    strength: float = 1.0
 
     @property
     def weights(self) -> list[float]:
@@ -236,6 +238,7 @@ class _Group:
         shares: `(R,)`, the weight of each row in the mean over the answers of its subject; 0 for a kept row.
         kept: `(R,)`, the weight of each kept row; 0 for a row with an answer.
         turn: `(R,)`, the number of each kept row among those of its subject, from 1 on.
+        strengths: `(R,)`, the part of the value that is added in each row.
         weights: `(M,)`, the weight of each token of an answer in its row; 0 for a kept row.
         core: `(M,)`, whether each token belongs to the new answer itself.
     """
@@ -254,16 +257,19 @@ class _Group:
         weights: list[float] = []
         core: list[bool] = []
         turn: list[int] = []
+        strengths: list[float] = []
         for index, subject in enumerate(subjects):
             owners += [index] * len(rows[index])
             for of_fact in subject.answers:
                 bare.append(len(shares))
                 shares += [1 / (len(of_fact) * len(subject.answers))] * len(of_fact)
                 kept += [0.0] * len(of_fact)
+                strengths += [answer.strength for answer in of_fact]
                 for answer in of_fact:
                     weights += answer.weights
                     core += [place in answer.core for place in range(len(answer.row.target))]
             shares += [0.0] * len(subject.kept)
+            strengths += [1.0] * len(subject.kept)
             kept += [row.weight for row in subject.kept]
             turn += [0] * (len(kept) - len(subject.kept) - len(turn)) + list(range(1, len(subject.kept) + 1))
             reads = sum(len(row.row.reads) for row in subject.kept)
@@ -271,7 +277,7 @@ class _Group:
             core += [False] * reads
         self.owners, self.bare = torch.tensor(owners, device=device), torch.tensor(bare, device=device)
         self.shares, self.kept = torch.tensor(shares, device=device), torch.tensor(kept, device=device)
-        self.turn = torch.tensor(turn, device=device)
+        self.turn, self.strengths = torch.tensor(turn, device=device), torch.tensor(strengths, device=device)
         self.weights, self.core = torch.tensor(weights, device=device), torch.tensor(core, device=device)
 
     def turns(self, step: int) -> Tensor:
@@ -384,7 +390,7 @@ def _optimize(
         rows = needed.nonzero()[:, 0]
         if not torch.equal(rows, losses.rows):
             captured, losses = whole.select(rows), _Losses(group, rows, original, hardest)
-        run = partial(edited, captured, delta, group.owners[losses.rows])
+        run = partial(edited, captured, delta, group.owners[losses.rows], group.strengths[losses.rows])
         # The first step adds zeros, so its logits must equal the captured ones.
         log_probs = (run() if step else replay.check(captured, run)).float().log_softmax(-1)
         answers, lacking, kept = losses(log_probs)
@@ -500,19 +506,21 @@ class Edited:
     def __init__(self, replay: Replayer, sites: Sequence[nn.Module], detectors: Sequence[Tensor] | None) -> None:
         self.replay, self.sites, self.detectors = replay, sites, detectors
 
-    def __call__(self, captured: Capture, delta: Tensor, owners: Tensor) -> Tensor:
+    def __call__(self, captured: Capture, delta: Tensor, owners: Tensor, strengths: Tensor | None = None) -> Tensor:
         """Return the logits of captured rows, `(M, V)`.
 
         Args:
             delta: `(N, sites, d_model)`.
             owners: The subject of each row.
+            strengths: The part of the delta that is added in each row; None for all of it.
         """
+        of_rows = delta[owners] if strengths is None else delta[owners] * strengths[:, None, None]
         if self.detectors is None:
             tokens = self.replay.subjects(captured.batch)
-            adding_deltas = adding({site: (tokens, delta[owners, index]) for index, site in enumerate(self.sites)})
+            adding_deltas = adding({site: (tokens, of_rows[:, index]) for index, site in enumerate(self.sites)})
         else:
-            owners = owners[self.replay.rows(captured.batch)]
-            delta = delta[owners] * self.replay.from_subjects(captured.batch)[:, None, None]
+            rows = self.replay.rows(captured.batch)
+            owners, delta = owners[rows], of_rows[rows] * self.replay.from_subjects(captured.batch)[:, None, None]
             adding_deltas = adding_products(
                 {site: (self.detectors[index][owners], delta[:, index]) for index, site in enumerate(self.sites)}
             )
