@@ -301,6 +301,8 @@ def test_an_answer_is_optimized_from_where_it_is_due_on(lm):
         assert answers[0].row.input_ids == ids[0]  # the bare prompt
         assert len({answer.row.input_ids for answer in answers} & set(ids)) == len(answers) == min(24, len(ids))
         assert all(answer.row.subject == answer.row.reads[0] for answer in answers)
+        assert answers[0].strength == 1.0
+        assert min(answer.strength for answer in answers) < 1 < max(answer.strength for answer in answers)
         assert rows.kept == fact.following
         assert rows.name == "'The Eiffel Tower' -> 'Rome', 'Angela Merkel'"
 

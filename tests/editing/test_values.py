@@ -100,7 +100,7 @@ class Reference:
         return self.run(row, deltas)[0][list(row.reads)].log_softmax(-1)
 
     def token_nll(self, answer, deltas=None):
-        log_probs = self.read(answer.row, deltas)
+        log_probs = self.read(answer.row, None if deltas is None else answer.strength * deltas)
         return -torch.stack([log_probs[place, token] for place, token in enumerate(answer.row.target_ids)])
 
     def nll(self, answer, deltas=None):
@@ -278,6 +278,21 @@ def test_with_detectors_the_loss_is_that_under_the_finished_change(name, layers,
         own = [of_layer[index] for of_layer in detectors]
         reference = Reference(model, subject, layers, options, detectors=own)
         assert_close(values.delta[index], reference.deltas())
+
+
+@models
+@pytest.mark.parametrize("detects", [False, True], ids=["at the subject", "with detectors"])
+def test_a_wording_may_have_to_be_answered_at_a_part_of_the_value(name, detects, tokenizer):
+    model, plain = tiny_model(name), rows_of(tiny_model(name), tokenizer, REQUESTS[0])
+    ((*answers,),) = plain.answers
+    strengths = [0.5, 1.0, 1.5]
+    subject = replace(plain, answers=[[replace(a, strength=s) for a, s in zip(answers, strengths, strict=True)]])
+    detectors = [0.2 * torch.randn(1, MLP_WIDTH)] if detects else None
+    lm = LanguageModel(model, tokenizer)
+    found, other = (optimize_values(lm, [of], [1], NORMALIZED, 8, detectors).delta[0] for of in (subject, plain))
+    own = [detectors[0][0]] if detects else None
+    assert_close(found, Reference(model, subject, [1], NORMALIZED, detectors=own).deltas())
+    assert not torch.allclose(found, other, rtol=0.05)
 
 
 @models
