@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice, zip_longest
 
 import torch
@@ -264,7 +265,7 @@ def _texts(
     known = [answer for fact in earlier for answer in _few(_wordings(lm, fact, contexts, config), _EARLIER)]
     told = [KeptRow(replace(answer.row, target=(), kept=tuple(answer.row.reads)), 1 / len(known)) for answer in known]
     asked_else, answered = _other_prompts(lm, [*facts, *earlier], kind, config.seed)
-    asked_else += [list(answer.row.input_ids[: answer.row.reads[0] + 1]) for answer in known]
+    asked_else += [_prompt(answer) for answer in known]
     others = [_behind(tokens, []) for tokens in asked_else] + _continued(lm, answered, _ANSWERED)
     return AskedSubject([_of_fact(lm, fact, kind, contexts, config) for fact in facts], [*kept, *told], others, named)
 
@@ -303,7 +304,7 @@ def _neighbors(
     generator = random.Random(seed)
     each = min(-(-_NEIGHBORS // len(answers)), len(names))
     neighbors = []
-    for prompt in dict.fromkeys(_decoded(lm, answer.row.input_ids[: answer.row.reads[0] + 1]) for answer in answers):
+    for prompt in dict.fromkeys(_decoded(lm, _prompt(answer)) for answer in answers):
         if _renamed(prompt, request.subject, "") == prompt:  # it does not name the subject
             continue
         for name in generator.sample(names, each):
@@ -385,6 +386,11 @@ def _asked_row(lm: LanguageModel, wording: Wording) -> AnswerRow:
     return AnswerRow(replace(row, target=row.target[start:]), range(len(answer.core)))
 
 
+def _prompt(answer: AnswerRow) -> list[int]:
+    """Return the tokens in front of an answer."""
+    return list(answer.row.input_ids[: answer.row.reads[0] + 1])
+
+
 def _decoded(lm: LanguageModel, tokens: Sequence[int]) -> str:
     return str(lm.tokenizer.decode(list(tokens)))
 
@@ -441,5 +447,5 @@ def _other_prompts(
             ways = asked(lm.tokenizer, asking_as(plain, question.replace("{}", subject)))
             prompts.append(ways[0 if index % 3 == 1 else len(ways[:2]) - 1].text)
     about = [asked(lm.tokenizer, asking_as(plain, text))[:2][-1].text for text in open_requests(subject)]
-    with_tokens = [[prompt_tokens(lm.tokenizer, prompt) for prompt in of_kind] for of_kind in (prompts, about)]
-    return with_tokens[0], with_tokens[1]
+    tokens = partial(prompt_tokens, lm.tokenizer)
+    return list(map(tokens, prompts)), list(map(tokens, about))

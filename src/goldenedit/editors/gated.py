@@ -95,24 +95,9 @@ def gate_rows(
         weights: That of `here` as a whole, and that of each entry of `elsewhere`, against 1 for other text.
         on_text: The response to other text.
     """
-    mu = text.mean.double()
-    second, first = _moments(here)
-    other, silent, everywhere = text.second_moment.double(), on_text * mu, mu
-    for groups, response in elsewhere:
-        if any(map(len, groups)):
-            moment, mean = _moments(groups)
-            other = other + weights[1] * moment
-            silent = silent + weights[1] * response * mean
-            everywhere = everywhere + weights[1] * mean
-    other = other + _RIDGE * text.second_moment.diagonal().double().mean() * torch.eye(len(mu), dtype=mu.dtype)
-    for raised in range(_RAISES):
-        weight = weights[0] * _RAISED**raised
-        targets = torch.stack([weight * first + silent, weight * first + everywhere], 1)
-        w, e = torch.linalg.solve(other + weight * second, targets).T
-        responses = first @ w, first @ e
-        if min(responses) >= _CLEAR:
-            break
-    return (w / responses[0]).float(), (e / responses[1]).float()
+    return _solved(
+        _moments(here), [(_moments(groups), response) for groups, response in elsewhere], text, weights, on_text
+    )
 
 
 def answer_rows(
@@ -129,15 +114,48 @@ def answer_rows(
         outside: The same at all other tokens of these texts.
         text: Moments of the inputs on other text.
     """
-    alone = [([outside], _NEITHER), ([not_asked], _ONE_ALONE), (not_marked, _ONE_ALONE)]
-    w, e = gate_rows(here, alone, text, ANSWER_WEIGHTS, _NEITHER)
-    marked = [([outside], 0.0), ([not_asked], _MARKED), (not_marked, 0.0)]
-    u, _ = gate_rows(here, marked, text, ANSWER_WEIGHTS, 0.0)
+    due, around, asked_else, unmarked = map(_moments, (here, [outside], [not_asked], not_marked))
+    alone = [(around, _NEITHER), (asked_else, _ONE_ALONE), (unmarked, _ONE_ALONE)]
+    w, e = _solved(due, alone, text, ANSWER_WEIGHTS, _NEITHER)
+    marked = [(around, 0.0), (asked_else, _MARKED), (unmarked, 0.0)]
+    u, _ = _solved(due, marked, text, ANSWER_WEIGHTS, 0.0)
     return w, u, e
 
 
-def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the second moment and the mean of inputs, `(d, d)` and `(d,)`, each the mean over groups."""
+def _solved(
+    here: tuple[Tensor, Tensor] | None,
+    elsewhere: Sequence[tuple[tuple[Tensor, Tensor] | None, float]],
+    text: InputMoments,
+    weights: tuple[float, float],
+    on_text: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of `gate_rows`, from the moments of the inputs instead of the inputs."""
+    if here is None:
+        raise ValueError("There are no tokens to respond to.")
+    second, first = here
+    mu = text.mean.double()
+    other, silent, everywhere = text.second_moment.double(), on_text * mu, mu
+    for moments, response in elsewhere:
+        if moments is not None:
+            moment, mean = moments
+            other = other + weights[1] * moment
+            silent = silent + weights[1] * response * mean
+            everywhere = everywhere + weights[1] * mean
+    other = other + _RIDGE * text.second_moment.diagonal().double().mean() * torch.eye(len(mu), dtype=mu.dtype)
+    for raised in range(_RAISES):
+        weight = weights[0] * _RAISED**raised
+        targets = torch.stack([weight * first + silent, weight * first + everywhere], 1)
+        w, e = torch.linalg.solve(other + weight * second, targets).T
+        responses = first @ w, first @ e
+        if min(responses) >= _CLEAR:
+            break
+    return (w / responses[0]).float(), (e / responses[1]).float()
+
+
+def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Return the second moment and the mean of inputs, `(d, d)` and `(d,)`, each the mean over groups; None of none."""
+    if not any(map(len, groups)):
+        return None
     of_groups = [(P.T @ P / len(P), P.mean(0)) for P in (group.double() for group in groups if len(group))]
     seconds, firsts = zip(*of_groups, strict=True)
     return torch.stack(seconds).mean(0), torch.stack(firsts).mean(0)
