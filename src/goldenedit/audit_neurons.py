@@ -16,7 +16,7 @@ from torch.nn import functional
 from goldenedit.architecture.neurons import Neurons, find_neurons
 from goldenedit.config import EditConfig
 from goldenedit.editing.answering import answer_gates, texts_about
-from goldenedit.editing.calls import facts_about_subjects
+from goldenedit.editing.calls import facts_to_keep
 from goldenedit.editing.gates import Gates, Spare, gates_of
 from goldenedit.editing.rows import subjects_of
 from goldenedit.editors import LowRankDelta
@@ -147,7 +147,7 @@ def unexplained_neurons(
         contexts = lm.contexts(config)
         sites = {of_layer.layer: lm.model.get_submodule(of_layer.neurons.gate.path) for of_layer in layers}
         moments = lm.mlp_moments(config, sites)
-        texts = texts_about(lm, requests, config, contexts, facts_about_subjects(previous, requests))
+        texts = texts_about(lm, requests, config, contexts, facts_to_keep(previous, requests))
     spare = {of_layer.layer: _spare(model, of_layer, moments[of_layer.layer]) for of_layer in layers}
     of_subjects = [of_layer for of_layer in layers if not of_layer.answers]
     of_answers = [of_layer for of_layer in layers if of_layer.answers]

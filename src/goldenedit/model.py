@@ -26,7 +26,7 @@ from goldenedit.editing.batch import changes_of_batch, check_perplexity
 from goldenedit.editing.calls import (
     RECHECKED,
     check_facts,
-    facts_about_subjects,
+    facts_to_keep,
     facts_to_recheck,
     requests_of_call,
     warn_of_doubtful_subjects,
@@ -234,7 +234,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         active = [self.edits[name] for name in self.active_adapters]
         remembered = joined_state(active)
         carried = [edit.deltas for edit in self.edits.values()]
-        earlier = facts_about_subjects(active, asked)
+        earlier = facts_to_keep(active, asked)
         changes = changes_of_batch(self.lm, asked, config, remembered, self.disable_adapter, earlier, carried)
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):

@@ -21,15 +21,18 @@ from goldenedit.editing.wordings import Wording, asked, asking_as, rephrasings_o
 from goldenedit.editors.gated import answer_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.tokens import Row, encode_request, prompt_tokens, with_answer
+from goldenedit.lm.tokens import Row, encode, encode_request, prompt_tokens, with_answer
 from goldenedit.rephrasing import properties
 from goldenedit.requests import ChatText, EditRequest
 from goldenedit.subject_questions import is_about, kind_of, names_like, open_requests, other_questions
+from goldenedit.subjects import subject_places
 
-_OTHER_PROPERTIES = 120
-_OTHER_QUESTIONS = 60
+_OTHER_PROPERTIES = 60
+_OTHER_QUESTIONS = 30
 _NAMES = 10  # of other subjects
-_NEIGHBORS = 24  # prompts about them, for each kind of wording
+_NEIGHBORS = 12  # prompts about them, for each kind of wording
+_BESIDE = 12  # the same of subjects that are edited as well
+_LEAKS = 12  # prompts that ask for other edited facts
 _MARKED = 15  # wordings that a marker is optimized on
 _TAUGHT = 24  # wordings that the value of a fact is optimized on
 _STRENGTHS = (1.0, 2 / 3, 4 / 3)  # at which a value is to give the answer, in turn
@@ -53,11 +56,13 @@ class FactTexts:
         wordings: By kind of wording, prompts with the new answer. Their `target` begins with the new answer.
         neighbors: Tokens of the same prompts about other subjects, by kind of wording.
         following: What the model writes behind the new answer.
+        request: The fact, as the user wrote it.
     """
 
     wordings: Sequence[Sequence[AnswerRow]]
     neighbors: Sequence[Sequence[Sequence[int]]]
     following: Sequence[KeptRow]
+    request: EditRequest
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,16 @@ class AskedSubject:
         others: Prompts that ask for something else about it, to some of them with the model's answers. What comes from
             their `subject` on is where another answer is due.
         name: What error messages call the subject and its new answers.
+        leaks: Prompts that ask for facts of other subjects in earlier edits, with this subject in the place of theirs.
+        beside: Those other subjects.
     """
 
     facts: Sequence[FactTexts]
     kept: Sequence[KeptRow]
     others: Sequence[Row]
     name: str
+    leaks: Sequence[Row] = ()
+    beside: Sequence[str] = ()
 
     @property
     def mentions(self) -> SubjectRows:
@@ -158,8 +167,8 @@ def texts_about(
     return AskedTexts(
         groups,
         [
-            _texts(lm, facts, before, kind, of_subject, behind, config)
-            for facts, before, kind, of_subject in zip(subjects, known, kinds, kept, strict=True)
+            _texts(lm, facts, earlier, kind, of_subject, behind, config)
+            for facts, kind, of_subject in zip(subjects, kinds, kept, strict=True)
         ],
     )
 
@@ -178,16 +187,32 @@ def answer_gates(
         spare: The neurons that may be rewritten.
         marked: Returns a context with the markers in place.
     """
-    return Gates.of(spare, [rows for subject in texts for rows in _rows_of_answers(lm, subject, spare, marked)])
+    rows = []
+    for index, subject in enumerate(texts):
+        beside = [other.facts[0].request.subject for other in (*texts[:index], *texts[index + 1 :])]
+        rows += _rows_of_answers(lm, subject, spare, marked, [*beside, *subject.beside])
+    return Gates.of(spare, rows)
 
 
 def _rows_of_answers(
-    lm: LanguageModel, subject: AskedSubject, spare: Spare, marked: Callable[[], AbstractContextManager[None]]
+    lm: LanguageModel,
+    subject: AskedSubject,
+    spare: Spare,
+    marked: Callable[[], AbstractContextManager[None]],
+    beside: Sequence[str],
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return the rows of each fact's neuron."""
+    """Return the rows of each fact's neuron.
+
+    Args:
+        beside: Other subjects that have markers.
+    """
     inputs = _Inputs(lm, lm.model.get_submodule(spare.neurons.gate.path))
     neighbors = [[inputs(of_kind) for of_kind in fact.neighbors] for fact in subject.facts]
     with marked():
+        of_others = [
+            [inputs(_neighbors(lm, fact.request, answers, beside, _BESIDE, 0)) for answers in fact.wordings]
+            for fact in subject.facts
+        ]
         parts = [[inputs.parts(of_kind) for of_kind in fact.wordings] for fact in subject.facts]
         kept = inputs([row.row.input_ids for row in subject.kept])
         asked_else = list(zip(subject.others, inputs([row.input_ids for row in subject.others]), strict=True))
@@ -207,7 +232,8 @@ def _rows_of_answers(
         not_asked = torch.cat([*not_due, *following[index], *others])
         not_marked = [torch.stack([x[-1] for x in of_kind]) for of_kind in of_fact if of_kind]
         around = torch.cat([*outside, *(x[:-1] for of_kind in of_fact for x in of_kind)])
-        w, u, e = answer_rows(due[index], not_asked, not_marked, around, spare.moments)
+        others_marked = [torch.stack([x[-1] for x in of_kind]) for of_kind in of_others[index] if of_kind]
+        w, u, e = answer_rows(due[index], not_asked, not_marked, around, spare.moments, others_marked)
         rows.append((w, 2 * u - w, e))
     return rows
 
@@ -261,13 +287,35 @@ def _texts(
     config: EditConfig,
 ) -> AskedSubject:
     (first, *_) = facts
+    others_edited = [fact for fact in earlier if subject_key(fact) != subject_key(first)]
+    earlier = [fact for fact in earlier if subject_key(fact) == subject_key(first)]
     named = f"{first.subject!r} -> " + ", ".join(repr(fact.target_new) for fact in facts)
     known = [answer for fact in earlier for answer in _few(_wordings(lm, fact, contexts, config), _EARLIER)]
     told = [KeptRow(replace(answer.row, target=(), kept=tuple(answer.row.reads)), 1 / len(known)) for answer in known]
     asked_else, answered = _other_prompts(lm, [*facts, *earlier], kind, config.seed)
     asked_else += [_prompt(answer) for answer in known]
     others = [_behind(tokens, []) for tokens in asked_else] + _continued(lm, answered, _ANSWERED)
-    return AskedSubject([_of_fact(lm, fact, kind, contexts, config) for fact in facts], [*kept, *told], others, named)
+    return AskedSubject(
+        facts=[_of_fact(lm, fact, kind, contexts, config) for fact in facts],
+        kept=[*kept, *told],
+        others=others,
+        name=named,
+        leaks=_leaks(lm, others_edited, first.subject, config.seed),
+        beside=list(dict.fromkeys(fact.subject for fact in others_edited)),
+    )
+
+
+def _leaks(lm: LanguageModel, others: Sequence[EditRequest], subject: str, seed: int) -> list[Row]:
+    """Return prompts that ask for facts about other subjects, with a subject in the place of theirs."""
+    facts = random.Random(seed).sample(others, min(len(others), _LEAKS))
+    prompts = [(fact, other) for fact in facts for other in (*_own(lm, fact), *asked(lm.tokenizer, fact))]
+    leaks: list[Row] = []
+    for fact, other in prompts[:: max(1, len(prompts) // _LEAKS)]:
+        text = _decoded(lm, prompt_tokens(lm.tokenizer, other.text))
+        text = ChatText(_renamed(text, fact.subject, subject))
+        if places := subject_places(text, subject):
+            leaks.append(encode(lm.tokenizer, text, None, places[-1] + len(subject), lm.max_length))
+    return leaks
 
 
 def _of_fact(
@@ -279,8 +327,8 @@ def _of_fact(
 ) -> FactTexts:
     by_kind = _wordings(lm, request, contexts, config)
     names = names_like(kind, request.subject, _NAMES, config.seed)
-    neighbors = [_neighbors(lm, request, answers, names, config.seed) for answers in by_kind]
-    return FactTexts(by_kind, neighbors, _following(lm, _few(by_kind, _FOLLOWED)))
+    neighbors = [_neighbors(lm, request, answers, names, _NEIGHBORS, config.seed) for answers in by_kind]
+    return FactTexts(by_kind, neighbors, _following(lm, _few(by_kind, _FOLLOWED)), request)
 
 
 def _wordings(
@@ -298,13 +346,16 @@ def _wordings(
 
 
 def _neighbors(
-    lm: LanguageModel, request: EditRequest, answers: Sequence[AnswerRow], names: Sequence[str], seed: int
+    lm: LanguageModel, request: EditRequest, answers: Sequence[AnswerRow], names: Sequence[str], count: int, seed: int
 ) -> list[list[int]]:
-    """Return the tokens of prompts with other subjects in the place of a fact's."""
+    """Return the tokens of up to `count` prompts, or a few more, with other subjects in the place of a fact's."""
+    if not names:
+        return []
     generator = random.Random(seed)
-    each = min(-(-_NEIGHBORS // len(answers)), len(names))
+    each = min(-(-count // len(answers)), len(names))
+    prompts = list(dict.fromkeys(_decoded(lm, _prompt(answer)) for answer in answers))
     neighbors = []
-    for prompt in dict.fromkeys(_decoded(lm, _prompt(answer)) for answer in answers):
+    for prompt in generator.sample(prompts, min(len(prompts), count)):
         if _renamed(prompt, request.subject, "") == prompt:  # it does not name the subject
             continue
         for name in generator.sample(names, each):

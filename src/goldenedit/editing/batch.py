@@ -48,7 +48,7 @@ def changes_of_batch(
         config: The editor, the layers and the constants.
         remembered: What the editors of the active edits remember.
         without_edits: Returns a context that switches the edits off, for statistics of the unedited model.
-        earlier: Facts of the active edits about the same subjects. They are kept: the new value serves them too.
+        earlier: Facts of the active edits. They are kept: a new value serves those about its subject too.
         edits: The deltas of all edits that the model carries.
 
     Raises:
@@ -72,7 +72,7 @@ def changes_of_batch(
             else:
                 subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
     if spare is not None:
-        prepared = prepare_neurons(lm, requests, config, texts, spare)
+        prepared = prepare_neurons(lm, requests, config, texts, spare, edits=edits)
     else:
         prepared = prepare_subjects(
             lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes
-from goldenedit.editing.rows import subject_key
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -70,15 +69,10 @@ def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
         logger.warning("The subjects of %d more requests may stand in another place (EditRequest.doubt).", count)
 
 
-def facts_about_subjects(edits: Iterable[Edit], requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return the facts of earlier edits about the subjects of new requests, without those that they replace."""
+def facts_to_keep(edits: Iterable[Edit], requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return the facts of earlier edits that took, without those that new requests replace."""
     replaced = {request.prompt_key for request in requests}
-    subjects = {subject_key(request) for request in requests}
-    return [
-        fact.request
-        for prompt, fact in latest_facts(edits).items()
-        if fact.takes and prompt not in replaced and subject_key(fact.request) in subjects
-    ]
+    return [fact.request for prompt, fact in latest_facts(edits).items() if fact.takes and prompt not in replaced]
 
 
 def latest_facts(edits: Iterable[Edit]) -> dict[tuple[str, bool], EditedFact]:

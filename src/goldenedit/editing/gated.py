@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from goldenedit.architecture.neurons import GATE
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.answering import AskedTexts, answer_gates
-from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, spare_neurons
+from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, rewritten, spare_neurons
 from goldenedit.editing.markers import optimize_marker
-from goldenedit.editing.rows import batch_size_of
+from goldenedit.editing.rows import batch_size_of, subject_key
 from goldenedit.editing.values import ValueOptions, Values, joined, optimize_values
 from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
@@ -108,11 +110,13 @@ def prepare_gated(
     options: ValueOptions,
     spare: Sequence[Spare],
     together: bool,
+    edits: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> GatedFacts:
     """Find the neurons, the markers and the answers of facts, in the model as it is now.
 
     Args:
         together: Whether all subjects are edited in one edit. Otherwise each is edited alone.
+        edits: The deltas of the edits that the model carries. Their neurons stay closed at the new subjects.
 
     Raises:
         ValueError: A request cannot be served. The message names it.
@@ -125,6 +129,7 @@ def prepare_gated(
     every = range(len(texts.groups))
     calls: list[Sequence[int]] = [every] if together else [[subject] for subject in every]
     reader = lm.model.get_submodule(of_answers.neurons.gate.path)
+    others = _gates_of_edits(lm, of_answers, edits)
     markers: list[Tensor] = []
     answering: list[Gates] = []
     answers: list[Values] = []
@@ -146,7 +151,9 @@ def prepare_gated(
                             of_answers.moments,
                             options.lr,
                             options.clamp,
-                            config.seed,
+                            config.seed + crc32(subject_key(first[subject]).encode()),
+                            asked.leaks,
+                            others,
                         )
                     )
                     progress.update()
@@ -164,3 +171,11 @@ def prepare_gated(
             markers.append(of_call)
             answering.append(of_facts)
     return GatedFacts(gates, torch.cat(markers), answering[0].beside(*answering[1:]), joined(answers))
+
+
+def _gates_of_edits(lm: LanguageModel, spare: Spare, edits: Collection[Mapping[str, LowRankDelta]]) -> Tensor | None:
+    """Return the rows of the gates of answers that edits have, `(n, d)`, which respond with 1; None of none."""
+    neurons = sorted({neuron for deltas in edits for neuron in rewritten(spare.neurons, deltas)})
+    if not neurons:
+        return None
+    return torch.stack([spare.neurons.gate.read(lm.model, neuron)[0].cpu() / GATE for neuron in neurons])

@@ -7,6 +7,7 @@ standard deviations. First the marker maximizes `d . C^-1 d`. Then `u` is fixed,
 
     loss = mean over wordings softplus(margin - u . move)
          + weight * sum over kept texts KL(p_marked || p_original)
+         + weight * sum over neurons j of other subjects mean over texts relu(w_j . x + margin)^2
 
 Kept are the answers of the model to other questions about the subject, so a marker changes what is said as little as
 possible. It is optimized under the change that inserts it, as values are (`goldenedit.editing.values`).
@@ -35,6 +36,7 @@ _MARGIN = 5.0  # standard deviations
 _SEEN = 0.5  # weight of the margin
 _OPENING_GOAL = 4.0
 _KEPT = 10.0  # further weight of the kept texts
+_OTHERS, _CLOSED = 10.0, 0.3  # weight of what opens neurons of other subjects, and how far these stay from opening
 _MOMENTUM = 0.7
 _START = 0.02  # length of the first marker, of the value's
 _LATE = 0.3  # their length
@@ -53,6 +55,8 @@ def optimize_marker(
     lr: float,
     clamp: float,
     seed: int = 0,
+    leaks: Sequence[Row] = (),
+    others: Tensor | None = None,
 ) -> Tensor:
     """Return the marker of a subject, `(m, d_model)` float32: the values of its neurons at `m` layers.
 
@@ -66,13 +70,16 @@ def optimize_marker(
         moments: Moments of its input on text.
         lr: Length of a step, of the length of the value before the edit.
         clamp: Largest length, in the same unit.
-        seed: Seed of the first marker.
+        seed: Seed of the first marker. Markers of two subjects that start alike end alike.
+        leaks: Texts that end where an answer is due that is not the subject's own.
+        others: `(n, d)`, the rows of neurons of other subjects, which respond with 1 where their answers are due.
 
     Raises:
         ValueError: The optimization is not finite.
     """
     with evaluating(lm.model), torch.enable_grad():
-        seen = _Seen(lm, asked, layers, detectors, reader)
+        seen = _Seen(lm, [*asked, *(leaks if others is not None else ())], layers, detectors, reader)
+        closed = None if others is None else others.to(seen.before)
         unchanged = _Kept(lm, kept, layers, detectors) if kept else None
         whitening = _whitening(moments).to(seen.before.device)
         length = seen.lengths
@@ -83,7 +90,8 @@ def optimize_marker(
         velocity = torch.zeros_like(marker)
         direction = None
         for step in range(_STEPS):
-            moves = seen(marker) - seen.before
+            inputs = seen(marker)
+            moves = (inputs - seen.before)[: len(asked)]
             mean = moves.mean(0)
             size = mean @ whitening @ mean
             if step in _OPENING:
@@ -94,6 +102,9 @@ def optimize_marker(
                 loss = _SEEN * functional.softplus(_MARGIN - moves @ direction).mean()
             if unchanged is not None:
                 loss = loss + _KEPT * unchanged(marker).to(loss.device)
+            if closed is not None:
+                opening = (inputs @ closed.T + _CLOSED).relu().square()
+                loss = loss + _OTHERS * opening.mean(0).sum()
             if not loss.isfinite():
                 raise ValueError(
                     "The optimization of a marker is not finite. Load the model in float32 or bfloat16, or lower "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -311,13 +311,14 @@ def prepare_neurons(
     texts: AskedTexts,
     spare: Sequence[Spare],
     together: bool = True,
+    edits: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> PreparedFacts:
     """Find the neurons that tell facts, in the model as it is now. See `prepare_gated`."""
     options = _value_options(config)
     # The answers are optimized in a model with markers, which may say something else.
     asked = [(rendered(lm.tokenizer, request).text, request.target_new) for request in requests]
     before = [answer.probability for answer in likelihoods(lm, asked)]
-    gated = prepare_gated(lm, requests, config, texts, options, spare, together)
+    gated = prepare_gated(lm, requests, config, texts, options, spare, together, edits)
     answers = gated.answers
     places = iter(range(len(requests)))
     of_subjects = [[next(places) for _ in group] for group in texts.groups]

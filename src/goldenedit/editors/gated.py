@@ -25,7 +25,8 @@ large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear
   `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5.
 - Of an answer: `here` are the tokens before those of the answer, by kind of wording. Two things have to come together
   there, the marker and what is asked. So t = -1 where there is one of them: before answers to other questions about the
-  subject, behind the new answer, and before answers to the same question about other subjects. t = -2 where there is
+  subject, behind the new answer, and before answers to the same question about other subjects, some of which may have
+  markers of their own. t = -2 where there is
   neither: at all other tokens, and on text. Then the responses add up, as those of a linear map do, and text that only
   reads as if the fact were asked for does not open the gate. The up projection adds what one threshold cannot: its row
   is `(2 u - w) / GATE`, and `u` responds to the marker, with t = 0.5 at other questions about the subject, and 0 where
@@ -101,7 +102,12 @@ def gate_rows(
 
 
 def answer_rows(
-    here: Sequence[Tensor], not_asked: Tensor, not_marked: Sequence[Tensor], outside: Tensor, text: InputMoments
+    here: Sequence[Tensor],
+    not_asked: Tensor,
+    not_marked: Sequence[Tensor],
+    outside: Tensor,
+    text: InputMoments,
+    others_marked: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `w`, `u` and `e`, `(d,)` float32: the rows that respond to an answer, to the marker, and to all tokens.
 
@@ -113,11 +119,12 @@ def answer_rows(
         not_marked: The same where the fact is asked for of other subjects, by kind of wording.
         outside: The same at all other tokens of these texts.
         text: Moments of the inputs on other text.
+        others_marked: The same where the fact is asked for of other subjects that have markers, by kind of wording.
     """
-    due, around, asked_else, unmarked = map(_moments, (here, [outside], [not_asked], not_marked))
-    alone = [(around, _NEITHER), (asked_else, _ONE_ALONE), (unmarked, _ONE_ALONE)]
+    due, around, asked_else, unmarked, others = map(_moments, (here, [outside], [not_asked], not_marked, others_marked))
+    alone = [(around, _NEITHER), (asked_else, _ONE_ALONE), (unmarked, _ONE_ALONE), (others, _ONE_ALONE)]
     w, e = _solved(due, alone, text, ANSWER_WEIGHTS, _NEITHER)
-    marked = [(around, 0.0), (asked_else, _MARKED), (unmarked, 0.0)]
+    marked = [(around, 0.0), (asked_else, _MARKED), (unmarked, 0.0), (others, _MARKED)]
     u, _ = _solved(due, marked, text, ANSWER_WEIGHTS, 0.0)
     return w, u, e
 
