@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from goldenedit import EditConfig, EditRequest
+from goldenedit.editing import answering as module
 from goldenedit.editing.answering import AskedSubject, texts_about
 from goldenedit.editing.gated import marking, neurons_for
 from goldenedit.editing.gates import inputs_of
@@ -163,8 +164,7 @@ def test_neighbors_are_the_same_prompts_and_do_not_name_the_subject(request_, ch
     wordings = {text.replace(f"The {name}", name).replace(f"the {name}", name) for text in every}
     others = [read(chat, other) for other in names_like("any", request_.subject, 1_000)]
     neighbors = [decoded(chat, tokens) for of_kind in fact.neighbors for tokens in of_kind]
-    assert len(neighbors) >= len(wordings)
-    assert all(fact.neighbors)  # of every kind
+    assert min(map(len, fact.neighbors)) >= 10  # of every kind
     for text in neighbors:
         assert name.casefold() not in text.casefold()
         assert any(other in text and text.replace(other, name).rstrip() in wordings for other in others), text
@@ -195,7 +195,7 @@ def test_other_prompts_do_not_ask_for_an_edited_property_in_other_words(prompt, 
     found = rephrasings_of(fact)
     texts = [read(lm, text) for text in ((*found.questions, *found.statements) if found else ())]
     others = other_texts(lm, fact)
-    assert len(others) > 100
+    assert len(others) > 60
     for other in others:
         assert "Angela Merkel" in other
         assert not any(text in other for text in texts), other
@@ -214,7 +214,8 @@ def test_no_packaged_wording_of_a_property_has_its_property_among_the_others(cha
             assert not any(read(chat, wording) in other for wording in asking for other in others), (text, asking)
 
 
-def test_other_prompts_do_not_ask_for_any_of_several_facts(lm):
+def test_other_prompts_do_not_ask_for_any_of_several_facts(lm, monkeypatch):
+    monkeypatch.setattr(module, "_OTHER_PROPERTIES", len(properties()))
     facts = [TOWER, replace(ARCHITECT, target_new="Rome")]
     texts = [read(lm, text) for fact in facts for text in rephrasings_of(fact).questions]
     together = other_texts(lm, *facts)
@@ -334,6 +335,30 @@ def test_earlier_facts_about_the_subject_are_kept_and_not_taught_again(lm):
     assert TOWER.text not in other_prompts(lm, plain)
 
 
+def test_what_asks_for_facts_about_other_subjects_is_asked_of_this_one_too(lm):
+    subject = about(lm, ARCHITECT, earlier=[TOWER, MERKEL])
+    texts = [decoded(lm, row.input_ids) for row in subject.leaks]
+    name = "The Eiffel Tower"
+    assert texts[0] == MERKEL.text.replace(MERKEL.subject, name)
+    assert len(texts) > 1
+    for text, row in zip(texts, subject.leaks, strict=True):
+        assert MERKEL.subject not in text
+        assert decoded(lm, row.input_ids[: row.subject + 1]).endswith(name)
+        assert row.reads == [len(row.input_ids) - 1]
+    assert subject.beside == [MERKEL.subject]
+    plain = about(lm, ARCHITECT, earlier=[TOWER])
+    assert not plain.leaks
+    assert not plain.beside
+
+
+def test_of_many_facts_about_other_subjects_some_are_asked(lm):
+    earlier = [replace(MERKEL, prompt=text) for text in ("{} is in", "{} was built by", "{} is made of", "{} likes")]
+    earlier += [replace(fact, subject=name) for fact in earlier for name in ("Ada Lovelace", "Marie Curie", "Li Bai")]
+    subject = about(lm, TOWER, earlier=earlier)
+    assert 4 <= len(subject.leaks) <= 24
+    assert set(subject.beside) == {"Angela Merkel", "Ada Lovelace", "Marie Curie", "Li Bai"}
+
+
 def test_a_request_that_is_too_long_is_refused_before_any_answer_is_asked_for(chat):
     with pytest.raises(ValueError, match="but the model takes 512"):
         about(chat, replace(TOWER, prompt="The Eiffel Tower is " + "in the city " * 200))
@@ -411,6 +436,16 @@ def test_it_responds_less_where_the_marker_is_absent(answering):
     for fact in range(3):  # attention of a random model hardly sees a marker, so it is not closed everywhere
         marked, unmarked = (torch.cat(answering.due(fact, fact, of)) for of in (True, False))
         assert unmarked.mean() < 0.9 * marked.mean()
+
+
+def test_it_is_closed_where_the_fact_is_asked_for_of_another_subject_with_a_marker(answering):
+    for fact in range(3):
+        texts = prompts(answering.lm, every_wording(answering.facts[fact]))
+        names = [TOWER.subject.removeprefix("The "), MERKEL.subject]
+        own, other = names if fact < 2 else names[::-1]
+        renamed = [text.replace(f"The {own}", own).replace(own, other) for text in texts]
+        rows = [answering.lm.tokenizer(text)["input_ids"] for text in renamed]
+        assert closed([response[-1:] for response in answering.responses(fact, rows)]) > 0.75
 
 
 def test_the_neurons_of_two_facts_about_one_subject_do_not_open_for_each_other(answering):

@@ -122,7 +122,7 @@ def marker(marked):
     return marked.optimize()
 
 
-def reference(marked, lr, clamp, kept):
+def reference(marked, lr, clamp, kept, others):
     """Return the marker of plain loops: one text at a time, the whole model at every step."""
     down = [marked.lm.architecture.down_projection(marked.lm.model, layer) for layer in marked.layers]
     norms = []
@@ -146,6 +146,9 @@ def reference(marked, lr, clamp, kept):
         else:
             loss = 0.5 * functional.softplus(5.0 - moves @ direction).mean()
         loss = loss + 10.0 * marked.changed(marker, kept)
+        if others is not None:
+            inputs = torch.stack([marked.run(row, marker)[1][row.last] for row in marked.subject.due])
+            loss = loss + 10.0 * ((inputs @ others.T + 0.3).relu() ** 2).mean(0).sum()
         (gradient,) = torch.autograd.grad(loss, marker)
         scaled = gradient * length[:, None]
         velocity = 0.7 * velocity + scaled / scaled.norm()
@@ -154,12 +157,17 @@ def reference(marked, lr, clamp, kept):
     return marker
 
 
-@pytest.mark.parametrize("kept", [0, 1, None], ids=["nothing kept", "one text kept", "several texts kept"])
-def test_a_marker_is_that_of_plain_loops_over_the_whole_model(kept, marked):
+@pytest.mark.parametrize(
+    ("kept", "neurons"),
+    [(0, 0), (1, 0), (None, 0), (1, 2)],
+    ids=["nothing kept", "one text kept", "several texts kept", "neurons of others"],
+)
+def test_a_marker_is_that_of_plain_loops_over_the_whole_model(kept, neurons, marked):
     texts = marked.subject.kept[:kept]
+    others = 0.05 * torch.randn(neurons, 64, generator=torch.Generator().manual_seed(1)) if neurons else None
     with rewriting(marked.lm, marked.gates, [0]):
-        expected = reference(marked, 0.05, 2.0, texts)
-    found = marked.optimize(0.05, 2.0, texts)
+        expected = reference(marked, 0.05, 2.0, texts, others)
+    found = marked.optimize(0.05, 2.0, texts, others=others)
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
@@ -200,6 +208,25 @@ def test_texts_that_are_kept_change_less_than_without_keeping_them(marked, marke
     with torch.no_grad(), rewriting(marked.lm, marked.gates, [0]):
         kept, unkept = (marked.changed(of, marked.subject.kept).item() for of in (marker, free))
     assert kept < 0.5 * unkept
+
+
+def test_it_does_not_open_the_neurons_of_other_subjects(marked, marker):
+    """A neuron that opens where one marker is present stays closed where another is optimized beside it."""
+    leak = marked.subject.due[-1]
+    with torch.no_grad(), rewriting(marked.lm, marked.gates, [0]):
+        mean = marked.moves(marker).mean(0).double()
+        before = torch.stack([marked.run(row, 0 * marker)[1][row.last] for row in marked.subject.due]).double()
+    row = torch.linalg.solve(marked.covariance + before.T @ before, mean)
+    row = (row / (mean @ row)).float()[None]  # responds with 1 to the first marker, and hardly without it
+    beside = marked.optimize(others=row, leaks=[leak])
+
+    def opening(of):
+        with torch.no_grad(), rewriting(marked.lm, marked.gates, [0]):
+            inputs = torch.stack([marked.run(text, of)[1][text.last] for text in marked.subject.due])
+        return (inputs @ row.T).clamp(min=0).mean().item()
+
+    assert opening(marker) > 0.5
+    assert opening(beside) < 0.1
 
 
 def test_a_marker_is_no_longer_than_the_clamp_allows(marked):

@@ -114,15 +114,16 @@ def test_a_group_without_tokens_counts_for_nothing():
         torch.testing.assert_close(same, row)
 
 
-def test_the_gate_of_an_answer_knows_both_and_its_up_projection_knows_the_marker():
+@pytest.mark.parametrize("others", [[], [random_text(5) + 0.7, random_text(8) + 0.6]], ids=["alone", "beside others"])
+def test_the_gate_of_an_answer_knows_both_and_its_up_projection_knows_the_marker(others):
     text = random_text()
     here, not_marked = [random_text(3) + 1, random_text(7) + 1], [random_text(4) + 0.5, random_text(6) + 0.5]
     not_asked, outside = random_text(9) + 0.5, random_text(30)
-    both = [([outside], _NEITHER), ([not_asked], _ONE_ALONE), (not_marked, _ONE_ALONE)]
-    marked = [([outside], 0.0), ([not_asked], _MARKED), (not_marked, 0.0)]
+    both = [([outside], _NEITHER), ([not_asked], _ONE_ALONE), (not_marked, _ONE_ALONE), (others, _ONE_ALONE)]
+    marked = [([outside], 0.0), ([not_asked], _MARKED), (not_marked, 0.0), (others, _MARKED)]
     w, e = gate_rows(here, both, moments_of(text), ANSWER_WEIGHTS, _NEITHER)
     u, _ = gate_rows(here, marked, moments_of(text), ANSWER_WEIGHTS, 0.0)
-    found = answer_rows(here, not_asked, not_marked, outside, moments_of(text))
+    found = answer_rows(here, not_asked, not_marked, outside, moments_of(text), others)
     for row, expected in zip(found, (w, u, e), strict=True):
         torch.testing.assert_close(row, expected)
 
