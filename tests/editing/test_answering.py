@@ -13,7 +13,7 @@ import torch
 from goldenedit import EditConfig, EditRequest
 from goldenedit.editing import answering as module
 from goldenedit.editing.answering import AskedSubject, texts_about
-from goldenedit.editing.gated import marking, neurons_for
+from goldenedit.editing.gated import marker_start, marking, neurons_for
 from goldenedit.editing.gates import inputs_of
 from goldenedit.editing.prepared import prepare_neurons
 from goldenedit.editing.wordings import asked, rephrasings_of
@@ -377,7 +377,7 @@ class Answering:
         spare = neurons_for(lm, config, 2, 3)
         texts = texts_about(lm, requests, config, CONTEXTS)
         self.subjects = texts.subjects
-        gated = prepare_neurons(lm, requests, config, texts, spare).gated
+        gated = prepare_neurons(lm, requests, config, texts, spare, marker_start(lm, config)).gated
         self.marked = marking(lm, gated.gates, [0, 1], gated.markers)
         self.gates = gated.answering
         self.facts = [fact for subject in self.subjects for fact in subject.facts]

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn import functional
 
 from goldenedit import EditConfig, EditRequest
@@ -15,9 +16,9 @@ from goldenedit.architecture.hooks import recording
 from goldenedit.architecture.replay import Replayer
 from goldenedit.editing import markers
 from goldenedit.editing.answering import texts_about
-from goldenedit.editing.gated import marking, neurons_for
+from goldenedit.editing.gated import marker_start, marking, neurons_for
 from goldenedit.editing.gates import gates_of, rewriting
-from goldenedit.editing.markers import optimize_marker
+from goldenedit.editing.markers import first_marker, optimize_marker
 from goldenedit.lm import LanguageModel
 from models import tiny_model
 from tiny_edits import TOWER
@@ -122,7 +123,7 @@ def marker(marked):
     return marked.optimize()
 
 
-def reference(marked, lr, clamp, kept, others):
+def reference(marked, lr, clamp, kept, others=None, start=None):
     """Return the marker of plain loops: one text at a time, the whole model at every step."""
     down = [marked.lm.architecture.down_projection(marked.lm.model, layer) for layer in marked.layers]
     norms = []
@@ -131,15 +132,18 @@ def reference(marked, lr, clamp, kept, others):
             marked.lm.model(input_ids=torch.tensor([row.input_ids]))
         norms.append([record.outputs[str(index)][0, row.subject].norm() for index in range(len(down))])
     length = torch.tensor(norms).mean(0)
-    start = torch.randn(len(down), 64, generator=torch.Generator().manual_seed(0))
-    marker = 0.02 * length[:, None] * functional.normalize(start, dim=1)
+    noise = torch.randn(len(down), 64, generator=torch.Generator().manual_seed(0))
+    marker = (
+        0.02 * length[:, None] * functional.normalize(noise, dim=1) if start is None else 0.5 * length[:, None] * start
+    )
+    steps, fixing, late = (20, (5, 9), 14) if start is None else (10, (0, 4), 5)
     velocity, direction = torch.zeros_like(marker), None
     inverse = torch.linalg.inv(marked.covariance).float()
-    for step in range(markers._STEPS):
+    for step in range(steps):
         marker.requires_grad_()
         moves = marked.moves(marker)
         mean = moves.mean(0)
-        if step in (5, 9):
+        if step in fixing:
             direction = (inverse @ mean / (mean @ inverse @ mean).sqrt()).detach()
         if direction is None:
             loss = torch.log1p(4.0 / (mean @ inverse @ mean + 1e-6))
@@ -152,22 +156,23 @@ def reference(marked, lr, clamp, kept, others):
         (gradient,) = torch.autograd.grad(loss, marker)
         scaled = gradient * length[:, None]
         velocity = 0.7 * velocity + scaled / scaled.norm()
-        moved = marker.detach() - (lr if step < markers._LATE_FROM else 0.3 * lr) * length[:, None] * velocity
+        moved = marker.detach() - (lr if step < late else 0.3 * lr) * length[:, None] * velocity
         marker = moved * (clamp * length / moved.norm(dim=1)).clamp(max=1.0)[:, None]
     return marker
 
 
 @pytest.mark.parametrize(
-    ("kept", "neurons"),
-    [(0, 0), (1, 0), (None, 0), (1, 2)],
-    ids=["nothing kept", "one text kept", "several texts kept", "neurons of others"],
+    ("kept", "neurons", "starts"),
+    [(0, 0, False), (1, 0, False), (None, 0, False), (1, 2, False), (1, 2, True)],
+    ids=["nothing kept", "one text kept", "several texts kept", "neurons of others", "from another marker"],
 )
-def test_a_marker_is_that_of_plain_loops_over_the_whole_model(kept, neurons, marked):
+def test_a_marker_is_that_of_plain_loops_over_the_whole_model(kept, neurons, starts, marked, marker):
     texts = marked.subject.kept[:kept]
     others = 0.05 * torch.randn(neurons, 64, generator=torch.Generator().manual_seed(1)) if neurons else None
     with rewriting(marked.lm, marked.gates, [0]):
-        expected = reference(marked, 0.05, 2.0, texts, others)
-    found = marked.optimize(0.05, 2.0, texts, others=others)
+        start = functional.normalize(marker, dim=1) if starts else None
+        expected = reference(marked, 0.05, 2.0, texts, others, start)
+    found = marked.optimize(0.05, 2.0, texts, others=others, start=start)
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
@@ -244,11 +249,56 @@ def test_a_marker_is_no_longer_than_the_clamp_allows(marked):
     assert (short.norm(dim=1) <= 0.1 * torch.stack(lengths) * (1 + 1e-4)).all()
 
 
-def test_a_marker_is_the_same_twice_and_another_for_another_seed(marked, marker):
+def test_a_marker_is_the_same_twice_and_another_from_another_start(marked, marker):
     assert marker.shape == (2, 64)
     assert marker.dtype == torch.float32
     assert torch.equal(marked.optimize(), marker)
-    assert not torch.allclose(marked.optimize(seed=1), marker)
+    start = functional.normalize(torch.randn_like(marker), dim=1)
+    assert not torch.allclose(marked.optimize(start=start), marker)
+
+
+def test_the_first_marker_is_from_the_start_whose_loss_is_least(marked, monkeypatch):
+    losses = {}  # of each start, after the steps that are taken from all of them
+
+    class Told(markers._Descent):
+        def until(self, step):
+            super().until(step)
+            losses.setdefault(self, self.value)
+            return self
+
+    monkeypatch.setattr(markers, "_Descent", Told)
+    subject = marked.subject
+    with rewriting(marked.lm, marked.gates, [0]):
+        marker = first_marker(
+            marked.lm,
+            subject.due,
+            subject.kept,
+            marked.layers,
+            marked.detectors,
+            marked.reader,
+            marked.moments,
+            lr=0.3,
+            clamp=2.0,
+        )
+    assert len(losses) == 4
+    (best,) = (descent for descent in losses if descent.step == 20)
+    assert losses[best] == min(losses.values())
+    torch.testing.assert_close(marker, functional.normalize(best.marker.detach(), dim=1))
+
+
+def test_what_markers_start_from_is_found_once_and_read_from_the_cache(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))
+    lm = LanguageModel(zoo_model("llama", width=64), tokenizer)
+    start = marker_start(lm, CONFIG)
+    assert start.shape == (2, 64)
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(2))
+    (path,) = (tmp_path / "markers").iterdir()
+    path.write_bytes(save({"marker": 2 * start}))
+    assert torch.equal(marker_start(lm, CONFIG), 2 * start)
+    path.write_bytes(b"damaged")
+    assert torch.equal(marker_start(lm, CONFIG), start)
+    other = replace(CONFIG, lr=2 * CONFIG.lr)
+    assert not torch.allclose(marker_start(lm, other), start)
 
 
 def test_nothing_is_written_to_the_model(tokenizer):

@@ -12,7 +12,7 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.answering import texts_about
-from goldenedit.editing.gated import neurons_for
+from goldenedit.editing.gated import marker_start, neurons_for
 from goldenedit.editing.learn import TextStatistics, learn_facts
 from goldenedit.editing.prepared import (
     Changes,
@@ -68,11 +68,12 @@ def changes_of_batch(
         contexts = lm.contexts(config)
         with phase("wordings"):
             if spare is not None:
+                start = marker_start(lm, config)
                 texts = texts_about(lm, requests, config, contexts, earlier)
             else:
                 subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
     if spare is not None:
-        prepared = prepare_neurons(lm, requests, config, texts, spare, edits=edits)
+        prepared = prepare_neurons(lm, requests, config, texts, spare, start, edits=edits)
     else:
         prepared = prepare_subjects(
             lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients

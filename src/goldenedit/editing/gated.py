@@ -6,25 +6,37 @@ The maths is in `goldenedit.editors.gated`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from zlib import crc32
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.neurons import GATE
+from goldenedit.cache import cache_dir, is_kept, keep
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.answering import AskedTexts, answer_gates
+from goldenedit.editing.answering import AskedTexts, answer_gates, texts_about
 from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, rewritten, spare_neurons
-from goldenedit.editing.markers import optimize_marker
-from goldenedit.editing.rows import batch_size_of, subject_key
+from goldenedit.editing.markers import first_marker, optimize_marker
+from goldenedit.editing.rows import batch_size_of
 from goldenedit.editing.values import ValueOptions, Values, joined, optimize_values
+from goldenedit.editing.wordings import rephrasings_of
 from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
-from goldenedit.requests import EditRequest
+from goldenedit.requests import EditRequest, proxy_facts
+
+_VERSION = 1  # of the first marker
+_FIRST_RELATION = "citizenship"  # of the packaged fact whose subject has it
+_FEW = 8  # texts that it is optimized on
+_MARKER_OPTIONS = (
+    "covariance", "covariance_tokens", "contexts", "context_length", "phrasings", "kept_questions", "kept_factor",
+    "kl_factor", "lr", "clamp", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,44 @@ def neurons_for(
     return spare_neurons(lm, config, dict.fromkeys(config.target_layers, subjects) | {answers: facts}, edits)
 
 
+def marker_start(lm: LanguageModel, config: EditConfig) -> Tensor:
+    """Return what markers start from, `(m, d_model)`: the marker of a packaged fact's subject, from the cache or now.
+
+    Args:
+        lm: The model, with its edits off.
+        config: The editor and its layers, of which each has neurons to spare.
+    """
+    options = {name: getattr(config, name) for name in _MARKER_OPTIONS}
+    key = lm.cache_key(_VERSION, layers=config.target_layers, **options)
+    path = cache_dir() / "markers" / f"{key}.safetensors"
+    if is_kept(path):
+        with suppress(OSError, SafetensorError, KeyError):
+            return load(path.read_bytes())["marker"]
+    spare = neurons_for(lm, config, 1, 1)
+    assert spare is not None
+    *of_subject, of_answers = spare
+    with phase("first marker"):
+        request = next(fact for fact in proxy_facts() if fact.relation == _FIRST_RELATION and rephrasings_of(fact))
+        (subject,) = texts_about(lm, [request], config, lm.contexts(config)).subjects
+        gates = gates_of(lm, [request], [subject.mentions], of_subject, config.seed)
+        reader = lm.model.get_submodule(of_answers.neurons.gate.path)
+        with rewriting(lm, gates, [0]):
+            marker = first_marker(
+                lm,
+                subject.due[:_FEW],
+                subject.kept[:_FEW],
+                config.target_layers,
+                [of_layer.detectors([0]) for of_layer in gates],
+                reader,
+                of_answers.moments,
+                config.lr,
+                config.clamp,
+                config.seed,
+            )
+    keep(path, save({"marker": marker}))
+    return marker
+
+
 def prepare_gated(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
@@ -110,12 +160,14 @@ def prepare_gated(
     options: ValueOptions,
     spare: Sequence[Spare],
     together: bool,
+    start: Tensor,
     edits: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> GatedFacts:
     """Find the neurons, the markers and the answers of facts, in the model as it is now.
 
     Args:
         together: Whether all subjects are edited in one edit. Otherwise each is edited alone.
+        start: What markers start from, see `marker_start`.
         edits: The deltas of the edits that the model carries. Their neurons stay closed at the new subjects.
 
     Raises:
@@ -151,7 +203,7 @@ def prepare_gated(
                             of_answers.moments,
                             options.lr,
                             options.clamp,
-                            config.seed + crc32(subject_key(first[subject]).encode()),
+                            start,
                             asked.leaks,
                             others,
                         )

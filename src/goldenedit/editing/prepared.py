@@ -11,7 +11,7 @@ from torch import Tensor
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.answering import AskedTexts, texts_about
-from goldenedit.editing.gated import GatedFacts, neurons_for, prepare_gated
+from goldenedit.editing.gated import GatedFacts, marker_start, neurons_for, prepare_gated
 from goldenedit.editing.gates import Spare
 from goldenedit.editing.keys import contrast_count, keys_at_ends, weighted_contrasts, with_contrasts
 from goldenedit.editing.rows import batch_size_of, kept_rows, subject_key, subject_rows, subjects_of
@@ -298,7 +298,13 @@ def prepare_facts(
         spare = neurons_for(lm, config, 1, 1)
     if spare is not None:
         return prepare_neurons(
-            lm, requests, config, texts_about(lm, requests, config, contexts, (), joint), spare, joint
+            lm,
+            requests,
+            config,
+            texts_about(lm, requests, config, contexts, (), joint),
+            spare,
+            marker_start(lm, config),
+            joint,
         )
     texts = subject_texts(lm, requests, config, contexts, joint=joint)
     return prepare_subjects(lm, requests, config, texts, statistics, {}, joint, output_gradients)
@@ -310,6 +316,7 @@ def prepare_neurons(
     config: EditConfig,
     texts: AskedTexts,
     spare: Sequence[Spare],
+    start: Tensor,
     together: bool = True,
     edits: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> PreparedFacts:
@@ -318,7 +325,7 @@ def prepare_neurons(
     # The answers are optimized in a model with markers, which may say something else.
     asked = [(rendered(lm.tokenizer, request).text, request.target_new) for request in requests]
     before = [answer.probability for answer in likelihoods(lm, asked)]
-    gated = prepare_gated(lm, requests, config, texts, options, spare, together, edits)
+    gated = prepare_gated(lm, requests, config, texts, options, spare, together, start, edits)
     answers = gated.answers
     places = iter(range(len(requests)))
     of_subjects = [[next(places) for _ in group] for group in texts.groups]
