@@ -47,11 +47,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def shared_markers(tmp_path_factory) -> Path:
+    """What markers start from: the one result that tests share, because most of them edit one of a few models."""
+    return tmp_path_factory.mktemp("markers")
+
+
 @pytest.fixture(autouse=True)
-def isolated_cache(request, tmp_path_factory, monkeypatch):
+def isolated_cache(request, tmp_path_factory, shared_markers, monkeypatch):
     """Keep the tests out of the user's cache; those with real models use it, for the models converted there."""
     if request.node.get_closest_marker("real") is None:
-        monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        cache = tmp_path_factory.mktemp("cache")
+        (cache / "markers").symlink_to(shared_markers)
+        monkeypatch.setenv("GOLDENEDIT_CACHE", str(cache))
 
 
 @pytest.fixture
