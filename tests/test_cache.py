@@ -1,14 +1,27 @@
 """The cache: where it is, and files that are there whole or not at all."""
 
+import io
+import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from goldenedit.cache import cache_dir, cache_key, is_kept, keep, write_atomically
+from command import run
+from goldenedit.cache import (
+    cache_dir,
+    cache_entries,
+    cache_key,
+    cache_limit,
+    clean_cache,
+    is_kept,
+    keep,
+    write_atomically,
+)
 
 
 def test_the_environment_says_where_the_cache_is(monkeypatch, tmp_path):
@@ -56,6 +69,104 @@ def test_a_folder_in_the_way_is_an_error_that_leaves_it(tmp_path):
     with pytest.raises(OSError, match=r"file\.bin"):
         write_atomically(tmp_path / "file.bin", b"one")
     assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
+
+
+# ---------------------------------------------------------------------- its limit
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache with results of 1,000 bytes that were last used one, two, three and nine days ago."""
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))
+    days = {"scores/one": 1, "scores/two": 2, "moments/three": 3, "models/nine/weights": 9}
+    for name, ago in days.items():
+        write_atomically(tmp_path / name, bytes(1000))
+        used = time.time() - ago * 86_400
+        os.utime(tmp_path / name, (used, used))
+    return tmp_path
+
+
+def names(entries) -> list[str]:
+    return [entry.path.name for entry in entries]
+
+
+def test_entries_are_told_with_kind_and_size_the_oldest_first(cache):
+    entries = cache_entries()
+    assert names(entries) == ["nine", "three", "two", "one"]
+    assert [entry.kind for entry in entries] == ["models", "moments", "scores", "scores"]
+    assert {entry.size for entry in entries} == {1000}
+
+
+def test_above_the_limit_what_was_not_used_for_longest_is_deleted_but_no_model(cache, monkeypatch):
+    monkeypatch.setenv("GOLDENEDIT_CACHE_LIMIT", "4kB")
+    keep(cache / "scores" / "new", bytes(1000))
+    assert names(cache_entries()) == ["nine", "two", "one", "new"]
+
+
+def test_what_is_read_counts_as_used(cache, monkeypatch):
+    assert is_kept(cache / "moments" / "three")
+    monkeypatch.setenv("GOLDENEDIT_CACHE_LIMIT", "4kB")
+    keep(cache / "scores" / "new", bytes(1000))
+    assert names(cache_entries()) == ["nine", "one", "three", "new"]
+
+
+def test_the_newest_result_stays_even_if_it_is_larger_than_the_limit(cache, monkeypatch):
+    monkeypatch.setenv("GOLDENEDIT_CACHE_LIMIT", "500")
+    keep(cache / "scores" / "new", bytes(5000))
+    assert names(cache_entries()) == ["nine", "new"]
+
+
+def test_without_a_limit_everything_stays(cache, monkeypatch):
+    monkeypatch.setenv("GOLDENEDIT_CACHE_LIMIT", "none")
+    keep(cache / "scores" / "new", bytes(1000))
+    assert len(cache_entries()) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("500", 500), ("2kB", 2000), ("1.5 MB", 1_500_000), ("20G", 20 * 10**9), ("", 50 * 10**9)]
+)
+def test_the_limit_is_a_size(text, size, monkeypatch):
+    monkeypatch.setenv("GOLDENEDIT_CACHE_LIMIT", text)
+    assert cache_limit() == size
+
+
+@pytest.mark.parametrize("text", ["much", "-5GB", "5 apples", "5PB"])
+def test_a_limit_that_is_no_size_is_told_before_anything_is_deleted(text, cache, monkeypatch):
+    monkeypatch.setenv("GOLDENEDIT_CACHE_LIMIT", text)
+    with pytest.raises(ValueError, match="GOLDENEDIT_CACHE_LIMIT"):
+        keep(cache / "scores" / "new", bytes(1000))
+    assert len(cache_entries()) >= 4
+
+
+def test_kinds_and_old_results_are_deleted_on_request(cache):
+    assert names(clean_cache(unused_days=8)) == ["nine"]
+    assert names(clean_cache(["scores"], unused_days=1.5)) == ["two"]
+    assert names(cache_entries()) == ["three", "one"]
+    with pytest.raises(ValueError, match="nothing of the kind 'models'"):
+        clean_cache(["models"])
+    assert names(clean_cache()) == ["three", "one"]
+    assert not cache_entries()
+    assert cache.is_dir()
+
+
+def test_the_command_line_lists_and_deletes(cache, capsys):
+    code, out, _ = run(capsys, "cache", "ls")
+    assert code == 0
+    for text in ("models", "scores", "2.0 kB", "9 days ago", "yesterday", "4.0 kB", "50.0 GB"):
+        assert text in out
+    code, out, _ = run(capsys, "cache", "clean", "scores")
+    assert (code, out.split()[:3]) == (0, ["Deleted", "2", "results,"])
+    code, _, err = run(capsys, "cache", "clean", "scores")
+    assert code == 1
+    assert "It has: models, moments" in err.replace("\n", " ")
+    assert run(capsys, "cache", "clean", "--yes")[0] == 0
+    assert not cache_entries()
+
+
+def test_everything_is_deleted_only_after_a_yes(cache, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert run(capsys, "cache", "clean")[0] == 1
+    assert len(cache_entries()) == 4
 
 
 # ---------------------------------------------------------------------- a cache that cannot be used

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.benchmark.command import benchmark_app
+from goldenedit.cache_command import cache_app
 from goldenedit.evaluating import compare, evaluate
 from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, SkipBad
 from goldenedit.tables import printable
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(benchmark_app, name="benchmark")
+app.add_typer(cache_app, name="cache")
 app.command()(evaluate)
 app.command()(compare)
 

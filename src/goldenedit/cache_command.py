@@ -1,0 +1,68 @@
+"""`goldenedit cache`: what is in the cache on disk, and how to delete it."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from goldenedit.cache import MODELS, cache_dir, cache_entries, cache_limit, clean_cache
+from goldenedit.tables import printable
+from goldenedit.terminal import console
+
+cache_app = typer.Typer(help="Show and delete results that are kept on disk.", no_args_is_help=True)
+
+
+@cache_app.command("ls")
+def show() -> None:
+    """List what is kept on disk, by kind."""
+    entries = cache_entries()
+    table = Table("kind", "results", "size", "last used")
+    now = time.time()
+    for kind in sorted({entry.kind for entry in entries}):
+        of_kind = [entry for entry in entries if entry.kind == kind]
+        days = (now - max(entry.used for entry in of_kind)) / 86_400
+        table.add_row(kind, str(len(of_kind)), _size(sum(entry.size for entry in of_kind)), _ago(days))
+    console.print(table)
+    most = cache_limit()
+    limited = "No limit" if most is None else f"Limit, beyond which old results but {MODELS} are deleted: {_size(most)}"
+    console.print(f"{printable(str(cache_dir()))}: {_size(sum(entry.size for entry in entries))}")
+    console.print(f"{limited} (GOLDENEDIT_CACHE_LIMIT)")
+
+
+@cache_app.command()
+def clean(
+    kinds: Annotated[list[str] | None, typer.Argument(help="Kinds of results, as `ls` names them.")] = None,
+    unused: Annotated[float, typer.Option(help="Delete only what was not used for so many days.")] = 0.0,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete everything without asking.")] = False,
+) -> None:
+    """Delete results that are kept on disk. They are computed again when they are needed."""
+    if not kinds and not unused and not yes:
+        typer.confirm("Delete everything that is kept on disk?", abort=True)
+    deleted = clean_cache(kinds or (), unused)
+    console.print(f"Deleted {len(deleted)} results, {_size(sum(entry.size for entry in deleted))}")
+
+
+def _size(size: int) -> str:
+    """Return a number of bytes for people.
+
+    Example:
+        ```python
+        >>> _size(1_500_000)
+        '1.5 MB'
+        ```
+    """
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _ago(days: float) -> str:
+    if days < 1:
+        return "today"
+    return "yesterday" if days < 2 else f"{days:.0f} days ago"
