@@ -12,6 +12,7 @@ from import_graph import Import, cycles, imports_of, modules_of, unit, unit_impo
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "goldenedit"
 ORDER = (
+    "units",
     "registry",
     "records",
     "precision",
@@ -39,6 +40,7 @@ ORDER = (
     "subject_questions",
     "editing",
     "layer_selection",
+    "planning",
     "adapters",
     "versions",
     "storing",
@@ -56,6 +58,8 @@ ORDER = (
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",
     "evaluating",
+    "cache_command",
+    "plan_command",
     "cli",
     "__main__",
 )

@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from goldenedit.config import EditConfig
     from goldenedit.model import EditModel, get_edit_model
+    from goldenedit.planning import Plan, plan
     from goldenedit.requests import EditRequest, load_requests, proxy_facts
 
 _HOMES = {
     "EditConfig": "goldenedit.config",
     "EditModel": "goldenedit.model",
     "EditRequest": "goldenedit.requests",
+    "Plan": "goldenedit.planning",
     "get_edit_model": "goldenedit.model",
     "load_requests": "goldenedit.requests",
+    "plan": "goldenedit.planning",
     "proxy_facts": "goldenedit.requests",
 }
 
 __version__ = "0.1.0"
-__all__ = ["EditConfig", "EditModel", "EditRequest", "get_edit_model", "load_requests", "proxy_facts"]
+__all__ = ["EditConfig", "EditModel", "EditRequest", "Plan", "get_edit_model", "load_requests", "plan", "proxy_facts"]
 
 
 def __getattr__(name: str) -> Any:

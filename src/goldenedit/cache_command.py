@@ -11,6 +11,7 @@ from rich.table import Table
 from goldenedit.cache import MODELS, cache_dir, cache_entries, cache_limit, clean_cache
 from goldenedit.tables import printable
 from goldenedit.terminal import console
+from goldenedit.units import size_of
 
 cache_app = typer.Typer(help="Show and delete results that are kept on disk.", no_args_is_help=True)
 
@@ -24,12 +25,12 @@ def show() -> None:
     for kind in sorted({entry.kind for entry in entries}):
         of_kind = [entry for entry in entries if entry.kind == kind]
         days = (now - max(entry.used for entry in of_kind)) / 86_400
-        table.add_row(kind, str(len(of_kind)), _size(sum(entry.size for entry in of_kind)), _ago(days))
+        table.add_row(kind, str(len(of_kind)), size_of(sum(entry.size for entry in of_kind)), _ago(days))
     console.print(table)
     most = cache_limit()
-    limited = "No limit" if most is None else f"Limit, beyond which old results but {MODELS} are deleted: {_size(most)}"
-    console.print(f"{printable(str(cache_dir()))}: {_size(sum(entry.size for entry in entries))}")
-    console.print(f"{limited} (GOLDENEDIT_CACHE_LIMIT)")
+    limit = "" if most is None else f"Limit, beyond which old results but {MODELS} are deleted: {size_of(most)}"
+    console.print(f"{printable(str(cache_dir()))}: {size_of(sum(entry.size for entry in entries))}")
+    console.print(f"{limit or 'No limit'} (GOLDENEDIT_CACHE_LIMIT)")
 
 
 @cache_app.command()
@@ -42,24 +43,7 @@ def clean(
     if not kinds and not unused and not yes:
         typer.confirm("Delete everything that is kept on disk?", abort=True)
     deleted = clean_cache(kinds or (), unused)
-    console.print(f"Deleted {len(deleted)} results, {_size(sum(entry.size for entry in deleted))}")
-
-
-def _size(size: int) -> str:
-    """Return a number of bytes for people.
-
-    Example:
-        ```python
-        >>> _size(1_500_000)
-        '1.5 MB'
-        ```
-    """
-    value, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    console.print(f"Deleted {len(deleted)} results, {size_of(sum(entry.size for entry in deleted))}")
 
 
 def _ago(days: float) -> str:

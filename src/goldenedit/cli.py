@@ -17,6 +17,7 @@ from goldenedit.benchmark.command import benchmark_app
 from goldenedit.cache_command import cache_app
 from goldenedit.evaluating import compare, evaluate
 from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, SkipBad
+from goldenedit.plan_command import plan
 from goldenedit.tables import printable
 from goldenedit.terminal import console, load_edits, load_together, parse_layer
 
@@ -36,6 +37,7 @@ app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(cache_app, name="cache")
 app.command()(evaluate)
 app.command()(compare)
+app.command()(plan)
 
 
 @app.command()

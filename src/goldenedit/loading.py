@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from goldenedit.storage.folder import BaseModel
 
@@ -20,6 +20,13 @@ def load_model(
     source, pinned = model_source(name), {} if revision is None else {"revision": revision}
     model = AutoModelForCausalLM.from_pretrained(source, **pinned, **options)
     return model, AutoTokenizer.from_pretrained(source, **pinned)
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """Load the config of a model alone, by the name of a packaged model, a name on the Hub, or a folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_source(name))
 
 
 def base_of(base_model: BaseModel, model: str | None = None) -> tuple[str, str | None]:

@@ -223,7 +223,7 @@ def test_what_cannot_be_done_to_experts_is_refused_with_the_way_out(options, tok
 
 
 def test_a_second_moment_of_wide_experts_is_refused_with_the_way_out(tokenizer, monkeypatch):
-    monkeypatch.setattr(statistics, "_WIDEST_EXPERTS", EXPERTS * MLP_WIDTH - 1)
+    monkeypatch.setattr(statistics, "WIDEST_EXPERTS", EXPERTS * MLP_WIDTH - 1)
     model = edited(tokenizer, covariance="sampled")
     with pytest.raises(ValueError, match=r"256 dimensions together.*covariance='identity'"):
         model.edit(FACTS[0])

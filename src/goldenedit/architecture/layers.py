@@ -204,15 +204,15 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     with evaluating(model), torch.no_grad():
         _check_causal(model)
-        clean = _CleanForward(model, linears)
+        clean = CleanForward(model, linears)
         layers = clean.decoder_layers()
         length = len(list(model.get_submodule(layers).children()))
-        chosen = None if target_modules is None else _chosen_by_hand(model, layers, length, target_modules)
+        chosen = None if target_modules is None else chosen_by_hand(model, layers, length, target_modules)
         probe = _Probe(clean)
         mlps = probe.run(linears, layers, length)
     if chosen is not None:
         mlp_linears: dict[int, tuple[str, ...]] = {index: (path,) for index, path in chosen.items()}
-        _layers_run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
+        layers_run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
         return Architecture(layers, length, chosen, mlp_linears, probe.mixers)
     without_mlp = {
         index: path for index in range(length) if index not in mlps and (path := f"{layers}.{index}") in clean.results
@@ -226,7 +226,7 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
             f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
         )
     sites = {index: mlp[-1] for index, mlp in mlps.items()} | {index: fused.site for index, fused in experts.items()}
-    editable = sorted(_layers_run_once(model, clean, sites))
+    editable = sorted(layers_run_once(model, clean, sites))
     mlps |= {index: fused.weights for index, fused in experts.items()}
     return Architecture(
         layers,
@@ -238,7 +238,7 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
     )
 
 
-def _layers_run_once(model: nn.Module, clean: _CleanForward, sites: Mapping[int, str]) -> list[int]:
+def layers_run_once(model: nn.Module, clean: CleanForward, sites: Mapping[int, str]) -> list[int]:
     """Return the layers that run once for each token; raise UnsupportedArchitectureError if there are none."""
     layers = [index for index, site in sites.items() if clean.executed[model.get_submodule(site)] <= 1]
     if sites and not layers:
@@ -267,7 +267,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if type(plain).__name__ == "Conv1D" else (rows, columns)
 
 
-def _chosen_by_hand(model: nn.Module, layers: str, length: int, target_modules: str | Sequence[str]) -> dict[int, str]:
+def chosen_by_hand(model: nn.Module, layers: str, length: int, target_modules: str | Sequence[str]) -> dict[int, str]:
     """Return the path of the module that `target_modules` names in each layer."""
     if isinstance(target_modules, str):
         candidates = (target_modules.replace("{}", str(index)) for index in range(length))
@@ -326,12 +326,12 @@ def _check_causal(model: nn.Module) -> None:
         )
 
 
-class _CleanForward:
+class CleanForward:
     """One forward without noise: how often each module ran, the tensors of linear maps, the outputs of list members."""
 
-    def __init__(self, model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, linears: dict[str, nn.Module], ids: Tensor | None = None) -> None:
         self.model = model
-        self.ids = probe_ids(model)
+        self.ids = probe_ids(model) if ids is None else ids
         self.executed: Counter[nn.Module] = Counter()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -370,6 +370,11 @@ class _CleanForward:
         return keep
 
     def decoder_layers(self) -> str:
+        """Return the path of the list of decoder layers: the one whose members hold the most executed parameters.
+
+        Raises:
+            UnsupportedArchitectureError: There is none.
+        """
         sizes = {
             name: sum(
                 parameter.numel()
@@ -395,7 +400,7 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 class _Probe:
     """One forward with noise at one token, to see which linear maps end an MLP and which follow attention."""
 
-    def __init__(self, clean: _CleanForward) -> None:
+    def __init__(self, clean: CleanForward) -> None:
         self.clean = clean
         self.generator = torch.Generator().manual_seed(0)
         self.since_mixer: list[str] = []  # linear maps that ran after the last one that mixed positions

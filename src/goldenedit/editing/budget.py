@@ -11,9 +11,9 @@ from torch import nn
 from goldenedit.devices import input_device
 
 # What autograd keeps: tensors of the model's width and of the MLP's per token and layer, and copies of the logits.
-_WIDTHS, _MLP_WIDTHS, _LOGITS = 16, 4, 4
-_SHARE = 0.5  # of the free memory
-_MOST = 16  # larger batches are no faster
+WIDTHS, MLP_WIDTHS, LOGITS = 16, 4, 4
+SHARE = 0.5  # of the free memory
+AT_MOST = 16  # larger batches are no faster
 # Fixed cost of a step (reading weights, starting operators), in tokens. On CPUs 40 to 80 were measured.
 _STEP_TOKENS = {"cpu": 64}
 _STEP_TOKENS_ELSEWHERE = 4096
@@ -34,9 +34,9 @@ def facts_at_once(
     """
     vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
     free = free_memory(input_device(model)) if free is None else free
-    activations = layers * tokens * (_WIDTHS * width + _MLP_WIDTHS * mlp_width)
-    logits = _LOGITS * (answer_tokens + 1) * vocabulary
-    return max(1, min(_MOST, int(_SHARE * free / (4 * rows * (activations + logits)))))
+    activations = layers * tokens * (WIDTHS * width + MLP_WIDTHS * mlp_width)
+    logits = LOGITS * (answer_tokens + 1) * vocabulary
+    return max(1, min(AT_MOST, int(SHARE * free / (4 * rows * (activations + logits)))))
 
 
 def groups_by_length(

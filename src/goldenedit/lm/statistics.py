@@ -33,7 +33,7 @@ from goldenedit.parallel import Processes
 
 logger = logging.getLogger(__name__)
 
-_WIDEST_EXPERTS = 16_384  # their second moment takes 1 GiB; the widest dense MLPs are as wide
+WIDEST_EXPERTS = 16_384  # their second moment takes 1 GiB; the widest dense MLPs are as wide
 
 
 @outside_inference_mode()
@@ -214,10 +214,10 @@ def check_widths(lm: TokenizedModel, layers: Sequence[int]) -> None:
     """Raise ValueError if the keys of a layer's fused experts are too wide for a second moment."""
     for layer in layers:
         width = lm.architecture.shape(lm.model, layer)[1]
-        if layer in lm.architecture.experts and width > _WIDEST_EXPERTS:
+        if layer in lm.architecture.experts and width > WIDEST_EXPERTS:
             raise ValueError(
                 f"The keys of all experts of layer {layer} have {width} dimensions together, too many for a second "
-                f"moment (at most {_WIDEST_EXPERTS}). Edit with EditConfig(covariance='identity')."
+                f"moment (at most {WIDEST_EXPERTS}). Edit with EditConfig(covariance='identity')."
             )
 
 

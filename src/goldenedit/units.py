@@ -1,0 +1,38 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def size_of(size: float) -> str:
+    """Return a number of bytes for people.
+
+    Example:
+        ```python
+        >>> from goldenedit.units import size_of
+        >>> size_of(1_500_000)
+        '1.5 MB'
+        ```
+    """
+    return _scaled(size, ("B", "kB", "MB", "GB", "TB"))
+
+
+def flops_of(count: float) -> str:
+    """Return a number of floating-point operations for people.
+
+    Example:
+        ```python
+        >>> from goldenedit.units import flops_of
+        >>> flops_of(2.5e12)
+        '2.5 TFLOP'
+        ```
+    """
+    return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    value, (unit, *larger) = float(number), units
+    for next_unit in larger:
+        if value < 1000:
+            break
+        value, unit = value / 1000, next_unit
+    return f"{value:.0f} {unit}" if unit == units[0] else f"{value:.1f} {unit}"
