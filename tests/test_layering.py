@@ -41,6 +41,7 @@ ORDER = (
     "editing",
     "layer_selection",
     "planning",
+    "plans",
     "adapters",
     "versions",
     "storing",

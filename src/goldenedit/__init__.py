@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from goldenedit.config import EditConfig
     from goldenedit.model import EditModel, get_edit_model
-    from goldenedit.planning import Plan, plan
+    from goldenedit.plans import Plan, plan
     from goldenedit.requests import EditRequest, load_requests, proxy_facts
 
 _HOMES = {
     "EditConfig": "goldenedit.config",
     "EditModel": "goldenedit.model",
     "EditRequest": "goldenedit.requests",
-    "Plan": "goldenedit.planning",
+    "Plan": "goldenedit.plans",
     "get_edit_model": "goldenedit.model",
     "load_requests": "goldenedit.requests",
-    "plan": "goldenedit.planning",
+    "plan": "goldenedit.plans",
     "proxy_facts": "goldenedit.requests",
 }
 

@@ -15,7 +15,7 @@ from goldenedit.terminal import console, parse_layer
 from goldenedit.units import flops_of, size_of
 
 if TYPE_CHECKING:
-    from goldenedit.planning import Plan
+    from goldenedit.plans import Plan
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,7 +38,7 @@ def plan(
     from goldenedit import EditConfig
     from goldenedit.editing.budget import free_memory
     from goldenedit.loading import load_config
-    from goldenedit.planning import plan as plan_edit
+    from goldenedit.plans import plan as plan_edit
 
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")

@@ -22,7 +22,7 @@ Phases, where k is the number of layers that they read, F facts of the proxy set
     key statistics         bytes  8 k m^2, sums and means in float32 side by side + m^2; before, 4 k m^2 + a forward
                            FLOPs  sampling n tokens + forward of n tokens + 2 k n m^2
                            kept   4 k m^2; none where they are streamed from the cache
-    solve                  bytes  36 m^2: the second moment, and in float64 its copy, the ridge, their sum, the factor
+    detectors              bytes  36 m^2: the second moment, and in float64 its copy, the ridge, their sum, the factor
                            FLOPs  m^3 / 3 (Cholesky), or 9 m^3 (eigenvectors, for editors with a null space)
                            kept   8 k m^2, the factors
     selection by auto      bytes  48 m^2 + 4 F L m (keys and detectors) + inputs and outputs of all down projections
@@ -32,14 +32,14 @@ Phases, where k is the number of layers that they read, F facts of the proxy set
                            kept   4 k d^2
     spare neurons          bytes  8 d m, or (2 e + 20) r V to compare distributions on text
                            FLOPs  k (sampling + 9 forwards over r tokens, 8 of them from the layer on)
-    wordings               bytes  cache bytes + (e + 4) V for each row
+    wordings               bytes  cache bytes + (4 e + 16) V for each row
                            FLOPs  forward of the prompts and of what the model writes behind them
     gates                  bytes  112 d^2 (moments of five kinds of wording in float64) + 4 n d, inputs on all texts
                            FLOPs  forwards + 2 n d^2 + 2/3 d^3 for each of the regressions
     markers                bytes  48 d^2 (inverse in float64) + cache + gradients' bytes + (3 e + 12) r V
                            FLOPs  2 d^3 + steps of forward and backward, up to the layer for answers, and on kept text
     values                 bytes  of a fact: cache + gradients' bytes from the edited layer on + (3 e + 28) r V
-                           FLOPs  forward of all rows + steps of forward and backward, all rows in each: an upper bound
+                           FLOPs  forward of all rows + 5/8 of the steps of forward and backward: some leave out rows
 
 The edit's file has factors of one rank R in float32, `4 R (d_in + d_out)` bytes and a header for each changed map.
 
@@ -50,20 +50,13 @@ most. Statistics in the cache cost nothing; here nothing is cached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
-import torch
-from torch import nn
-from transformers import PretrainedConfig
-
-from goldenedit.architecture.sizes import Shape, bytes_by_dtype
+from goldenedit.architecture.sizes import Shape
 from goldenedit.config import EditConfig
-from goldenedit.editing.budget import AT_MOST, LOGITS, MLP_WIDTHS, SHARE, WIDTHS, free_memory
+from goldenedit.editing.budget import AT_MOST, LOGITS, MLP_WIDTHS, SHARE, WIDTHS
 from goldenedit.lm.statistics import WIDEST_EXPERTS
-from goldenedit.units import flops_of, size_of
 
 _BATCH = 2048  # tokens of a forward over text
 _SAMPLED_ROWS, _SAMPLED_LENGTH, _SAMPLED_NEW = 128, 32, 24  # of a batch of sampled text
@@ -72,7 +65,8 @@ _LGA_ROWS = 8
 _MARKER_STEPS, _FIRST_MARKER_STEPS, _POLISH = 10, 35, 12
 _KINDS = 5  # of wordings
 _HEADER = 240  # bytes of the names of two factors in a file
-_STREAMED = {"auto", "key_response", "selectivity", "sweep"}  # selectors that read the key statistics of all layers
+_PACKAGED = 100  # proxy facts
+STREAMED = {"auto", "key_response", "selectivity", "sweep"}  # selectors that read the key statistics of all layers
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ class _Text:
 
 _PROXY = _Text(2, 11)  # a proxy fact with its old and with its new answer
 _LONGEST_PROXY = 17
-_RESPONSE = _Text(20, 17)  # its prompt, paraphrases and other prompts, with both answers
+_RESPONSE = _Text(20, 17, 0, 60)  # its prompt, paraphrases and other prompts, with both answers
 _DUE = _Text(15, 80, 160, 15)  # wordings that end where an answer is due
 _KEPT = _Text(13, 55, 210, 145)  # what must stay the same, with 12 other questions
 _TAUGHT = _Text(30, 81, 83, 83)  # wordings with the answer of a fact, for neurons
@@ -132,156 +126,16 @@ class Phase:
     kept_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an edit will cost. Memory is an estimate; `benchmarks/plan.py` compares it with what is measured.
-
-    Attributes:
-        shape: The sizes of the model.
-        config: The config of the edit.
-        facts: Number of facts.
-        phases: The phases, in order.
-        edit_bytes: Size of the edit's weights on disk.
-        notes: What the plan leaves out.
-    """
-
-    shape: Shape
-    config: EditConfig
-    facts: int
-    phases: tuple[Phase, ...]
-    edit_bytes: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of all phases."""
-        return sum(phase.flops for phase in self.phases)
-
-    @cached_property
-    def peak_bytes(self) -> int:
-        """Peak of memory with the weights, if all is in one memory."""
-        return self.shape.weight_bytes + max(kept + phase.bytes for kept, phase in self._with_kept())
-
-    @cached_property
-    def accelerator_bytes(self) -> int:
-        """Peak of the memory of an accelerator that holds the model."""
-        return self.shape.weight_bytes + max(phase.bytes - phase.host_bytes for phase in self.phases)
-
-    @cached_property
-    def host_bytes(self) -> int:
-        """Peak of main memory if an accelerator holds the model."""
-        return max(kept + phase.host_bytes for kept, phase in self._with_kept())
-
-    def _with_kept(self) -> Iterator[tuple[int, Phase]]:
-        kept = 0
-        for phase in self.phases:
-            yield kept, phase
-            kept += phase.kept_bytes
-
-    def fits(self, memory: int, accelerator: int | None = None) -> bool:
-        """Return whether the edit fits into memory.
-
-        Args:
-            memory: Bytes of free main memory.
-            accelerator: Bytes of free memory of an accelerator that is to hold the model; None for a CPU alone.
-        """
-        if accelerator is None:
-            return self.peak_bytes <= memory
-        return self.accelerator_bytes <= accelerator and self.host_bytes <= memory
-
-    def remedies(self, memory: int, accelerator: int | None = None) -> list[str]:
-        """Return the settings with which the edit fits, each alone; else all of them together, if that is enough.
-
-        Arguments are as in `fits`. The list is empty if the edit fits already, or if no setting helps.
-        """
-        if self.fits(memory, accelerator):
-            return []
-        free = memory if accelerator is None else accelerator
-        options = _remedies(self.shape, self.config)
-
-        def planned(*chosen: _Remedy) -> Plan:
-            shape, config = self.shape, self.config
-            for remedy in chosen:
-                shape, config = remedy.change(shape, config)
-            return plan_of(shape, config, self.facts, free)
-
-        alone = [remedy.words for remedy in options if planned(remedy).fits(memory, accelerator)]
-        if alone:
-            return alone
-        taken: list[_Remedy] = []
-        for remedy in options:  # the least loss first
-            if planned(*taken, remedy).peak_bytes < planned(*taken).peak_bytes:
-                taken.append(remedy)
-            if taken and planned(*taken).fits(memory, accelerator):
-                return [" and ".join(remedy.words for remedy in taken)]
-        return []
-
-    def __str__(self) -> str:
-        """Return the plan as lines of text."""
-        lines = [f"weights: {size_of(self.shape.weight_bytes)}"]
-        lines += [f"{phase.name}: {size_of(phase.bytes)}, {flops_of(phase.flops)}" for phase in self.phases]
-        lines.append(f"peak: {size_of(self.peak_bytes)}, {flops_of(self.flops)}")
-        lines.append(f"edit on disk: {size_of(self.edit_bytes)}")
-        return "\n".join([*lines, *self.notes])
-
-
-def plan(
-    model_or_config: nn.Module | PretrainedConfig,
-    edit_config: EditConfig | None = None,
-    facts: int = 1,
-    dtype: torch.dtype | None = None,
-    memory: int | None = None,
-) -> Plan:
-    """Return what an edit will cost, by the config of a model alone. No weights are loaded.
+class Work:
+    """The phases of an edit of a model of some shape.
 
     Args:
-        model_or_config: A causal LM of transformers, of which only sizes are read, or its config.
-        edit_config: How to edit.
         facts: Number of facts, each about a subject of its own.
-        dtype: Precision of the weights; by default that of the model, or the one that the config names.
-        memory: Bytes of free memory that `batch_size="auto"` shares; by default those of the CPU.
+        free: Bytes of free memory that `batch_size="auto"` shares.
 
     Raises:
-        UnsupportedArchitectureError: The model cannot be edited, or does not run without weights.
         ValueError: A layer cannot be edited, or the keys of fused experts are too wide for key statistics.
-        TypeError: The first argument is neither a model nor a config.
-
-    Example:
-        ```python
-        >>> from transformers import LlamaConfig
-        >>> from goldenedit import EditConfig, plan
-        >>> llama3 = LlamaConfig(
-        ...     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, dtype="bfloat16"
-        ... )
-        >>> plan(llama3, EditConfig(layer="auto")).fits(64 * 10**9)
-        False
-        ```
     """
-    edit_config = edit_config or EditConfig()
-    if isinstance(model_or_config, PretrainedConfig):
-        shape = Shape.of(model_or_config, edit_config.target_modules, dtype)
-    elif isinstance(config := getattr(model_or_config, "config", None), PretrainedConfig):
-        shape = Shape.of(config, edit_config.target_modules, dtype)
-        if dtype is None:
-            shape = replace(shape, weights=bytes_by_dtype(model_or_config))
-    else:
-        raise TypeError(
-            f"Expected a causal LM of transformers or its config, got {type(model_or_config).__name__}. Use "
-            "AutoConfig.from_pretrained(name)."
-        )
-    return plan_of(shape, edit_config, facts, memory)
-
-
-def plan_of(shape: Shape, config: EditConfig, facts: int = 1, memory: int | None = None) -> Plan:
-    """Return what an edit of a model of this shape will cost. See `plan`."""
-    free = free_memory(torch.device("cpu")) if memory is None else memory
-    work = _Work(shape, config, facts, free)
-    phases = (*work.selection(), *work.edit())
-    return Plan(shape, config, facts, phases, work.edit_bytes, work.notes)
-
-
-class _Work:
-    """The phases of an edit."""
 
     def __init__(self, shape: Shape, config: EditConfig, facts: int, free: int) -> None:
         self.shape, self.config, self.facts, self.free = shape, config, facts, free
@@ -322,11 +176,18 @@ class _Work:
         return layer if layer in shape.editable else None
 
     @property
+    def proxy_facts(self) -> int:
+        """Number of facts that layers are compared on; of a file it is the most that the config allows."""
+        proxy, size = self.config.proxy, self.config.proxy_size
+        found = len(proxy) if isinstance(proxy, list) else _PACKAGED if size is None else size
+        return found if size is None else min(found, size)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is left out."""
         notes = []
         name = self.config.layer
-        if isinstance(name, str) and name not in {"lga", *_STREAMED} and not name.startswith("hub:"):
+        if isinstance(name, str) and name not in {"lga", *STREAMED} and not name.startswith("hub:"):
             notes.append(f"The layer selection by {name!r} is left out.")
         if self.config.editor.learns != "values":
             notes.append(f"The training of the editor {self.config.method!r} is left out.")
@@ -392,7 +253,7 @@ class _Work:
         name = self.config.layer
         if name == "lga":
             yield self._lga()
-        if name not in _STREAMED:
+        if name not in STREAMED:
             return
         count = len(self.shape.editable)
         if self.has_text or (name == "selectivity" and self.config.covariance != "identity"):
@@ -403,7 +264,7 @@ class _Work:
             yield self._selection_by_keys(count)
 
     def _lga(self) -> Phase:
-        s, facts = self.shape, self.config.proxy_size or 100
+        s, facts = self.shape, self.proxy_facts
         tokens = _LGA_ROWS * _LONGEST_PROXY
         size = self.gradient_bytes(tokens, s.layers) + 8 * tokens * (s.width + s.key_width)
         size += 4 * LOGITS * (tokens - _LGA_ROWS) * s.vocabulary
@@ -414,22 +275,25 @@ class _Work:
         return Phase("layer selection", size, facts * (self.forward(*per_fact) + self.backward(*per_fact) + ghosts))
 
     def _selection_by_keys(self, count: int) -> Phase:
-        s, m, facts = self.shape, self.shape.key_width, self.config.proxy_size or 100
+        s, m, facts = self.shape, self.shape.key_width, self.proxy_facts
         is_auto = self.config.layer != "selectivity"
         keys = 4 * facts * count * m * (3 + self.config.contexts if is_auto else 3)
         recorded = _RESPONSE.tokens * (count * (m + s.width) * s.element + 4 * m)
+        recorded += 4 * LOGITS * _RESPONSE.reads * s.vocabulary if is_auto else 0
         solved, flops = self._solve(count) if self.has_text or not is_auto else (0, 0)
         solved += 12 * m**2 if is_auto and solved else 0  # the factor of the layer before
-        forwards = self.forward(_RESPONSE.tokens, _RESPONSE.length, s.layers, _RESPONSE.rows * 2)
+        # The model's own next words after other prompts are read at all their tokens.
+        reads = _RESPONSE.reads + 3 * _RESPONSE.length if is_auto else _RESPONSE.rows
+        forwards = self.forward(_RESPONSE.tokens, _RESPONSE.length, s.layers, reads)
         forwards += 2 * self.forward(_PROXY.tokens, _PROXY.length, s.layers, 4) if is_auto else 0
         return Phase("layer selection", keys + max(solved, recorded), flops + facts * forwards, keys + solved)
 
     def _sweep(self, count: int) -> Iterator[Phase]:
-        facts = self.config.proxy_size or 100
+        facts = self.proxy_facts
         if self.answers is not None:
             yield replace(self._mlp_statistics(count), name="MLP statistics of all layers")
         trial = replace(self.config, layer=self.targets[0], target_layer=None, layer_pattern="golden")
-        work = _Work(self.shape, trial, facts, self.free)
+        work = Work(self.shape, trial, facts, self.free)
         phases = [phase for phase in work.edit() if phase.name not in ("MLP statistics", "key statistics", "save")]
         size = max(phase.bytes for phase in phases)
         host = max(phase.host_bytes for phase in phases)
@@ -449,7 +313,7 @@ class _Work:
             if self.has_text:
                 yield self._key_statistics(len(self.targets))
                 size, flops = self._solve(len(self.targets))
-                yield Phase("solve", size, flops, size, 8 * len(self.targets) * self.shape.key_width**2)
+                yield Phase("detectors", size, flops, size, 8 * len(self.targets) * self.shape.key_width**2)
             if self.config.editor.learns == "values":
                 yield self._wordings()
                 yield self._values(self.worded, self.targets[0])
@@ -494,7 +358,7 @@ class _Work:
 
     def _wordings(self) -> Phase:
         s, text = self.shape, _WRITTEN
-        size = self.cache_bytes(text.tokens) + text.rows * s.vocabulary * (s.element + 4)
+        size = self.cache_bytes(text.tokens) + 4 * text.rows * s.vocabulary * (s.element + 4)
         return Phase("wordings", size, self.facts * self.forward(text.tokens, text.length, s.layers, text.reads))
 
     def _gates(self) -> Phase:
@@ -543,38 +407,8 @@ class _Work:
             left = max(self.free - s.weight_bytes, 0)
             at_once = max(1, min(self.facts, AT_MOST, int(SHARE * left / one)))
         run = (text.suffix, text.length, s.layers - first, text.reads)
-        steps = self.config.steps + _POLISH + 1
+        # Of four steps one runs all rows, and the others about half of them. Many facts need fewer steps.
+        steps = (self.config.steps + _POLISH + 1) * 5 / 8
         flops = self.forward(text.tokens, text.length, s.layers, text.reads)
-        flops += steps * (self.forward(*run) + self.backward(*run))
+        flops += int(steps * (self.forward(*run) + self.backward(*run)))
         return Phase("values", at_once * one, self.facts * flops)
-
-
-@dataclass(frozen=True)
-class _Remedy:
-    """A setting that needs less memory."""
-
-    words: str
-    change: Callable[[Shape, EditConfig], tuple[Shape, EditConfig]]
-
-
-def _remedies(shape: Shape, config: EditConfig) -> list[_Remedy]:
-    """Return the settings that may help, those that change the edit the least first."""
-
-    def option(**values: Any) -> Callable[[Shape, EditConfig], tuple[Shape, EditConfig]]:
-        return lambda shape, config: (shape, replace(config, **values))
-
-    found = []
-    if config.batch_size != 1:
-        found.append(_Remedy("batch_size=1", option(batch_size=1)))
-    if shape.weights.get("float32", 0) + shape.weights.get("float64", 0):
-        found.append(_Remedy("dtype=torch.bfloat16", lambda shape, config: (shape.in_precision("bfloat16"), config)))
-    if config.kept_questions > 4:
-        found.append(_Remedy("kept_questions=4", option(kept_questions=4)))
-    if config.layer in _STREAMED:
-        found.append(_Remedy("layer='lga'", option(layer="lga", target_layer=None)))
-    if config.covariance_tokens > 1_000:
-        found.append(_Remedy("covariance_tokens=1000", option(covariance_tokens=1_000)))
-    if config.covariance != "identity" and config.editor.takes_identity:
-        without = " (without neurons for facts)" if config.editor.gates else ""
-        found.append(_Remedy(f"covariance='identity'{without}", option(covariance="identity")))
-    return found
