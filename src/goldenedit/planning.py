@@ -66,7 +66,7 @@ _MARKER_STEPS, _FIRST_MARKER_STEPS, _POLISH = 10, 35, 12
 _KINDS = 5  # of wordings
 _HEADER = 240  # bytes of the names of two factors in a file
 _PACKAGED = 100  # proxy facts
-STREAMED = {"auto", "key_response", "selectivity", "sweep"}  # selectors that read the key statistics of all layers
+STREAMED = ("auto", "key_response", "selectivity", "sweep")  # selectors that read the key statistics of all layers
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Work:
         """What is left out."""
         notes = []
         name = self.config.layer
-        if isinstance(name, str) and name not in {"lga", *STREAMED} and not name.startswith("hub:"):
+        if isinstance(name, str) and name not in ("lga", *STREAMED) and not name.startswith("hub:"):
             notes.append(f"The layer selection by {name!r} is left out.")
         if self.config.editor.learns != "values":
             notes.append(f"The training of the editor {self.config.method!r} is left out.")

@@ -1,0 +1,286 @@
+"""What an edit will cost: formulas against arithmetic that is written out, and against what is really allocated."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import goldenedit
+from command import run, saved_model
+from goldenedit import EditConfig, EditModel, Plan, plan
+from goldenedit.architecture import UnsupportedArchitectureError
+from goldenedit.architecture.sizes import Shape
+from goldenedit.cost import measuring
+from goldenedit.editing.gates import known_neurons
+from goldenedit.lm.statistics import second_moments
+from goldenedit.plan_command import numbers
+from goldenedit.planning import Work
+from goldenedit.plans import plan_of
+from goldenedit.storage.folder import ADAPTER_WEIGHTS
+from models import EXPERTS_CONFIGS, MLP_WIDTH, TINY_CONFIGS, UNSUPPORTED_CONFIGS, tiny_model
+from tiny_edits import MERKEL, TOWER, fast_config
+
+GB = 10**9
+# Llama 3 8B
+L, D, M, V, P = 32, 4096, 14336, 128256, 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+LLAMA3 = LlamaConfig(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=M,
+    num_hidden_layers=L,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    dtype="bfloat16",
+)
+
+
+@pytest.fixture(scope="module")
+def llama3() -> Shape:
+    return Shape.of(LLAMA3)
+
+
+def phases(shape: Shape, facts: int = 1, memory: int = 64 * GB, **options) -> dict[str, goldenedit.planning.Phase]:
+    return {phase.name: phase for phase in plan_of(shape, EditConfig(**options), facts, memory).phases}
+
+
+def test_the_sizes_of_llama_3_8b(llama3):
+    assert llama3.editable == tuple(range(32))
+    assert (llama3.layers, llama3.width, llama3.key_width, llama3.vocabulary) == (L, D, M, V)
+    assert llama3.linear_weights == P == 218_103_808
+    assert llama3.attention_width == 4096
+    assert llama3.cache_width == 32 * 2 * 8 * 128
+    assert llama3.weights == {"bfloat16": 16_060_522_496}
+
+
+def test_a_forward_multiplies_by_each_weight_once(llama3):
+    work = Work(llama3, EditConfig(layer=3), 1, 0)
+    # 10 tokens in rows of 5, 2 of which are read: products with weights, q k^T and weights times values, the head.
+    assert work.forward(10, 5, 32, 2) == 32 * (2 * 10 * P + 2 * 2 * 10 * 5 * 4096) + 2 * 2 * 128_256 * 4096
+    assert work.backward(10, 5, 32, 2) == 32 * (2 * 10 * P + 5 * 2 * 10 * 5 * 4096) + 2 * 2 * 128_256 * 4096
+
+
+def test_lga_keeps_the_activations_of_eight_rows(llama3):
+    phase = phases(llama3)["layer selection"]
+    activations = 32 * 8 * 17 * (16 * 4096 + 4 * 14336) * 2
+    logits = 8 * 16 * 128_256 * 16
+    assert phase.bytes == activations + logits + 8 * 17 * 8 * (4096 + 14336)
+    ghosts = 11 * 11 * 2 * 3 * (4096 + 14336) * 32
+    passes = 32 * (4 * 22 * P + 14 * 22 * 11 * 4096) + 4 * 22 * 128_256 * 4096
+    assert phase.flops == 100 * (passes + ghosts)
+
+
+def test_key_statistics_of_all_layers_are_held_twice(llama3):
+    every = phases(llama3, layer="auto")["key statistics"]
+    assert every.bytes == 32 * 2 * 4 * 14336**2 + 14336**2  # 52.8 GB
+    assert every.kept_bytes == 0  # they are read from the cache, one layer at a time
+    one = phases(llama3, layer=3, method="r-rome")["key statistics"]
+    assert one.bytes == max(9 * 14336**2, 4 * 14336**2 + 2048 * ((4 * 4096 + 3 * 14336) * 2 + 14336 * 6))
+    assert one.kept_bytes == 4 * 14336**2
+
+
+def test_inverting_key_statistics_takes_float64(llama3):
+    assert phases(llama3, layer=3, method="r-rome")["detectors"].bytes == 36 * 14336**2
+    assert phases(llama3, layer=3, method="r-rome")["detectors"].flops == 14336**3 // 3
+    assert phases(llama3, layer=3, method="alphaedit")["detectors"].flops == 9 * 14336**3  # eigenvectors
+
+
+def test_gates_and_markers_are_solved_in_float64(llama3):
+    found = phases(llama3, layer=3)
+    assert found["gates"].bytes == 112 * 4096**2 + 4 * 270 * 33 * 4096
+    cache = (15 * 80 + 13 * 55) * 65_536 * 2
+    activations = ((21 - 3) * 160 + (32 - 3) * 210) * (16 * 4096 + 4 * 14336) * 2
+    assert found["markers"].bytes == 48 * 4096**2 + cache + activations + 18 * 145 * 128_256
+    assert "key statistics" not in found
+
+
+def test_values_run_from_the_layer_that_gives_the_answers(llama3):
+    cache, activations = 30 * 81 * 65_536 * 2, (32 - 21) * 83 * (16 * 4096 + 4 * 14336) * 2
+    one = cache + activations + 34 * 83 * 128_256
+    assert phases(llama3, layer=3)["values"].bytes == one
+    assert phases(llama3, layer=3, facts=5, batch_size=2)["values"].bytes == 2 * one
+    assert phases(llama3, layer=3, facts=100, memory=900 * GB)["values"].bytes == 16 * one
+    assert phases(llama3, layer=3, facts=100, memory=0)["values"].bytes == one  # at least one fact runs
+
+
+def test_the_file_has_one_row_and_one_column_for_each_map():
+    found = plan(LLAMA3, EditConfig(layer=[3, 5]), memory=GB)
+    assert found.edit_bytes == 3 * 3 * (4 * (4096 + 14336) + 240)
+    assert plan(LLAMA3, EditConfig(layer=3, method="memit"), facts=7).edit_bytes == 7 * 4 * (4096 + 14336) + 240
+
+
+def test_the_peak_counts_what_earlier_phases_keep(llama3):
+    found = plan_of(llama3, EditConfig(layer=3, method="r-rome"), 1, 64 * GB)
+    statistics, detectors, values = (phase for phase in found.phases[:2] + found.phases[3:4])
+    held = statistics.kept_bytes + detectors.kept_bytes
+    assert found.peak_bytes == 16_060_522_496 + max(
+        statistics.bytes, statistics.kept_bytes + detectors.bytes, held + values.bytes
+    )
+    assert found.flops == sum(phase.flops for phase in found.phases)
+    assert found.fits(found.peak_bytes)
+    assert not found.fits(found.peak_bytes - 1)
+
+
+def test_an_accelerator_holds_the_weights_and_main_memory_the_inverses(llama3):
+    found = plan_of(llama3, EditConfig(layer=3, method="r-rome"), 1, 64 * GB)
+    assert found.host_bytes >= 36 * 14336**2
+    assert found.accelerator_bytes < found.peak_bytes
+    assert found.fits(found.host_bytes, found.accelerator_bytes)
+    assert not found.fits(found.host_bytes - 1, found.accelerator_bytes)
+    assert not found.fits(found.host_bytes, found.accelerator_bytes - 1)
+
+
+def test_remedies_name_the_settings_with_which_an_edit_fits(llama3):
+    auto = plan_of(llama3, EditConfig(layer="auto"), 1, 64 * GB)
+    assert "layer='lga'" in auto.remedies(64 * GB)
+    assert plan_of(llama3, EditConfig(layer="lga"), 1, 64 * GB).fits(64 * GB)
+    assert auto.remedies(100 * GB) == []  # it fits
+    assert auto.remedies(10 * GB) == []  # the weights alone do not
+
+
+def test_a_remedy_may_be_the_precision(llama3):
+    found = plan_of(llama3.in_precision("float32"), EditConfig(layer=3), 1, 24 * GB)
+    assert found.shape.weight_bytes == 2 * 16_060_522_496
+    assert found.remedies(24 * GB) == ["dtype=torch.bfloat16"]
+
+
+def test_remedies_that_help_only_together_are_named_together(llama3):
+    found = plan_of(llama3.in_precision("float32"), EditConfig(layer="auto"), 1, 24 * GB)
+    (remedy,) = found.remedies(24 * GB)
+    assert "dtype=torch.bfloat16" in remedy
+    assert "layer='lga'" in remedy
+
+
+def test_half_precision_halves_weights_and_activations():
+    config = TINY_CONFIGS["llama"]()
+    whole, half = (plan(config, EditConfig(layer=0), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.shape.weight_bytes * 2 == whole.shape.weight_bytes
+    assert half.peak_bytes < whole.peak_bytes
+    assert half.flops == whole.flops
+
+
+def test_more_layers_and_facts_cost_more(llama3):
+    one = plan_of(llama3, EditConfig(layer=3), 1, 64 * GB)
+    assert plan_of(llama3, EditConfig(layer=[3, 4]), 1, 64 * GB).flops > one.flops
+    assert plan_of(llama3, EditConfig(layer=3), 10, 64 * GB).flops > 5 * one.flops
+    assert plan_of(llama3, EditConfig(layer="sweep"), 1, 64 * GB).flops > 1000 * one.flops
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_CONFIGS if name != "gpt2"])
+def test_forwards_cost_what_is_counted(name):
+    model, work = tiny_model(name), Work(Shape.of(TINY_CONFIGS[name]()), EditConfig(layer=0), 1, 0)
+    with torch.no_grad(), measuring() as cost:
+        model(input_ids=torch.arange(24).view(2, 12), use_cache=False)
+    assert work.forward(24, 12, 3, 24) == pytest.approx(cost().flops, rel=0.05)
+
+
+def test_second_moments_have_the_planned_size(tokenizer):
+    lm = EditModel(tiny_model("llama"), EditConfig(layer=1), tokenizer).lm
+    moments = second_moments(lm, ["The Eiffel Tower is in the city of Rome."], [0, 1, 2], 100)
+    found = phases(Shape.of(TINY_CONFIGS["llama"]()), layer=[0, 1, 2], method="memit")["key statistics"]
+    assert found.kept_bytes == sum(moment.nbytes for moment in moments.values()) == 3 * 4 * MLP_WIDTH**2
+
+
+def test_moments_of_mlps_have_the_planned_size(tokenizer):
+    config = EditConfig(layer=0, covariance_tokens=100)
+    model = EditModel(tiny_model("llama"), config, tokenizer)
+    moments = known_neurons(model.lm, config, [0, 2])
+    size = sum(tensor.nbytes for _, of_layer in moments.values() for tensor in vars(of_layer).values())
+    assert plan(TINY_CONFIGS["llama"](), config).phases[0].kept_bytes == size
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "r-rome"), ("gpt2", "memit"), ("mixtral", "r-rome")])
+def test_the_edit_on_disk_has_the_planned_size(name, method, tokenizer, tmp_path):
+    config = fast_config(method=method)
+    model = EditModel(tiny_model(name), config, tokenizer)
+    model.edit([TOWER, MERKEL])
+    model.save_pretrained(tmp_path / "edit")
+    planned = plan((TINY_CONFIGS | EXPERTS_CONFIGS)[name](), config, facts=2).edit_bytes
+    assert (tmp_path / "edit" / ADAPTER_WEIGHTS).stat().st_size == pytest.approx(planned, abs=80)
+
+
+def test_an_edit_by_neurons_has_the_planned_size(tokenizer, tmp_path):
+    config = fast_config(layer=0, covariance="sampled", covariance_tokens=200, answer_layer=2, kept_questions=2)
+    model = EditModel(tiny_model("llama"), config, tokenizer)
+    edit = model.edit([TOWER])
+    assert len(edit.deltas) == 6  # gate, up and down of two layers
+    model.save_pretrained(tmp_path / "edit")
+    size = (tmp_path / "edit" / ADAPTER_WEIGHTS).stat().st_size
+    assert size == pytest.approx(plan(TINY_CONFIGS["llama"](), config).edit_bytes, abs=400)
+
+
+def test_a_model_is_planned_in_its_precision():
+    model = tiny_model("llama").to(torch.bfloat16)
+    found = plan(model, EditConfig(layer=0))
+    assert found.shape.weights == {"bfloat16": sum(parameter.nbytes for parameter in model.parameters())}
+
+
+def test_the_text_of_a_plan(llama3):
+    text = str(plan_of(llama3, EditConfig(layer="lga"), 1, 64 * GB))
+    assert text.startswith("weights: 16.1 GB\nlayer selection: 1.4 GB, ")
+    assert re.search(r"\npeak: [\d.]+ GB, [\d.]+ TFLOP\nedit on disk: [\d.]+ kB$", text)
+
+
+def test_a_plan_is_frozen_and_says_what_it_leaves_out(llama3):
+    found = plan_of(llama3, EditConfig(layer="causal_tracing", method="ft-l"), 1, GB)
+    assert isinstance(found, Plan)
+    assert len(found.notes) == 2
+    with pytest.raises(AttributeError):
+        found.facts = 2
+
+
+def test_errors_name_the_remedy():
+    with pytest.raises(UnsupportedArchitectureError, match="target_modules="):
+        plan(UNSUPPORTED_CONFIGS["mamba"]())
+    with pytest.raises(ValueError, match=r"Layer 7 cannot be edited.*choose one"):
+        plan(TINY_CONFIGS["llama"](), EditConfig(layer=7))
+    with pytest.raises(TypeError, match="AutoConfig"):
+        plan("llama")
+    wide = replace(Shape.of(EXPERTS_CONFIGS["mixtral"]()), key_width=100_000)
+    with pytest.raises(ValueError, match="covariance='identity'"):
+        plan_of(wide, EditConfig(layer=0), 1, GB)
+    assert plan_of(wide, EditConfig(layer=0, covariance="identity"), 1, GB).phases
+
+
+def test_numbers_of_layers():
+    assert numbers([3]) == "3"
+    assert numbers(range(32)) == "0 to 31"
+    assert numbers([0, 1, 2, 5, 7, 8]) == "0 to 2, 5 and 7 to 8"
+
+
+def test_the_command_prints_the_plan(capsys, tmp_path, tokenizer):
+    folder = saved_model(tmp_path / "model", tokenizer)
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.unlink()  # the config is enough
+    code, output, _ = run(capsys, "plan", folder, "--layer", "1", "--set", "steps=4")
+    assert code == 0
+    assert "3 layers, of which 0 to 2 can be edited" in " ".join(output.split())
+    assert "Weights in float32" in output
+    assert re.search(r"values .* [kM]B .* [MG]FLOP", output)
+    assert "fits into" in output
+
+
+def test_the_command_names_what_would_make_it_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("goldenedit.editing.budget.free_memory", lambda device: 24 * GB)
+    LLAMA3.save_pretrained(tmp_path)
+    code, output, _ = run(capsys, "plan", str(tmp_path), "--layer", "auto")
+    text = " ".join(output.split())
+    assert code == 0
+    assert "does not fit into 24.0 GB of free memory" in text
+    assert "It would fit with layer='lga'" in text
+    code, output, _ = run(capsys, "plan", str(tmp_path), "--dtype", "float32", "--layer", "3", "--facts", "2")
+    assert "It would fit with dtype=torch.bfloat16" in " ".join(output.split())
+    monkeypatch.setattr("goldenedit.editing.budget.free_memory", lambda device: GB)
+    code, output, _ = run(capsys, "plan", str(tmp_path))
+    assert "No setting makes it fit." in output
+
+
+def test_the_command_refuses_what_cannot_be_edited(capsys, tmp_path):
+    UNSUPPORTED_CONFIGS["mamba"]().save_pretrained(tmp_path)
+    code, _, errors = run(capsys, "plan", str(tmp_path))
+    assert code == 1
+    assert "Error: No dense down projection" in errors
+    assert run(capsys, "plan", str(tmp_path), "--dtype", "int4")[0] == 2
