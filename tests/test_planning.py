@@ -165,7 +165,11 @@ def test_half_precision_halves_weights_and_activations():
 def test_more_layers_and_facts_cost_more(llama3):
     one = plan_of(llama3, EditConfig(layer=3), 1, 64 * GB)
     assert plan_of(llama3, EditConfig(layer=[3, 4]), 1, 64 * GB).flops > one.flops
-    assert plan_of(llama3, EditConfig(layer=3), 10, 64 * GB).flops > 5 * one.flops
+    ten, alone = (phases(llama3, layer=3, facts=facts) for facts in (10, 1))
+    for name in ("wordings", "markers", "values"):
+        assert ten[name].flops == 10 * alone[name].flops
+    for name in ("MLP statistics", "spare neurons", "first marker"):  # once for each model
+        assert ten[name].flops == alone[name].flops
     assert plan_of(llama3, EditConfig(layer="sweep"), 1, 64 * GB).flops > 1000 * one.flops
 
 
