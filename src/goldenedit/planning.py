@@ -30,7 +30,7 @@ Phases, where k is the number of layers that they read, F facts of the proxy set
     MLP statistics         bytes  8 k d^2, or 4 k d^2 + 8 d^2 + a forward that records 2 k b (d + m) e + 4 b (d + 2 m)
                            FLOPs  sampling n tokens + forward of n tokens + 2 k n d^2
                            kept   4 k d^2
-    spare neurons          bytes  8 d m, or (2 e + 20) r V to compare distributions on text
+    spare neurons          bytes  8 d m, or 4 d m + (2 e + 20) r V to compare distributions on text
                            FLOPs  k (sampling + 9 forwards over r tokens, 8 of them from the layer on)
     wordings               bytes  cache bytes + (4 e + 16) V for each row
                            FLOPs  forward of the prompts and of what the model writes behind them
