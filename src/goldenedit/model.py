@@ -235,7 +235,16 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         remembered = joined_state(active)
         carried = [edit.deltas for edit in self.edits.values()]
         earlier = facts_to_keep(active, asked)
-        changes = changes_of_batch(self.lm, asked, config, remembered, self.disable_adapter, earlier, carried)
+        changes = changes_of_batch(
+            self.lm,
+            asked,
+            config,
+            remembered,
+            self.disable_adapter,
+            earlier,
+            carried,
+            [edit.deltas for edit in active],
+        )
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):
