@@ -382,7 +382,7 @@ def _beside(
     lm: LanguageModel, request: EditRequest, answers: Sequence[AnswerRow], names: Sequence[str]
 ) -> list[list[int]]:
     """Return the same prompts with subjects that are edited as well, of many of them others for each fact."""
-    return _neighbors(lm, request, answers, names, _BESIDE, request.text)
+    return _neighbors(lm, request, answers, names, _BESIDE, f"{request.subject} {request.target_new}")
 
 
 def _renamed(text: str, subject: str, name: str) -> str:
