@@ -159,7 +159,9 @@ def texts_about(
     """
     groups = subjects_of(requests) if joint else [[index] for index in range(len(requests))]
     subjects = [[requests[index] for index in group] for group in groups]
-    known = [[fact for fact in earlier if subject_key(fact) == subject_key(facts[0])] for facts in subjects]
+    keys = [subject_key(facts[0]) for facts in subjects]
+    known = [[fact for fact in earlier if subject_key(fact) == key] for key in keys]
+    beside = [[fact for fact in earlier if subject_key(fact) != key] for key in keys]
     together = [[*facts, *before] for facts, before in zip(subjects, known, strict=True)]
     kinds = kind_of(lm, [facts[0].subject for facts in subjects])
     kept = kept_rows(lm, together, config, joint, kinds)
@@ -167,8 +169,8 @@ def texts_about(
     return AskedTexts(
         groups,
         [
-            _texts(lm, facts, earlier, kind, of_subject, behind, config)
-            for facts, kind, of_subject in zip(subjects, kinds, kept, strict=True)
+            _texts(lm, facts, before, others, kind, of_subject, behind, config)
+            for facts, before, others, kind, of_subject in zip(subjects, known, beside, kinds, kept, strict=True)
         ],
     )
 
@@ -287,14 +289,13 @@ def _texts(
     lm: LanguageModel,
     facts: Sequence[EditRequest],
     earlier: Sequence[EditRequest],
+    beside: Sequence[EditRequest],
     kind: str,
     kept: Sequence[KeptRow],
     contexts: tuple[Sequence[str], Sequence[str]],
     config: EditConfig,
 ) -> AskedSubject:
     (first, *_) = facts
-    others_edited = [fact for fact in earlier if subject_key(fact) != subject_key(first)]
-    earlier = [fact for fact in earlier if subject_key(fact) == subject_key(first)]
     named = f"{first.subject!r} -> " + ", ".join(repr(fact.target_new) for fact in facts)
     known = [answer for fact in earlier for answer in _few(_wordings(lm, fact, contexts, config), _EARLIER)]
     told = [KeptRow(replace(answer.row, target=(), kept=tuple(answer.row.reads)), 1 / len(known)) for answer in known]
@@ -306,8 +307,8 @@ def _texts(
         kept=[*kept, *told],
         others=others,
         name=named,
-        leaks=_leaks(lm, others_edited, first.subject, config.seed),
-        beside=list(dict.fromkeys(fact.subject for fact in others_edited)),
+        leaks=_leaks(lm, beside, first.subject, config.seed),
+        beside=list(dict.fromkeys(fact.subject for fact in beside)),
     )
 
 
