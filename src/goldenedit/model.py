@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -445,11 +445,15 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             self.model = self.adapters.model
             raise
 
-    @contextmanager
-    def _without(self, name: str) -> Iterator[None]:
+    def _without(self, name: str) -> AbstractContextManager[None]:
         """Switch one edit off inside this context."""
+        return self._only([other for other in self.adapters.active if other != name])
+
+    @contextmanager
+    def _only(self, names: Sequence[str]) -> Iterator[None]:
+        """Have exactly these edits active inside this context."""
         active = self.adapters.active
-        self.adapters.activate([other for other in active if other != name])
+        self.adapters.activate(names)
         try:
             yield
         finally:
