@@ -128,24 +128,6 @@ def test_the_gate_of_an_answer_knows_both_and_its_up_projection_knows_the_marker
         torch.testing.assert_close(row, expected)
 
 
-def test_a_gate_is_told_from_its_own_marker_at_other_subjects():
-    """Rows with a move are the least squares with its tokens added, at a low weight."""
-    text, move = random_text(), torch.randn(WIDTH)
-    here, not_marked = [random_text(3) + 1 + move], [random_text(4) + 0.5, random_text(6) + 0.5]
-    not_asked, outside = random_text(9) + 0.5, random_text(30)
-    moved = [x + move for x in not_marked]
-    found = answer_rows(here, not_asked, not_marked, outside, moments_of(text), move=move)
-    plain = answer_rows(here, not_asked, not_marked, outside, moments_of(text))
-    as_others = answer_rows(here, not_asked, not_marked, outside, moments_of(text), moved)
-
-    def response(row):
-        return torch.cat([x @ row for x in moved]).mean()
-
-    assert response(as_others[0]) < response(found[0]) < response(plain[0])
-    for row, light, without in zip(as_others, found, plain, strict=True):
-        assert (light - without).norm() < (row - without).norm()  # the same tokens at the weight of known markers
-
-
 def test_rows_are_one_at_the_subject_on_average():
     subject = random_text(5) + 1
     for row in gate_rows([subject], [([random_text(9)], -1.0)], moments_of(random_text()), SUBJECT_WEIGHTS):

@@ -217,9 +217,7 @@ def _rows_of_answers(
     """
     inputs = _Inputs(lm, lm.model.get_submodule(spare.neurons.gate.path))
     neighbors = [[inputs(of_kind) for of_kind in fact.neighbors] for fact in subject.facts]
-    before = inputs.last(subject.due)
     with marked():
-        move = (inputs.last(subject.due) - before).mean(0)
         of_others = [
             [inputs(_beside(lm, fact.request, answers, beside)) for answers in fact.wordings] for fact in subject.facts
         ]
@@ -243,7 +241,7 @@ def _rows_of_answers(
         not_marked = [torch.stack([x[-1] for x in of_kind]) for of_kind in of_fact if of_kind]
         around = torch.cat([*outside, *(x[:-1] for of_kind in of_fact for x in of_kind)])
         others_marked = [torch.stack([x[-1] for x in of_kind]) for of_kind in of_others[index] if of_kind]
-        w, u, e = answer_rows(due[index], not_asked, not_marked, around, spare.moments, others_marked, move)
+        w, u, e = answer_rows(due[index], not_asked, not_marked, around, spare.moments, others_marked)
         rows.append((w, 2 * u - w, e))
     return rows
 
@@ -259,10 +257,6 @@ class _Inputs:
             return []
         (found,) = inputs_of(self.lm, [list(row) for row in rows], [self.site])
         return list(found.split([len(row) for row in rows]))
-
-    def last(self, rows: Sequence[Row]) -> Tensor:
-        """Return the inputs at the last tokens of rows, `(n, d)`."""
-        return torch.stack([x[-1] for x in self([row.input_ids for row in rows])])
 
     def parts(self, answers: Sequence[AnswerRow]) -> tuple[Tensor, Tensor]:
         """Return the inputs where the tokens of the new answer are due, and those at all other tokens."""

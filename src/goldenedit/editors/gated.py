@@ -26,12 +26,11 @@ large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear
 - Of an answer: `here` are the tokens before those of the answer, by kind of wording. Two things have to come together
   there, the marker and what is asked. So t = -1 where there is one of them: before answers to other questions about the
   subject, behind the new answer, and before answers to the same question about other subjects. Some of these have
-  markers of their own. Those of edits that are made elsewhere cannot be known here, but markers move `x` much alike:
-  the same question about unmarked subjects, with the mean move of the own marker added, has t = -1 at a low weight.
-  t = -2 where there is neither: at all other tokens, and on text. Then the responses add up, as those of a linear map
-  do, and text that only reads as if the fact were asked for does not open the gate. The up projection adds what one
-  threshold cannot: its row is `(2 u - w) / GATE`, and `u` responds to the marker, with t = 0.5 where something else is
-  asked, or another subject has a marker, and 0 where there is none. With m = u . x the neuron computes `s (2 m - s)`.
+  markers of their own. t = -2 where there is neither: at all other tokens, and on text. Then the responses add up, as
+  those of a linear map do, and text that only reads as if the fact were asked for does not open the gate. The up
+  projection adds what one threshold cannot: its row is `(2 u - w) / GATE`, and `u` responds to the marker, with t = 0.5
+  where something else is asked, or another subject has a marker, and 0 where there is none. With m = u . x the neuron
+  computes `s (2 m - s)`.
 
 Biases are subtracted along `e`. The column of the down projection is the value.
 
@@ -56,7 +55,6 @@ from goldenedit.editors.record import editor
 
 SUBJECT_WEIGHTS = (0.2, 0.5)  # of the subject's tokens and of those elsewhere, against 1 for other text
 ANSWER_WEIGHTS = (6.0, 0.4)
-_MOVED_WEIGHT = 0.1  # of other subjects that were moved as the own one; at 0.2 new wordings open the gate less
 _ONE_ALONE, _NEITHER = -1.0, -2.0  # responses of a gate where the marker is present or the fact is asked for, and else
 _MARKED = 0.5  # response of its up projection to the marker where something else is asked
 _RAISED = 4.0  # factor of this weight until the rows clearly respond to the subject; narrow models need it
@@ -98,8 +96,9 @@ def gate_rows(
         weights: That of `here` as a whole, and that of each entry of `elsewhere`, against 1 for other text.
         on_text: The response to other text.
     """
-    others = [(_moments(groups), response, weights[1]) for groups, response in elsewhere]
-    return _solved(_moments(here), others, text, weights[0], on_text)
+    return _solved(
+        _moments(here), [(_moments(groups), response) for groups, response in elsewhere], text, weights, on_text
+    )
 
 
 def answer_rows(
@@ -109,7 +108,6 @@ def answer_rows(
     outside: Tensor,
     text: InputMoments,
     others_marked: Sequence[Tensor] = (),
-    move: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `w`, `u` and `e`, `(d,)` float32: the rows that respond to an answer, to the marker, and to all tokens.
 
@@ -122,49 +120,39 @@ def answer_rows(
         outside: The same at all other tokens of these texts.
         text: Moments of the inputs on other text.
         others_marked: The same where the fact is asked for of other subjects that have markers, by kind of wording.
-        move: `(d,)`, by how much the marker moves `here` in the mean.
     """
     due, around, asked_else, unmarked, others = map(_moments, (here, [outside], [not_asked], not_marked, others_marked))
-    moved = None if move is None else _moments([x + move for x in not_marked])
-    weight, lower = ANSWER_WEIGHTS[1], _MOVED_WEIGHT
-    alone = [(found, _ONE_ALONE, weight) for found in (asked_else, unmarked, others)]
-    w, e = _solved(
-        due, [(around, _NEITHER, weight), *alone, (moved, _ONE_ALONE, lower)], text, ANSWER_WEIGHTS[0], _NEITHER
-    )
-    marked = [(found, _MARKED, weight) for found in (asked_else, others)] + [(moved, _MARKED, lower)]
-    u, _ = _solved(due, [(around, 0.0, weight), (unmarked, 0.0, weight), *marked], text, ANSWER_WEIGHTS[0], 0.0)
+    alone = [(around, _NEITHER), (asked_else, _ONE_ALONE), (unmarked, _ONE_ALONE), (others, _ONE_ALONE)]
+    w, e = _solved(due, alone, text, ANSWER_WEIGHTS, _NEITHER)
+    marked = [(around, 0.0), (asked_else, _MARKED), (unmarked, 0.0), (others, _MARKED)]
+    u, _ = _solved(due, marked, text, ANSWER_WEIGHTS, 0.0)
     return w, u, e
 
 
 def _solved(
     here: tuple[Tensor, Tensor] | None,
-    elsewhere: Sequence[tuple[tuple[Tensor, Tensor] | None, float, float]],
+    elsewhere: Sequence[tuple[tuple[Tensor, Tensor] | None, float]],
     text: InputMoments,
-    weight: float,
+    weights: tuple[float, float],
     on_text: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the rows of `gate_rows`, from the moments of the inputs instead of the inputs.
-
-    Args:
-        elsewhere: The moments, each time with the response there and its weight.
-        weight: That of `here`.
-    """
+    """Return the rows of `gate_rows`, from the moments of the inputs instead of the inputs."""
     if here is None:
         raise ValueError("There are no tokens to respond to.")
     second, first = here
     mu = text.mean.double()
     other, silent, everywhere = text.second_moment.double(), on_text * mu, mu
-    for moments, response, lightly in elsewhere:
+    for moments, response in elsewhere:
         if moments is not None:
             moment, mean = moments
-            other = other + lightly * moment
-            silent = silent + lightly * response * mean
-            everywhere = everywhere + lightly * mean
+            other = other + weights[1] * moment
+            silent = silent + weights[1] * response * mean
+            everywhere = everywhere + weights[1] * mean
     other = other + _RIDGE * text.second_moment.diagonal().double().mean() * torch.eye(len(mu), dtype=mu.dtype)
     for raised in range(_RAISES):
-        heavily = weight * _RAISED**raised
-        targets = torch.stack([heavily * first + silent, heavily * first + everywhere], 1)
-        w, e = torch.linalg.solve(other + heavily * second, targets).T
+        weight = weights[0] * _RAISED**raised
+        targets = torch.stack([weight * first + silent, weight * first + everywhere], 1)
+        w, e = torch.linalg.solve(other + weight * second, targets).T
         responses = first @ w, first @ e
         if min(responses) >= _CLEAR:
             break
@@ -189,7 +177,7 @@ def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     published="memit",
     pattern="upper",
     gates=True,
-    version=4,  # since gates are told from the own marker at other subjects
+    version=3,  # since markers start from another subject's
 )
 def gated_insertion(problem: Problem) -> LowRankDelta:
     """Return the change where no neuron can be rewritten: that of `null-space`."""
