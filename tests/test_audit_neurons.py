@@ -185,6 +185,24 @@ def test_facts_of_earlier_edits_about_the_subject_count_for_the_rows_of_its_neur
         assert all(module.unexplained < 1e-3 for module in found.modules)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one after another", "apart"])
+@pytest.mark.parametrize("company", ["stacked", "alone", "joined"])
+def test_edits_of_several_subjects_are_explained_in_other_company_than_they_were_made_in(apart, company, tokenizer):
+    model = get_edit_model(tiny_model("llama"), EditConfig(**FAST), tokenizer)
+    for name, request in {"tower": TOWER, "merkel": MERKEL}.items():
+        edit = model.edit(request, name=name)
+        taken = replace(edit.facts[0], probability_after=1.0, weakest_after=1.0)
+        model.edits[name] = replace(edit, facts=[taken])
+        if apart:
+            model.set_adapter([])
+    if company == "joined":
+        model.add_weighted_adapter(["tower", "merkel"], [1.0, 1.0], "both")
+    model.set_adapter({"stacked": ["tower", "merkel"], "alone": ["merkel"], "joined": ["both"]}[company])
+    for found in audit(model):
+        assert doubts(found) == []
+        assert all(module.unexplained < UNEXPLAINED for module in found.modules)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5)], ids=str)
 def test_the_answers_of_joined_edits_are_compared_as_they_were_before(weights, tokenizer):
     model = edited(tokenizer)

@@ -55,6 +55,7 @@ ORDER = (
     "loading",
     "options",
     "terminal",
+    "cache_command",
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",

@@ -100,12 +100,13 @@ def test_lga_has_the_same_scores_in_half_the_rows(in_two, tokenizer):
         assert own <= all_rows / 2 + 4  # what the model itself answers is shared too
 
 
+@pytest.mark.parametrize("tokens", [1000, 20], ids=["moments", "keys"])
 @pytest.mark.parametrize("batch_tokens", [20, 10_000], ids=["many batches", "one batch"])
-def test_key_statistics_are_the_same(in_two, tokenizer, batch_tokens):
+def test_key_statistics_are_the_same(in_two, tokenizer, batch_tokens, tokens):
     model = tiny_model("llama")
     texts = [fact.text for fact in FACTS]
     lm = LanguageModel(model, tokenizer, read_architecture(model))
-    run = partial(second_moments, lm, texts, [0, 2], 1000, batch_tokens)
+    run = partial(second_moments, lm, texts, [0, 2], tokens, batch_tokens, hold_keys=True)
     alone = run()
     one, other = in_two(run)
     for layer, moment in alone.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,17 +162,27 @@ def unexplained_neurons(
         gates = _beside(gates, alone)
         shares = _shares(lm, edit, of_subjects, gates)
 
-    def answering(subjects: Sequence[int]) -> list[Gates]:
+    every = range(len(first))
+    names = [request.subject for request in first]
+
+    def answering(subjects: Sequence[int], beside: Sequence[Sequence[str]] | None = None) -> list[Gates]:
         markers = _markers(lm, edit, of_subjects, gates, subjects, len(first))
         marked = partial(lm.architecture.adding_deltas, lm.model, markers)
         asked = [texts.subjects[subject] for subject in subjects]
-        return [answer_gates(lm, asked, spare[of_layer.layer], marked) for of_layer in of_answers]
+        return [answer_gates(lm, asked, spare[of_layer.layer], marked, beside) for of_layer in of_answers]
 
-    every = range(len(first))
+    # Rows of answers depend on the other subjects that had markers. Which ones is not recorded: all others, those that
+    # come before, as in edits that were made one after another and joined, or none, as in those that were made apart.
+    others: list[Callable[[], list[Gates]]] = [lambda: answering(every, [() for _ in every])]
+    if len(first) > 1:
+        others.append(lambda: answering(every, [[*names[:place], *texts.subjects[place].beside] for place in every]))
+        others += [partial(answering, [subject], [()]) for subject in every]
     answers = answering(every)
     of_facts = _shares(lm, edit, of_answers, answers)
-    if len(first) > 1 and max(of_facts.values(), default=0.0) > UNEXPLAINED:  # the same holds for markers
-        answers = _beside(answers, [answering([subject]) for subject in every])
+    for further in others:
+        if max(of_facts.values(), default=0.0) <= UNEXPLAINED:
+            break
+        answers = _beside(answers, [further()])
         of_facts = _shares(lm, edit, of_answers, answers)
     return shares | of_facts
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -235,7 +235,16 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         remembered = joined_state(active)
         carried = [edit.deltas for edit in self.edits.values()]
         earlier = facts_to_keep(active, asked)
-        changes = changes_of_batch(self.lm, asked, config, remembered, self.disable_adapter, earlier, carried)
+        changes = changes_of_batch(
+            self.lm,
+            asked,
+            config,
+            remembered,
+            self.disable_adapter,
+            earlier,
+            carried,
+            [edit.deltas for edit in active],
+        )
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):
@@ -436,11 +445,15 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             self.model = self.adapters.model
             raise
 
-    @contextmanager
-    def _without(self, name: str) -> Iterator[None]:
+    def _without(self, name: str) -> AbstractContextManager[None]:
         """Switch one edit off inside this context."""
+        return self._only([other for other in self.adapters.active if other != name])
+
+    @contextmanager
+    def _only(self, names: Sequence[str]) -> Iterator[None]:
+        """Have exactly these edits active inside this context."""
         active = self.adapters.active
-        self.adapters.activate([other for other in active if other != name])
+        self.adapters.activate(names)
         try:
             yield
         finally:

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit.adapters import Adapters, check_fits
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
+from goldenedit.cost import phase
+from goldenedit.editing.calls import facts_lost_together, warn_of_facts_lost_together
 from goldenedit.editing.gates import moved
 from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.lm import LanguageModel
@@ -72,6 +74,8 @@ class StoringMixin:
         def _adding(
             self, edits: Mapping[str, Mapping[str, LowRankDelta]], on: bool = True
         ) -> AbstractContextManager[None]: ...
+
+        def _only(self, names: Sequence[str]) -> AbstractContextManager[None]: ...
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: str | list[str] | None = None
@@ -182,7 +186,8 @@ class StoringMixin:
 
         Edits that were made apart may rewrite the same neurons. Where the folder's edits and those of the model do, the
         loaded ones are moved to free neurons, with the same effect. Their factors in this model, and in folders that it
-        saves, then differ from those of their folder. A warning says so if they cannot be moved.
+        saves, then differ from those of their folder. A warning says so if they cannot be moved. Another one names the
+        facts of these edits, or of those that the model has, which do not hold when all of them are switched on.
 
         Raises:
             ValueError: As in `from_pretrained`, or a name is taken.
@@ -216,8 +221,12 @@ class StoringMixin:
                     raise ValueError(f"{folder / ADAPTER_CONFIG} does not fit this model: {error}") from error
         self._warn_of_missing_parts(edits, folder)
         edits = self._with_own_neurons(edits)
+        present = list(self.edits.values())
         with self._adding({edit.name: edit.deltas for edit in edits}, on=False):
             self.edits |= {edit.name: edit for edit in edits}
+            if present:
+                with phase("check"):
+                    warn_of_facts_lost_together(facts_lost_together(self.lm, [present, edits], self._only), folder)
         if content.evaluation is not None and self.base_info.is_same(made_on):
             self._evaluations[tuple(edit.name for edit in edits)] = content.evaluation
 

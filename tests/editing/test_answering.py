@@ -339,8 +339,8 @@ def test_what_asks_for_facts_about_other_subjects_is_asked_of_this_one_too(lm):
     subject = about(lm, ARCHITECT, earlier=[TOWER, MERKEL])
     texts = [decoded(lm, row.input_ids) for row in subject.leaks]
     name = "The Eiffel Tower"
-    assert texts[0] == MERKEL.text.replace(MERKEL.subject, name)
-    assert len(texts) > 1
+    assert MERKEL.text.replace(MERKEL.subject, name) in texts
+    assert len(texts) == 1 + len(asked(lm.tokenizer, MERKEL))
     for text, row in zip(texts, subject.leaks, strict=True):
         assert MERKEL.subject not in text
         assert decoded(lm, row.input_ids[: row.subject + 1]).endswith(name)
@@ -351,11 +351,22 @@ def test_what_asks_for_facts_about_other_subjects_is_asked_of_this_one_too(lm):
     assert not plain.beside
 
 
+def test_facts_about_other_subjects_that_cannot_be_asked_refuse_no_edit(lm):
+    unread = EditRequest(None, "Ada Lovelace", "Rome", messages=[{"role": "user", "content": "Where is Ada Lovelace?"}])
+    long = replace(MERKEL, prompt="Angela Merkel is " + "in the city " * 200)
+    subject = about(lm, TOWER, earlier=[unread, long, MERKEL])
+    assert any("native" in text or "tongue" in text for text in (decoded(lm, row.input_ids) for row in subject.leaks))
+    assert all(len(row.input_ids) <= 512 for row in subject.leaks)
+
+
 def test_of_many_facts_about_other_subjects_some_are_asked(lm):
     earlier = [replace(MERKEL, prompt=text) for text in ("{} is in", "{} was built by", "{} is made of", "{} likes")]
     earlier += [replace(fact, subject=name) for fact in earlier for name in ("Ada Lovelace", "Marie Curie", "Li Bai")]
     subject = about(lm, TOWER, earlier=earlier)
-    assert 4 <= len(subject.leaks) <= 24
+    assert len(subject.leaks) == 12
+    texts = [decoded(lm, row.input_ids) for row in subject.leaks]
+    assert any(read(lm, "Q:") in text for text in texts)  # in several forms
+    assert not all(read(lm, "Q:") in text or is_chat(lm, text) for text in texts)
     assert set(subject.beside) == {"Angela Merkel", "Ada Lovelace", "Marie Curie", "Li Bai"}
 
 

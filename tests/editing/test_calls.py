@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -30,15 +32,24 @@ PUBLISHED = {
     "flat_directions": False,
 }
 LONDON = EditRequest("I live in London", "London", "city")
-LOSES = "The new edit loses"
+LOSES, APART = "The new edit loses", "were made apart"
+
+
+def base_model():
+    """Return a model that an edit gives another answer, which takes a head with larger logits."""
+    base = tiny_model("llama")
+    base.lm_head.weight.data *= 4
+    return base
+
+
+def config():
+    """Return a config whose edits take in this model."""
+    return fast_config(layer=0, steps=40, clamp=50.0, **PUBLISHED)
 
 
 @pytest.fixture
 def model(tokenizer) -> EditModel:
-    """A model that an edit gives another answer, which takes a head with larger logits."""
-    base = tiny_model("llama")
-    base.lm_head.weight.data *= 4
-    return get_edit_model(base, fast_config(layer=0, steps=40, clamp=50.0, **PUBLISHED), tokenizer)
+    return get_edit_model(base_model(), config(), tokenizer)
 
 
 @pytest.fixture
@@ -122,11 +133,53 @@ def test_asking_again_leaves_all_edits_on_and_lost_facts_are_not_saved(model, to
     assert model.active_adapters == ["first", "second"]
     assert probability(model, SECOND) == pytest.approx(edit.facts[0].probability_after, rel=1e-4)
     model.save_pretrained(tmp_path)
-    base = tiny_model("llama")
-    base.lm_head.weight.data *= 4
-    loaded = EditModel.from_pretrained(base, tmp_path, tokenizer=tokenizer)
+    loaded = EditModel.from_pretrained(base_model(), tmp_path, tokenizer=tokenizer)
     assert [saved.lost for saved in loaded.edits.values()] == [(), ()]
     assert [saved.facts for saved in loaded.edits.values()] == [made.facts for made in model.edits.values()]
+
+
+def saved_apart(tokenizer, folder: Path, requests: Sequence[EditRequest]) -> EditModel:
+    """Save an edit of each request, made without the others; return a model with the first one."""
+    for index, request in enumerate(requests):
+        made = get_edit_model(base_model(), config(), tokenizer)
+        made.edit(request, name=f"edit {index}")
+        made.save_pretrained(folder / str(index))
+    return EditModel.from_pretrained(base_model(), folder / "0", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_facts_that_edits_made_apart_lose_together_are_named_when_one_is_loaded(active, tokenizer, tmp_path, caplog):
+    model = saved_apart(tokenizer, tmp_path, [FIRST, SECOND])
+    if not active:
+        model.set_adapter([])
+    on = model.active_adapters
+    caplog.clear()
+    model.load_adapter(tmp_path / "1")
+    assert model.active_adapters == on
+    (text,) = [record.getMessage() for record in caplog.records if APART in record.getMessage()]
+    model.set_adapter(list(model.edits))
+    lost = [request for request in (FIRST, SECOND) if probability(model, request) < 0.5]
+    assert lost  # they share a key
+    for request in (FIRST, SECOND):
+        assert (f"{request.shown!r} -> {request.target_new!r}" in text) == (request in lost)
+    assert str(tmp_path / "1") in text
+    assert "set_adapter" in text
+
+
+def test_edits_made_apart_that_go_together_are_loaded_silently_with_one_question_each(
+    tokenizer, tmp_path, caplog, asked
+):
+    model = saved_apart(tokenizer, tmp_path, [FIRST, replace(LONDON, prompt="London is in")])
+    asked.clear()
+    model.load_adapter(tmp_path / "1")
+    assert APART not in caplog.text
+    assert asked == [2]
+
+
+def test_a_loaded_edit_with_another_answer_to_a_prompt_replaces_it(tokenizer, tmp_path, caplog):
+    model = saved_apart(tokenizer, tmp_path, [FIRST, replace(FIRST, target_new="Rome")])
+    model.load_adapter(tmp_path / "1")
+    assert APART not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -141,7 +194,7 @@ def test_a_fact_that_cannot_be_asked_does_not_refuse_new_edits(model, caplog, st
     first = model.edit(LONDON, name="first")
     model.edits["first"] = replace(first, facts=[replace(first.facts[0], request=stranger)])
     assert model.edit(FIRST).lost == ()
-    assert "Whether the new edit changes a fact of another active edit is unknown" in caplog.text
+    assert "Whether another edit changes an edited fact is unknown" in caplog.text
 
 
 def edits_of(count: int) -> list[Edit]:

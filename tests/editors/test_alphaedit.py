@@ -7,10 +7,16 @@ import torch
 from matrices import second_moment
 
 from goldenedit.editors import KeyStatistics, LowRankDelta, Problem
-from goldenedit.editors.alphaedit import AlphaEditOptions, alphaedit, null_space
+from goldenedit.editors.alphaedit import AlphaEditOptions, alphaedit, in_null_space
 
 D_IN, D_OUT = 24, 10
 THRESHOLD = 0.05
+
+
+def basis_of(C: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return a basis of the directions below a threshold."""
+    values, vectors = torch.linalg.eigh(C.double())
+    return vectors[:, values < threshold]
 
 
 def solve(K: torch.Tensor, R: torch.Tensor, ridge: float, previous: torch.Tensor | None = None) -> LowRankDelta:
@@ -21,7 +27,7 @@ def solve(K: torch.Tensor, R: torch.Tensor, ridge: float, previous: torch.Tensor
 @pytest.mark.parametrize("facts", [1, 5, 30])
 @pytest.mark.parametrize("again", [False, True])
 def test_the_update_is_the_paper_s(facts, again):
-    basis = null_space(KeyStatistics(second_moment(D_IN)), THRESHOLD)
+    basis = basis_of(second_moment(D_IN), THRESHOLD)
     K, R = torch.randn(D_IN, facts), torch.randn(D_OUT, facts)
     earlier = torch.randn(D_IN, 7)
     delta = solve(K, R, 0.3, earlier if again else None).dense().double()
@@ -34,7 +40,7 @@ def test_the_update_is_the_paper_s(facts, again):
 
 def test_preserved_keys_keep_their_outputs():
     C = second_moment(D_IN)
-    basis = null_space(KeyStatistics(C), THRESHOLD)
+    basis = basis_of(C, THRESHOLD)
     vectors = torch.linalg.eigh(C).eigenvectors
     preserved = vectors[:, -(D_IN - basis.shape[1]) :].float()
     delta = solve(torch.randn(D_IN, 5), torch.randn(D_OUT, 5), 0.1).dense()
@@ -53,19 +59,24 @@ def test_earlier_edits_are_disturbed_less_when_they_are_remembered():
     assert mindful < 0.5 * forgetful
 
 
-def test_the_basis_holds_the_directions_below_the_threshold_alone():
-    C = second_moment(D_IN)
-    basis = null_space(KeyStatistics(C), 0.01)
-    assert basis.shape[1] == int((torch.linalg.eigvalsh(C) < 0.01).sum())
-    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=basis.dtype))
-    assert torch.linalg.eigvalsh(basis.T @ C @ basis).max() < 0.01
+@pytest.mark.parametrize("held", [False, True])
+def test_the_projection_keeps_the_directions_below_the_threshold_alone(held):
+    text = torch.randn(D_IN - 4, D_IN) @ torch.diag(torch.logspace(0, -3, D_IN))
+    C = text.double().T @ text.double()
+    basis, keys = basis_of(C, 0.01), torch.randn(D_IN, 5)
+    assert 4 < basis.shape[1] < D_IN
+    statistics = KeyStatistics.of(text if held else C, 0.0)
+    torch.testing.assert_close(in_null_space(keys, statistics, 0.01), basis @ basis.T @ keys.double())
+    strongest = statistics.strongest(0.01)
+    assert strongest.shape == (D_IN, D_IN - basis.shape[1])
+    torch.testing.assert_close(strongest.T @ basis, torch.zeros(strongest.shape[1], basis.shape[1]).double())
 
 
 def test_no_null_space_is_an_error_that_names_the_option():
     with pytest.raises(ValueError, match="null_space_threshold"):
-        null_space(KeyStatistics(second_moment(D_IN)), 1e-9)
+        in_null_space(torch.randn(D_IN, 1), KeyStatistics(second_moment(D_IN)), 1e-9)
 
 
 def test_the_identity_has_no_null_space():
     with pytest.raises(ValueError, match="covariance"):
-        null_space(KeyStatistics(None), 1.0)
+        in_null_space(torch.randn(D_IN, 1), KeyStatistics(None), 1.0)

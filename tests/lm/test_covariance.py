@@ -10,7 +10,7 @@ import torch
 from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
-from goldenedit.lm import LanguageModel
+from goldenedit.lm import LanguageModel, covariance
 from goldenedit.lm.covariance import (
     dataset_texts,
     key_statistics,
@@ -149,18 +149,49 @@ def test_a_text_file_gives_the_statistics_of_its_lines(tokenizer, tmp_path):
     path.write_text("\n\n".join(TEXTS), encoding="utf-8")
     found = statistics_of(model, tokenizer, [1], covariance=str(path))
     expected = second_moments(LanguageModel(model, tokenizer), TEXTS, [1], 200)
-    torch.testing.assert_close(found[1].second_moment, expected[1])
+    assert found[1].second_moment is None  # three lines have fewer tokens than a key is wide
+    torch.testing.assert_close(found[1].keys.T @ found[1].keys, expected[1])
+    again = statistics_of(model, tokenizer, [1], covariance=str(path))  # from the cache
+    assert torch.equal(again[1].keys, found[1].keys)
 
 
 def test_a_changed_file_is_read_again(tokenizer, tmp_path):
     model = tiny_model("llama")
     path = tmp_path / "texts.txt"
     path.write_text(TEXTS[0], encoding="utf-8")
-    first = statistics_of(model, tokenizer, [1], covariance=str(path))
+    first = statistics_of(model, tokenizer, [1], covariance=str(path))[1].keys
     path.write_text(TEXTS[1], encoding="utf-8")
-    assert not torch.equal(
-        first[1].second_moment, statistics_of(model, tokenizer, [1], covariance=str(path))[1].second_moment
+    assert not torch.equal(first, statistics_of(model, tokenizer, [1], covariance=str(path))[1].keys)
+
+
+@pytest.mark.parametrize("tokens", [20, 200], ids=["keys", "moments"])
+@pytest.mark.parametrize("stores", [True, False])
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_streamed_statistics_are_computed_in_groups_that_fit(tokenizer, monkeypatch, tokens, stores, at_once):
+    model = tiny_model("llama")
+    config = EditConfig(covariance_tokens=tokens)
+    layers = list(range(model.config.num_hidden_layers))
+    expected = key_statistics(LanguageModel(model, tokenizer), layers, config)
+    size = 4 * MLP_WIDTH * min(tokens, MLP_WIDTH)
+    monkeypatch.setattr(covariance, "_GROUP_BYTES", at_once * size + size // 2)
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(cache_dir() / "other"))
+    if not stores:
+        monkeypatch.setattr(covariance, "save_second_moment", lambda *_: None)
+    passes = []
+    monkeypatch.setattr(
+        covariance, "second_moments", lambda *args, **kw: passes.append(args[2]) or second_moments(*args, **kw)
     )
+    streamed = covariance.StreamedStatistics(LanguageModel(model, tokenizer), layers, config)
+    groups = [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
+    assert passes == groups
+    for layer in layers:
+        moment = "keys" if tokens < MLP_WIDTH else "second_moment"
+        assert torch.equal(getattr(streamed[layer], moment), getattr(expected[layer], moment))
+        assert len(streamed.in_memory) <= (0 if stores else at_once)
+    if stores:
+        assert passes == groups
+    else:  # once more, group by group
+        assert len(passes) <= 2 * len(groups)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl"])

@@ -9,6 +9,7 @@ import torch
 
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import recording
+from goldenedit.editors import statistics as statistics_module
 from goldenedit.editors.statistics import KeyStatistics, relative_contrast
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.statistics import (
@@ -139,6 +140,38 @@ def test_statistics_with_a_contrast_hold_it(moment, keys, identity, count):
 def test_no_second_moment_is_the_identity(keys):
     solved = KeyStatistics(None, ridge=0.5).solve(keys.float())
     torch.testing.assert_close(solved, keys.float().double())
+
+
+@pytest.mark.parametrize("count", [1, 20, 50])  # of a few tokens
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_held_keys_are_their_second_moment(count, dtype, monkeypatch):
+    monkeypatch.setattr(statistics_module, "_BLOCK", 7)  # none of the sizes is a multiple
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(count, 60, generator=generator, dtype=dtype) / count**0.5
+    asked, contrast = (torch.randn(60, n, generator=generator) for n in (3, 2))
+    held = KeyStatistics.of(text, 0.01)
+    dense = KeyStatistics.of(text.double().T @ text.double(), 0.01)
+    assert held.keys is text
+    assert dense.keys is None
+    assert held.mean_eigenvalue == pytest.approx(dense.mean_eigenvalue, rel=1e-9)
+    torch.testing.assert_close(held.solve(asked), dense.solve(asked))
+    torch.testing.assert_close(held.solve(asked, contrast), dense.solve(asked, contrast))
+    torch.testing.assert_close(held.with_contrast(contrast).solve(asked), dense.solve(asked, contrast))
+    torch.testing.assert_close(held.spectrum[0], dense.spectrum[0])
+    with pytest.raises(ValueError, match=r"ridge=0\.0\. Raise EditConfig\.ridge"):
+        KeyStatistics.of(text, 0.0).solve(asked)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 2048])
+def test_keys_are_held_where_they_are_fewer_than_they_are_wide(tokenizer, batch_tokens):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    few, many = TEXTS[:2], TEXTS * 3
+    for texts, held in ((few, True), (many, False)):
+        moments = second_moments(lm, texts, [0, 1], MANY, batch_tokens, hold_keys=True)
+        for layer, moment in second_moments(lm, texts, [0, 1], MANY, batch_tokens).items():
+            found = moments[layer]
+            assert (len(found) < MLP_WIDTH) == held
+            torch.testing.assert_close(found.T @ found if held else found, moment)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])

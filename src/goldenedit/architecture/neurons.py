@@ -11,7 +11,7 @@ so a rank-one change of the gate's map and one of the up's map rewrite what neur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -53,16 +53,23 @@ class NeuronRows:
         Raises:
             IndexError: The MLP has no such neuron.
         """
-        index = self._index(neuron)
+        rows, biases = self.read_all(model, [neuron])
+        return rows[0], biases[0].item()
+
+    @outside_inference_mode()
+    def read_all(self, model: nn.Module, neurons: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows of neurons, `(n, d_in)` float32, and their biases, `(n,)`, as `read` does."""
+        indices = torch.tensor([self._index(neuron) for neuron in neurons])
         module = model.get_submodule(self.path)
         weight = plain_weight(module)
         dtype: torch.dtype = model.dtype if weight is None else weight.dtype  # type: ignore[assignment]
         with evaluating(model), torch.enable_grad():
             # A linear map is its bias at zero, and its rows are its gradients, however it stores them.
-            zero = torch.zeros(1, linear_shape(module)[1], dtype=dtype, device=execution_device(module))
-            output = module(zero.requires_grad_())[0, index]
-            (gradient,) = torch.autograd.grad(output, zero)
-        return gradient[0].float(), output.item()
+            zeros = torch.zeros(len(indices), linear_shape(module)[1], dtype=dtype, device=execution_device(module))
+            output = module(zeros.requires_grad_())
+            biases = output[torch.arange(len(indices), device=output.device), indices.to(output.device)]
+            (gradients,) = torch.autograd.grad(biases.sum(), zeros)
+        return gradients.float(), biases.detach().float()
 
     def output(self, model: nn.Module, neuron: int) -> Tensor:
         """Return the unit vector of a neuron's row, `(d_out, 1)`: the factor `B` of a change of this row alone.

@@ -76,7 +76,7 @@ class AskedSubject:
             their `subject` on is where another answer is due.
         name: What error messages call the subject and its new answers.
         leaks: Prompts that ask for facts of other subjects in earlier edits, with this subject in the place of theirs.
-        beside: Those other subjects.
+        beside: Those other subjects, as the user spelled them.
     """
 
     facts: Sequence[FactTexts]
@@ -159,7 +159,9 @@ def texts_about(
     """
     groups = subjects_of(requests) if joint else [[index] for index in range(len(requests))]
     subjects = [[requests[index] for index in group] for group in groups]
-    known = [[fact for fact in earlier if subject_key(fact) == subject_key(facts[0])] for facts in subjects]
+    keys = [subject_key(facts[0]) for facts in subjects]
+    known = [[fact for fact in earlier if subject_key(fact) == key] for key in keys]
+    beside = [[fact for fact in earlier if subject_key(fact) != key] for key in keys]
     together = [[*facts, *before] for facts, before in zip(subjects, known, strict=True)]
     kinds = kind_of(lm, [facts[0].subject for facts in subjects])
     kept = kept_rows(lm, together, config, joint, kinds)
@@ -167,8 +169,8 @@ def texts_about(
     return AskedTexts(
         groups,
         [
-            _texts(lm, facts, earlier, kind, of_subject, behind, config)
-            for facts, kind, of_subject in zip(subjects, kinds, kept, strict=True)
+            _texts(lm, facts, before, others, kind, of_subject, behind, config)
+            for facts, before, others, kind, of_subject in zip(subjects, known, beside, kinds, kept, strict=True)
         ],
     )
 
@@ -178,19 +180,26 @@ def answer_gates(
     texts: Sequence[AskedSubject],
     spare: Spare,
     marked: Callable[[], AbstractContextManager[None]],
+    beside: Sequence[Sequence[str]] | None = None,
 ) -> Gates:
     """Return neurons that respond where the answers of facts are due, the facts of one subject after another.
 
     Args:
-        lm: The model without markers.
+        lm: The model without the markers of these subjects, and with those of the active edits.
         texts: The texts of each subject.
         spare: The neurons that may be rewritten.
         marked: Returns a context with the markers in place.
+        beside: By subject, the other subjects that its facts are told from. Defaults to all the others, and those of
+            earlier edits.
     """
-    rows = []
-    for index, subject in enumerate(texts):
-        beside = [other.facts[0].request.subject for other in (*texts[:index], *texts[index + 1 :])]
-        rows += _rows_of_answers(lm, subject, spare, marked, [*beside, *subject.beside])
+    names = [subject.facts[0].request.subject for subject in texts]
+    if beside is None:
+        beside = [[*names[:index], *names[index + 1 :], *of.beside] for index, of in enumerate(texts)]
+    rows = [
+        row
+        for subject, others in zip(texts, beside, strict=True)
+        for row in _rows_of_answers(lm, subject, spare, marked, others)
+    ]
     return Gates.of(spare, rows)
 
 
@@ -210,8 +219,7 @@ def _rows_of_answers(
     neighbors = [[inputs(of_kind) for of_kind in fact.neighbors] for fact in subject.facts]
     with marked():
         of_others = [
-            [inputs(_neighbors(lm, fact.request, answers, beside, _BESIDE, 0)) for answers in fact.wordings]
-            for fact in subject.facts
+            [inputs(_beside(lm, fact.request, answers, beside)) for answers in fact.wordings] for fact in subject.facts
         ]
         parts = [[inputs.parts(of_kind) for of_kind in fact.wordings] for fact in subject.facts]
         kept = inputs([row.row.input_ids for row in subject.kept])
@@ -281,14 +289,13 @@ def _texts(
     lm: LanguageModel,
     facts: Sequence[EditRequest],
     earlier: Sequence[EditRequest],
+    beside: Sequence[EditRequest],
     kind: str,
     kept: Sequence[KeptRow],
     contexts: tuple[Sequence[str], Sequence[str]],
     config: EditConfig,
 ) -> AskedSubject:
     (first, *_) = facts
-    others_edited = [fact for fact in earlier if subject_key(fact) != subject_key(first)]
-    earlier = [fact for fact in earlier if subject_key(fact) == subject_key(first)]
     named = f"{first.subject!r} -> " + ", ".join(repr(fact.target_new) for fact in facts)
     known = [answer for fact in earlier for answer in _few(_wordings(lm, fact, contexts, config), _EARLIER)]
     told = [KeptRow(replace(answer.row, target=(), kept=tuple(answer.row.reads)), 1 / len(known)) for answer in known]
@@ -300,21 +307,25 @@ def _texts(
         kept=[*kept, *told],
         others=others,
         name=named,
-        leaks=_leaks(lm, others_edited, first.subject, config.seed),
-        beside=list(dict.fromkeys(fact.subject for fact in others_edited)),
+        leaks=_leaks(lm, beside, first.subject, config.seed),
+        beside=list(dict.fromkeys(fact.subject for fact in beside)),
     )
 
 
 def _leaks(lm: LanguageModel, others: Sequence[EditRequest], subject: str, seed: int) -> list[Row]:
     """Return prompts that ask for facts about other subjects, with a subject in the place of theirs."""
-    facts = random.Random(seed).sample(others, min(len(others), _LEAKS))
-    prompts = [(fact, other) for fact in facts for other in (*_own(lm, fact), *asked(lm.tokenizer, fact))]
+    generator = random.Random(seed)
+    prompts: list[tuple[str, str]] = []
+    for fact in generator.sample(others, min(len(others), _LEAKS)):
+        with suppress(ValueError):  # a fact of an edit that was loaded, which this tokenizer cannot ask for
+            texts = [other.text for other in (*_own(lm, fact), *asked(lm.tokenizer, fact))]
+            prompts += [(_decoded(lm, prompt_tokens(lm.tokenizer, text)), fact.subject) for text in texts]
     leaks: list[Row] = []
-    for fact, other in prompts[:: max(1, len(prompts) // _LEAKS)]:
-        text = _decoded(lm, prompt_tokens(lm.tokenizer, other.text))
-        text = ChatText(_renamed(text, fact.subject, subject))
-        if places := subject_places(text, subject):
-            leaks.append(encode(lm.tokenizer, text, None, places[-1] + len(subject), lm.max_length))
+    for text, other in generator.sample(prompts, min(len(prompts), _LEAKS)):
+        renamed = ChatText(_renamed(text, other, subject))
+        if places := subject_places(renamed, subject):
+            with suppress(ValueError):  # with this name it is too long
+                leaks.append(encode(lm.tokenizer, renamed, None, places[0] + len(subject), lm.max_length))
     return leaks
 
 
@@ -346,7 +357,12 @@ def _wordings(
 
 
 def _neighbors(
-    lm: LanguageModel, request: EditRequest, answers: Sequence[AnswerRow], names: Sequence[str], count: int, seed: int
+    lm: LanguageModel,
+    request: EditRequest,
+    answers: Sequence[AnswerRow],
+    names: Sequence[str],
+    count: int,
+    seed: int | str,
 ) -> list[list[int]]:
     """Return the tokens of up to `count` prompts, or a few more, with other subjects in the place of a fact's."""
     if not names:
@@ -360,7 +376,14 @@ def _neighbors(
             continue
         for name in generator.sample(names, each):
             neighbors.append(prompt_tokens(lm.tokenizer, ChatText(_renamed(prompt, request.subject, name))))
-    return neighbors
+    return [tokens for tokens in neighbors if lm.max_length is None or len(tokens) <= lm.max_length]
+
+
+def _beside(
+    lm: LanguageModel, request: EditRequest, answers: Sequence[AnswerRow], names: Sequence[str]
+) -> list[list[int]]:
+    """Return the same prompts with subjects that are edited as well, of many of them others for each fact."""
+    return _neighbors(lm, request, answers, names, _BESIDE, f"{request.subject} {request.target_new}")
 
 
 def _renamed(text: str, subject: str, name: str) -> str:

@@ -40,6 +40,7 @@ def changes_of_batch(
     without_edits: Callable[[], AbstractContextManager[None]],
     earlier: Sequence[EditRequest] = (),
     edits: Collection[Mapping[str, LowRankDelta]] = (),
+    active: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> Changes:
     """Return the change of weights that serves all requests.
 
@@ -49,7 +50,8 @@ def changes_of_batch(
         remembered: What the editors of the active edits remember.
         without_edits: Returns a context that switches the edits off, for statistics of the unedited model.
         earlier: Facts of the active edits. They are kept: a new value serves those about its subject too.
-        edits: The deltas of all edits that the model carries.
+        edits: The deltas of all edits that the model carries, whose neurons are not rewritten.
+        active: Those of the active edits among them.
 
     Raises:
         ValueError: The editor cannot change these layers, or a request cannot be served.
@@ -66,14 +68,14 @@ def changes_of_batch(
         statistics = {} if spare is not None else lm.statistics(config, config.target_layers)
         output_gradients = {} if spare is not None else lm.output_gradients(config, config.target_layers)
         contexts = lm.contexts(config)
+        start = None if spare is None else marker_start(lm, config)
         with phase("wordings"):
             if spare is not None:
-                start = marker_start(lm, config)
                 texts = texts_about(lm, requests, config, contexts, earlier)
             else:
                 subjects = subject_texts(lm, requests, config, contexts, earlier, joint=True)
     if spare is not None:
-        prepared = prepare_neurons(lm, requests, config, texts, spare, start, edits=edits)
+        prepared = prepare_neurons(lm, requests, config, texts, spare, start, active=active)
     else:
         prepared = prepare_subjects(
             lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients

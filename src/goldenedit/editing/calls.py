@@ -8,10 +8,11 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes
-from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.evaluation.likelihood import Likelihood, likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.tokens import encode
@@ -132,22 +133,59 @@ def check_facts(
             requests, changes.probability_before, answers[: len(requests)], changes.steps, strict=True
         )
     ]
-    now = [
-        replace(fact, probability_after=answer.probability, weakest_after=answer.weakest)
-        for fact, answer in zip(others, answers[len(requests) :], strict=True)
-    ]
+    now = [_answered(fact, answer) for fact, answer in zip(others, answers[len(requests) :], strict=True)]
     doubtful = [fact for fact in now if not fact.takes]
     if not doubtful:
         return facts, ()
     # Another edit may have lost them, or they took beside edits that are off. So ask what the new edit alone changes.
     with without_edit():
-        earlier = likelihoods(lm, _pairs(lm, [fact.request for fact in doubtful]))
-    lost = [
+        return facts, tuple(_that_take(lm, doubtful))
+
+
+def facts_lost_together(
+    lm: LanguageModel,
+    groups: Sequence[Sequence[Edit]],
+    only: Callable[[Sequence[str]], AbstractContextManager[None]],
+) -> list[EditedFact]:
+    """Return facts of edits that were made apart which take in their own group, and not beside the other groups.
+
+    Facts of large groups are drawn, and those whose prompt gets another answer in another group are left out.
+
+    Args:
+        lm: The model that carries the edits.
+        groups: Groups of edits that were made together.
+        only: Returns a context in which exactly these edits are on.
+    """
+    facts = []
+    for group in groups:
+        others = [fact.request for other in groups if other is not group for edit in other for fact in edit.facts]
+        facts.append([fact for fact in facts_to_recheck(group, others) if _can_be_asked(lm, fact.request)])
+    every = [fact for of_group in facts for fact in of_group]
+    if not every:
+        return []
+    with only([edit.name for group in groups for edit in group]):
+        answers = iter(likelihoods(lm, _pairs(lm, [fact.request for fact in every])))
+    lost = []
+    for group, of_group in zip(groups, facts, strict=True):
+        now = [_answered(fact, answer) for fact, answer in zip(of_group, answers, strict=False)]
+        if doubtful := [fact for fact in now if not fact.takes]:
+            with only([edit.name for edit in group]):
+                lost += _that_take(lm, doubtful)
+    return lost
+
+
+def _answered(fact: EditedFact, answer: Likelihood) -> EditedFact:
+    return replace(fact, probability_after=answer.probability, weakest_after=answer.weakest)
+
+
+def _that_take(lm: LanguageModel, facts: Sequence[EditedFact]) -> list[EditedFact]:
+    """Return the facts that take in the model as it is, with the probability there as the one before."""
+    answers = likelihoods(lm, _pairs(lm, [fact.request for fact in facts])) if facts else []
+    return [
         replace(fact, probability_before=answer.probability)
-        for fact, answer in zip(doubtful, earlier, strict=True)
-        if replace(fact, probability_after=answer.probability, weakest_after=answer.weakest).takes
+        for fact, answer in zip(facts, answers, strict=True)
+        if _answered(fact, answer).takes
     ]
-    return facts, tuple(lost)
 
 
 def _pairs(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[tuple[str, str]]:
@@ -160,29 +198,41 @@ def _can_be_asked(lm: LanguageModel, request: EditRequest) -> bool:
     try:
         encode(lm.tokenizer, rendered(lm.tokenizer, request).text, request.target_new, max_length=lm.max_length)
     except ValueError as error:
-        logger.warning("Whether the new edit changes a fact of another active edit is unknown: %s", error)
+        logger.warning("Whether another edit changes an edited fact is unknown: %s", error)
         return False
     return True
 
 
 def warn_of_lost_facts(lost: Sequence[EditedFact]) -> None:
     """Log one warning that names the facts of other edits that the new edit loses; only the first few of many."""
-    if not lost:
-        return
-    named = [
+    if lost:
+        logger.warning(
+            "The new edit loses %s. Edit them together with the new facts in one batch, or try another layer "
+            "(EditConfig.layer) or another editor (EditConfig.method).",
+            _named(lost, " of other active edits", " (see `lost` of the edit)"),
+        )
+
+
+def warn_of_facts_lost_together(lost: Sequence[EditedFact], folder: Path) -> None:
+    """Log one warning that names the facts of edits that were made apart and do not go together."""
+    if lost:
+        logger.warning(
+            "The edits of %s and those of this model were made apart. All switched on, they lose %s. Switch on only "
+            "those that you need (set_adapter), or make these facts again in this model.",
+            folder,
+            _named(lost),
+        )
+
+
+def _named(lost: Sequence[EditedFact], of: str = "", more: str = "") -> str:
+    """Return the number of facts and what became of the first few."""
+    named = ", ".join(
         f"{fact.request.shown!r} -> {fact.request.target_new!r} (probability {fact.probability_before:.3f} -> "
         f"{fact.probability_after:.3f})"
         for fact in lost[:_MOST_WARNINGS]
-    ]
-    count = len(lost[_MOST_WARNINGS:])
-    logger.warning(
-        "The new edit loses %d fact%s of other active edits: %s%s. Edit them together with the new facts in one batch, "
-        "or try another layer (EditConfig.layer) or another editor (EditConfig.method).",
-        len(lost),
-        "" if len(lost) == 1 else "s",
-        ", ".join(named),
-        f", and {count} more (see `lost` of the edit)" if count else "",
     )
+    count = len(lost[_MOST_WARNINGS:])
+    return f"{len(lost)} fact{'s' * (len(lost) != 1)}{of}: {named}" + (f", and {count} more{more}" if count else "")
 
 
 def warn_of_failed_facts(facts: Sequence[EditedFact], config: EditConfig) -> None:

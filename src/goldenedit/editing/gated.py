@@ -28,13 +28,14 @@ from goldenedit.editing.values import ValueOptions, Values, joined, optimize_val
 from goldenedit.editing.wordings import rephrasings_of
 from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.covariance import source_name
 from goldenedit.requests import EditRequest, proxy_facts
 
-_VERSION = 1  # of the first marker
+_VERSION = 1  # of the first marker, of the packaged texts and of the constants that it depends on
 _FIRST_RELATION = "citizenship"  # of the packaged fact whose subject has it
 _FEW = 8  # texts that it is optimized on
 _MARKER_OPTIONS = (
-    "covariance", "covariance_tokens", "contexts", "context_length", "phrasings", "kept_questions", "kept_factor",
+    "covariance_tokens", "contexts", "context_length", "phrasings", "kept_questions", "kept_factor",
     "kl_factor", "lr", "clamp", "seed",
 )  # fmt: skip
 
@@ -114,15 +115,19 @@ def neurons_for(
     return spare_neurons(lm, config, dict.fromkeys(config.target_layers, subjects) | {answers: facts}, edits)
 
 
-def marker_start(lm: LanguageModel, config: EditConfig) -> Tensor:
+def marker_start(lm: LanguageModel, config: EditConfig) -> Tensor | None:
     """Return what markers start from, `(m, d_model)`: the marker of a packaged fact's subject, from the cache or now.
+
+    None, which is noise, if the model cannot read the texts about this fact.
 
     Args:
         lm: The model, with its edits off.
         config: The editor and its layers, of which each has neurons to spare.
     """
     options = {name: getattr(config, name) for name in _MARKER_OPTIONS}
-    key = lm.cache_key(_VERSION, layers=config.target_layers, **options)
+    options |= {"covariance": source_name(config.covariance), "layers": config.target_layers}
+    options["answers"] = config.layer_of_answers(lm.architecture.num_layers)
+    key = lm.cache_key(_VERSION, **options)
     path = cache_dir() / "markers" / f"{key}.safetensors"
     if is_kept(path):
         with suppress(OSError, SafetensorError, KeyError):
@@ -132,7 +137,10 @@ def marker_start(lm: LanguageModel, config: EditConfig) -> Tensor:
     *of_subject, of_answers = spare
     with phase("first marker"):
         request = next(fact for fact in proxy_facts() if fact.relation == _FIRST_RELATION and rephrasings_of(fact))
-        (subject,) = texts_about(lm, [request], config, lm.contexts(config)).subjects
+        try:
+            (subject,) = texts_about(lm, [request], config, lm.contexts(config)).subjects
+        except ValueError:  # its context is too short, or its tokenizer does not know the names
+            return None
         gates = gates_of(lm, [request], [subject.mentions], of_subject, config.seed)
         reader = lm.model.get_submodule(of_answers.neurons.gate.path)
         with rewriting(lm, gates, [0]):
@@ -160,15 +168,15 @@ def prepare_gated(
     options: ValueOptions,
     spare: Sequence[Spare],
     together: bool,
-    start: Tensor,
-    edits: Collection[Mapping[str, LowRankDelta]] = (),
+    start: Tensor | None,
+    active: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> GatedFacts:
     """Find the neurons, the markers and the answers of facts, in the model as it is now.
 
     Args:
         together: Whether all subjects are edited in one edit. Otherwise each is edited alone.
         start: What markers start from, see `marker_start`.
-        edits: The deltas of the edits that the model carries. Their neurons stay closed at the new subjects.
+        active: The deltas of the active edits. Their neurons stay closed at the new subjects.
 
     Raises:
         ValueError: A request cannot be served. The message names it.
@@ -181,7 +189,7 @@ def prepare_gated(
     every = range(len(texts.groups))
     calls: list[Sequence[int]] = [every] if together else [[subject] for subject in every]
     reader = lm.model.get_submodule(of_answers.neurons.gate.path)
-    others = _gates_of_edits(lm, of_answers, edits)
+    others = _gates_of_edits(lm, of_answers, active)
     markers: list[Tensor] = []
     answering: list[Gates] = []
     answers: list[Values] = []
@@ -226,8 +234,9 @@ def prepare_gated(
 
 
 def _gates_of_edits(lm: LanguageModel, spare: Spare, edits: Collection[Mapping[str, LowRankDelta]]) -> Tensor | None:
-    """Return the rows of the gates of answers that edits have, `(n, d)`, which respond with 1; None of none."""
+    """Return the rows of the gates of answers that active edits have, `(n, d)`; None if they have none.
+
+    The rows respond with 1 where the answers are due.
+    """
     neurons = sorted({neuron for deltas in edits for neuron in rewritten(spare.neurons, deltas)})
-    if not neurons:
-        return None
-    return torch.stack([spare.neurons.gate.read(lm.model, neuron)[0].cpu() / GATE for neuron in neurons])
+    return spare.neurons.gate.read_all(lm.model, neurons)[0].cpu() / GATE if neurons else None

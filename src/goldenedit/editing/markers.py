@@ -7,7 +7,7 @@ standard deviations. First the marker maximizes `d . C^-1 d`. Then `u` is fixed,
 
     loss = mean over wordings softplus(margin - u . move)
          + weight * sum over kept texts KL(p_marked || p_original)
-         + weight * sum over neurons j of other subjects mean over texts relu(w_j . x + margin)^2
+         + weight * sum over neurons j of other subjects mean over texts relu(w_j . x + rest)^2
 
 Kept are the answers of the model to other questions about the subject, so a marker changes what is said as little as
 possible. It is optimized under the change that inserts it, as values are (`goldenedit.editing.values`), and starts from
@@ -202,7 +202,11 @@ class _Loss:
         self.count = len(asked)
         self.seen = _Seen(lm, [*asked, *(leaks if others is not None else ())], layers, detectors, reader)
         self.unchanged = _Kept(lm, kept, layers, detectors) if kept else None
-        self.others = None if others is None else others.to(self.seen.before)
+        self.others = None
+        if others is not None:  # those that open before there is a marker are the subject's own
+            others = others.to(self.seen.before)
+            opens = (self.seen.before[: self.count] @ others.T).mean(0) > 0
+            self.others = None if opens.all() else others[~opens]
         self.whitening = _whitening(moments).to(self.seen.before.device)
         self.lengths = self.seen.lengths
 

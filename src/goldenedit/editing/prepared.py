@@ -316,16 +316,16 @@ def prepare_neurons(
     config: EditConfig,
     texts: AskedTexts,
     spare: Sequence[Spare],
-    start: Tensor,
+    start: Tensor | None,
     together: bool = True,
-    edits: Collection[Mapping[str, LowRankDelta]] = (),
+    active: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> PreparedFacts:
     """Find the neurons that tell facts, in the model as it is now. See `prepare_gated`."""
     options = _value_options(config)
     # The answers are optimized in a model with markers, which may say something else.
     asked = [(rendered(lm.tokenizer, request).text, request.target_new) for request in requests]
     before = [answer.probability for answer in likelihoods(lm, asked)]
-    gated = prepare_gated(lm, requests, config, texts, options, spare, together, start, edits)
+    gated = prepare_gated(lm, requests, config, texts, options, spare, together, start, active)
     answers = gated.answers
     places = iter(range(len(requests)))
     of_subjects = [[next(places) for _ in group] for group in texts.groups]

@@ -48,40 +48,41 @@ class AlphaEditOptions:
     published="memit",
 )
 def alphaedit(problem: Problem) -> LowRankDelta:
-    """Return `Delta = R K^T P ((K K^T + K_p K_p^T) P + ridge I)^-1`, with the projection `P = U U^T`.
+    """Return `Delta = R K^T P ((K K^T + K_p K_p^T) P + ridge I)^-1`, with the projection `P` on the null space.
 
-    `U` is a basis of the null space: outputs for keys orthogonal to it stay the same. `K_p` are the keys of earlier
-    edits. In the coordinates of `U` the system is symmetric:
-    `Delta = R K^T U (U^T (K K^T + K_p K_p^T) U + ridge I)^-1 U^T`.
+    Outputs for keys orthogonal to the null space stay the same. `K_p` are the keys of earlier edits. With
+    `Z = P (K, K_p)`, by the push-through identity, `Delta^T = Z (Z^T Z + ridge I)^-1 (R, 0)^T`: a system of the size of
+    the keys, whatever their width.
 
     Raises:
         ValueError: No eigenvalue is below the threshold.
     """
-    U = null_space(problem.text_statistics, problem.options.null_space_threshold)
-    K = U.T @ problem.keys.double()
-    gram = K @ K.T + problem.options.null_space_ridge * torch.eye(len(K), dtype=K.dtype, device=K.device)
-    if problem.previous is not None:
-        K_p = U.T @ problem.previous.double()
-        gram += K_p @ K_p.T
-    A = torch.cholesky_solve(K, torch.linalg.cholesky(gram)).T @ U.T
-    return LowRankDelta(A.float(), problem.residuals.float())
+    options = problem.options
+    keys = problem.keys if problem.previous is None else torch.cat([problem.keys, problem.previous.to(problem.keys)], 1)
+    Z = in_null_space(keys, problem.text_statistics, options.null_space_threshold)
+    gram = Z.T @ Z
+    gram.diagonal().add_(options.null_space_ridge)
+    new = torch.eye(len(gram), problem.keys.shape[1], dtype=gram.dtype, device=gram.device)
+    A = Z @ torch.cholesky_solve(new, torch.linalg.cholesky(gram))
+    return LowRankDelta(A.T.float(), problem.residuals.float())
 
 
-def null_space(statistics: KeyStatistics, threshold: float) -> Tensor:
-    """Return an orthonormal basis `U`, `(d_in, n)`, of the directions along which keys have little energy.
+def in_null_space(keys: Tensor, statistics: KeyStatistics, threshold: float) -> Tensor:
+    """Return `P k` of keys, `(d_in, N)` float64: their part in the directions along which text has little energy.
 
     Args:
-        statistics: Second moment of keys, `C`.
+        keys: `(d_in, N)`.
+        statistics: Second moment of the keys of text, `C`.
         threshold: Eigenvectors of `C` whose eigenvalues are below this span the null space.
 
     Raises:
         ValueError: No eigenvalue is below the threshold.
     """
-    values, vectors = statistics.spectrum
-    basis = vectors[:, values < threshold]
-    if basis.shape[1] == 0:
+    V = statistics.strongest(threshold)
+    if V.shape[1] == len(V):
         raise ValueError(
             f"The key statistics have no eigenvalue below {threshold:.2e}, so there is no null space; the smallest is "
-            f"{values[0]:.2e}. Raise EditConfig.null_space_threshold."
+            f"{statistics.spectrum[0][0]:.2e}. Raise EditConfig.null_space_threshold."
         )
-    return basis
+    keys = keys.to(V)
+    return keys - V @ (V.T @ keys)

@@ -25,12 +25,12 @@ large `GATE`: the activation is zero for w . x < 0, but for rounding, and linear
   `s (2 - s)` at s = w . x: 1 at s = 1, and 0.75 at s = 0.5 and s = 1.5.
 - Of an answer: `here` are the tokens before those of the answer, by kind of wording. Two things have to come together
   there, the marker and what is asked. So t = -1 where there is one of them: before answers to other questions about the
-  subject, behind the new answer, and before answers to the same question about other subjects, some of which may have
-  markers of their own. t = -2 where there is
-  neither: at all other tokens, and on text. Then the responses add up, as those of a linear map do, and text that only
-  reads as if the fact were asked for does not open the gate. The up projection adds what one threshold cannot: its row
-  is `(2 u - w) / GATE`, and `u` responds to the marker, with t = 0.5 at other questions about the subject, and 0 where
-  there is no marker. With m = u . x the neuron computes `s (2 m - s)`.
+  subject, behind the new answer, and before answers to the same question about other subjects. Some of these have
+  markers of their own. t = -2 where there is neither: at all other tokens, and on text. Then the responses add up, as
+  those of a linear map do, and text that only reads as if the fact were asked for does not open the gate. The up
+  projection adds what one threshold cannot: its row is `(2 u - w) / GATE`, and `u` responds to the marker, with t = 0.5
+  where something else is asked, or another subject has a marker, and 0 where there is none. With m = u . x the neuron
+  computes `s (2 m - s)`.
 
 Biases are subtracted along `e`. The column of the down projection is the value.
 
@@ -177,7 +177,7 @@ def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     published="memit",
     pattern="upper",
     gates=True,
-    version=2,  # since neurons of facts give the answers
+    version=3,  # since markers start from another subject's
 )
 def gated_insertion(problem: Problem) -> LowRankDelta:
     """Return the change where no neuron can be rewritten: that of `null-space`."""

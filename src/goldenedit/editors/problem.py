@@ -98,9 +98,7 @@ class Problem:
             ValueError: The unit is unknown.
         """
         if name == "mean eigenvalue":
-            if self.text_statistics.second_moment is None:
-                return self.text_statistics.trace(1)
-            return self.text_statistics.spectrum[0].mean().item()
+            return self.text_statistics.mean_eigenvalue
         energy = self.keys.square().sum(0).mean().item()
         if name == "key energy":
             return energy

@@ -30,6 +30,7 @@ from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
 
 _VERSION = 2  # of the choice of text and of the computation on it
+_GROUP_BYTES = 768 << 20  # of the statistics of layers that are computed in one pass
 _OPENING_TOKENS = 8
 _SAMPLED_TOKENS = 24  # sampled after each opening
 
@@ -40,7 +41,7 @@ def key_statistics(
     config: EditConfig,
     processes: Processes | None = None,
 ) -> dict[int, KeyStatistics]:
-    """Return the key statistics of layers. Those that are not cached are computed in one pass.
+    """Return the key statistics of layers. Those that are not cached are computed in one pass, all in memory.
 
     Args:
         layers: Layers to return statistics of.
@@ -62,11 +63,11 @@ def key_statistics(
         check_widths(lm, missing)
         if missing:
             (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # all processes get the same texts
-            computed = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes)
+            computed = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes, hold_keys=True)
             for layer, moment in computed.items():
                 save_second_moment(paths[layer], moment)
             moments |= computed
-    return {layer: KeyStatistics(moments[layer], config.ridge) for layer in layers}
+    return {layer: KeyStatistics.of(moments[layer], config.ridge) for layer in layers}
 
 
 def output_gradient_moments(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> dict[int, Tensor]:
@@ -135,25 +136,44 @@ def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig, kind: str = 
 class StreamedStatistics(Mapping[int, KeyStatistics]):
     """Key statistics by layer, read from the cache at each access, because those of all layers may not fit in memory.
 
-    Statistics that the cache could not store stay in memory: computing them again for each layer would take minutes.
+    They are computed in groups of consecutive layers, with a pass over the text for each group. Where the cache cannot
+    store them, those of one group stay in memory: layers are mostly read in order.
+
+    Attributes:
+        in_memory: The statistics that stay in memory, by layer.
     """
 
     def __init__(self, lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> None:
-        self._layers = list(layers)
-        # Each process reads the layers that it works on.
-        this_process = Processes()
-        self._read = lambda layer: key_statistics(lm, [layer], config, this_process)[layer]
-        paths = {layer: _cache_path(lm, layer, config) for layer in layers}
-        cached_here = [is_kept(paths[layer]) for layer in layers]
-        cached = [all(by_process) for by_process in zip(*lm.processes.gather(cached_here), strict=True)]
-        missing = [layer for layer, is_cached in zip(layers, cached, strict=True) if not is_cached]
+        self._lm, self._config, self._layers = lm, config, list(layers)
+        self._groups = _groups(lm, layers, config)
         self.in_memory: dict[int, KeyStatistics] = {}
-        if missing:
-            computed = key_statistics(lm, missing, config)  # in one pass
-            self.in_memory = {layer: _on_cpu(computed[layer]) for layer in missing if not is_kept(paths[layer])}
+        cached_here = [is_kept(_cache_path(lm, layer, config)) for layer in layers]
+        cached = [all(by_process) for by_process in zip(*lm.processes.gather(cached_here), strict=True)]
+        missing = {layer for layer, is_cached in zip(layers, cached, strict=True) if not is_cached}
+        for group in self._groups:
+            if of_group := [layer for layer in group if layer in missing]:
+                self._hold_uncached(key_statistics(lm, of_group, config))
 
     def __getitem__(self, layer: int) -> KeyStatistics:
-        return self.in_memory[layer] if layer in self.in_memory else self._read(layer)
+        if layer in self.in_memory:
+            return self.in_memory[layer]
+        # Each process reads the layers that it works on.
+        this_process = Processes()
+        if is_kept(_cache_path(self._lm, layer, self._config)):
+            return key_statistics(self._lm, [layer], self._config, this_process)[layer]
+        (group,) = (group for group in self._groups if layer in group)
+        found = key_statistics(self._lm, group, self._config, this_process)
+        self._hold_uncached(found)
+        return found[layer]
+
+    def _hold_uncached(self, statistics: Mapping[int, KeyStatistics]) -> None:
+        uncached = {
+            layer: of_layer
+            for layer, of_layer in statistics.items()
+            if not is_kept(_cache_path(self._lm, layer, self._config))
+        }
+        if uncached:
+            self.in_memory = uncached
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._layers)
@@ -162,10 +182,19 @@ class StreamedStatistics(Mapping[int, KeyStatistics]):
         return len(self._layers)
 
 
-def _on_cpu(statistics: KeyStatistics) -> KeyStatistics:
-    """Return statistics on the CPU, where those that are read from the cache are."""
-    moment = statistics.second_moment
-    return statistics if moment is None else KeyStatistics(moment.cpu(), statistics.ridge)
+def _groups(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> list[list[int]]:
+    """Return consecutive layers whose statistics take at most `_GROUP_BYTES` together, or one layer alone."""
+    groups: list[list[int]] = []
+    free = 0
+    for layer in sorted(layers):
+        width = lm.architecture.shape(lm.model, layer)[1]
+        size = 4 * width * min(width, config.covariance_tokens)  # float32
+        if size > free:
+            groups.append([])
+            free = _GROUP_BYTES
+        groups[-1].append(layer)
+        free -= size
+    return groups
 
 
 def source_name(covariance: str) -> str:

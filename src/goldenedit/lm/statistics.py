@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +49,12 @@ def second_moments(
     max_tokens: int,
     batch_tokens: int = 2048,
     processes: Processes | None = None,
+    hold_keys: bool = False,
 ) -> dict[int, Tensor]:
     """Return `E[k k^T]`, `(d_in, d_in)`, of each layer over the tokens of texts, summed in float32 in one pass.
 
-    Under `accelerate launch` or torchrun the processes share the texts (see `goldenedit.parallel`).
+    All of them are in memory at once. Under `accelerate launch` or torchrun the processes share the texts (see
+    `goldenedit.parallel`).
 
     Args:
         texts: Texts, cut to 256 tokens each and read in order until `max_tokens` tokens are seen.
@@ -56,39 +62,39 @@ def second_moments(
         max_tokens: Largest number of tokens.
         batch_tokens: Tokens of a forward, padding included.
         processes: Processes that have the same texts. Defaults to all that hold the model.
+        hold_keys: Return the keys of the n tokens, `(n, d_in)`, divided by the square root of n, instead of their
+            moment, where they are fewer than they are wide.
 
     Raises:
         ValueError: `texts` have no tokens, or a key is not finite.
     """
     rows = _token_rows(lm.tokenizer, texts, min(256, lm.max_length or 256), max_tokens)
     count = sum(map(len, rows))
-    sums: dict[int, Tensor] = {}
-    device = lm.device
     processes = lm.processes if processes is None else processes
-    batches = processes.share(list(_batches(rows, batch_tokens, lm.padding_id)))
-    num_tokens = sum(int(mask.sum()) for _, mask in batches)
+    every = list(_batches(rows, batch_tokens, lm.padding_id))
+    starts = list(accumulate((int(mask.sum()) for _, mask in every), initial=0))
+    batches = processes.share(list(zip(every, starts, strict=False)))
+    num_tokens = sum(int(mask.sum()) for (_, mask), _ in batches)
+    sums = {layer: _KeySum.of(lm, layer, count if hold_keys else None) for layer in layers}
     with (
         processes.together(),
         evaluating(lm.model),
         tqdm(total=num_tokens, desc="Key statistics", unit="token", leave=False) as progress,
     ):
-        for tokens, mask in batches:
+        for (tokens, mask), start in batches:
             with stop_forward() as stop, ExitStack() as stack:
                 for layer in layers:
-                    add = _key_adder(lm, layer, sums, mask.reshape(-1).nonzero()[:, 0])
+                    add = partial(sums[layer].add, mask.reshape(-1).nonzero()[:, 0], start)
                     hook = _key_hook(add, stop if layer == max(layers) else None)
                     module = lm.architecture.down_projection(lm.model, layer)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                lm.model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+                lm.model(input_ids=tokens.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
             progress.update(int(mask.sum()))
+    moments: dict[int, Tensor] = {}
     for layer in layers:
-        if layer not in sums:  # more processes than batches
-            module = lm.architecture.down_projection(lm.model, layer)
-            sums[layer] = torch.zeros([lm.architecture.shape(lm.model, layer)[1]] * 2, device=execution_device(module))
-        sums[layer] = processes.total(sums[layer])
-    moments = {layer: (total / count).cpu() for layer, total in sums.items()}  # as cached moments are
-    for layer, moment in moments.items():
-        if not moment.isfinite().all():
+        of_layer = sums.pop(layer)
+        moments[layer] = processes.total(of_layer.total).div_(of_layer.divisor(count)).cpu()  # as cached moments are
+        if not moments[layer].isfinite().all():
             raise ValueError(f"The keys of layer {layer} are not finite. Load the model in float32 or bfloat16.")
     return moments
 
@@ -221,16 +227,34 @@ def check_widths(lm: TokenizedModel, layers: Sequence[int]) -> None:
             )
 
 
-def _key_adder(lm: TokenizedModel, layer: int, sums: dict[int, Tensor], tokens: Tensor) -> Callable[[Call], None]:
-    """Return a function that adds the keys of a call at the positions `tokens` to the sum of a layer."""
+@dataclass(frozen=True)
+class _KeySum:
+    """The sum of `k k^T` over tokens or, where `holds_keys`, all keys `k`, `(n, d_in)`."""
 
-    def add(call: Call) -> None:
-        keys = lm.architecture.keys(lm.model, layer, call, tokens)
-        if layer not in sums:
-            sums[layer] = keys.new_zeros(keys.shape[1], keys.shape[1])
-        sums[layer].addmm_(keys.T, keys)
+    lm: TokenizedModel
+    layer: int
+    total: Tensor
+    holds_keys: bool
 
-    return add
+    @classmethod
+    def of(cls, lm: TokenizedModel, layer: int, count: int | None) -> _KeySum:
+        """Return an empty sum; of the keys, if a number of tokens is given that is below their width."""
+        width = lm.architecture.shape(lm.model, layer)[1]
+        rows = width if count is None else min(count, width)
+        device = execution_device(lm.architecture.down_projection(lm.model, layer))
+        return cls(lm, layer, torch.zeros(rows, width, device=device), rows < width)
+
+    def add(self, tokens: Tensor, start: int, call: Call) -> None:
+        """Add the keys of a call at the positions `tokens`. Those are tokens `start`, ... of the text."""
+        keys = self.lm.architecture.keys(self.lm.model, self.layer, call, tokens)
+        if self.holds_keys:
+            self.total[start : start + len(keys)] = keys
+        else:
+            self.total.addmm_(keys.T, keys)
+
+    def divisor(self, count: int) -> float:
+        """Return what the sum over `count` tokens is divided by."""
+        return math.sqrt(count) if self.holds_keys else count
 
 
 def _key_hook(add: Callable[[Call], None], stop: Callable[[], None] | None) -> Callable[..., None]:
@@ -265,7 +289,7 @@ def padded(group: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def load_second_moment(path: Path) -> Tensor | None:
-    """Read a cached second moment. Return None if the file is missing, damaged or cannot be read."""
+    """Read a cached second moment, or keys. Return None if the file is missing, damaged or cannot be read."""
     tensors = load_tensors(path, ["second_moment"])
     return None if tensors is None else tensors[0]
 
