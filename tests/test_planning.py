@@ -73,19 +73,30 @@ def test_lga_keeps_the_activations_of_eight_rows(llama3):
     assert phase.flops == 100 * (passes + ghosts)
 
 
-def test_key_statistics_of_all_layers_are_held_twice(llama3):
+def test_key_statistics_of_all_layers_are_computed_in_groups(llama3):
+    keys = 4 * 5_000 * M  # of a layer; 5,000 tokens are fewer than a key has dimensions
     every = phases(llama3, layer="auto")["key statistics"]
-    assert every.bytes == 32 * 2 * 4 * 14336**2 + 14336**2  # 52.8 GB
+    assert every.bytes == 2 * keys + 2 * keys  # two layers, and two copies while one is written
     assert every.kept_bytes == 0  # they are read from the cache, one layer at a time
-    one = phases(llama3, layer=3, method="r-rome")["key statistics"]
-    assert one.bytes == max(9 * 14336**2, 4 * 14336**2 + 2048 * ((4 * 4096 + 3 * 14336) * 2 + 14336 * 6))
-    assert one.kept_bytes == 4 * 14336**2
+    work = Work(llama3, EditConfig(layer="auto"), 1, 0)
+    assert every.flops == work.sampling(5_000)[1] + sum(work.forward(5_000, 32, last) for last in range(2, 33, 2))
+    moment = 4 * M**2
+    wide = phases(llama3, layer="auto", covariance_tokens=20_000)["key statistics"]
+    assert wide.bytes == 3 * moment  # one layer
+    one = phases(llama3, layer=3, method="r-rome", covariance_tokens=20_000)["key statistics"]
+    assert one.bytes == max(3 * moment, moment + 2048 * ((4 * D + 3 * M) * 2 + M * 6))
+    assert one.kept_bytes == moment
 
 
 def test_inverting_key_statistics_takes_float64(llama3):
-    assert phases(llama3, layer=3, method="r-rome")["detectors"].bytes == 36 * 14336**2
-    assert phases(llama3, layer=3, method="r-rome")["detectors"].flops == 14336**3 // 3
-    assert phases(llama3, layer=3, method="alphaedit")["detectors"].flops == 9 * 14336**3  # eigenvectors
+    many = {"layer": 3, "covariance_tokens": 20_000}
+    assert phases(llama3, **many, method="r-rome")["detectors"].bytes == 20 * M**2
+    assert phases(llama3, **many, method="r-rome")["detectors"].flops == M**3 // 3
+    assert phases(llama3, **many, method="alphaedit")["detectors"].bytes == 36 * M**2
+    assert phases(llama3, **many, method="alphaedit")["detectors"].flops == 9 * M**3  # eigenvectors
+    few = phases(llama3, layer=3, method="r-rome")["detectors"]
+    assert few.bytes == 4 * 5_000 * M + 16 * 5_000**2
+    assert few.flops == 5_000**3 // 3 + 2 * M * 5_000**2
 
 
 def test_gates_and_markers_are_solved_in_float64(llama3):
@@ -126,7 +137,7 @@ def test_the_peak_counts_what_earlier_phases_keep(llama3):
 
 def test_an_accelerator_holds_the_weights_and_main_memory_the_inverses(llama3):
     found = plan_of(llama3, EditConfig(layer=3, method="r-rome"), 1, 64 * GB)
-    assert found.host_bytes >= 36 * 14336**2
+    assert found.host_bytes >= 4 * 5_000 * M + 16 * 5_000**2
     assert found.accelerator_bytes < found.peak_bytes
     assert found.fits(found.host_bytes, found.accelerator_bytes)
     assert not found.fits(found.host_bytes - 1, found.accelerator_bytes)
@@ -134,9 +145,10 @@ def test_an_accelerator_holds_the_weights_and_main_memory_the_inverses(llama3):
 
 
 def test_remedies_name_the_settings_with_which_an_edit_fits(llama3):
-    auto = plan_of(llama3, EditConfig(layer="auto"), 1, 64 * GB)
-    assert "layer='lga'" in auto.remedies(64 * GB)
-    assert plan_of(llama3, EditConfig(layer="lga"), 1, 64 * GB).fits(64 * GB)
+    auto = plan_of(llama3, EditConfig(layer="auto", method="alphaedit", covariance_tokens=20_000), 1, 64 * GB)
+    lga = plan_of(llama3, replace(auto.config, layer="lga"), 1, 64 * GB)
+    assert lga.peak_bytes < auto.peak_bytes
+    assert "layer='lga'" in auto.remedies(lga.peak_bytes)
     assert auto.remedies(100 * GB) == []  # it fits
     assert auto.remedies(10 * GB) == []  # the weights alone do not
 
@@ -148,10 +160,11 @@ def test_a_remedy_may_be_the_precision(llama3):
 
 
 def test_remedies_that_help_only_together_are_named_together(llama3):
-    found = plan_of(llama3.in_precision("float32"), EditConfig(layer="auto"), 1, 24 * GB)
-    (remedy,) = found.remedies(24 * GB)
+    config = EditConfig(layer=3, method="alphaedit", covariance_tokens=20_000)
+    found = plan_of(llama3.in_precision("float32"), config, 1, 20 * GB)
+    (remedy,) = found.remedies(20 * GB)
     assert "dtype=torch.bfloat16" in remedy
-    assert "layer='lga'" in remedy
+    assert "covariance_tokens=1000" in remedy
 
 
 def test_half_precision_halves_weights_and_activations():
@@ -183,9 +196,12 @@ def test_forwards_cost_what_is_counted(name):
 
 def test_second_moments_have_the_planned_size(tokenizer):
     lm = EditModel(tiny_model("llama"), EditConfig(layer=1), tokenizer).lm
-    moments = second_moments(lm, ["The Eiffel Tower is in the city of Rome."], [0, 1, 2], 100)
-    found = phases(Shape.of(TINY_CONFIGS["llama"]()), layer=[0, 1, 2], method="memit")["key statistics"]
-    assert found.kept_bytes == sum(moment.nbytes for moment in moments.values()) == 3 * 4 * MLP_WIDTH**2
+    text = ["The Eiffel Tower is in the city of Rome." * 20]
+    for tokens, rows in ((100, MLP_WIDTH), (10, 10)):
+        moments = second_moments(lm, text, [0, 1, 2], tokens, hold_keys=True)
+        options = {"layer": [0, 1, 2], "method": "memit", "covariance_tokens": tokens}
+        found = phases(Shape.of(TINY_CONFIGS["llama"]()), **options)["key statistics"]
+        assert found.kept_bytes == sum(moment.nbytes for moment in moments.values()) == 3 * 4 * rows * MLP_WIDTH
 
 
 def test_moments_of_mlps_have_the_planned_size(tokenizer):
@@ -270,11 +286,12 @@ def test_the_command_prints_the_plan(capsys, tmp_path, tokenizer):
 def test_the_command_names_what_would_make_it_fit(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("goldenedit.editing.budget.free_memory", lambda device: 24 * GB)
     LLAMA3.save_pretrained(tmp_path)
-    code, output, _ = run(capsys, "plan", str(tmp_path), "--layer", "auto")
+    many = ("--method", "alphaedit", "--set", "covariance_tokens=20000")
+    code, output, _ = run(capsys, "plan", str(tmp_path), "--layer", "auto", *many)
     text = " ".join(output.split())
     assert code == 0
     assert "does not fit into 24.0 GB of free memory" in text
-    assert "It would fit with layer='lga'" in text
+    assert "covariance_tokens=1000" in text
     code, output, _ = run(capsys, "plan", str(tmp_path), "--dtype", "float32", "--layer", "3", "--facts", "2")
     assert "It would fit with dtype=torch.bfloat16" in " ".join(output.split())
     monkeypatch.setattr("goldenedit.editing.budget.free_memory", lambda device: GB)

@@ -19,14 +19,14 @@ Phases, where k is the number of layers that they read, F facts of the proxy set
 
     layer selection, LGA   bytes  gradients' bytes of 8 rows + 8 n (d + m), float32 copies at one map, + 16 r V
                            FLOPs  forward and backward of 2 F rows + F T^2 2 (sum of the widths of the MLP's maps)
-    key statistics         bytes  8 k m^2, sums and means in float32 side by side + m^2; before, 4 k m^2 + a forward
-                           FLOPs  sampling n tokens + forward of n tokens + 2 k n m^2
-                           kept   4 k m^2; none where they are streamed from the cache
-    detectors              bytes  36 m^2: the second moment, and in float64 its copy, the ridge, their sum, the factor
-                           FLOPs  m^3 / 3 (Cholesky), or 9 m^3 (eigenvectors, for editors with a null space)
-                           kept   8 k m^2, the factors
-    selection by auto      bytes  48 m^2 + 4 F L m (keys and detectors) + inputs and outputs of all down projections
-    selection by selectivity      the same with 36 m^2
+    key statistics         bytes  4 k m min(n, m), sums in float32 or keys, + a forward, or + two copies of a layer's
+                           FLOPs  sampling n tokens + forward of n tokens + 2 k n m^2, these without keys
+                           kept   4 k m min(n, m); none where they are streamed from the cache, in groups of layers
+    detectors              bytes  20 m^2 (Cholesky of the second moment in float64) or 36 m^2 (its eigenvectors); of
+                                  keys 20 n^2 or 32 n^2 (of their Gram matrix) + the strongest eigenvectors, 8/3 m n
+                           FLOPs  m^3 / 3 or 9 m^3, of keys n^3 / 3 or 9 n^3 + 2 m n^2
+                           kept   8 k m^2, the factors, or 8 k n^2
+    selection by auto      bytes  detectors + 4 F L m (keys and detectors) + inputs and outputs of all down projections
     MLP statistics         bytes  8 k d^2, or 4 k d^2 + 8 d^2 + a forward that records 2 k b (d + m) e + 4 b (d + 2 m)
                            FLOPs  sampling n tokens + forward of n tokens + 2 k n d^2
                            kept   4 k d^2
@@ -50,12 +50,13 @@ most. Statistics in the cache cost nothing; here nothing is cached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from goldenedit.architecture.sizes import Shape
 from goldenedit.config import EditConfig
 from goldenedit.editing.budget import AT_MOST, LOGITS, MLP_WIDTHS, SHARE, WIDTHS
+from goldenedit.lm.covariance import GROUP_BYTES
 from goldenedit.lm.statistics import WIDEST_EXPERTS
 
 _BATCH = 2048  # tokens of a forward over text
@@ -257,7 +258,7 @@ class Work:
             return
         count = len(self.shape.editable)
         if self.has_text or (name == "selectivity" and self.config.covariance != "identity"):
-            yield replace(self._key_statistics(count), kept_bytes=0)
+            yield self._streamed_statistics(self.shape.editable)
         if name == "sweep":
             yield from self._sweep(count)
         else:
@@ -280,8 +281,7 @@ class Work:
         keys = 4 * facts * count * m * (3 + self.config.contexts if is_auto else 3)
         recorded = _RESPONSE.tokens * (count * (m + s.width) * s.element + 4 * m)
         recorded += 4 * LOGITS * _RESPONSE.reads * s.vocabulary if is_auto else 0
-        solved, flops = self._solve(count) if self.has_text or not is_auto else (0, 0)
-        solved += 12 * m**2 if is_auto and solved else 0  # the factor of the layer before
+        solved, _, flops = self._solve(count) if self.has_text or not is_auto else (0, 0, 0)
         # The model's own next words after other prompts are read at all their tokens.
         reads = _RESPONSE.reads + 3 * _RESPONSE.length if is_auto else _RESPONSE.rows
         forwards = self.forward(_RESPONSE.tokens, _RESPONSE.length, s.layers, reads)
@@ -311,29 +311,51 @@ class Work:
             yield self._values(_TAUGHT, self.answers)
         else:
             if self.has_text:
-                yield self._key_statistics(len(self.targets))
-                size, flops = self._solve(len(self.targets))
-                yield Phase("detectors", size, flops, size, 8 * len(self.targets) * self.shape.key_width**2)
+                yield self._key_statistics(self.targets)
+                size, stays, flops = self._solve(len(self.targets))
+                yield Phase("detectors", size, flops, size, len(self.targets) * stays)
             if self.config.editor.learns == "values":
                 yield self._wordings()
                 yield self._values(self.worded, self.targets[0])
         yield Phase("save", 2 * self.edit_bytes, 0, 2 * self.edit_bytes)
 
-    def _key_statistics(self, count: int) -> Phase:
+    @property
+    def _moment_bytes(self) -> int:
+        """Bytes of the key statistics of a layer."""
+        return 4 * self.shape.key_width * min(self.config.covariance_tokens, self.shape.key_width)
+
+    def _streamed_statistics(self, layers: Sequence[int]) -> Phase:
+        """Return the phase that computes statistics in groups of layers, each in a pass up to its last layer."""
+        at_once = max(1, GROUP_BYTES // self._moment_bytes)
+        groups = [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
+        passes = [self._key_statistics(group) for group in groups]
+        sampling = self.sampling(self.config.covariance_tokens)[1]
+        flops = sum(phase.flops for phase in passes) - sampling * (len(groups) - 1)
+        largest = max(passes, key=lambda phase: phase.bytes)
+        return replace(largest, flops=flops, kept_bytes=0)
+
+    def _key_statistics(self, layers: Sequence[int]) -> Phase:
         s, m, tokens = self.shape, self.shape.key_width, self.config.covariance_tokens
         sampling, flops = self.sampling(tokens)
         batch = min(_BATCH, tokens)
-        running = 4 * count * m**2 + self.forward_bytes(batch) + batch * m * (4 + s.element)
-        means = 8 * count * m**2 + m**2
-        flops += self.forward(tokens, _SAMPLED_LENGTH, s.layers) + 2 * count * tokens * m**2
-        kept = 4 * count * m**2
-        return Phase("key statistics", max(sampling, running, means), flops, kept + m**2, kept)
+        kept = len(layers) * self._moment_bytes
+        running = kept + self.forward_bytes(batch) + batch * m * (4 + s.element)
+        written = kept + 2 * self._moment_bytes
+        flops += self.forward(tokens, _SAMPLED_LENGTH, max(layers) + 1)
+        flops += 2 * len(layers) * tokens * m**2 if tokens >= m else 0
+        return Phase("key statistics", max(sampling, running, written), flops, written, kept)
 
-    def _solve(self, count: int) -> tuple[int, int]:
-        """Bytes of solving with the second moment of one layer, and FLOPs for some layers."""
-        m = self.shape.key_width
+    def _solve(self, count: int) -> tuple[int, int, int]:
+        """Bytes of solving with the statistics of one layer, those that stay, and FLOPs for some layers."""
+        m, tokens = self.shape.key_width, self.config.covariance_tokens
         has_spectrum = "null_space_threshold" in self.config.editor.fields and self.config.layer != "selectivity"
-        return 36 * m**2, count * (9 * m**3 if has_spectrum else m**3 // 3)
+        order = min(tokens, m)
+        flops = 9 * order**3 if has_spectrum else order**3 // 3
+        if tokens >= m:
+            return (36 if has_spectrum else 20) * m**2, 8 * m**2, count * flops
+        strongest = 8 * m * tokens // 3 if has_spectrum else 0
+        held = self._moment_bytes + (32 if has_spectrum else 16) * tokens**2 + strongest
+        return held, 8 * tokens**2, count * (flops + 2 * m * tokens**2)
 
     def _mlp_statistics(self, count: int) -> Phase:
         s, d, m, tokens = self.shape, self.shape.width, self.shape.key_width, self.config.covariance_tokens

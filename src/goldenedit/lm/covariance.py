@@ -30,7 +30,7 @@ from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
 
 _VERSION = 2  # of the choice of text and of the computation on it
-_GROUP_BYTES = 768 << 20  # of the statistics of layers that are computed in one pass
+GROUP_BYTES = 768 << 20  # of the statistics of layers that are computed in one pass
 _OPENING_TOKENS = 8
 _SAMPLED_TOKENS = 24  # sampled after each opening
 
@@ -183,7 +183,7 @@ class StreamedStatistics(Mapping[int, KeyStatistics]):
 
 
 def _groups(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> list[list[int]]:
-    """Return consecutive layers whose statistics take at most `_GROUP_BYTES` together, or one layer alone."""
+    """Return consecutive layers whose statistics take at most `GROUP_BYTES` together, or one layer alone."""
     groups: list[list[int]] = []
     free = 0
     for layer in sorted(layers):
@@ -191,7 +191,7 @@ def _groups(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> li
         size = 4 * width * min(width, config.covariance_tokens)  # float32
         if size > free:
             groups.append([])
-            free = _GROUP_BYTES
+            free = GROUP_BYTES
         groups[-1].append(layer)
         free -= size
     return groups
