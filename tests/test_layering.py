@@ -41,6 +41,7 @@ ORDER = (
     "layer_selection",
     "adapters",
     "versions",
+    "sequences",
     "storing",
     "sharing",
     "measuring",
