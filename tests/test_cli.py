@@ -113,6 +113,37 @@ def test_an_edit_is_made_saved_and_shown(capsys, folder, tmp_path):
     assert "The edits do what they list, and their facts explain them." in output
 
 
+def test_a_file_is_edited_in_batches_and_gone_on_with(capsys, folder, tmp_path):
+    def edit(count, *options):
+        facts = tmp_path / "facts.jsonl"
+        records = [
+            {"prompt": f"House {number} is in", "subject": f"House {number}", "target_new": "Rome"}
+            for number in range(count)
+        ]
+        facts.write_text("\n".join(map(json.dumps, records)))
+        fast = ("--method", "memit", "--layer", "1", "--covariance", "identity", "--batch-size", "2")
+        return run(capsys, "edit", folder, "--file", str(facts), *fast, "--output", str(tmp_path / "edits"), *options)
+
+    code, output, _ = edit(3)
+    assert code == 0
+    assert "3 facts in one edit of rank 3" in output
+    code, _, errors = edit(5)
+    assert code == 1
+    assert "Pass --resume to go on" in " ".join(errors.split())
+    code, output, _ = edit(5, "--resume")
+    assert code == 0
+    assert "5 facts in one edit of rank 5" in output
+    (saved,) = json.loads((tmp_path / "edits" / "edits.json").read_text())
+    assert saved["name"] == "facts"
+    assert len(saved["facts"]) == 5
+    code, _, errors = edit(5, "--resume", "--method", "emmet")
+    assert code == 1
+    assert "were made with --method memit" in " ".join(errors.split())
+    code, _, errors = edit(5, "--resume", "--name", "other")
+    assert "no edit 'other'" in " ".join(errors.split())
+    assert edit(5, "--strict")[0] == run(capsys, "edit", folder, "--resume")[0] == 2
+
+
 def test_the_cost_of_an_edit_is_shown_where_asked_for(capsys, folder):
     code, output, _ = run(capsys, "edit", folder, *FACT, *BY_HAND, "--profile")
     assert code == 0

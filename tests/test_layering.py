@@ -44,6 +44,7 @@ ORDER = (
     "plans",
     "adapters",
     "versions",
+    "sequences",
     "storing",
     "sharing",
     "measuring",

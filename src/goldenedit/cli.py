@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from goldenedit.tables import printable
 from goldenedit.terminal import console, load_edits, load_together, parse_layer
 
 if TYPE_CHECKING:
+    from goldenedit import EditRequest
     from goldenedit.layer_scores import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
 
@@ -127,6 +129,13 @@ def edit(
     ] = "sampled",
     name: Annotated[str | None, typer.Option(help="The name of the edit.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show the cost of each phase of the edit.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Edit the file in batches of so many facts into one edit, saved after each."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the edits in the output folder: edit the facts it lacks.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail and save nothing if the edit of any fact does not take.")
     ] = False,
@@ -136,7 +145,7 @@ def edit(
     output: Output = None,
 ) -> None:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
-    from goldenedit import EditConfig, EditRequest, get_edit_model, load_requests
+    from goldenedit import EditConfig, get_edit_model
     from goldenedit.cost import profiling
     from goldenedit.lm.chat import rendered
     from goldenedit.lm.flops import forward_flops
@@ -144,14 +153,15 @@ def edit(
 
     if name is not None:
         check_edit_name(name)
-    if file is not None:
-        if prompt is not None or subject is not None or target is not None:
-            raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
-        requests = load_requests(file, format, skip_bad=skip_bad)
-    elif prompt is None or subject is None or target is None:
-        raise typer.BadParameter("give --prompt, --subject and --target, or --file.")
-    else:
-        requests = [EditRequest(prompt, subject, target)]
+    requests = requests_of_options(prompt, subject, target, file, format, skip_bad)
+    if batch_size is not None or resume:
+        if batch_size is None or verify or strict or file is None:
+            raise typer.BadParameter(
+                "--resume needs --batch-size, which needs --file and takes no --verify or --strict."
+            )
+        settings = {"method": method, "layer": parse_layer(layer), "covariance": covariance}
+        edit_many(model, requests, batch_size, name or "facts", output, resume, settings)
+        return
     config = EditConfig(method=method, layer=parse_layer(layer), covariance=covariance)
     base, tokenizer, is_first = load_together(model)
     with ExitStack() as stack:
@@ -173,6 +183,59 @@ def edit(
         from goldenedit.storage.folder import folder_size
 
         edit_model.save_pretrained(output)
+        console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
+
+
+def requests_of_options(
+    prompt: str | None, subject: str | None, target: str | None, file: Path | None, format: str, skip_bad: bool
+) -> list[EditRequest]:
+    """Return the facts that the options of `edit` stand for."""
+    from goldenedit import EditRequest, load_requests
+
+    if file is not None:
+        if prompt is not None or subject is not None or target is not None:
+            raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
+        return load_requests(file, format, skip_bad=skip_bad)
+    if prompt is None or subject is None or target is None:
+        raise typer.BadParameter("give --prompt, --subject and --target, or --file.")
+    return [EditRequest(prompt, subject, target)]
+
+
+def edit_many(
+    model: str,
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    name: str,
+    output: Path | None,
+    resume: bool,
+    settings: dict[str, Any],
+) -> None:
+    """Edit batch after batch into one edit, and save it after each batch."""
+    from goldenedit import EditConfig, EditModel, get_edit_model
+    from goldenedit.storage.folder import EDIT_CONFIG, folder_size
+
+    is_there = output is not None and (output / EDIT_CONFIG).exists()
+    if resume and output is None:
+        raise typer.BadParameter("--resume needs the --output of the run to go on with.")
+    if is_there and not resume:
+        raise ValueError(f"There are edits in {output}. Pass --resume to go on with them, or choose another --output.")
+    base, tokenizer, is_first = load_together(model)
+    if is_there:
+        assert output is not None
+        edit_model = EditModel.from_pretrained(base, output, tokenizer=tokenizer)
+        if name not in edit_model.edits:
+            names = ", ".join(edit_model.edits)
+            raise ValueError(f"{output} has no edit {name!r}. Pass the --name of one that it has: {names}.")
+        for option, value in settings.items():
+            if getattr(edit_model.edit_config, option) != value:
+                made = getattr(edit_model.edit_config, option)
+                raise ValueError(f"The edits in {output} were made with --{option} {made}. Pass the same.")
+    else:
+        edit_model = get_edit_model(base, EditConfig(**settings), tokenizer)
+    edit = edit_model.edit_in_batches(requests, batch_size, name, output if is_first else None)
+    missed = sum(not fact.takes for fact in edit.facts)
+    console.print(f"{len(edit.facts)} facts in one edit of rank {edit.rank}, of which {missed} did not take.")
+    if output is not None and is_first:
         console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
 
 

@@ -208,6 +208,13 @@ class EditConfig(
             "None to skip this check."
         },
     )
+    max_text_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Undo a batch if the KL divergence from the base model on plain statements, in nats a token, is "
+            "above this; None to skip this check."
+        },
+    )
     seed: int = option(0, help="Seed of all sampling.", least=0, whole=True)
     options: dict[str, Any] = field(
         default_factory=dict,
@@ -345,6 +352,7 @@ class EditConfig(
         check_number("EditConfig.answer_layer", self.answer_layer, least=0, whole=True, optional=True)
         check_number("EditConfig.proxy_size", self.proxy_size, least=1, whole=True, optional=True)
         check_number("EditConfig.max_perplexity_ratio", self.max_perplexity_ratio, least=1.0, optional=True)
+        check_number("EditConfig.max_text_kl", self.max_text_kl, least=0.0, optional=True)
         if self.dense_tolerance >= 1:
             raise ValueError(f"EditConfig.dense_tolerance must be below 1, got {self.dense_tolerance}.")
         check_number("EditConfig.tukey_kappa", self.tukey_kappa, least=0.0, infinite=True)

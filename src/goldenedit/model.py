@@ -22,7 +22,7 @@ from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cache import cache_key
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
-from goldenedit.editing.batch import changes_of_batch, check_perplexity
+from goldenedit.editing.batch import changes_of_batch, check_harm
 from goldenedit.editing.calls import (
     RECHECKED,
     check_facts,
@@ -42,6 +42,7 @@ from goldenedit.lm.tokenizer import tokenizer_of
 from goldenedit.lm.tokens import encode_request
 from goldenedit.measuring import MeasuringMixin
 from goldenedit.requests import Facts, Message
+from goldenedit.sequences import SequencesMixin
 from goldenedit.sharing import SharingMixin
 from goldenedit.storage.checkpoint import golden_metadata
 from goldenedit.storage.fingerprint import weight_hashes
@@ -87,7 +88,7 @@ def get_edit_model(
     return edit_model
 
 
-class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
+class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, SharingMixin):
     """A causal LM with edits that switch on and off, stack, fuse, merge, save and load.
 
     Each call of `edit` adds one adapter to a stock `PeftModel`. The methods for adapters have PEFT's names. `forward`,
@@ -191,6 +192,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
         name: str | None = None,
         messages: Sequence[Message] | None = None,
         verify: bool = False,
+        into: str | None = None,
     ) -> Edit:
         """Change one fact, or a batch of facts, and switch the new edit on beside the active ones.
 
@@ -209,17 +211,26 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             verify: Ask the model afterward: the facts in every form they have a text for, and other questions. The
                 texts before and after are in `verification` of the edit, and the log says what holds and what moved.
                 All facts of other active edits are asked again, instead of a draw.
+            into: Name of an active edit that takes the new facts up, instead of a `name`. Its adapter becomes the sum,
+                whose rank is at most that of the matrix, so thousands of edits cost no more than one. They are
+                switched and deleted together. If there is no such edit, this one gets the name.
 
         Returns:
-            The edit, with the probability of each new answer before and after.
+            The edit, with the probability of each new answer before and after. With `into` it has the facts of before
+            as well.
 
         Raises:
-            ValueError: A request is invalid, two requests contradict each other, the name is taken, or the
-                optimization fails.
+            ValueError: A request is invalid, two requests contradict each other, the name is taken, the edit to take
+                them up is not active, or the optimization fails.
         """
         asked = requests_of_call(prompt, subject, target_new, target_true, messages)
         warn_of_doubtful_subjects(asked)
-        name = self._new_name(name)
+        if into is not None and name is not None:
+            raise ValueError("edit() takes name= for an edit of its own, or into= to add to one, not both.")
+        grows = into is not None and into in self.edits
+        if grows and into not in self.active_adapters:
+            raise ValueError(f"Edit {into!r} is switched off. Switch it on (set_adapter) to edit into it.")
+        name = self._new_name(None if grows else into or name)
         self._see_model()
         for request in asked:  # a request that cannot be tokenized raises before anything takes time
             encode_request(
@@ -250,8 +261,7 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
             with phase("check"):
                 others = facts_to_recheck(active, asked, most=None if verify else RECHECKED)
                 facts, lost = check_facts(self.lm, asked, changes, others, partial(self._without, name))
-            if (most := config.max_perplexity_ratio) is not None:
-                check_perplexity(self.lm, name, most, self.disable_adapter)
+            check_harm(self.lm, name, config, self.disable_adapter)
             self.edits[name] = Edit(
                 name,
                 facts,
@@ -272,9 +282,23 @@ class EditModel(nn.Module, MeasuringMixin, StoringMixin, SharingMixin):
                 self.edits[name] = replace(self.edits[name], verification=verification)
                 level = logging.INFO if verification.holds else logging.WARNING
                 logger.log(level, "Edit %r %s.", name, verification.summary)
+            if into is not None and grows:
+                self._fuse(into, name)
+                name = into
         warn_of_failed_facts(facts, config)
         warn_of_lost_facts(lost)
         return self.edits[name]
+
+    def _fuse(self, into: str, part: str) -> None:
+        """Make an edit a part of another one. Both are active."""
+        newest = self.edits[part]
+        whole, _ = joined(into, [self.edits[into], newest])
+        deltas = {path: delta.compact() for path, delta in whole.deltas.items()}
+        self.adapters.fuse(into, part, deltas)
+        self.model = self.adapters.model
+        self.edits[into] = replace(whole, deltas=deltas, lost=newest.lost, verification=newest.verification)
+        del self.edits[part]
+        self._evaluations = {names: found for names, found in self._evaluations.items() if into not in names}
 
     def contexts_hash(self, config: EditConfig) -> str:
         """Return a hash of the prefixes that this model samples under a config."""

@@ -401,6 +401,31 @@ class Adapters:
             self._restore_given()
             self._apply([key for key in others if key != name])
 
+    def fuse(self, into: str, part: str, deltas: Mapping[str, LowRankDelta]) -> None:
+        """Replace two active edits by one with the name of the first. An error leaves both as they are.
+
+        Args:
+            into: The edit that takes the other one up.
+            part: The other one.
+            deltas: The change of both.
+
+        Raises:
+            ValueError: PEFT has no place for a factor.
+        """
+        key, active = self._keys.pop(into), self.active
+        try:
+            self.add(into, deltas)
+        except BaseException:
+            self.remove(into)
+            self._keys[into] = key
+            self.activate(active)
+            raise
+        self.activate([name for name in active if name != part])
+        with self._keeping_trainable() as others:
+            ownership.delete_edit(self.base, key)
+            self._apply(others)
+        self.remove(part)
+
     def clear(self) -> None:
         """Remove all edits. The model is the one passed in, and what was trainable is trainable again."""
         for name in [*self.names, *self._loaded]:

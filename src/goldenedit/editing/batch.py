@@ -26,7 +26,7 @@ from goldenedit.editing.wordings import spelled
 from goldenedit.editors import LowRankDelta
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.perplexity import perplexity, sample_texts
+from goldenedit.lm.perplexity import perplexity, sample_texts, text_kl
 from goldenedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
@@ -112,20 +112,29 @@ def _learned(
     return replace(changes, probability_before=changes.probability_before[:count], steps=changes.steps[:count])
 
 
-def check_perplexity(
-    lm: LanguageModel, name: str, most: float, without_edits: Callable[[], AbstractContextManager[None]]
+def check_harm(
+    lm: LanguageModel, name: str, config: EditConfig, without_edits: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Raise ValueError if the perplexity on plain statements is more than `most` times that of the base model.
+    """Raise ValueError if the active edits harm plain statements more than a config allows.
 
     Args:
         lm: The model, with its active edits in effect.
         name: The newest edit.
+        without_edits: Returns a context that switches all edits off.
     """
-    with without_edits():
-        before = lm.perplexity()
-    after = perplexity(lm, sample_texts())
-    if not after <= most * before:
-        raise ValueError(
-            f"With edit {name!r} perplexity on plain statements is {after:.2f}, against {before:.2f} for the base "
-            f"model. That is more than EditConfig.max_perplexity_ratio={most} allows, so the edit was undone."
-        )
+    if (most := config.max_perplexity_ratio) is not None:
+        with without_edits():
+            before = lm.perplexity()
+        after = perplexity(lm, sample_texts())
+        if not after <= most * before:
+            raise ValueError(
+                f"With edit {name!r} perplexity on plain statements is {after:.2f}, against {before:.2f} for the base "
+                f"model. That is more than EditConfig.max_perplexity_ratio={most} allows, so the edit was undone."
+            )
+    if (most := config.max_text_kl) is not None:
+        kl = text_kl(lm, sample_texts(), without_edits)
+        if not kl <= most:
+            raise ValueError(
+                f"With edit {name!r} the KL divergence from the base model on plain statements is {kl:.4f} a token. "
+                f"That is more than EditConfig.max_text_kl={most} allows, so the edit was undone."
+            )

@@ -113,6 +113,18 @@ class LowRankDelta:
         error = (s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)).sqrt().item()
         return replace(self, A=V[:rank].float(), B=(U[:, :rank] * s[:rank]).float()).balanced(), error
 
+    def compact(self) -> LowRankDelta:
+        """Return the same delta with at most as many ranks as the matrix has rows or columns.
+
+        A delta of a larger rank becomes the dense change beside the identity, summed in float64 and rounded once.
+        """
+        d_out, d_in = len(self.B), self.A.shape[1]
+        if self.rank <= min(d_out, d_in):
+            return self
+        dense = (self.B.double() @ self.A.double()).to(self.A.dtype)
+        eye = torch.eye(min(d_out, d_in), dtype=self.A.dtype, device=self.A.device)
+        return replace(self, A=dense, B=eye) if d_out <= d_in else replace(self, A=eye, B=dense)
+
     def stored(self) -> tuple[Tensor, Tensor]:
         """Return `lora_A.weight` and `lora_B.weight` in PEFT's layout.
 

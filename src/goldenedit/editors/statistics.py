@@ -84,6 +84,16 @@ class KeyStatistics:
         Raises:
             ValueError: The statistics are the identity.
         """
+        if threshold not in self._strongest:
+            self._strongest.clear()  # facts of one batch have the same threshold
+            self._strongest[threshold] = self._vectors_from(threshold)
+        return self._strongest[threshold]
+
+    @cached_property
+    def _strongest(self) -> dict[float, Tensor]:
+        return {}
+
+    def _vectors_from(self, threshold: float) -> Tensor:
         if self.keys is None:
             values, vectors = self.spectrum
             return vectors[:, values >= threshold]

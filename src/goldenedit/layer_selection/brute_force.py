@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # Options that an edit at a given layer does not depend on.
 _IRRELEVANT = (
     *("method", "layer", "layer_pattern", "pattern_layers", "target_layer", "layer_scores", "proxy", "proxy_size"),
-    *("lga_loss", "tukey_kappa", "batch_size", "max_perplexity_ratio"),
+    *("lga_loss", "tukey_kappa", "batch_size", "max_perplexity_ratio", "max_text_kl"),
 )
 _NEIGHBORS = 5
 _VERSION = 3  # of the content of cells and the way they are measured

@@ -167,7 +167,7 @@ def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:
             yield name, config.constant(name)
         if config.has_units:
             yield "relative_constants", config.relative_constants
-    for name in ("regularizer", "max_perplexity_ratio"):
+    for name in ("regularizer", "max_perplexity_ratio", "max_text_kl"):
         if getattr(config, name) is not None:
             yield name, getattr(config, name)
     yield "seed", config.seed

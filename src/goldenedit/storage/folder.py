@@ -437,12 +437,23 @@ def _paths(edits: Sequence[Edit]) -> list[str]:
 
 
 def joined_state(edits: Iterable[Edit]) -> dict[str, Tensor]:
-    """Return the state of all edits, concatenated by columns."""
+    """Return the state of all edits, concatenated by columns.
+
+    Of keys `K`, which are read as `K K^T` alone, there are at most as many columns as rows.
+    """
     by_name: dict[str, list[Tensor]] = {}
     for edit in edits:
         for name, tensor in edit.state.items():
             by_name.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors, 1) for name, tensors in sorted(by_name.items())}
+    state = {name: torch.cat(tensors, 1) for name, tensors in sorted(by_name.items())}
+    return {name: _as_few(matrix) if name.startswith("keys/") else matrix for name, matrix in state.items()}
+
+
+def _as_few(keys: Tensor) -> Tensor:
+    """Return keys with the same `K K^T`, at most as many as they are wide."""
+    if keys.shape[1] <= keys.shape[0]:
+        return keys
+    return torch.linalg.qr(keys.T.double(), mode="r").R.T.to(keys.dtype)
 
 
 def adapter_config(edits: list[Edit], base_model: BaseModel) -> dict[str, Any]:
