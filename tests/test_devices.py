@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +17,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, devices, get_edit_mod
 from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import evaluating
 from goldenedit.audit import audit
-from goldenedit.devices import execution_device, input_device, onloaded_parameter
+from goldenedit.devices import execution_device, input_device, onloaded_parameter, return_free_memory
 from goldenedit.editing.rows import subject_rows
 from goldenedit.editing.values import KeptRow, ValueOptions, optimize_values
 from goldenedit.lm import LanguageModel
@@ -277,3 +278,13 @@ def test_an_offloaded_model_needs_no_private_name_of_accelerate_or_transformers(
     monkeypatch.delattr(model, "all_tied_weights_keys")
     assert execution_device(model.get_input_embeddings()) == torch.device("cpu")
     assert fingerprint(model) == expected
+
+
+def test_memory_is_returned_where_the_system_can_take_it(monkeypatch):
+    return_free_memory()
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    return_free_memory()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def execution_device(module: nn.Module) -> torch.device:
                 if not parameter.is_meta:
                     return parameter.device
     return torch.device("cpu")
+
+
+def return_free_memory() -> None:
+    """Return memory that this process has freed to the system, where the C library keeps it (glibc).
+
+    After many batches of different sizes it keeps gigabytes of it in pieces.
+    """
+    with suppress(OSError, AttributeError):  # another system, or another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

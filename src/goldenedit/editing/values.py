@@ -40,6 +40,7 @@ from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import adding, adding_products, evaluating, outside_inference_mode, recording
 from goldenedit.architecture.replay import Batch, Capture, Replayer, capture, may_pack
+from goldenedit.devices import return_free_memory
 from goldenedit.editing.budget import groups_by_length
 from goldenedit.editors.regularizers import norm_preserving
 from goldenedit.lm import LanguageModel
@@ -199,6 +200,8 @@ def optimize_values(
             group = _Group(lm, [subjects[index] for index in members])
             results.append(_optimize(lm, group, layers, options, found, flatness))
             progress.update(len(members))
+            del group
+            return_free_memory()
             if padded != (results[-1].replay != "packed"):  # the replay does not pack as expected: split the rest again
                 padded = not padded
                 groups = split([index for later in groups for index in later], padded)

@@ -45,7 +45,7 @@ def text_kl(
     batch_size: int = 16,
     most: int = 512,
 ) -> float:
-    """Return the KL divergence of the edited model from the base model, in nats a token, over the tokens of texts.
+    """Return `KL(base || edited)` of the next-token distributions, in nats a token, over the tokens of texts.
 
     Arguments and errors are as in `perplexity`.
 
@@ -58,7 +58,7 @@ def text_kl(
             after = _predicted(lm, batch)[0].log_softmax(-1)
             with without_edits():
                 before = _predicted(lm, batch)[0].log_softmax(-1)
-            total += (after.exp() * (after - before)).sum().item()
+            total += (before.exp() * (before - after)).sum().item()
             count += len(after)
     return total / count
 
