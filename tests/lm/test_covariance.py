@@ -181,6 +181,8 @@ def test_streamed_statistics_are_computed_in_groups_that_fit(tokenizer, monkeypa
     monkeypatch.setattr(
         covariance, "second_moments", lambda *args, **kw: passes.append(args[2]) or second_moments(*args, **kw)
     )
+    samplings = []
+    monkeypatch.setattr(covariance, "sampled_texts", lambda *args: samplings.append(args) or sampled_texts(*args))
     streamed = covariance.StreamedStatistics(LanguageModel(model, tokenizer), layers, config)
     groups = [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
     assert passes == groups
@@ -188,6 +190,7 @@ def test_streamed_statistics_are_computed_in_groups_that_fit(tokenizer, monkeypa
         moment = "keys" if tokens < MLP_WIDTH else "second_moment"
         assert torch.equal(getattr(streamed[layer], moment), getattr(expected[layer], moment))
         assert len(streamed.in_memory) <= (0 if stores else at_once)
+    assert len(samplings) == 1
     if stores:
         assert passes == groups
     else:  # once more, group by group

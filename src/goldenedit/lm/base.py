@@ -28,6 +28,7 @@ class TokenizedModel:
         model: The model. Adapters that are active on it take effect.
         tokenizer: Its tokenizer.
         beside: A short name for the adapters on the model that are not edits.
+        sampled: Texts that the unedited model wrote, by their tokens and seed. All statistics are of the same texts.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TokenizedModel:
         self.model = model
         self.tokenizer = tokenizer
         self.beside = beside
+        self.sampled: dict[tuple[int, int], list[str]] = {}
         self._tokenizer_state = tokenizer_state(tokenizer)
         if architecture is not None:
             self.architecture = architecture

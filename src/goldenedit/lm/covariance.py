@@ -208,7 +208,10 @@ def source_name(covariance: str) -> str:
 
 def _texts(lm: TokenizedModel, config: EditConfig) -> Sequence[str]:
     if config.covariance == "sampled":
-        return sampled_texts(lm, config.covariance_tokens, config.seed)
+        key = config.covariance_tokens, config.seed
+        if key not in lm.sampled:
+            lm.sampled[key] = sampled_texts(lm, *key)
+        return lm.sampled[key]
     return list(islice(dataset_texts(config.covariance), config.covariance_tokens))
 
 
