@@ -113,7 +113,7 @@ class KeyStatistics:
     def mean_eigenvalue(self) -> float:
         """The mean eigenvalue of `C`, `trace(C) / d_in`."""
         if self.keys is not None:
-            return self.keys.double().square().sum().item() / self.keys.shape[1]
+            return sum(block.double().square().sum().item() for block in _blocks(self.keys)) / self.keys.shape[1]
         return 1.0 if self.second_moment is None else self.second_moment.diagonal().double().mean().item()
 
     @property
