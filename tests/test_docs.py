@@ -92,7 +92,8 @@ def test_every_python_block_of_the_readme_runs_on_the_packaged_model(tmp_path):
     done = run(code.replace(HUB_NAME, base), "README.md", TRAINED_LORA.format(base=base), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "does not take" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eiffel-in-rome", "louvre-in-rome", "my-facts", "my-lora"]
+    folders = ["eiffel-in-rome", "louvre-in-rome", "my-facts", "my-lora"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == folders
 
 
 def test_every_document_with_python_is_run():

@@ -23,7 +23,7 @@ Phases, where k is the number of layers that they read, F facts of the proxy set
                            FLOPs  sampling n tokens + forward of n tokens + 2 k n m^2, these without keys
                            kept   4 k m min(n, m); none where they are streamed from the cache, in groups of layers
     detectors              bytes  20 m^2 (Cholesky of the second moment in float64) or 36 m^2 (its eigenvectors); of
-                                  keys 20 n^2 or 32 n^2 (of their Gram matrix) + the strongest eigenvectors, 8/3 m n
+                                  keys 20 n^2 or 32 n^2 (of their Gram matrix) + the strongest eigenvectors, 16/3 m n
                            FLOPs  m^3 / 3 or 9 m^3, of keys n^3 / 3 or 9 n^3 + 2 m n^2
                            kept   8 k m^2, the factors, or 8 k n^2
     selection by auto      bytes  detectors + 4 F L m (keys and detectors) + inputs and outputs of all down projections
@@ -285,7 +285,10 @@ class Work:
         # The model's own next words after other prompts are read at all their tokens.
         reads = _RESPONSE.reads + 3 * _RESPONSE.length if is_auto else _RESPONSE.rows
         forwards = self.forward(_RESPONSE.tokens, _RESPONSE.length, s.layers, reads)
-        forwards += 2 * self.forward(_PROXY.tokens, _PROXY.length, s.layers, 4) if is_auto else 0
+        if is_auto:
+            forwards += 2 * self.forward(_PROXY.tokens, _PROXY.length, s.layers, 4)
+            length = _PROXY.length + self.config.context_length
+            forwards += self.forward(self.config.contexts * length, length, s.layers)
         return Phase("layer selection", keys + max(solved, recorded), flops + facts * forwards, keys + solved)
 
     def _sweep(self, count: int) -> Iterator[Phase]:
@@ -353,7 +356,7 @@ class Work:
         flops = 9 * order**3 if has_spectrum else order**3 // 3
         if tokens >= m:
             return (36 if has_spectrum else 20) * m**2, 8 * m**2, count * flops
-        strongest = 8 * m * tokens // 3 if has_spectrum else 0
+        strongest = 16 * m * tokens // 3 if has_spectrum else 0
         held = self._moment_bytes + (32 if has_spectrum else 16) * tokens**2 + strongest
         return held, 8 * tokens**2, count * (flops + 2 * m * tokens**2)
 
