@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2
 
-.PHONY: conformance demo test test-runtimes setup quality style benchmarks cards clean
+.PHONY: conformance demo gpu-check test test-runtimes setup quality style benchmarks cards clean
 
 demo: setup
 	$(BIN)/goldenedit demo --model $(MODEL)
@@ -23,6 +23,10 @@ cards: setup
 # Test every causal LM class of transformers on a tiny random model, and write docs/conformance.md.
 conformance: setup
 	$(BIN)/python benchmarks/conformance.py
+
+# On a machine with a GPU: the CPU's edits there, and what edits of 8 billion parameters cost. 8 minutes, one JSON.
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py
 
 setup: $(VENV)/.ready
 
