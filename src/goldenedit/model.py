@@ -32,6 +32,7 @@ from goldenedit.editing.calls import (
     warn_of_doubtful_subjects,
     warn_of_failed_facts,
     warn_of_lost_facts,
+    without_marker,
 )
 from goldenedit.editing.prepared import check_editable
 from goldenedit.editors import LowRankDelta
@@ -300,6 +301,15 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         del self.edits[part]
         self._evaluations = {names: found for names, found in self._evaluations.items() if into not in names}
 
+    def _warn_of_missing_markers(self, edits: Sequence[Edit]) -> None:
+        """Log a warning that names those of some edits which need another one that is not among them."""
+        if names := without_marker(edits, self.architecture.down_projections):
+            logger.warning(
+                "The edits %s were made on top of an earlier edit about the same subject, which is not with them now. "
+                "Without it their facts do not hold. Keep both, or make these facts again in one call.",
+                names,
+            )
+
     def contexts_hash(self, config: EditConfig) -> str:
         """Return a hash of the prefixes that this model samples under a config."""
         with self.disable_adapter():
@@ -326,8 +336,10 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         Raises:
             ValueError: There is no edit of that name.
         """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._switched_off = None
-        self.adapters.select([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self.adapters.select(names)
+        self._warn_of_missing_markers([self.edits[name] for name in names if name in self.edits])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an edit, or a plain adapter that was loaded. The others stay switched on or off as they are.
@@ -340,6 +352,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         self.adapters.remove(adapter_name)
         self.model = self.adapters.model
         self.edits.pop(adapter_name, None)
+        self._warn_of_missing_markers(list(self.edits.values()))
         self._evaluations = {
             names: evaluation for names, evaluation in self._evaluations.items() if adapter_name not in names
         }

@@ -75,6 +75,8 @@ class StoringMixin:
             self, edits: Mapping[str, Mapping[str, LowRankDelta]], on: bool = True
         ) -> AbstractContextManager[None]: ...
 
+        def _warn_of_missing_markers(self, edits: Sequence[Edit]) -> None: ...
+
         def _only(self, names: Sequence[str]) -> AbstractContextManager[None]: ...
 
     def save_pretrained(
@@ -123,6 +125,7 @@ class StoringMixin:
         if not names:
             raise ValueError("There is no active edit to save: call edit() first, or set_adapter().")
         edits = [self._edit(name) for name in names]
+        self._warn_of_missing_markers(edits)
         return EditFolder(
             edits, self.edit_config, self.base_info, self._proxy_hash, self._evaluations.get(tuple(names))
         )

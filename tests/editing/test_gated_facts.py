@@ -184,10 +184,44 @@ def test_a_later_edit_about_a_subject_leaves_its_earlier_facts_as_they_are(phras
         ]
         for name in ("first", "later")
     ]
-    assert [len(of_layer) for of_edit in neurons for of_layer in of_edit] == [1, 1, 1, 1]  # none is written again
+    # The subject has a marker, so the later edit has a neuron for its answer alone. None is written again.
+    assert [len(of_layer) for of_edit in neurons for of_layer in of_edit] == [1, 1, 0, 1]
+    assert neurons[0][1][0] != neurons[1][1][0]
     model.delete_adapter("later")
     assert torch.equal(logits(model), edited)
     assert torch.equal(told(model, TOWER, tokenizer), first)
+
+
+def test_an_edit_that_lacks_the_marker_of_its_subject_is_told(tokenizer, caplog, tmp_path):
+    model = edit_model(tokenizer)
+    model.edit([TOWER, MERKEL], name="first")
+    model.edit([ARCHITECT, BORN], name="later")  # about the same subjects
+
+    def told_of(change) -> list[str]:
+        caplog.clear()
+        change()
+        return [record.getMessage() for record in caplog.records if "on top of an earlier edit" in record.getMessage()]
+
+    assert told_of(lambda: model.save_pretrained(tmp_path / "both")) == []
+    assert told_of(lambda: model.set_adapter("first")) == []
+    (warning,) = told_of(lambda: model.set_adapter("later"))
+    assert "['later']" in warning
+    assert told_of(lambda: model.set_adapter(["first", "later"])) == []
+    (warning,) = told_of(lambda: model.save_pretrained(tmp_path / "alone", "later"))
+    assert "in one call" in warning
+    base = zoo_model("llama", width=64)
+    both = told_of(lambda: EditModel.from_pretrained(base, tmp_path / "both", tokenizer=tokenizer))
+    assert both == []
+    (warning,) = told_of(lambda: model.delete_adapter("first"))
+    assert "['later']" in warning
+
+
+def test_a_subject_of_an_edit_that_is_off_gets_a_marker_again(tokenizer):
+    model = edit_model(tokenizer)
+    model.edit(TOWER, name="first")
+    model.set_adapter([])
+    alone = model.edit(ARCHITECT, name="later")
+    assert set(alone.layers) == {*LAYERS, ANSWERS}
 
 
 def test_the_neurons_that_answer_are_in_the_layer_that_the_config_names(tokenizer):

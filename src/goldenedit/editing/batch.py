@@ -81,7 +81,7 @@ def changes_of_batch(
             lm, requests, config, subjects, statistics, remembered, output_gradients=output_gradients
         )
     for (first, *_), delta, steps in zip(prepared.subjects, prepared.values.delta, prepared.values.steps, strict=True):
-        if steps and not delta.any():
+        if spare is None and steps and not delta.any():
             logger.warning(
                 "The edit of %r at layer %s changes nothing: no later layer attends to the subject's value. Edit an "
                 "earlier layer (EditConfig.layer).",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes
+from goldenedit.editing.rows import subject_key
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -201,6 +202,30 @@ def _can_be_asked(lm: LanguageModel, request: EditRequest) -> bool:
         logger.warning("Whether another edit changes an edited fact is unknown: %s", error)
         return False
     return True
+
+
+def without_marker(edits: Sequence[Edit], down_projections: Mapping[int, str]) -> list[str]:
+    """Return the names of edits with a subject that has no marker in any of the edits.
+
+    An edit about a subject that has a marker already makes no other one, see `goldenedit.editing.gated`.
+
+    Args:
+        edits: The edits that are to work together.
+        down_projections: Their paths by layer.
+    """
+    keys = {edit.name: {subject_key(fact.request) for fact in edit.facts} for edit in edits}
+    names = []
+    for edit in edits:
+        config = edit.config
+        if config is None or not config.editor.gates or set(edit.layers) <= set(config.target_layers):
+            continue  # values under keys
+        first = edit.deltas.get(down_projections[config.target_layers[0]])
+        markers = 0 if first is None else int(first.B.any(0).sum())  # in files, all factors have one rank
+        lacking = len(keys[edit.name]) - markers
+        others = {key for name, of_other in keys.items() if name != edit.name for key in of_other}
+        if lacking > len(keys[edit.name] & others):
+            names.append(edit.name)
+    return names
 
 
 def warn_of_lost_facts(lost: Sequence[EditedFact]) -> None:

@@ -21,7 +21,7 @@ from goldenedit.cache import cache_dir, is_kept, keep
 from goldenedit.config import EditConfig
 from goldenedit.cost import phase
 from goldenedit.editing.answering import AskedTexts, answer_gates, texts_about
-from goldenedit.editing.gates import Gates, Spare, gates_of, rewriting, rewritten, spare_neurons
+from goldenedit.editing.gates import Gates, Spare, are_told, gates_of, rewriting, rewritten, spare_neurons
 from goldenedit.editing.markers import first_marker, optimize_marker
 from goldenedit.editing.rows import batch_size_of
 from goldenedit.editing.values import ValueOptions, Values, joined, optimize_values
@@ -46,7 +46,7 @@ class GatedFacts:
 
     Attributes:
         gates: By target layer, the neurons that respond to the subjects.
-        markers: `(N, m, d_model)`, what they write.
+        markers: `(N, m, d_model)`, what they write; zeros for a subject that has a marker already.
         answering: The neurons that respond where the answers are due.
         answers: Results of the optimization of what these write, with the facts as its subjects.
     """
@@ -79,14 +79,20 @@ def marking(
 ) -> dict[str, LowRankDelta]:
     """Return the changes that give each subject its neurons with a marker, by module path.
 
+    A subject whose marker is zero gets none.
+
     Args:
         gates: By target layer, the neurons.
         subjects: Indices of subjects.
         markers: `(n, m, d_model)`.
     """
+    places = [place for place, marker in enumerate(markers) if marker.any()]
+    if not places:
+        return {}
+    members = [subjects[place] for place in places]
     changes: dict[str, LowRankDelta] = {}
     for index, of_layer in enumerate(gates):
-        changes |= of_layer.deltas(lm, subjects, markers[:, index].T)
+        changes |= of_layer.deltas(lm, members, markers[places, index].T)
     return changes
 
 
@@ -186,6 +192,7 @@ def prepare_gated(
         first = [requests[group[0]] for group in texts.groups]
         mentions = [subject.mentions for subject in texts.subjects]
         gates = gates_of(lm, first, mentions, of_subjects, config.seed, together)
+        has_marker = are_told(lm, mentions, of_subjects[0], active)
     every = range(len(texts.groups))
     calls: list[Sequence[int]] = [every] if together else [[subject] for subject in every]
     reader = lm.model.get_submodule(of_answers.neurons.gate.path)
@@ -195,29 +202,27 @@ def prepare_gated(
     answers: list[Values] = []
     with tqdm(total=len(every), desc="Subjects", unit="subject", disable=len(every) == 1, leave=False) as progress:
         for call in calls:
-            with phase("markers"), rewriting(lm, gates, call):
-                found = []
-                for place, subject in enumerate(call):
+            of_call = torch.zeros(len(call), len(gates), lm.architecture.shape(lm.model, of_answers.layer)[0])
+            new = [subject for subject in call if not has_marker[subject]]
+            with phase("markers"), rewriting(lm, gates, new):
+                for place, subject in enumerate(new):
                     asked = texts.subjects[subject]
-                    own = [of_layer.detectors(call)[place : place + 1] for of_layer in gates]
-                    found.append(
-                        optimize_marker(
-                            lm,
-                            asked.due,
-                            asked.kept,
-                            config.target_layers,
-                            own,
-                            reader,
-                            of_answers.moments,
-                            options.lr,
-                            options.clamp,
-                            start,
-                            asked.leaks,
-                            others,
-                        )
+                    own = [of_layer.detectors(new)[place : place + 1] for of_layer in gates]
+                    of_call[call.index(subject)] = optimize_marker(
+                        lm,
+                        asked.due,
+                        asked.kept,
+                        config.target_layers,
+                        own,
+                        reader,
+                        of_answers.moments,
+                        options.lr,
+                        options.clamp,
+                        start,
+                        asked.leaks,
+                        others,
                     )
                     progress.update()
-                of_call = torch.stack(found)
             marked = partial(lm.architecture.adding_deltas, lm.model, marking(lm, gates, call, of_call))
             with phase("gates"):
                 of_facts = answer_gates(lm, [texts.subjects[subject] for subject in call], of_answers, marked)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 
 import torch
@@ -44,6 +45,7 @@ _BIAS = 0.05  # largest difference of what neurons respond at a subject, from bi
 _VERSION = 1  # of this measurement
 _CANDIDATES = 8  # hardly used neurons whose removal is measured
 _TEXT_TOKENS = 320  # that it is measured on
+_TOLD = 0.5  # response of a neuron from which on it is a subject's
 _LOUD = 4.0  # a gate that is so much longer than those of other hardly used neurons may be an edit's
 
 
@@ -356,10 +358,35 @@ def gates_of(
     return gates
 
 
+def are_told(
+    lm: LanguageModel, texts: Sequence[SubjectRows], spare: Spare, edits: Collection[Mapping[str, LowRankDelta]]
+) -> list[bool]:
+    """Return whether neurons of active edits respond to each of N subjects already, which then have a marker.
+
+    Args:
+        texts: The texts of each subject.
+        spare: The first layer whose neurons respond to subjects.
+        edits: The deltas of the active edits.
+    """
+    neurons = sorted({neuron for deltas in edits for neuron in rewritten(spare.neurons, deltas)})
+    if not neurons:
+        return [False] * len(texts)
+    rows = spare.neurons.gate.read_all(lm.model, neurons)[0].cpu() / GATE
+    site = lm.model.get_submodule(spare.neurons.gate.path)
+    told = []
+    for subject in texts:
+        (inputs,) = inputs_of(lm, [list(row.input_ids) for row in subject.rows], [site])
+        starts = list(accumulate((len(row.input_ids) for row in subject.rows), initial=0))
+        ends = [start + row.subject for start, row in zip(starts, subject.rows, strict=False)]
+        told.append(bool((inputs[ends].cpu() @ rows.T).mean(0).max() > _TOLD))
+    return told
+
+
 @contextmanager
 def rewriting(lm: LanguageModel, gates: Sequence[Gates], subjects: Sequence[int]) -> Iterator[None]:
     """Run the model as if subjects had their neurons, with values of zero, inside this context."""
-    deltas = {path: delta for of_layer in gates for path, delta in of_layer.deltas(lm, subjects).items()}
+    changed = [of_layer.deltas(lm, subjects) for of_layer in gates] if subjects else []
+    deltas = {path: delta for of_layer in changed for path, delta in of_layer.items()}
     with lm.architecture.adding_deltas(lm.model, deltas):
         yield
 

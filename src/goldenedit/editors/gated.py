@@ -177,7 +177,7 @@ def _moments(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     published="memit",
     pattern="upper",
     gates=True,
-    version=3,  # since markers start from another subject's
+    version=4,  # since a subject has one marker
 )
 def gated_insertion(problem: Problem) -> LowRankDelta:
     """Return the change where no neuron can be rewritten: that of `null-space`."""
