@@ -9,7 +9,8 @@ So an edit rewrites neurons that the model hardly uses, two kinds of them. Those
 subject alone, whatever is said about it. If they wrote the answer, it would fall out at every question about the
 subject. So they write a *marker*: a value that changes what the model says as little as possible, and that a later
 layer sees from where the answer is due. There, in a layer at about two thirds of the depth, each fact has a neuron that
-responds where the marker is present and this fact is asked for, and nowhere else. It writes the answer.
+responds where the marker is present and this fact is asked for, and nowhere else. It writes the answer. A subject has
+one marker, which later edits about it use.
 
 The rows of both kinds are ridge regressions, to 1 where the neuron is to respond, and to other values elsewhere:
 
