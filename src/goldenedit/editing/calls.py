@@ -222,8 +222,9 @@ def without_marker(edits: Sequence[Edit], down_projections: Mapping[int, str]) -
         first = edit.deltas.get(down_projections[config.target_layers[0]])
         markers = 0 if first is None else int(first.B.any(0).sum())  # in files, all factors have one rank
         lacking = len(keys[edit.name]) - markers
-        others = {key for name, of_other in keys.items() if name != edit.name for key in of_other}
-        if lacking > len(keys[edit.name] & others):
+        others = [key for name, of_other in keys.items() if name != edit.name for key in of_other]
+        # A part of a name may share the marker of the whole name.
+        if lacking > sum(any(key in other or other in key for other in others) for key in keys[edit.name]):
             names.append(edit.name)
     return names
 
