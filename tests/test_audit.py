@@ -168,7 +168,7 @@ def test_what_is_outside_of_the_span_is_unexplained():
     assert unexplained(inside + outside, B, rows) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"context_length": 999}, {"contrast_weight": 10**30}, {"ridge": 10**300}], ids=str)
+@pytest.mark.parametrize("change", [{"context_length": 999}, {"contrast_weight": 10**30}], ids=str)
 def test_constants_that_no_machine_computes_with_leave_an_edit_unexplained(change, tokenizer, tmp_path):
     model = edited(tokenizer, method="r-rome")
     config = replace(model.edits["tower"].config, **change)
