@@ -212,13 +212,37 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
         mlps = probe.run(linears, layers, length)
     if chosen is not None:
         mlp_linears: dict[int, tuple[str, ...]] = {index: (path,) for index, path in chosen.items()}
-        layers_run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
+        _layers_run_once(model, clean, {index: mlp[-1] for index, mlp in mlps.items()})
         return Architecture(layers, length, chosen, mlp_linears, probe.mixers)
     without_mlp = {
         index: path for index in range(length) if index not in mlps and (path := f"{layers}.{index}") in clean.results
     }
     with evaluating(model), torch.no_grad():
         experts = find_experts(model, without_mlp, clean.ids)
+    return assembled(model, clean, layers, length, mlps, experts, probe.mixers)
+
+
+def assembled(
+    model: nn.Module,
+    clean: CleanForward,
+    layers: str,
+    length: int,
+    mlps: Mapping[int, tuple[str, ...]],
+    experts: Mapping[int, FusedExperts],
+    attention_outputs: dict[int, str],
+) -> Architecture:
+    """Return the architecture of the MLPs and fused experts that were found and run once for each token.
+
+    Args:
+        layers: Path of the list of decoder layers.
+        length: Their number.
+        mlps: The paths of the linear maps of dense MLPs, by layer.
+        experts: The fused experts of the other layers.
+        attention_outputs: The paths of attention outputs, by layer.
+
+    Raises:
+        UnsupportedArchitectureError: There are none.
+    """
     if not mlps and not experts:
         raise UnsupportedArchitectureError(
             f"No dense down projection and no fused experts were found in any of the {length} layers ({layers}) of "
@@ -226,19 +250,19 @@ def read_architecture(model: nn.Module, target_modules: str | Sequence[str] | No
             f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
         )
     sites = {index: mlp[-1] for index, mlp in mlps.items()} | {index: fused.site for index, fused in experts.items()}
-    editable = sorted(layers_run_once(model, clean, sites))
-    mlps |= {index: fused.weights for index, fused in experts.items()}
+    editable = sorted(_layers_run_once(model, clean, sites))
+    maps = {**mlps, **{index: fused.weights for index, fused in experts.items()}}
     return Architecture(
         layers,
         length,
-        {index: mlps[index][-1] for index in editable},
-        {index: mlps[index] for index in editable},
-        probe.mixers,
+        {index: maps[index][-1] for index in editable},
+        {index: maps[index] for index in editable},
+        attention_outputs,
         {index: experts[index] for index in editable if index in experts},
     )
 
 
-def layers_run_once(model: nn.Module, clean: CleanForward, sites: Mapping[int, str]) -> list[int]:
+def _layers_run_once(model: nn.Module, clean: CleanForward, sites: Mapping[int, str]) -> list[int]:
     """Return the layers that run once for each token; raise UnsupportedArchitectureError if there are none."""
     layers = [index for index, site in sites.items() if clean.executed[model.get_submodule(site)] <= 1]
     if sites and not layers:

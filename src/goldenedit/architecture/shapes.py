@@ -25,9 +25,9 @@ from goldenedit.architecture.layers import (
     Architecture,
     CleanForward,
     UnsupportedArchitectureError,
+    assembled,
     chosen_by_hand,
     is_linear,
-    layers_run_once,
     linear_shape,
 )
 from goldenedit.architecture.replay import NO_CACHE
@@ -106,23 +106,7 @@ def read_shapes(model: nn.Module, target_modules: str | Sequence[str] | None = N
         for index in range(length)
         if index not in mlps and (fused := _experts(model, f"{layers}.{index}", clean)) is not None
     }
-    if not mlps and not experts:
-        raise UnsupportedArchitectureError(
-            f"No dense down projection and no fused experts were found in any of the {length} layers ({layers}) of "
-            f"{type(model).__name__}; state-space models, for example, have none. Name the linear maps to edit by "
-            f"hand: EditConfig(target_modules='{layers}.{{}}.path.to.linear'), with {{}} for the layer index."
-        )
-    sites = {index: mlp[-1] for index, mlp in mlps.items()} | {index: fused.site for index, fused in experts.items()}
-    editable = sorted(layers_run_once(model, clean, sites))
-    mlps |= {index: fused.weights for index, fused in experts.items()}
-    return Architecture(
-        layers,
-        length,
-        {index: mlps[index][-1] for index in editable},
-        {index: mlps[index] for index in editable},
-        found.attention_outputs,
-        {index: experts[index] for index in editable if index in experts},
-    )
+    return assembled(model, clean, layers, length, mlps, experts, found.attention_outputs)
 
 
 class _Flow(TorchFunctionMode):

@@ -213,7 +213,6 @@ def without_marker(edits: Sequence[Edit], down_projections: Mapping[int, str]) -
         edits: The edits that are to work together.
         down_projections: Their paths by layer.
     """
-    keys = {edit.name: {subject_key(fact.request) for fact in edit.facts} for edit in edits}
     names = []
     for edit in edits:
         config = edit.config
@@ -221,12 +220,19 @@ def without_marker(edits: Sequence[Edit], down_projections: Mapping[int, str]) -
             continue  # values under keys
         first = edit.deltas.get(down_projections[config.target_layers[0]])
         markers = 0 if first is None else int(first.B.any(0).sum())  # in files, all factors have one rank
-        lacking = len(keys[edit.name]) - markers
-        others = [key for name, of_other in keys.items() if name != edit.name for key in of_other]
+        keys = _subject_keys([edit])
+        if markers >= len(keys):
+            continue
+        others = _subject_keys(other for other in edits if other is not edit)
         # A part of a name may share the marker of the whole name.
-        if lacking > sum(any(key in other or other in key for other in others) for key in keys[edit.name]):
+        covered = sum(any(key in other or other in key for other in others) for key in keys)
+        if markers + covered < len(keys):
             names.append(edit.name)
     return names
+
+
+def _subject_keys(edits: Iterable[Edit]) -> set[str]:
+    return {subject_key(fact.request) for edit in edits for fact in edit.facts}
 
 
 def warn_of_lost_facts(lost: Sequence[EditedFact]) -> None:
