@@ -24,3 +24,11 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_set(tmp_pa
 def test_a_full_disk_is_an_error_that_says_what_to_set(tmp_path, error):
     with pytest.raises(OSError, match=r"No space left on device.*GOLDENEDIT_CACHE"), packaged._writing_to(tmp_path):
         raise error
+
+
+def test_a_model_that_another_process_converted_meanwhile_is_used(tmp_path):
+    for name in ("finished", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    packaged._put(tmp_path / "finished", tmp_path / "target")
+    assert (tmp_path / "target" / "config.json").read_text() == "target"

@@ -107,9 +107,18 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
         with _writing_to(target.parent):
             model.save_pretrained(finished)
             tokenizer.save_pretrained(finished)
-            finished.replace(target)
+            _put(finished, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(finished: Path, target: Path) -> None:
+    """Move a finished folder to its place, unless another process was faster."""
+    try:
+        finished.replace(target)
+    except OSError:
+        if not target.is_dir():
+            raise
 
 
 @contextmanager

@@ -12,6 +12,7 @@ when the loss of the connection is detected (with gloo, at once) or when the tim
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import traceback
@@ -238,4 +239,11 @@ def join_processes() -> tuple[Processes, torch.device | None]:
     # Without `cpu=True`, accelerate ignores other processes on machines without accelerators. The long timeout lets
     # processes wait for each other's work.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    # The threads of a group that is still there when the interpreter ends abort the process now and then.
+    atexit.register(_leave)
     return Processes(state.process_index, state.num_processes), state.device
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -61,7 +61,7 @@ def changes_of_batch(
         with without_edits():
             text = TextStatistics.read_by(lm, config)
         with phase("training"):
-            return _learned(lm, requests, config, remembered, text)
+            return _learned(lm, requests, config, remembered, text, earlier)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         spare = neurons_for(lm, config, len(subjects_of(requests)), len(requests), edits)
@@ -98,6 +98,7 @@ def _learned(
     config: EditConfig,
     remembered: Mapping[str, Tensor],
     text: TextStatistics,
+    earlier: Sequence[EditRequest],
 ) -> Changes:
     """Return the changes of an editor that learns. Further prompts of a request are learned as facts of their own."""
     further = [
@@ -107,7 +108,7 @@ def _learned(
         for prompt in request.prompts
     ]
     rows = [rendered(lm.tokenizer, request) for request in [*requests, *further]]
-    changes = learn_facts(lm, rows, config, remembered, text)
+    changes = learn_facts(lm, rows, config, remembered, text, earlier)
     count = len(requests)
     return replace(changes, probability_before=changes.probability_before[:count], steps=changes.steps[:count])
 

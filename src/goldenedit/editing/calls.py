@@ -12,11 +12,10 @@ from pathlib import Path
 
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes
-from goldenedit.editing.rows import subject_key
+from goldenedit.editing.rows import can_be_asked, subject_key
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
-from goldenedit.lm.tokens import encode
 from goldenedit.requests import EditRequest, Facts, Message, as_requests, distinct
 from goldenedit.storage.folder import Edit, EditedFact
 
@@ -123,7 +122,7 @@ def check_facts(
     Raises:
         ValueError: The answers are not finite.
     """
-    others = [fact for fact in others if _can_be_asked(lm, fact.request)]
+    others = [fact for fact in others if can_be_asked(lm, fact.request)]
     answers = likelihoods(lm, _pairs(lm, [*requests, *(fact.request for fact in others)]))
     for request, answer in zip(requests, answers, strict=False):
         if not math.isfinite(answer.nll):
@@ -160,7 +159,7 @@ def facts_lost_together(
     facts = []
     for group in groups:
         others = [fact.request for other in groups if other is not group for edit in other for fact in edit.facts]
-        facts.append([fact for fact in facts_to_recheck(group, others) if _can_be_asked(lm, fact.request)])
+        facts.append([fact for fact in facts_to_recheck(group, others) if can_be_asked(lm, fact.request)])
     every = [fact for of_group in facts for fact in of_group]
     if not every:
         return []
@@ -194,16 +193,6 @@ def _pairs(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[tuple[str
     return [(prompt, request.target_new) for prompt, request in zip(prompts, requests, strict=True)]
 
 
-def _can_be_asked(lm: LanguageModel, request: EditRequest) -> bool:
-    """Return whether a fact can be tokenized. One of a loaded folder may not, and must not refuse new edits."""
-    try:
-        encode(lm.tokenizer, rendered(lm.tokenizer, request).text, request.target_new, max_length=lm.max_length)
-    except ValueError as error:
-        logger.warning("Whether another edit changes an edited fact is unknown: %s", error)
-        return False
-    return True
-
-
 def without_marker(edits: Sequence[Edit], down_projections: Mapping[int, str]) -> list[str]:
     """Return the names of edits with a subject that has no marker in any of the edits.
 
@@ -216,7 +205,9 @@ def without_marker(edits: Sequence[Edit], down_projections: Mapping[int, str]) -
     names = []
     for edit in edits:
         config = edit.config
-        if config is None or not config.editor.gates or set(edit.layers) <= set(config.target_layers):
+        if config is None or not config.has_editor or not config.editor.gates:
+            continue  # an editor that is not installed has no markers that are known here
+        if set(edit.layers) <= set(config.target_layers):
             continue  # values under keys
         first = edit.deltas.get(down_projections[config.target_layers[0]])
         markers = 0 if first is None else int(first.B.any(0).sum())  # in files, all factors have one rank

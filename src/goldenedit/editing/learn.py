@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes, check_shape, stored
+from goldenedit.editing.rows import can_be_asked
 from goldenedit.editing.training import Training, answer_gradients, train
 from goldenedit.editors import GradientProblem, KeyStatistics, LowRankDelta, TrainingProblem
 from goldenedit.editors.moments import RunningMoments
 from goldenedit.editors.options import BatchTrainingOptions
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.chat import rendered
 from goldenedit.requests import EditRequest
 
 _Learned = tuple[dict[int, LowRankDelta | Tensor], int, dict[str, Tensor]]  # changes by layer, steps and state
@@ -50,12 +53,14 @@ def learn_facts(
     config: EditConfig,
     remembered: Mapping[str, Tensor],
     text: TextStatistics,
+    earlier: Sequence[EditRequest] = (),
 ) -> Changes:
     """Return the changes of an editor that learns from gradients or by training.
 
     Args:
         remembered: State of earlier edits.
         text: What the editor reads of other text, see `TextStatistics.read_by`.
+        earlier: Facts of earlier edits, which editors that train on mini-batches rehearse.
 
     Raises:
         ValueError: A request cannot be served, or the loss is not finite.
@@ -64,7 +69,7 @@ def learn_facts(
     if config.editor.learns == "gradients":
         learned, steps, state = _from_gradients(lm, requests, config, remembered)
     else:
-        learned, steps, state = _by_training(lm, requests, config, text)
+        learned, steps, state = _by_training(lm, requests, config, text, earlier)
     deltas, errors = {}, []
     for layer, change in learned.items():
         check_shape(lm, change, config, layer)
@@ -102,7 +107,11 @@ def _moments_name(lm: LanguageModel, layer: int) -> str:
 
 
 def _by_training(
-    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, text: TextStatistics
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    config: EditConfig,
+    text: TextStatistics,
+    earlier: Sequence[EditRequest],
 ) -> _Learned:
     generator = torch.Generator().manual_seed(config.seed)
     changes = {}
@@ -119,8 +128,13 @@ def _by_training(
         epochs=options.finetune_steps,
         lr=options.finetune_lr,
         stop_loss=options.finetune_stop_loss,
-        batch=options.finetune_batch if isinstance(options, BatchTrainingOptions) else None,
         seed=config.seed,
     )
-    steps = train(lm, requests, changes, training)
+    rehearsed: list[EditRequest] = []
+    if isinstance(options, BatchTrainingOptions):
+        training = replace(training, batch=options.finetune_batch, rehearsal=options.finetune_rehearsal or 0.0)
+        most = math.ceil(training.rehearsal * len(requests)) * training.epochs
+        drawn = random.Random(len(earlier)).sample(earlier, min(most, len(earlier)))
+        rehearsed = [rendered(lm.tokenizer, request) for request in drawn if can_be_asked(lm, request)]
+    steps = train(lm, requests, changes, training, earlier=rehearsed)
     return {layer: change.change() for layer, change in changes.items()}, steps, {}

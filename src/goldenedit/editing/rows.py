@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ from goldenedit.requests import ChatText, EditRequest
 from goldenedit.subject_questions import ANY, kind_of, other_questions
 from goldenedit.subjects import subject_places
 
+logger = logging.getLogger(__name__)
+
 _KEPT_TOKENS = 10  # of an answer that must stay the same
 
 
@@ -34,6 +37,16 @@ def subjects_of(requests: Sequence[EditRequest]) -> list[list[int]]:
     for index, request in enumerate(requests):
         groups.setdefault(subject_key(request), []).append(index)
     return list(groups.values())
+
+
+def can_be_asked(lm: LanguageModel, request: EditRequest) -> bool:
+    """Return whether a fact can be tokenized. One of a loaded folder may not, and must not refuse new edits."""
+    try:
+        encode(lm.tokenizer, rendered(lm.tokenizer, request).text, request.target_new, max_length=lm.max_length)
+    except ValueError as error:
+        logger.warning("Whether another edit changes an edited fact is unknown: %s", error)
+        return False
+    return True
 
 
 def kept_rows(

@@ -34,7 +34,9 @@ class Training:
         stop_loss: No step is taken for a batch whose mean loss is below this, and training stops when the mean loss of
             a pass is.
         batch: Requests of a step, shuffled before each pass; None for all requests in each step.
-        seed: Seed of the shuffling.
+        rehearsal: Earlier requests of a pass, as a share of the number of requests. Each pass draws others, shuffled
+            among the requests, so that the cost of a batch does not grow with the number of earlier ones.
+        seed: Seed of the shuffling and the drawing.
     """
 
     loss: AnswerLoss
@@ -42,6 +44,7 @@ class Training:
     lr: float
     stop_loss: float
     batch: int | None = None
+    rehearsal: float = 0.0
     seed: int = 0
 
 
@@ -67,6 +70,7 @@ def train(
     changes: Mapping[int, Change],
     options: Training,
     batch_size: int = 16,
+    earlier: Sequence[EditRequest] = (),
 ) -> int:
     """Train the changes of layers with Adam, and return the number of steps taken.
 
@@ -74,12 +78,14 @@ def train(
         changes: Change of the down projection of each layer.
         options: Loss, learning rate, batches and stopping rule.
         batch_size: Requests per forward. Each step uses the summed gradients of its batch.
+        earlier: Requests that were trained before and are rehearsed. They do not count for the stopping rule.
 
     Raises:
         ValueError: A request cannot be tokenized, the model has no token that ends an answer, or the loss is not
             finite.
     """
     rows = answer_rows(lm, requests, options.loss)
+    learned = answer_rows(lm, earlier, options.loss) if options.rehearsal else []
     generator = torch.Generator().manual_seed(options.seed)
     steps = 0
     modules = {lm.architecture.down_projection(lm.model, layer): change for layer, change in changes.items()}
@@ -95,12 +101,14 @@ def train(
     ):
         for _ in range(options.epochs):
             total = 0.0
-            for batch in _batches(rows, options.batch, generator):
-                loss, gradients = _mean_loss(lm, batch, options.loss, parameters, batch_size)
-                if not math.isfinite(loss):
+            drawn = _drawn(learned, round(options.rehearsal * len(rows)), generator)
+            of_pass = [*rows, *drawn]
+            for batch in _batches(len(of_pass), options.batch, generator):
+                losses, gradients = _losses(lm, [of_pass[index] for index in batch], options, parameters, batch_size)
+                if not math.isfinite(sum(losses)):
                     raise ValueError(f"The training loss is not finite at step {steps}. Lower EditConfig.finetune_lr.")
-                total += loss * len(batch)
-                if loss < options.stop_loss:
+                total += sum(loss for index, loss in zip(batch, losses, strict=True) if index < len(rows))
+                if gradients is None:
                     continue
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
@@ -114,28 +122,38 @@ def train(
     return steps
 
 
-def _batches(rows: Sequence[Row], size: int | None, generator: torch.Generator) -> Iterator[Sequence[Row]]:
-    """Yield the rows of each step of a pass: shuffled batches, or all rows at once if the size is None."""
+def _drawn(rows: Sequence[Row], count: int, generator: torch.Generator) -> list[Row]:
+    """Return that many of some rows, drawn anew for each pass; fewer if there are not as many."""
+    if not rows or not count:
+        return []
+    return [rows[index] for index in torch.randperm(len(rows), generator=generator)[:count].tolist()]
+
+
+def _batches(count: int, size: int | None, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yield the numbers of the rows of each step of a pass: shuffled batches, or all at once if the size is None."""
     if size is None:
-        yield rows
+        yield list(range(count))
         return
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    for start in range(0, len(rows), size):
-        yield [rows[index] for index in order[start : start + size]]
+    order = torch.randperm(count, generator=generator).tolist()
+    for start in range(0, count, size):
+        yield order[start : start + size]
 
 
-def _mean_loss(
-    lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss, parameters: Sequence[nn.Parameter], batch_size: int
-) -> tuple[float, list[Tensor]]:
-    """Return the mean loss of rows, and its gradient for each parameter."""
-    total = 0.0
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
+def _losses(
+    lm: LanguageModel, rows: Sequence[Row], options: Training, parameters: Sequence[nn.Parameter], batch_size: int
+) -> tuple[list[float], list[Tensor] | None]:
+    """Return the loss of each row, and the gradient of their mean for each parameter; None for no step."""
+    losses: list[float] = []
+    sums: list[Tensor] | None = None
     for start in range(0, len(rows), batch_size):
-        of_group = answer_nll(lm, rows[start : start + batch_size], loss).sum() / len(rows)
-        for gradient_sum, gradient in zip(sums, torch.autograd.grad(of_group, parameters), strict=True):
-            gradient_sum += gradient
-        total += of_group.item()
-    return total, sums
+        of_rows = answer_nll(lm, rows[start : start + batch_size], options.loss)
+        losses += of_rows.tolist()
+        is_last = len(losses) == len(rows)
+        if is_last and sum(losses) / len(rows) < options.stop_loss:
+            return losses, None
+        gradients = torch.autograd.grad(of_rows.sum() / len(rows), parameters)
+        sums = list(gradients) if sums is None else [old + new for old, new in zip(sums, gradients, strict=True)]
+    return losses, sums
 
 
 def answer_rows(lm: LanguageModel, requests: Sequence[EditRequest], loss: AnswerLoss) -> list[Row]:

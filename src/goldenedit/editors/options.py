@@ -131,6 +131,13 @@ class BatchTrainingOptions(TrainingOptions):
         help="Number of facts of a step of Adam, drawn by the seed. None means 4 or, with relative_constants=False, "
         "the published 100.",
     )
+    finetune_rehearsal: float | None = relative(
+        1.0,
+        published=0.0,
+        least=0.0,
+        help="Facts of earlier edits that are trained along in each pass, as a share of the number of new facts. None "
+        "means 1 or, with relative_constants=False, the published 0.",
+    )
     finetune_cut: float | None = relative(0.4, published=0.0, least=0.0, help=CUT)
 
 
