@@ -39,10 +39,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def load(name: str, config: EditConfig) -> EditModel:
-    """Load a model for editing, without choosing a layer."""
+def load(name: str, config: EditConfig, dtype: str = "auto") -> EditModel:
+    """Load a model for editing, without choosing a layer. By default it has the precision of its file."""
     source = str(packaged_model(name)) if name in PACKAGED_MODELS else name
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return EditModel(model, config, AutoTokenizer.from_pretrained(source))
 
 

@@ -39,6 +39,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=100)
     options.add_argument("--measured", type=int, default=200, help="edits so far that are asked, drawn with a seed")
     options.add_argument("--layer", default="lga", help="a layer selector or a number")
+    options.add_argument("--dtype", default="auto", help="precision of the model, such as bfloat16")
     options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
     options.add_argument("--name", default="", help="of the results, behind the editor")
     arguments = options.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
     folder = RESULTS / "sequences" / f"{name}-{arguments.facts}"
     layer = int(arguments.layer) if arguments.layer.isdecimal() else arguments.layer
     chosen = {"method": arguments.method, "layer": layer, **constants(arguments.set)}
-    model = load(arguments.model, EditConfig(**chosen))
+    model = load(arguments.model, EditConfig(**chosen), arguments.dtype)
     requests = in_turn(arguments.data, arguments.facts)[: max(arguments.at)]
     texts = [entry["Text"] for entry in json.loads((arguments.data / "me_ppl_50.json").read_text())]
     rows: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -23,8 +24,10 @@ from typer.testing import CliRunner
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture import read_architecture
 from goldenedit.cli import app
+from goldenedit.editing import values
 from goldenedit.layer_selection import CellStore, SweepOptions, lga_scores, select, sweep
 from goldenedit.lm import LanguageModel
+from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.statistics import second_moments
 from goldenedit.parallel import Processes, processes_of
 from models import NUM_LAYERS, tiny_model
@@ -167,6 +170,57 @@ def test_an_edit_is_the_same_in_every_process_and_the_one_that_one_process_makes
         torch.testing.assert_close(one[path], change, rtol=1e-3, atol=1e-3 * float(change.abs().max()))
     assert first.layers == second.layers == selection.layers
     assert first.cost.flops == selection.cost.flops  # those of both processes
+
+
+@pytest.mark.parametrize("method", ["gated", "memit", "alphaedit"])
+def test_a_batch_has_the_bytes_of_one_process_at_half_the_values(in_two, tokenizer, monkeypatch, tmp_path, method):
+    facts = [replace(fact, prompt=f"{fact.text} {number}") for number in range(2) for fact in FACTS]
+    optimized = []
+    plain = values._optimize
+    monkeypatch.setattr(values, "_optimize", lambda *args: optimized.append(args) or plain(*args))
+
+    def run():
+        optimized.clear()
+        options = {"layer": 1, "method": method, "batch_size": 1, **FAST}
+        made = EditModel(tiny_model("llama"), EditConfig(**options), tokenizer).edit(facts)
+        return made.deltas, len(optimized)
+
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / "one"))
+    alone, all_values = run()
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path / "two"))
+    for deltas, own in in_two(run):
+        assert deltas.keys() == alone.keys()
+        for path, delta in alone.items():
+            assert torch.equal(deltas[path].A, delta.A)
+            assert torch.equal(deltas[path].B, delta.B)
+        assert own <= all_values // 2 + 1  # each tries the first batch
+
+
+def test_sampled_text_is_that_of_one_process_at_half_the_forwards(in_two, tokenizer):
+    model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer)
+    rows = counted(model)
+
+    def run():
+        rows.clear()
+        return sample_continuations(
+            lm, ["The", "I", "You"] * 2, 5, 0, batch_size=1, processes=processes_of(model)
+        ), len(rows)
+
+    texts, forwards = run()
+    for found, own in in_two(run):
+        assert found == texts
+        assert own == forwards / 2
+
+
+def test_what_a_process_does_of_its_share_it_does_alone(in_two):
+    model = nn.Linear(2, 2)
+
+    def run():
+        inside = processes_of(model).map(lambda _: processes_of(model).map(str, "ab"), range(3))
+        return inside, processes_of(model).count
+
+    assert in_two(run) == [([["a", "b"]] * 3, 2)] * 2
 
 
 def test_what_fails_in_one_process_is_raised_in_both(in_two):

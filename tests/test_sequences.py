@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.editors import LowRankDelta
+from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.storage.folder import ADAPTER_WEIGHTS
 from models import MLP_WIDTH, WIDTH, tiny_model
 from tiny_edits import MERKEL, TOWER, assert_near, differ, fast_config, logits
@@ -189,3 +192,14 @@ def test_a_batch_that_harms_ends_the_run_and_the_ones_before_stay(tokenizer, tmp
 def test_bad_arguments_are_refused(facts, options, text, tokenizer):
     with pytest.raises(ValueError, match=text):
         model_of(tokenizer).edit_in_batches(facts, **options)
+
+
+@pytest.mark.parametrize(("rehearsal", "holds"), [(1.0, True), (0.0, False)])
+def test_earlier_facts_hold_because_they_are_rehearsed(rehearsal, holds, tokenizer):
+    """Answers that contradict the earlier ones wherever the prompts are alike."""
+    options = {"method": "locft", "finetune_lr": 0.03, "finetune_steps": 60, "finetune_cut": 0.0}
+    model = model_of(tokenizer, finetune_rehearsal=rehearsal, **options)
+    model.edit(FACTS[:8], into="facts")
+    model.edit([replace(fact, target_new="London") for fact in FACTS[8:16]], into="facts")
+    found = likelihoods(model.lm, [(fact.text, fact.target_new) for fact in FACTS[:8]])
+    assert (sum(answer.accuracy == 1 for answer in found) >= 6) is holds

@@ -199,7 +199,7 @@ def unexplained(A: Tensor, B: Tensor, rows: Tensor) -> float:
 def _can_be_repeated(model: EditModel, edit: Edit, config: EditConfig) -> bool:
     """Return whether this machine computes the rows of an edit from the same texts."""
     # An edit from a stranger must not choose what is loaded from elsewhere, or how long this runs.
-    if config.covariance not in ("sampled", "identity") or config.covariance_tokens > _MAX_TOKENS:
+    if config.covariance not in ("sampled", "identity") or model.lm.text_tokens(config) > _MAX_TOKENS:
         return False
     return config.contexts * config.context_length <= _MAX_TOKENS and edit.contexts_hash == model.contexts_hash(config)
 

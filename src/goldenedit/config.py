@@ -33,6 +33,7 @@ LAYER_PATTERNS = ("auto", "golden", "ladder", "upper", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 OPTIMIZERS = ("normalized", "adam")
+TOKENS_PER_DIMENSION = 3  # of a key, of text for its covariance
 ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and has not yet decided what to say
 _AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
 
@@ -170,7 +171,13 @@ class EditConfig(
             "'identity'."
         },
     )
-    covariance_tokens: int = option(5_000, help="Number of tokens of text for the key covariance.", least=1, whole=True)
+    covariance_tokens: int | None = option(
+        None,
+        help="Number of tokens of text for the key covariance; None for "
+        f"{TOKENS_PER_DIMENSION} for each dimension of a key.",
+        least=1,
+        whole=True,
+    )
     ridge: float = option(0.1, help="Ridge on the covariance's diagonal, in units of its mean eigenvalue.", least=0.0)
     anchor_bare_prompt: bool = field(
         default=True,

@@ -243,10 +243,11 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
             self.architecture.check_layer(layer)
         self.adapters.ensure()
         config = copy.deepcopy(self.edit_config)
+        config.covariance_tokens = self.lm.text_tokens(config)  # of this model, so that the edit can be made again
         active = [self.edits[name] for name in self.active_adapters]
         remembered = joined_state(active)
         carried = [edit.deltas for edit in self.edits.values()]
-        earlier = facts_to_keep(active, asked)
+        earlier = facts_to_keep(active, asked, with_failed=config.editor.learns == "training")
         changes = changes_of_batch(
             self.lm,
             asked,

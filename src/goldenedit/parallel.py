@@ -18,6 +18,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -33,6 +34,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 Failure = TypeVar("Failure", bound=BaseException)
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)  # whether this process works on its share of a job
 _KNOWN_TO_ALL = "known_to_all_processes"  # attribute of exceptions that all processes have been notified of
 
 
@@ -97,11 +99,16 @@ class Processes:
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Apply a function to all items, each in one of the processes, and return all results in order.
 
-        An error in one process is raised in all of them, see `together`. The function must not exchange anything with
-        other processes itself.
+        An error in one process is raised in all of them, see `together`. While the function runs, this process shares
+        nothing with the others: for `processes_of` it is alone.
         """
         with self.together():
-            shares = self.gather([function(item) for item in self.share(items)])
+            alone = _ALONE.set(self.count > 1 or _ALONE.get())
+            try:
+                own = [function(item) for item in self.share(items)]
+            finally:
+                _ALONE.reset(alone)
+            shares = self.gather(own)
         return [shares[index % self.count][index // self.count] for index in range(len(items))]
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -192,8 +199,11 @@ def _known_to_all(error: Failure) -> Failure:
 
 
 def processes_of(model: nn.Module) -> Processes:
-    """Return the processes that each hold this model; only this one if there is no group or the model is sharded."""
-    if not distributed.is_available() or not distributed.is_initialized():
+    """Return the processes that each hold this model.
+
+    Only this one if there is no group, if the model is sharded, or while this process works on its share of a job.
+    """
+    if _ALONE.get() or not distributed.is_available() or not distributed.is_initialized():
         return Processes()
     from torch.distributed.tensor import DTensor
 

@@ -54,7 +54,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from goldenedit.architecture.sizes import Shape
-from goldenedit.config import EditConfig
+from goldenedit.config import TOKENS_PER_DIMENSION, EditConfig
 from goldenedit.editing.budget import AT_MOST, LOGITS, MLP_WIDTHS, SHARE, WIDTHS
 from goldenedit.lm.covariance import GROUP_BYTES
 from goldenedit.lm.statistics import WIDEST_EXPERTS
@@ -323,22 +323,28 @@ class Work:
         yield Phase("save", 2 * self.edit_bytes, 0, 2 * self.edit_bytes)
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of text for key statistics."""
+        given = self.config.covariance_tokens
+        return TOKENS_PER_DIMENSION * self.shape.key_width if given is None else given
+
+    @property
     def _moment_bytes(self) -> int:
         """Bytes of the key statistics of a layer."""
-        return 4 * self.shape.key_width * min(self.config.covariance_tokens, self.shape.key_width)
+        return 4 * self.shape.key_width * min(self.text_tokens, self.shape.key_width)
 
     def _streamed_statistics(self, layers: Sequence[int]) -> Phase:
         """Return the phase that computes statistics in groups of layers, each in a pass up to its last layer."""
         at_once = max(1, GROUP_BYTES // self._moment_bytes)
         groups = [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
         passes = [self._key_statistics(group) for group in groups]
-        sampling = self.sampling(self.config.covariance_tokens)[1]
+        sampling = self.sampling(self.text_tokens)[1]
         flops = sum(phase.flops for phase in passes) - sampling * (len(groups) - 1)
         largest = max(passes, key=lambda phase: phase.bytes)
         return replace(largest, flops=flops, kept_bytes=0)
 
     def _key_statistics(self, layers: Sequence[int]) -> Phase:
-        s, m, tokens = self.shape, self.shape.key_width, self.config.covariance_tokens
+        s, m, tokens = self.shape, self.shape.key_width, self.text_tokens
         sampling, flops = self.sampling(tokens)
         batch = min(_BATCH, tokens)
         kept = len(layers) * self._moment_bytes
@@ -350,7 +356,7 @@ class Work:
 
     def _solve(self, count: int) -> tuple[int, int, int]:
         """Bytes of solving with the statistics of one layer, those that stay, and FLOPs for some layers."""
-        m, tokens = self.shape.key_width, self.config.covariance_tokens
+        m, tokens = self.shape.key_width, self.text_tokens
         has_spectrum = "null_space_threshold" in self.config.editor.fields and self.config.layer != "selectivity"
         order = min(tokens, m)
         flops = 9 * order**3 if has_spectrum else order**3 // 3
@@ -361,7 +367,7 @@ class Work:
         return held, 8 * tokens**2, count * (flops + 2 * m * tokens**2)
 
     def _mlp_statistics(self, count: int) -> Phase:
-        s, d, m, tokens = self.shape, self.shape.width, self.shape.key_width, self.config.covariance_tokens
+        s, d, m, tokens = self.shape, self.shape.width, self.shape.key_width, self.text_tokens
         sampling, flops = self.sampling(tokens)
         batch = min(_BATCH, tokens)
         recorded = 2 * count * batch * (d + m) * s.element + 4 * batch * (d + 2 * m)

@@ -192,7 +192,7 @@ def _remedies(shape: Shape, config: EditConfig) -> list[_Remedy]:
         found.append(_Remedy("kept_questions=4", option(kept_questions=4)))
     if config.layer in STREAMED:
         found.append(_Remedy("layer='lga'", option(layer="lga", target_layer=None)))
-    if config.covariance_tokens > 1_000:
+    if config.covariance_tokens is None or config.covariance_tokens > 1_000:
         found.append(_Remedy("covariance_tokens=1000", option(covariance_tokens=1_000)))
     if config.covariance != "identity" and config.editor.takes_identity:
         without = " (without neurons for facts)" if config.editor.gates else ""

@@ -138,6 +138,36 @@ def test_mini_batches_are_what_adam_would_do_to_the_weight_batch_by_batch(stop_l
     assert (change.weight.detach() - moved).norm() <= 1e-2 * moved.norm()
 
 
+def test_each_pass_rehearses_other_earlier_facts_which_do_not_count_for_the_stopping_rule(tokenizer):
+    model = tiny_model("llama")
+    lm = LanguageModel(model, tokenizer)
+    change = DenseChange(MLP_WIDTH, WIDTH)
+    options = replace(MASKED, epochs=3, batch=8, seed=5, rehearsal=0.5)
+    assert train(lm, REQUESTS, {1: change}, options, batch_size=1, earlier=THREE) == 3
+
+    twin = copy.deepcopy(model)
+    weight = read_architecture(model).down_projection(twin, 1).weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.Adam([weight], lr=options.lr)
+    generator = torch.Generator().manual_seed(5)
+    drawn = []
+    for _ in range(3):
+        drawn.append(int(torch.randperm(3, generator=generator)[0]))
+        torch.randperm(3, generator=generator)  # the order of the batch
+        optimizer.zero_grad()
+        facts = [*REQUESTS, THREE[drawn[-1]]]
+        torch.stack([plain_nll(twin, tokenizer, fact, "masked") for fact in facts]).mean().backward()
+        optimizer.step()
+    assert len(set(drawn)) > 1
+    moved = weight.detach() - before
+    assert (change.weight.detach() - moved).norm() <= 1e-2 * moved.norm()
+    of_new, of_all = (DenseChange(MLP_WIDTH, WIDTH) for _ in range(2))
+    short = replace(options, stop_loss=5.0, epochs=40)
+    assert 0 < train(lm, REQUESTS[:1], {1: of_new}, short, earlier=THREE) < 40
+    train(lm, REQUESTS[:1], {1: of_all}, replace(short, rehearsal=0.0), earlier=THREE)
+    assert not torch.equal(of_new.weight, of_all.weight)
+
+
 def test_weights_gradients_and_hooks_are_as_before(tokenizer):
     model = tiny_model("gpt2").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -217,3 +217,25 @@ def test_sampled_texts_hold_about_the_tokens_asked_for_and_follow_the_seed(token
     assert 400 < sum(len(tokenizer(text).input_ids) for text in texts) < 900
     assert sampled_texts(lm, 500, seed=0) == texts
     assert sampled_texts(lm, 500, seed=1) != texts
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_text_follows_the_width_of_the_keys_unless_it_is_given(name, tokenizer):
+    lm = LanguageModel(tiny_model(name), tokenizer)
+    assert lm.text_tokens(EditConfig()) == 3 * MLP_WIDTH
+    assert lm.text_tokens(EditConfig(covariance_tokens=7)) == 7
+    given, followed = (
+        lm.statistics(EditConfig(covariance_tokens=tokens), [1])[1].second_moment for tokens in (3 * MLP_WIDTH, None)
+    )
+    assert torch.equal(given, followed)
+
+
+def test_text_of_fewer_tokens_than_dimensions_is_told_when_it_is_read(tokenizer, caplog):
+    model = tiny_model("llama")
+    statistics_of(model, tokenizer, covariance_tokens=None)
+    assert not caplog.text
+    for _ in range(2):
+        statistics_of(model, tokenizer, covariance_tokens=20)
+    (message,) = caplog.messages  # the second time they are read from the cache
+    assert f"of 20 tokens of text, but keys have {MLP_WIDTH} dimensions" in message
+    assert "covariance_tokens" in message

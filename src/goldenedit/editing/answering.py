@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice, zip_longest
+from itertools import chain, cycle, islice, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -195,12 +195,10 @@ def answer_gates(
     names = [subject.facts[0].request.subject for subject in texts]
     if beside is None:
         beside = [[*names[:index], *names[index + 1 :], *of.beside] for index, of in enumerate(texts)]
-    rows = [
-        row
-        for subject, others in zip(texts, beside, strict=True)
-        for row in _rows_of_answers(lm, subject, spare, marked, others)
-    ]
-    return Gates.of(spare, rows)
+    by_subject = lm.processes.map(
+        lambda pair: _rows_of_answers(lm, pair[0], spare, marked, pair[1]), list(zip(texts, beside, strict=True))
+    )
+    return Gates.of(spare, chain(*by_subject))
 
 
 def _rows_of_answers(

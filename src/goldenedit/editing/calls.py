@@ -70,10 +70,20 @@ def warn_of_doubtful_subjects(requests: Sequence[EditRequest]) -> None:
         logger.warning("The subjects of %d more requests may stand in another place (EditRequest.doubt).", count)
 
 
-def facts_to_keep(edits: Iterable[Edit], requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return the facts of earlier edits that took, without those that new requests replace."""
+def facts_to_keep(
+    edits: Iterable[Edit], requests: Sequence[EditRequest], with_failed: bool = False
+) -> list[EditRequest]:
+    """Return the facts of earlier edits, without those that new requests replace.
+
+    Args:
+        with_failed: Whether those that did not take are among them.
+    """
     replaced = {request.prompt_key for request in requests}
-    return [fact.request for prompt, fact in latest_facts(edits).items() if fact.takes and prompt not in replaced]
+    return [
+        fact.request
+        for prompt, fact in latest_facts(edits).items()
+        if (fact.takes or with_failed) and prompt not in replaced
+    ]
 
 
 def latest_facts(edits: Iterable[Edit]) -> dict[tuple[str, bool], EditedFact]:

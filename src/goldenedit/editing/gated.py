@@ -205,15 +205,16 @@ def prepare_gated(
             of_call = torch.zeros(len(call), len(gates), lm.architecture.shape(lm.model, of_answers.layer)[0])
             new = [subject for subject in call if not has_marker[subject]]
             with phase("markers"), rewriting(lm, gates, new):
-                for place, subject in enumerate(new):
-                    asked = texts.subjects[subject]
-                    own = [of_layer.detectors(new)[place : place + 1] for of_layer in gates]
-                    of_call[call.index(subject)] = optimize_marker(
+                detectors = [of_layer.detectors(new) for of_layer in gates]
+
+                def marker_of(place: int, new: Sequence[int] = new, detectors: Sequence[Tensor] = detectors) -> Tensor:
+                    asked = texts.subjects[new[place]]
+                    marker = optimize_marker(
                         lm,
                         asked.due,
                         asked.kept,
                         config.target_layers,
-                        own,
+                        [of_layer[place : place + 1] for of_layer in detectors],
                         reader,
                         of_answers.moments,
                         options.lr,
@@ -223,6 +224,10 @@ def prepare_gated(
                         others,
                     )
                     progress.update()
+                    return marker.cpu()
+
+                for subject, marker in zip(new, lm.processes.map(marker_of, range(len(new))), strict=True):
+                    of_call[call.index(subject)] = marker
             marked = partial(lm.architecture.adding_deltas, lm.model, marking(lm, gates, call, of_call))
             with phase("gates"):
                 of_facts = answer_gates(lm, [texts.subjects[subject] for subject in call], of_answers, marked)

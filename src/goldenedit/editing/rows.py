@@ -158,7 +158,7 @@ def batch_size_of(lm: LanguageModel, config: EditConfig, subjects: Sequence[Subj
     if isinstance(config.batch_size, int):
         return config.batch_size
     rows = [row for subject in subjects for row in subject.rows]
-    return facts_at_once(
+    at_once = facts_at_once(
         lm.model,
         layers=lm.architecture.num_layers - layers[0],
         mlp_width=lm.architecture.shape(lm.model, layers[0])[1],
@@ -166,3 +166,4 @@ def batch_size_of(lm: LanguageModel, config: EditConfig, subjects: Sequence[Subj
         tokens=max(len(row.input_ids) for row in rows),
         answer_tokens=max(len(row.reads) for row in rows),
     )
+    return min(lm.processes.gather(at_once))  # processes share the batches, so all must make the same

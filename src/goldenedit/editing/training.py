@@ -101,7 +101,7 @@ def train(
     ):
         for _ in range(options.epochs):
             total = 0.0
-            drawn = _drawn(learned, round(options.rehearsal * len(rows)), generator)
+            drawn = _drawn(learned, math.ceil(options.rehearsal * len(rows)), generator)
             of_pass = [*rows, *drawn]
             for batch in _batches(len(of_pass), options.batch, generator):
                 losses, gradients = _losses(lm, [of_pass[index] for index in batch], options, parameters, batch_size)

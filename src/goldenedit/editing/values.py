@@ -165,6 +165,8 @@ def optimize_values(
 ) -> Values:
     """Optimize the values of all subjects, up to `batch_size` of them in one batch. The subjects stay independent.
 
+    Processes that each hold the model share the batches (see `goldenedit.parallel`).
+
     Args:
         subjects: The texts of each subject.
         layers: The layers to edit, ascending. The deltas of several layers are optimized together.
@@ -186,25 +188,24 @@ def optimize_values(
         slices = groups_by_length(sorted_lengths, most_rows, batch_size, lm.device, padded)
         return [indices[members] for members in slices]
 
-    results: list[Values] = []
+    def of_group(members: list[int]) -> Values:
+        found = None if detectors is None else [of_layer[members] for of_layer in detectors]
+        values = _optimize(lm, _Group(lm, [subjects[index] for index in members]), layers, options, found, flatness)
+        progress.update(len(members))
+        return_free_memory()
+        return values
+
     with (
         evaluating(lm.model),
         torch.enable_grad(),  # the caller may have disabled gradients
         tqdm(total=len(subjects), desc="Values", unit="edit", disable=len(subjects) == 1, leave=False) as progress,
     ):
         padded = not may_pack(lm.model)
-        groups = split(order, padded)
-        while groups:
-            members = groups.pop(0)
-            found = None if detectors is None else [of_layer[members] for of_layer in detectors]
-            group = _Group(lm, [subjects[index] for index in members])
-            results.append(_optimize(lm, group, layers, options, found, flatness))
-            progress.update(len(members))
-            del group
-            return_free_memory()
-            if padded != (results[-1].replay != "packed"):  # the replay does not pack as expected: split the rest again
-                padded = not padded
-                groups = split([index for later in groups for index in later], padded)
+        first, *groups = split(order, padded)
+        results = [of_group(first)]
+        if padded != (results[0].replay != "packed"):  # the replay does not pack as expected: split the rest again
+            groups = split([index for later in groups for index in later], not padded)
+        results += lm.processes.map(of_group, groups)
     ranks = sorted(range(len(order)), key=order.__getitem__)  # back to the order of the subjects
     steps = [step for result in results for step in result.steps]
     probabilities = [values for result in results for values in result.target_probability]

@@ -99,7 +99,7 @@ def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerS
         proxy=proxy_hash(facts),
         tokens=lm.tokens_of(facts),
         modules=[sorted(lm.architecture.down_projections.values()), sorted(lm.architecture.mlp_linears.values())],
-        options={name: value for word in selector.depends_on for name, value in _option(word, config).items()},
+        options={name: value for word in selector.depends_on for name, value in _option(word, config, lm).items()},
     )
     path = cache_dir() / "layer_scores" / f"{key}.json"
     cached = next((selection for selection in lm.processes.gather(_read(path)) if selection is not None), None)
@@ -135,12 +135,12 @@ def _facts(lm: LanguageModel, config: EditConfig, selector: Selector) -> list[Ed
     return [rendered(lm.tokenizer, fact) for fact in proxy_set(config)] if selector.needs_facts else []
 
 
-def _option(word: str, config: EditConfig) -> dict[str, Any]:
+def _option(word: str, config: EditConfig, lm: LanguageModel) -> dict[str, Any]:
     """Return the values that a word of `Selector.depends_on` stands for, by name."""
     if word == "edit":
         return {"method": [config.method, config.editor.version], "constants": edit_constants(config)}
     if word == "covariance":
-        text = [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]
+        text = [source_name(config.covariance), lm.text_tokens(config), config.ridge, config.seed]
         return {"covariance": text}
     options = config.to_dict()
     if word not in options:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from goldenedit.parallel import Processes
 from goldenedit.records import read_records
 from goldenedit.requests import proxy_facts
 
-_VERSION = 2  # of the choice of text and of the computation on it
+logger = logging.getLogger(__name__)
+
+_VERSION = 3  # of the choice of text and of the computation on it
 GROUP_BYTES = 768 << 20  # of the statistics of layers that are computed in one pass
 _OPENING_TOKENS = 8
 _SAMPLED_TOKENS = 24  # sampled after each opening
@@ -62,12 +65,25 @@ def key_statistics(
         missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
         check_widths(lm, missing)
         if missing:
-            (texts,) = processes.map(lambda _: _texts(lm, config), [None])  # all processes get the same texts
-            computed = second_moments(lm, texts, missing, config.covariance_tokens, processes=processes, hold_keys=True)
+            texts = _texts(lm, config, processes)
+            computed = second_moments(lm, texts, missing, lm.text_tokens(config), processes=processes, hold_keys=True)
             for layer, moment in computed.items():
                 save_second_moment(paths[layer], moment)
             moments |= computed
+            _warn_of_little_text(computed)
     return {layer: KeyStatistics.of(moments[layer], config.ridge) for layer in layers}
+
+
+def _warn_of_little_text(moments: Mapping[int, Tensor]) -> None:
+    """Log a warning if there are fewer tokens than a key has dimensions: then most directions were never seen."""
+    tokens, width = min((moment.shape for moment in moments.values()), key=lambda shape: shape[0] / shape[1])
+    if tokens < width:
+        logger.warning(
+            "The key statistics are of %d tokens of text, but keys have %d dimensions. Edits then change more of other "
+            "text. Use more text (EditConfig.covariance, covariance_tokens).",
+            tokens,
+            width,
+        )
 
 
 def output_gradient_moments(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> dict[int, Tensor]:
@@ -83,13 +99,17 @@ def output_gradient_moments(lm: TokenizedModel, layers: Sequence[int], config: E
             "EditConfig.covariance 'identity' has no text to take gradients on. Set it to a source of text."
         )
     paths = {layer: _cache_path(lm, layer, config, "output_gradients") for layer in layers}
-    moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
-    missing = [layer for layer in layers if layer not in moments]
-    if missing:
-        computed = gradient_moments(lm, _texts(lm, config), missing, config.covariance_tokens, config.seed)
-        for layer, moment in computed.items():
-            save_second_moment(paths[layer], moment)
-        moments |= computed
+    processes = lm.processes
+    with processes.together():
+        moments = {layer: moment for layer, path in paths.items() if (moment := load_second_moment(path)) is not None}
+        # Machines may have different caches.
+        missing = sorted(set().union(*processes.gather({layer for layer in layers if layer not in moments})))
+        if missing:
+            texts = _texts(lm, config, processes)
+            computed = gradient_moments(lm, texts, missing, lm.text_tokens(config), config.seed)
+            for layer, moment in computed.items():
+                save_second_moment(paths[layer], moment)
+            moments |= computed
     return moments
 
 
@@ -112,8 +132,9 @@ def mlp_moments(lm: TokenizedModel, sites: Mapping[int, nn.Module], config: Edit
         missing = sorted(set().union(*processes.gather({layer for layer in sites if layer not in found})))
         if missing:
             of_layers = {layer: sites[layer] for layer in missing}
+            texts = _texts(lm, config, processes)
             (computed,) = processes.map(  # rounding must not make processes choose different neurons
-                lambda _: input_moments(lm, _texts(lm, config), of_layers, config.covariance_tokens), [None]
+                lambda _: input_moments(lm, texts, of_layers, lm.text_tokens(config)), [None]
             )
             for layer, moments in computed.items():
                 save_tensors(paths[layer], vars(moments))
@@ -126,7 +147,7 @@ def _cache_path(lm: TokenizedModel, layer: int, config: EditConfig, kind: str = 
     draws = config.covariance == "sampled" or kind == "output_gradients"  # texts, or labels
     source = {
         "text": source_name(config.covariance),
-        "tokens": config.covariance_tokens,
+        "tokens": lm.text_tokens(config),
         "seed": config.seed if draws else None,
     }
     key = lm.cache_key(_VERSION, module=lm.architecture.down_projections[layer], **source)
@@ -188,7 +209,7 @@ def _groups(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> li
     free = 0
     for layer in sorted(layers):
         width = lm.architecture.shape(lm.model, layer)[1]
-        size = 4 * width * min(width, config.covariance_tokens)  # float32
+        size = 4 * width * min(width, lm.text_tokens(config))  # float32
         if size > free:
             groups.append([])
             free = GROUP_BYTES
@@ -206,27 +227,32 @@ def source_name(covariance: str) -> str:
     return covariance
 
 
-def _texts(lm: TokenizedModel, config: EditConfig) -> Sequence[str]:
-    if config.covariance == "sampled":
-        key = config.covariance_tokens, config.seed
-        if key not in lm.sampled:
-            lm.sampled[key] = sampled_texts(lm, *key)
-        return lm.sampled[key]
-    return list(islice(dataset_texts(config.covariance), config.covariance_tokens))
+def _texts(lm: TokenizedModel, config: EditConfig, processes: Processes) -> Sequence[str]:
+    """Return the text of statistics, the same in all processes that ask for it together."""
+    tokens = lm.text_tokens(config)
+    if config.covariance != "sampled":
+        (texts,) = processes.map(lambda _: list(islice(dataset_texts(config.covariance), tokens)), [None])
+        return texts
+    key = tokens, config.seed
+    if not all(processes.gather(key in lm.sampled)):
+        lm.sampled[key] = sampled_texts(lm, *key, processes)
+    return lm.sampled[key]
 
 
-def sampled_texts(lm: TokenizedModel, tokens: int, seed: int) -> list[str]:
+def sampled_texts(lm: TokenizedModel, tokens: int, seed: int, processes: Processes | None = None) -> list[str]:
     """Return texts of about `tokens` tokens in all, which the model writes after the openings of proxy prompts.
 
     The prompts bring in names and relations of many kinds. Without them a model rarely writes about these.
+
+    Args:
+        processes: Processes that make this call together and share the work. Defaults to this one alone.
     """
     prompts = [prompt for fact in proxy_facts() for prompt in (fact.text, *fact.paraphrases, *fact.neighborhood)]
     # Openings of equal length form one batch. They end anywhere in a phrase, so the model continues all kinds of text.
     cut = [ids[:_OPENING_TOKENS] for ids in lm.tokenizer(prompts)["input_ids"] if len(ids) >= _OPENING_TOKENS]
-    count = min(len(cut), math.ceil(tokens / (_OPENING_TOKENS + _SAMPLED_TOKENS)))
-    openings = [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in cut[:count]]
-    rounds = math.ceil(tokens / (count * (_OPENING_TOKENS + _SAMPLED_TOKENS)))
-    return [text for turn in range(rounds) for text in sample_continuations(lm, openings, _SAMPLED_TOKENS, seed + turn)]
+    count = math.ceil(tokens / (_OPENING_TOKENS + _SAMPLED_TOKENS))
+    openings = [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in islice(cycle(cut), count)]
+    return sample_continuations(lm, openings, _SAMPLED_TOKENS, seed, processes=processes)
 
 
 def dataset_texts(name: str) -> Iterable[str]:

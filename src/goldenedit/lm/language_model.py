@@ -85,7 +85,7 @@ class LanguageModel(TokenizedModel):
         """
         if _inserts_without_statistics(config):
             return dict.fromkeys(layers, UnreadStatistics())
-        options = _statistics_options(config)
+        options = self._statistics_options(config)
         missing = [layer for layer in layers if (layer, *options) not in self._statistics]
         if missing:
             with phase("key statistics"):
@@ -106,7 +106,7 @@ class LanguageModel(TokenizedModel):
         layers = sorted(self.architecture.down_projections) if layers is None else layers
         if for_editor and _inserts_without_statistics(config):
             return dict.fromkeys(layers, UnreadStatistics())
-        options = _statistics_options(config)
+        options = self._statistics_options(config)
         key = (tuple(layers), *options)
         if key not in self._streamed:
             streamed = self._streamed[key] = StreamedStatistics(self, layers, config)
@@ -126,8 +126,8 @@ class LanguageModel(TokenizedModel):
         if not config.editor.reads_output_gradients and not (inserts and possible and plain):
             return {}
         if inserts:
-            config = replace(config, covariance_tokens=min(config.covariance_tokens, _FLAT_TOKENS))
-        options = _statistics_options(config)
+            config = replace(config, covariance_tokens=min(self.text_tokens(config), _FLAT_TOKENS))
+        options = self._statistics_options(config)
         missing = [layer for layer in layers if (layer, *options) not in self._output_gradients]
         if missing:
             with phase("output gradients"):
@@ -135,9 +135,13 @@ class LanguageModel(TokenizedModel):
             self._output_gradients |= {(layer, *options): moment for layer, moment in computed.items()}
         return {layer: self._output_gradients[(layer, *options)] for layer in layers}
 
+    def _statistics_options(self, config: EditConfig) -> list[object]:
+        """Return the options that key statistics depend on."""
+        return [source_name(config.covariance), self.text_tokens(config), config.ridge, config.seed]
+
     def mlp_moments(self, config: EditConfig, sites: Mapping[int, nn.Module]) -> dict[int, InputMoments]:
         """Return the moments of MLPs on the text of the key statistics. See `goldenedit.lm.covariance.mlp_moments`."""
-        options = [source_name(config.covariance), config.covariance_tokens, config.seed]
+        options = [source_name(config.covariance), self.text_tokens(config), config.seed]
         missing = {layer: site for layer, site in sites.items() if (layer, *options) not in self._mlp_moments}
         if missing:
             with phase("MLP statistics"):
@@ -167,8 +171,3 @@ class LanguageModel(TokenizedModel):
 def _inserts_without_statistics(config: EditConfig) -> bool:
     """Return whether the config's editor inserts values and reads no key statistics."""
     return config.editor.learns == "values" and not config.editor.reads_statistics
-
-
-def _statistics_options(config: EditConfig) -> list[object]:
-    """Return the options that key statistics depend on."""
-    return [source_name(config.covariance), config.covariance_tokens, config.ridge, config.seed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.replay import NO_CACHE
 from goldenedit.lm.base import TokenizedModel
 from goldenedit.lm.tokens import prompt_tokens
+from goldenedit.parallel import Processes
 
 # Openings of MEMIT's context templates. The model continues them freely.
+_MOST_BATCHES = 1 << 20  # of one seed
+_SEEDS = 1 << 63  # that torch takes
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -49,6 +52,7 @@ def sample_continuations(
     seed: int,
     batch_size: int = 128,
     top_k: int | None = None,
+    processes: Processes | None = None,
 ) -> list[str]:
     """Continue each opening by `length` tokens sampled from the model, and return openings with continuations.
 
@@ -58,22 +62,29 @@ def sample_continuations(
         seed: Seed of the sampling, which leaves torch's global generator alone.
         batch_size: Largest number of rows of a forward.
         top_k: Sample from the `top_k` most likely tokens; None for all.
+        processes: Processes that make this call together and share the batches. Defaults to this one alone.
     """
     ids = [prompt_tokens(lm.tokenizer, opening) for opening in openings]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    generator = torch.Generator().manual_seed(seed)
-    texts: dict[int, str] = {}
-    with evaluating(lm.model), tqdm(total=len(ids), desc="Sampling", unit="text", leave=False) as progress:
-        for _, group in groupby(order, key=lambda index: len(ids[index])):  # rows of equal length need no padding
-            members = list(group)
-            for start in range(0, len(members), batch_size):
-                rows = members[start : start + batch_size]
-                prompts = torch.tensor([ids[row] for row in rows])
-                tokens = _continue(lm, prompts, length, generator, top_k)
-                for row, sampled in zip(rows, tokens.tolist(), strict=True):
-                    texts[row] = openings[row] + continuation(lm.tokenizer, sampled, len(ids[row]))
-                progress.update(len(rows))
-    return [texts[index] for index in range(len(openings))]
+    batches: list[list[int]] = []
+    for _, group in groupby(order, key=lambda index: len(ids[index])):  # rows of equal length need no padding
+        members = list(group)
+        batches += [members[start : start + batch_size] for start in range(0, len(members), batch_size)]
+    processes = Processes() if processes is None else processes
+    of_this_process = sum(map(len, processes.share(batches)))
+    with evaluating(lm.model), tqdm(total=of_this_process, desc="Sampling", unit="text", leave=False) as progress:
+
+        def sampled(number: int) -> list[str]:
+            rows = batches[number]
+            # A generator of its own for each batch, so that the texts do not depend on who samples which.
+            generator = torch.Generator().manual_seed((seed * _MOST_BATCHES + number) % _SEEDS)
+            tokens = _continue(lm, torch.tensor([ids[row] for row in rows]), length, generator, top_k)
+            progress.update(len(rows))
+            return [continuation(lm.tokenizer, of_row, len(ids[rows[0]])) for of_row in tokens.tolist()]
+
+        written = processes.map(sampled, range(len(batches)))
+    behind = dict(zip(chain(*batches), chain(*written), strict=True))
+    return [opening + behind[index] for index, opening in enumerate(openings)]
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, tokens: list[int], prompt_length: int) -> str:
