@@ -250,6 +250,20 @@ def test_processes_that_share_one_model_do_the_same_work(in_two):
     assert in_two(run) == [(2, 1), (2, 1)]
 
 
+def test_a_model_that_is_divided_among_processes_is_refused(in_two, tokenizer):
+    def run():
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+        model = tiny_model("llama")
+        mesh = init_device_mesh("cpu", (2,))
+        model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"divided among processes \(tp_plan.*without tp_plan"):
+            EditModel(model, EditConfig(layer=1), tokenizer)
+        return True
+
+    assert in_two(run) == [True, True]
+
+
 def test_the_library_makes_no_process_group(tokenizer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
     get_edit_model(tiny_model("llama"), EditConfig(layer="lga", **FAST), tokenizer).edit(FACTS[0])

@@ -10,6 +10,7 @@ import torch
 from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.lm.perplexity import text_kl
 from goldenedit.storage.folder import ADAPTER_WEIGHTS
 from models import MLP_WIDTH, WIDTH, tiny_model
 from tiny_edits import MERKEL, TOWER, assert_near, differ, fast_config, logits
@@ -203,3 +204,18 @@ def test_earlier_facts_hold_because_they_are_rehearsed(rehearsal, holds, tokeniz
     model.edit([replace(fact, target_new="London") for fact in FACTS[8:16]], into="facts")
     found = likelihoods(model.lm, [(fact.text, fact.target_new) for fact in FACTS[:8]])
     assert (sum(answer.accuracy == 1 for answer in found) >= 6) is holds
+
+
+def test_a_penalty_bounds_what_many_batches_change_of_other_text(tokenizer):
+    """Each batch sees the harm of those before it, and not of itself alone."""
+    options = {"method": "crispedit", "covariance": "sampled", "covariance_tokens": 300, "crispedit_share": 1.0}
+    harms = {}
+    for weight in (0.0, 30.0):
+        model = model_of(tokenizer, finetune_lr=0.02, crispedit_penalty=weight, **options)
+        texts = [fact.text for fact in FACTS[40:60]]
+        harms[weight] = []
+        for start in range(0, 24, 8):
+            model.edit(FACTS[start : start + 8], into="facts")
+            harms[weight].append(text_kl(model.lm, texts, model.disable_adapter))
+    assert harms[30.0][-1] < 0.5 * harms[0.0][-1]
+    assert harms[30.0][-1] < 1.5 * harms[30.0][0]

@@ -42,6 +42,7 @@ from goldenedit.lm.chat import rendered
 from goldenedit.lm.tokenizer import tokenizer_of
 from goldenedit.lm.tokens import encode_request
 from goldenedit.measuring import MeasuringMixin
+from goldenedit.parallel import is_sharded
 from goldenedit.requests import Facts, Message
 from goldenedit.sequences import SequencesMixin
 from goldenedit.sharing import SharingMixin
@@ -114,6 +115,12 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         model = extract_model_from_parallel(model, keep_torch_compile=False)  # edits go into what was compiled
         if not isinstance(model, PreTrainedModel | PeftModel):
             raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
+        if is_sharded(model):
+            raise ValueError(
+                "The weights are divided among processes (tp_plan, or FSDP), and edits need whole matrices. Load the "
+                'model without tp_plan, with device_map="auto" if one device is too small. The saved edit is a LoRA '
+                "adapter, which can be served in any way."
+            )
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise ValueError(
                 "The model was loaded inside torch.inference_mode(), and no gradient passes through such weights: load "

@@ -203,13 +203,22 @@ def processes_of(model: nn.Module) -> Processes:
 
     Only this one if there is no group, if the model is sharded, or while this process works on its share of a job.
     """
-    if _ALONE.get() or not distributed.is_available() or not distributed.is_initialized():
-        return Processes()
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):  # tensor parallel, or FSDP
+    if _ALONE.get() or not _has_group() or is_sharded(model):
         return Processes()
     return Processes(distributed.get_rank(), distributed.get_world_size())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether each process holds a part of the weights: tensor parallel, or FSDP."""
+    if not _has_group():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _has_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 class Shared(Protocol):
@@ -255,5 +264,5 @@ def join_processes() -> tuple[Processes, torch.device | None]:
 
 
 def _leave() -> None:
-    if distributed.is_initialized():
+    if _has_group():
         distributed.destroy_process_group()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matrices import second_moment
 
-from goldenedit.editors import KeyStatistics, TrainingProblem
+from goldenedit.editors import KeyStatistics, LowRankDelta, TrainingProblem
 from goldenedit.editors.crispedit import CrispEditOptions, crispedit, flattest
 
 D_IN, D_OUT = 12, 8
@@ -66,6 +68,17 @@ def test_steps_of_adam_stay_within_the_flat_entries():
     blind = torch.randn(D_OUT, D_IN)
     blind *= delta.norm() / blind.norm()
     assert (G @ delta @ A * delta).sum() < 0.3 * (G @ blind @ A * blind).sum()
+
+
+def test_the_penalty_is_the_divergence_of_this_change_and_the_earlier_ones_together():
+    of_problem = problem(1.0)
+    earlier = [LowRankDelta(torch.randn(3, D_IN), torch.randn(D_OUT, 3)) for _ in range(2)]
+    options = replace(of_problem.options, crispedit_penalty=7.0)
+    change = crispedit(replace(of_problem, options=options, earlier=earlier))
+    change.coordinates.data = torch.randn(D_OUT, D_IN)
+    whole = change.change().dense() + sum(delta.dense() for delta in earlier)
+    A, G = of_problem.statistics.second_moment, of_problem.output_gradients
+    torch.testing.assert_close(change.penalty(), 7 * (G @ whole @ A * whole).sum() / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_the_flattest_entries_hold_at_most_their_share_and_no_further_one_would_fit():

@@ -61,7 +61,7 @@ def changes_of_batch(
         with without_edits():
             text = TextStatistics.read_by(lm, config)
         with phase("training"):
-            return _learned(lm, requests, config, remembered, text, earlier)
+            return _learned(lm, requests, config, remembered, text, earlier, active)
     with without_edits():
         # Statistics first: processes share them, and would wait for a process that failed while sampling contexts.
         spare = neurons_for(lm, config, len(subjects_of(requests)), len(requests), edits)
@@ -99,6 +99,7 @@ def _learned(
     remembered: Mapping[str, Tensor],
     text: TextStatistics,
     earlier: Sequence[EditRequest],
+    active: Collection[Mapping[str, LowRankDelta]],
 ) -> Changes:
     """Return the changes of an editor that learns. Further prompts of a request are learned as facts of their own."""
     further = [
@@ -108,7 +109,7 @@ def _learned(
         for prompt in request.prompts
     ]
     rows = [rendered(lm.tokenizer, request) for request in [*requests, *further]]
-    changes = learn_facts(lm, rows, config, remembered, text, earlier)
+    changes = learn_facts(lm, rows, config, remembered, text, earlier, active)
     count = len(requests)
     return replace(changes, probability_before=changes.probability_before[:count], steps=changes.steps[:count])
 

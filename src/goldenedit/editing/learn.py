@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,6 +54,7 @@ def learn_facts(
     remembered: Mapping[str, Tensor],
     text: TextStatistics,
     earlier: Sequence[EditRequest] = (),
+    active: Collection[Mapping[str, LowRankDelta]] = (),
 ) -> Changes:
     """Return the changes of an editor that learns from gradients or by training.
 
@@ -69,7 +70,7 @@ def learn_facts(
     if config.editor.learns == "gradients":
         learned, steps, state = _from_gradients(lm, requests, config, remembered)
     else:
-        learned, steps, state = _by_training(lm, requests, config, text, earlier)
+        learned, steps, state = _by_training(lm, requests, config, text, earlier, active)
     deltas, errors = {}, []
     for layer, change in learned.items():
         check_shape(lm, change, config, layer)
@@ -112,12 +113,20 @@ def _by_training(
     config: EditConfig,
     text: TextStatistics,
     earlier: Sequence[EditRequest],
+    active: Collection[Mapping[str, LowRankDelta]],
 ) -> _Learned:
     generator = torch.Generator().manual_seed(config.seed)
     changes = {}
     for layer in config.target_layers:
         d_out, d_in = lm.architecture.shape(lm.model, layer)
-        problem = TrainingProblem(d_in, d_out, generator, output_gradients=text.output_gradients.get(layer))
+        path = lm.architecture.down_projections[layer]
+        problem = TrainingProblem(
+            d_in,
+            d_out,
+            generator,
+            output_gradients=text.output_gradients.get(layer),
+            earlier=[deltas[path] for deltas in active if path in deltas],
+        )
         if config.editor.reads_statistics:
             problem = replace(problem, statistics=text.keys[layer])
         problem = replace(problem, options=config.resolve(problem))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,14 @@ class Change(Protocol):
         """Return what is added to the module's output, `(..., d_out)`."""
 
 
+@runtime_checkable
+class Penalized(Protocol):
+    """A change with a term of its own in the loss."""
+
+    def penalty(self) -> Tensor:
+        """Return what is added to the loss of each step, a scalar that depends on the parameters."""
+
+
 def train(
     lm: LanguageModel,
     requests: Sequence[EditRequest],
@@ -92,6 +100,7 @@ def train(
     for module, change in modules.items():
         change.to(execution_device(module))
     parameters = [parameter for change in changes.values() for parameter in change.parameters()]
+    penalties = [change.penalty for change in changes.values() if isinstance(change, Penalized)]
     optimizer = torch.optim.Adam(parameters, lr=options.lr)
     with (
         evaluating(lm.model),
@@ -112,6 +121,8 @@ def train(
                     continue
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
+                for penalty in penalties:
+                    penalty().backward()
                 optimizer.step()
                 for change in changes.values():
                     change.constrain()

@@ -7,6 +7,10 @@ K-FAC approximates the curvature of the loss on other text, with respect to one 
 `A = E[k k^T]` of its inputs and `G = E[g g^T]` of the gradients at its outputs. In the eigenbases
 `A = U_A diag(a) U_A^T` and `G = U_G diag(g) U_G^T`, the curvature along the entry `(i, j)` of `U_G^T Delta U_A` is
 `g_i a_j`. AlphaEdit's null space, the columns with small `a_j`, lies within the entries of low curvature.
+
+Of small changes `1/2 sum_ij g_i a_j S_ij^2` is the KL divergence on other text, where `S` is the change since the
+unedited model. It may be put into the loss as well, as in Ritter et al. 2018, Online Structured Laplace Approximations
+for Overcoming Catastrophic Forgetting (arXiv 1805.07810): then many batches together do not harm without limit.
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ class CrispEditOptions(BatchTrainingOptions):
     crispedit_share: float = option(
         0.3, least=0.0, help="Share of the total curvature that the entries which may change hold, the flattest first."
     )
+    crispedit_penalty: float = option(
+        0.0,
+        least=0.0,
+        help="Weight in the loss of the KL divergence on other text, in nats a token as the curvature estimates it.",
+    )
 
 
 @editor(
@@ -47,8 +56,14 @@ def crispedit(problem: TrainingProblem) -> FlatChange:
     assert problem.output_gradients is not None  # the editor declares that it reads them
     a, U_A = problem.statistics.spectrum
     g, U_G = torch.linalg.eigh(problem.output_gradients.double())
-    is_flat = flattest(torch.outer(g, a).clamp_min(0.0), problem.options.crispedit_share)
-    return FlatChange(U_A, U_G, is_flat, problem.options.finetune_cut)
+    curvature = torch.outer(g, a).clamp_min(0.0)
+    is_flat = flattest(curvature, problem.options.crispedit_share)
+    # Coordinates of the earlier changes, which the penalty is of together with this one.
+    before = torch.zeros_like(curvature)
+    for delta in problem.earlier:
+        before += (U_G.T @ delta.B.double()) @ (delta.A.double() @ U_A)
+    weights = problem.options.crispedit_penalty * curvature
+    return FlatChange(U_A, U_G, is_flat, problem.options.finetune_cut, weights, before)
 
 
 def flattest(curvature: Tensor, share: float) -> Tensor:
@@ -74,23 +89,33 @@ class FlatChange(nn.Module):
         U_G: `(d_out, d_out)`, the basis of the outputs, as columns.
         is_flat: `(d_out, d_in)`, which coordinates may change.
         cut: Largest share of the change, in the Frobenius norm, that is cut off at the end to keep its rank low.
+        weights: `(d_out, d_in)`, weights of the squares of the coordinates in the penalty.
+        before: `(d_out, d_in)`, coordinates of the changes before this one, which add to its own in the penalty.
     """
 
     U_A: Tensor
     U_G: Tensor
     is_flat: Tensor
+    weights: Tensor
+    before: Tensor
 
-    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor, cut: float) -> None:
+    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor, cut: float, weights: Tensor, before: Tensor) -> None:
         super().__init__()
         self.cut = cut
         self.coordinates = nn.Parameter(torch.zeros(is_flat.shape))
         self.register_buffer("U_A", U_A.float())
         self.register_buffer("U_G", U_G.float())
         self.register_buffer("is_flat", is_flat)
+        self.register_buffer("weights", weights.float())
+        self.register_buffer("before", before.float())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs Delta^T`. For the few tokens of a batch it takes less than computing `Delta`."""
         return inputs @ self.U_A @ (self.coordinates * self.is_flat).T @ self.U_G.T
+
+    def penalty(self) -> Tensor:
+        """Return `1/2 sum_ij w_ij S_ij^2` of the coordinates with those before."""
+        return (self.weights * (self.before + self.coordinates * self.is_flat).square()).sum() / 2
 
     def constrain(self) -> None:
         """Do nothing: entries that are not flat have no gradient."""

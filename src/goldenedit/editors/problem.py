@@ -167,6 +167,7 @@ class TrainingProblem:
         statistics: Second moment of the inputs on other text, with `reads=("covariance",)`.
         output_gradients: `(d_out, d_out)`, second moment `E[g g^T]` of the gradients of the loss on this text at the
             outputs, with `reads=("output_gradients",)`; else None.
+        earlier: The changes of this map by the edits that are on.
     """
 
     d_in: int
@@ -175,6 +176,7 @@ class TrainingProblem:
     options: Any = None
     statistics: KeyStatistics = field(default_factory=UnreadStatistics)
     output_gradients: Tensor | None = None
+    earlier: Sequence[LowRankDelta] = ()
 
     def unit(self, name: str) -> float:
         """Raise ValueError, because options of trained changes have no units."""
