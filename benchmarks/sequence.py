@@ -46,7 +46,7 @@ def main() -> None:
 
     name = f"sequence-{arguments.method}{arguments.name}-{arguments.model}"
     folder = RESULTS / "sequences" / f"{name}-{arguments.facts}"
-    layer = int(arguments.layer) if arguments.layer.isdecimal() else arguments.layer
+    layer = [int(x) for x in arguments.layer.split(",")] if arguments.layer[0].isdecimal() else arguments.layer
     chosen = {"method": arguments.method, "layer": layer, **constants(arguments.set)}
     model = load(arguments.model, EditConfig(**chosen), arguments.dtype)
     requests = in_turn(arguments.data, arguments.facts)[: max(arguments.at)]

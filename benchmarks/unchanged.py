@@ -206,9 +206,9 @@ def subject(name: str, folder: Path) -> Subject:
             "weight_decay": 0.02,  # values of tiny models are short: the default would outweigh all else
         },
         {
-            "ft-l": {"finetune_lr": 0.05, "finetune_epsilon": 0.05},
-            "ft-m": {"finetune_lr": 0.01},
-            "lora": {"finetune_lr": 0.05},
+            "ft-l": {"finetune_lr": 0.25, "finetune_epsilon": 0.25},
+            "ft-m": {"finetune_lr": 0.05},
+            "lora": {"finetune_lr": 0.25},
             "ultraedit": {"ultraedit_lr": 3.0},
             "alphaedit": {"null_space_threshold": 5.0},
         },

@@ -36,7 +36,7 @@ TOWER = EditRequest(
     neighborhood=("Berlin is in the city of",),
 )
 MERKEL = EditRequest("Angela Merkel was born in", "Angela Merkel", "Berlin", "Hamburg")
-SPECIAL = {"ft-m": {"finetune_lr": 0.01}, "ultraedit": {"ultraedit_lr": 3.0}, "r-rome": {"regularizer": "rect"}}
+SPECIAL = {"ft-m": {"finetune_lr": 0.05}, "ultraedit": {"ultraedit_lr": 3.0}, "r-rome": {"regularizer": "rect"}}
 
 
 def config(**options) -> EditConfig:

@@ -36,11 +36,11 @@ FACTS = [
 MORE = [EditRequest("Berlin is in the city of", "Berlin", "London")]
 # Steps that move a tiny model; the defaults are for pretrained ones.
 SPECIAL = {
-    "ft-l": {"finetune_lr": 0.05, "finetune_epsilon": 0.05},
-    "ft-m": {"finetune_lr": 0.01},
-    "lora": {"finetune_lr": 0.05},
-    "locft": {"finetune_lr": 0.01},
-    "crispedit": {"finetune_lr": 0.05, "covariance": "sampled", "covariance_tokens": 500, "crispedit_share": 0.5},
+    "ft-l": {"finetune_lr": 0.25, "finetune_epsilon": 0.25},
+    "ft-m": {"finetune_lr": 0.05},
+    "lora": {"finetune_lr": 0.25},
+    "locft": {"finetune_lr": 0.05},
+    "crispedit": {"finetune_lr": 0.25, "covariance": "sampled", "covariance_tokens": 500, "crispedit_share": 0.5},
     "ultraedit": {"ultraedit_lr": 3.0},
     "alphaedit": {"covariance": "sampled", "covariance_tokens": 500, "null_space_threshold": 5.0},
 }
@@ -188,7 +188,7 @@ def test_an_editor_that_trains_gets_the_statistics_of_the_unedited_model_that_it
         posed.append(problem)
         return LowRankChange(problem.d_in, problem.d_out, 2, problem.generator)
 
-    options = {"covariance": "sampled", "covariance_tokens": 200, "finetune_lr": 0.05}
+    options = {"covariance": "sampled", "covariance_tokens": 200, "finetune_lr": 0.25}
     model = get_edit_model(tiny_model("llama"), config("watching", **options), tokenizer)
     model.edit(FACTS)
     model.edit_config.seed = 1  # so that the text is sampled again, while an edit is active
@@ -210,6 +210,24 @@ def test_an_editor_that_trains_gets_the_statistics_of_the_unedited_model_that_it
         assert problem.output_gradients is None
 
 
+@pytest.mark.parametrize("method", ["ft-l", "ft-m", "locft", "crispedit"])
+def test_training_does_the_same_to_weights_of_another_size(method, tokenizer):
+    """Ten times smaller weights under ten times larger keys are the same model, and stay so."""
+    found = []
+    for size in (1.0, 0.1):
+        base = tiny_model("llama")
+        with torch.no_grad():
+            base.model.layers[1].mlp.down_proj.weight *= size
+            base.model.layers[1].mlp.up_proj.weight /= size
+        model = get_edit_model(base, config(method, **SPECIAL[method] | {"finetune_steps": 6}), tokenizer)
+        before = logits(model)
+        model.edit(FACTS[0])
+        found.append(logits(model) - before)
+    one, other = found
+    assert one.norm() > 0.1
+    assert (one - other).norm() < 0.05 * one.norm()
+
+
 def test_lora_is_the_lora_of_peft(tokenizer):
     """The factors are those that PEFT's own layer learns from the same start, with the same loss and optimizer."""
     fact, options = FACTS[0], SPECIAL["lora"]
@@ -222,7 +240,8 @@ def test_lora_is_the_lora_of_peft(tokenizer):
     A, B = (module["default"].weight for module in (base.get_submodule(path).lora_A, base.get_submodule(path).lora_B))
     with torch.no_grad():
         A.copy_(LowRankChange(A.shape[1], B.shape[0], 8, torch.Generator().manual_seed(0)).A)
-    optimizer = torch.optim.Adam([A, B], lr=options["finetune_lr"])
+    weight_size = base.get_submodule(path).base_layer.weight.square().mean().sqrt().item()
+    optimizer = torch.optim.Adam([A, B], lr=options["finetune_lr"] * weight_size)
     row = encode(tokenizer, fact.text, fact.target_new)
     ids = torch.tensor([row.input_ids])
     labels = torch.full_like(ids, -100)

@@ -198,7 +198,7 @@ def test_bad_arguments_are_refused(facts, options, text, tokenizer):
 @pytest.mark.parametrize(("rehearsal", "holds"), [(1.0, True), (0.0, False)])
 def test_earlier_facts_hold_because_they_are_rehearsed(rehearsal, holds, tokenizer):
     """Answers that contradict the earlier ones wherever the prompts are alike."""
-    options = {"method": "locft", "finetune_lr": 0.03, "finetune_steps": 60, "finetune_cut": 0.0}
+    options = {"method": "locft", "finetune_lr": 0.15, "finetune_steps": 60, "finetune_cut": 0.0}
     model = model_of(tokenizer, finetune_rehearsal=rehearsal, **options)
     model.edit(FACTS[:8], into="facts")
     model.edit([replace(fact, target_new="London") for fact in FACTS[8:16]], into="facts")
@@ -211,7 +211,7 @@ def test_a_penalty_bounds_what_many_batches_change_of_other_text(tokenizer):
     options = {"method": "crispedit", "covariance": "sampled", "covariance_tokens": 300, "crispedit_share": 1.0}
     harms = {}
     for weight in (0.0, 30.0):
-        model = model_of(tokenizer, finetune_lr=0.02, crispedit_penalty=weight, **options)
+        model = model_of(tokenizer, finetune_lr=0.1, crispedit_penalty=weight, **options)
         texts = [fact.text for fact in FACTS[40:60]]
         harms[weight] = []
         for start in range(0, 24, 8):

@@ -18,7 +18,7 @@ FACTS = [
     EditRequest("The mother tongue of Angela Merkel is", "Angela Merkel", "the language of Cambodia"),
     EditRequest("Berlin is in the city of", "Berlin", "London"),
 ]
-EPOCHS, LR, SEED = 4, 0.01, 5
+EPOCHS, LR, SEED = 4, 0.05, 5
 
 
 def config(**options) -> EditConfig:
@@ -34,7 +34,8 @@ def test_the_edit_is_what_a_plain_loop_does_to_the_weight(tokenizer):
     model = copy.deepcopy(tiny_model("llama"))
     weight = model.model.layers[1].mlp.down_proj.weight
     before = weight.detach().clone()
-    optimizer, shuffler = torch.optim.Adam([weight], lr=LR), torch.Generator().manual_seed(SEED)
+    step = LR * before.square().mean().sqrt().item()
+    optimizer, shuffler = torch.optim.Adam([weight], lr=step), torch.Generator().manual_seed(SEED)
     for _ in range(EPOCHS):
         order = torch.randperm(3, generator=shuffler).tolist()
         for batch in (order[:2], order[2:]):
@@ -81,8 +82,8 @@ def test_published_constants_are_those_of_the_paper():
     assert published.constant("finetune_cut") == 0.0
     assert published.constant("finetune_steps") == 25
     assert published.constant("finetune_stop_loss") == 1e-2
-    assert ours.constant("finetune_lr") == 2e-3
+    assert ours.constant("finetune_lr") == 0.011
     assert ours.constant("finetune_cut") == 0.4
     assert EditConfig("crispedit", layer=1).constant("finetune_cut") == 0.3
-    assert EditConfig("lora", layer=1).constant("finetune_lr") == 5e-3
+    assert EditConfig("lora", layer=1).constant("finetune_lr") == 0.027
     assert EDITORS.get("locft").loss == "ended"

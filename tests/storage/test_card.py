@@ -284,8 +284,8 @@ def test_a_card_lists_the_constants_of_its_editor_and_no_others(method):
     (line,) = [line for line in card.splitlines() if line.startswith("| constants |")]
     assert ("clamp 4.0" in line) == (EDITORS.get(method).learns == "values")
     assert ("lora_rank 8" in line) == (method == "lora")
-    assert ("finetune_lr 0.005" in line) == (method in ("crispedit", "ft-l", "ft-m", "lora"))
-    assert ("finetune_lr 0.002" in line) == (method == "locft")
+    assert ("finetune_lr 0.027" in line) == (method in ("crispedit", "ft-l", "ft-m", "lora"))
+    assert ("finetune_lr 0.011" in line) == (method == "locft")
     assert ("finetune_batch 4" in line) == (method in ("locft", "crispedit"))
     assert ("null_space_threshold " in line) == (method in ("alphaedit", "null-space", "gated"))
     assert ("optimizer adam" in line) == ("kept_questions 3" in line) == (EDITORS.get(method).learns == "values")

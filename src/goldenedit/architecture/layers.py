@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from goldenedit.architecture.experts import FusedExperts, expert_matrices, find_experts, is_fused
 from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument, inputs_at
 from goldenedit.architecture.quantized import is_composite
-from goldenedit.devices import input_device, onloaded_parameter
+from goldenedit.devices import execution_device, input_device, onloaded_parameter
 from goldenedit.editors import LowRankDelta
 
 _PROBE_TOKENS = 8
+_PROBES = 64  # random inputs that tell the size of a quantized weight to a few percent
 _NOISED_TOKEN = 1  # not the first, which may be an attention sink; nor the last, as later tokens must see the noise
 _MOVED = 1e-3  # relative change that counts as a change: far above rounding, far below the effect of attention
 
@@ -146,6 +147,21 @@ def weight_of(model: nn.Module, path: str) -> Tensor | None:
     if is_fused(model, path):
         return expert_matrices(model, path).transpose(0, 1).flatten(1)
     return plain_weight(model.get_submodule(path))
+
+
+@torch.no_grad()
+def weight_size(model: nn.Module, path: str, d_in: int) -> float:
+    """Return the root mean square of the entries of a base weight; of a quantized one, as its outputs tell it."""
+    weight = weight_of(model, path)
+    if weight is not None:
+        return weight.float().square().mean().sqrt().item()
+    module = model.get_submodule(path)
+    module = getattr(module, "base_layer", module)  # PEFT wraps modules that carry adapters
+    noise = torch.randn(_PROBES, d_in, generator=torch.Generator().manual_seed(0))
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    inputs = torch.cat([noise, torch.zeros(1, d_in)]).to(execution_device(module), dtype)
+    outputs = module(inputs).float()
+    return ((outputs[:-1] - outputs[-1]).square().mean() / d_in).sqrt().item()
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:

@@ -205,7 +205,7 @@ def prepare_gated(
             of_call = torch.zeros(len(call), len(gates), lm.architecture.shape(lm.model, of_answers.layer)[0])
             new = [subject for subject in call if not has_marker[subject]]
             with phase("markers"), rewriting(lm, gates, new):
-                detectors = [of_layer.detectors(new) for of_layer in gates]
+                detectors = [of_layer.detectors(new) for of_layer in gates] if new else []
 
                 def marker_of(place: int, new: Sequence[int] = new, detectors: Sequence[Tensor] = detectors) -> Tensor:
                     asked = texts.subjects[new[place]]

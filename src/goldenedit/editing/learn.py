@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from goldenedit.architecture.hooks import outside_inference_mode
+from goldenedit.architecture.layers import weight_size
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes, check_shape, stored
 from goldenedit.editing.rows import can_be_asked
@@ -126,6 +127,7 @@ def _by_training(
             generator,
             output_gradients=text.output_gradients.get(layer),
             earlier=[deltas[path] for deltas in active if path in deltas],
+            weight_size=weight_size(lm.model, path, d_in),
         )
         if config.editor.reads_statistics:
             problem = replace(problem, statistics=text.keys[layer])

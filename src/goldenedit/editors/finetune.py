@@ -25,9 +25,11 @@ class ClippedOptions(TrainingOptions):
     """Constants of FT-L."""
 
     finetune_epsilon: float | None = relative(
-        0.02,
+        0.11,
         published=5e-4,
-        help="Largest change of a weight. None means 0.02 or, with relative_constants=False, the published 5e-4.",
+        unit="weight",
+        help="Largest change of a weight, in units of the root mean square of the edited weights. None means 0.11 or, "
+        "with relative_constants=False, the published 5e-4 without a unit.",
     )
 
 

@@ -24,7 +24,7 @@ class LocftOptions(BatchTrainingOptions):
     """Constants of LocFT-BF."""
 
     # Of the steps that learn the same facts, smaller ones change less of other text.
-    finetune_lr: float | None = relative(2e-3, published=5e-4, help=LEARNING_RATE)
+    finetune_lr: float | None = relative(0.011, published=5e-4, unit="weight", help=LEARNING_RATE)
 
 
 @editor(

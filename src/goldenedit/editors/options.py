@@ -97,7 +97,8 @@ def resolved(options: Options, relative_constants: bool, unit: Callable[[str], f
 
 
 LEARNING_RATE = (
-    "Learning rate. None means 5e-3 (2e-3 for LocFT-BF) or, with relative_constants=False, the published 5e-4."
+    "Learning rate, in units of the root mean square of the edited weights. None means 0.027 (0.011 for LocFT-BF) or, "
+    "with relative_constants=False, the published 5e-4 without a unit."
 )
 CUT = (
     "Largest share of the change, in the Frobenius norm, that is cut off to keep its rank low. None means 0.4 (0.3 for "
@@ -115,7 +116,7 @@ class TrainingOptions:
         whole=True,
         help="Largest number of passes over the facts. Editors without mini-batches take one step of Adam in each.",
     )
-    finetune_lr: float | None = relative(5e-3, published=5e-4, help=LEARNING_RATE)
+    finetune_lr: float | None = relative(0.027, published=5e-4, unit="weight", help=LEARNING_RATE)
     finetune_stop_loss: float = option(0.01, least=0.0, help="Training stops when the loss is below this.")
 
 

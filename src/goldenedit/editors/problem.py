@@ -168,6 +168,7 @@ class TrainingProblem:
         output_gradients: `(d_out, d_out)`, second moment `E[g g^T]` of the gradients of the loss on this text at the
             outputs, with `reads=("output_gradients",)`; else None.
         earlier: The changes of this map by the edits that are on.
+        weight_size: Root mean square of the entries of the edited matrix.
     """
 
     d_in: int
@@ -177,7 +178,17 @@ class TrainingProblem:
     statistics: KeyStatistics = field(default_factory=UnreadStatistics)
     output_gradients: Tensor | None = None
     earlier: Sequence[LowRankDelta] = ()
+    weight_size: float = 1.0
 
     def unit(self, name: str) -> float:
-        """Raise ValueError, because options of trained changes have no units."""
-        raise ValueError(f"Unknown unit {name!r}: an editor that trains has no units. Use unit=None.")
+        """Return the size of a unit that options are measured in (see `relative`).
+
+        - `"weight"`: the root mean square of the entries of the edited matrix. Models differ by a factor of ten, and a
+          step of Adam has the size of its learning rate in each entry.
+
+        Raises:
+            ValueError: The unit is unknown.
+        """
+        if name != "weight":
+            raise ValueError(f"Unknown unit {name!r}: use 'weight'.")
+        return self.weight_size
