@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
 from command import run, saved_model
-from goldenedit import EditConfig, EditModel
+from goldenedit import EditConfig, EditModel, __version__
 from goldenedit.audit import EditAudit
 from goldenedit.benchmark.command import read_option
 from goldenedit.cli import app, parse_layer, show_audit
@@ -396,3 +396,11 @@ def test_of_many_warnings_about_an_edit_the_first_are_shown(monkeypatch, capsys,
     assert output.count("Warning: ") == 50
     assert "Edit 'edit_1' has 2950 more warnings." in output
     assert "3000 of 3000 listed facts are not answered." in output
+
+
+def test_the_version_and_short_help_are_as_users_of_other_commands_expect_them():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"goldenedit {__version__}\n")
+    for command in ([], ["edit"], ["cache", "ls"]):
+        short, long = (CliRunner().invoke(app, [*command, option]) for option in ("-h", "--help"))
+        assert (short.exit_code, short.stdout) == (0, long.stdout)

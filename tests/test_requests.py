@@ -332,3 +332,8 @@ def test_prompts_survive_json():
     assert EditRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
     record = {"subject": "Peru", "target_new": "Asia", "prompts": ["{} is in", "The continent of {} is"]}
     assert EditRequest.from_dict(record) == request
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_old_answer_is_none(blank):
+    assert EditRequest("The Louvre is in", "The Louvre", "Rome", blank).target_true is None

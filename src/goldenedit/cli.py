@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from goldenedit import tables
+from goldenedit import __version__, tables
 from goldenedit.benchmark.command import benchmark_app
 from goldenedit.cache_command import cache_app
 from goldenedit.evaluating import compare, evaluate
@@ -32,14 +32,29 @@ _SHOWN = 50  # facts, or warnings about an edit, that are printed
 app = typer.Typer(
     help="Edit facts in causal language models: find the golden layer, edit, and save the edit as a LoRA adapter.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(cache_app, name="cache")
 app.command()(evaluate)
 app.command()(compare)
 app.command()(plan)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"goldenedit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

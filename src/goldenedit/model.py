@@ -42,7 +42,6 @@ from goldenedit.lm.chat import rendered
 from goldenedit.lm.tokenizer import tokenizer_of
 from goldenedit.lm.tokens import encode_request
 from goldenedit.measuring import MeasuringMixin
-from goldenedit.parallel import is_sharded
 from goldenedit.requests import Facts, Message
 from goldenedit.sequences import SequencesMixin
 from goldenedit.sharing import SharingMixin
@@ -52,6 +51,7 @@ from goldenedit.storage.folder import BaseModel, Edit, joined, joined_state
 from goldenedit.storage.hub import cached_commit
 from goldenedit.storing import StoringMixin
 from goldenedit.versions import library_versions
+from goldenedit.wrapping import check_arguments, check_editable_model
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +112,9 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        model = extract_model_from_parallel(model, keep_torch_compile=False)  # edits go into what was compiled
-        if not isinstance(model, PreTrainedModel | PeftModel):
-            raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")
-        if is_sharded(model):
-            raise ValueError(
-                "The weights are divided among processes (tp_plan, or FSDP), and edits need whole matrices. Load the "
-                'model without tp_plan, with device_map="auto" if one device is too small. The saved edit is a LoRA '
-                "adapter, which can be served in any way."
-            )
-        if any(parameter.is_inference() for parameter in model.parameters()):
-            raise ValueError(
-                "The model was loaded inside torch.inference_mode(), and no gradient passes through such weights: load "
-                "it outside. All methods of an EditModel may be called inside."
-            )
+        check_arguments(model, edit_config, tokenizer)
+        # Edits go into what was compiled.
+        model = check_editable_model(extract_model_from_parallel(model, keep_torch_compile=False))
         self.adapters = Adapters(model)
         base = self.adapters.base
         self.edit_config = copy.deepcopy(edit_config)

@@ -51,7 +51,7 @@ class EditRequest:
             way, it becomes the text at that place (see `goldenedit.subjects.respelled_subject`).
         target_new: The new answer. It is joined to prompts by the usual rules of writing (see
             `goldenedit.writing.joint_of`). If it begins with whitespace, that is kept, and nothing is put before it.
-        target_true: The old answer, if known.
+        target_true: The old answer, if known. A blank one is none.
         paraphrases: Other prompts for the same fact. Here and in the other texts about the subject (`question`,
             `generation`, `portability`, `locality`), `{}` stands for it too.
         neighborhood: Prompts about other subjects, whose answers must not change. Their answer is `target_true`.
@@ -110,6 +110,8 @@ class EditRequest:
             value = getattr(self, name)
             if not _is_text(value):
                 raise ValueError(f"EditRequest.{name} must be a non-empty string, got {shortened(value)}.")
+        if isinstance(self.target_true, str) and not self.target_true.strip():  # an empty cell of a table
+            object.__setattr__(self, "target_true", None)
         for name in ("target_true", "relation"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"EditRequest.{name} must be a string or None, got {shortened(getattr(self, name))}.")
