@@ -31,6 +31,7 @@ from goldenedit.lm.perplexity import sample_texts
 
 TOKENS = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 6.0)  # for each dimension of a key
 HELD_OUT = 4.0
+PLAIN: dict[str, Any] = {"phrasings": "none", "kept_questions": 0}
 EDITORS = {"r-rome": False, "null-space": False, "alphaedit": True, "memit": True}  # whether all facts in one batch
 
 
@@ -48,7 +49,7 @@ def main() -> None:
 def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each editor and each amount of text."""
     is_real = name not in RANDOM
-    model = load(name, EditConfig(layer="lga")) if is_real else random_model(name)
+    model = load(name, EditConfig(layer="lga", layer_pattern="golden", **PLAIN)) if is_real else random_model(name)
     if is_real:
         model.select_layer()
     (layer,) = model.edit_config.target_layers
@@ -80,7 +81,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def random_model(name: str) -> EditModel:
     """Return a model with random weights, to edit at its second layer with values that are not optimized."""
     base, tokenizer = model_of(name, torch.float32)
-    return EditModel(base, EditConfig(layer=1, steps=1, phrasings="none", kept_questions=0), tokenizer)
+    return EditModel(base, EditConfig(layer=1, steps=1, **PLAIN), tokenizer)
 
 
 def statistics(model: EditModel, tokens: int, source: str) -> tuple[KeyStatistics, float]:

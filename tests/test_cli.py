@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from command import run, saved_model
 from goldenedit import EditConfig, EditModel, __version__
 from goldenedit.audit import EditAudit
-from goldenedit.benchmark.command import read_option
 from goldenedit.cli import app, parse_layer, show_audit
 from goldenedit.layer_selection import SELECTORS
+from goldenedit.options import read_option
 from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder
 from goldenedit.storage.hub import find_golden_layers
@@ -138,10 +138,45 @@ def test_a_file_is_edited_in_batches_and_gone_on_with(capsys, folder, tmp_path):
     assert len(saved["facts"]) == 5
     code, _, errors = edit(5, "--resume", "--method", "emmet")
     assert code == 1
-    assert "were made with --method memit" in " ".join(errors.split())
+    assert "were made with method=memit" in " ".join(errors.split())
     code, _, errors = edit(5, "--resume", "--name", "other")
     assert "no edit 'other'" in " ".join(errors.split())
     assert edit(5, "--strict")[0] == run(capsys, "edit", folder, "--resume")[0] == 2
+
+
+def test_any_option_of_the_config_can_be_set_and_is_recorded(capsys, folder, tmp_path):
+    more = ("--set", "contexts=2", "--set", "optimizer=adam", "--set", "lr=0.5", "--set", "covariance_tokens=200")
+    saved = tmp_path / "edit"
+    code, _, _ = run(capsys, "edit", folder, *FACT, "--layer", "1", *more, "-o", str(saved))
+    assert code == 0
+    (config,) = read_edit_folder(saved).configs
+    assert (config.contexts, config.optimizer, config.lr, config.covariance_tokens) == (2, "adam", 0.5, 200)
+    assert run(capsys, "plan", folder, "--layer", "1", *more)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("contexst=2", "EditConfig has no option 'contexst'. Did you mean 'contexts'?"),
+        ("qqq=2", "`goldenedit editors` lists those of each editor"),
+        ("layer=2", "--set layer=... is --layer ... here"),
+        ("contexts", "'contexts' is not name=value"),
+        ("contexts=-1", "EditConfig.contexts must be a whole number of at least 1"),
+    ],
+)
+@pytest.mark.parametrize("command", ["edit", "plan"])
+def test_an_option_that_cannot_be_set_is_told_before_any_work(capsys, folder, tmp_path, command, option, message):
+    facts = (*FACT, "-o", str(tmp_path / "edit")) if command == "edit" else ()
+    code, _, errors = run(capsys, command, folder, *facts, "--set", option)
+    assert code != 0
+    assert message in " ".join(errors.replace("\u2502", " ").split())
+    assert not (tmp_path / "edit").exists()
+
+
+def test_that_nothing_was_saved_is_told(capsys, folder):
+    code, output, _ = run(capsys, "edit", folder, *FACT, *BY_HAND)
+    assert code == 0
+    assert "Nothing was saved: there is no --output." in output
 
 
 def test_the_cost_of_an_edit_is_shown_where_asked_for(capsys, folder):

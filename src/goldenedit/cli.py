@@ -17,7 +17,7 @@ from goldenedit import __version__, tables
 from goldenedit.benchmark.command import benchmark_app
 from goldenedit.cache_command import cache_app
 from goldenedit.evaluating import compare, evaluate
-from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, SkipBad
+from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, Set, SkipBad, settings_of
 from goldenedit.plan_command import plan
 from goldenedit.tables import printable
 from goldenedit.terminal import console, load_edits, load_together, parse_layer
@@ -142,6 +142,7 @@ def edit(
     covariance: Annotated[
         str, typer.Option(help="Key statistics: `sampled`, `identity`, a text file or a dataset.")
     ] = "sampled",
+    options: Set = None,
     name: Annotated[str | None, typer.Option(help="The name of the edit.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show the cost of each phase of the edit.")] = False,
     batch_size: Annotated[
@@ -168,16 +169,16 @@ def edit(
 
     if name is not None:
         check_edit_name(name)
+    settings = settings_of({"method": method, "layer": parse_layer(layer), "covariance": covariance}, options)
     requests = requests_of_options(prompt, subject, target, file, format, skip_bad)
     if batch_size is not None or resume:
         if batch_size is None or verify or strict or file is None:
             raise typer.BadParameter(
                 "--resume needs --batch-size, which needs --file and takes no --verify or --strict."
             )
-        settings = {"method": method, "layer": parse_layer(layer), "covariance": covariance}
         edit_many(model, requests, batch_size, name or "facts", output, resume, settings)
         return
-    config = EditConfig(method=method, layer=parse_layer(layer), covariance=covariance)
+    config = EditConfig(**settings)
     base, tokenizer, is_first = load_together(model)
     with ExitStack() as stack:
         phases = stack.enter_context(profiling()) if profile else {}
@@ -199,6 +200,8 @@ def edit(
 
         edit_model.save_pretrained(output)
         console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
+    elif is_first:
+        console.print("Nothing was saved: there is no --output.")
 
 
 def requests_of_options(
@@ -244,7 +247,7 @@ def edit_many(
         for option, value in settings.items():
             if getattr(edit_model.edit_config, option) != value:
                 made = getattr(edit_model.edit_config, option)
-                raise ValueError(f"The edits in {output} were made with --{option} {made}. Pass the same.")
+                raise ValueError(f"The edits in {output} were made with {option}={made}. Pass the same.")
     else:
         edit_model = get_edit_model(base, EditConfig(**settings), tokenizer)
     edit = edit_model.edit_in_batches(requests, batch_size, name, output if is_first else None)
@@ -252,6 +255,8 @@ def edit_many(
     console.print(f"{len(edit.facts)} facts in one edit of rank {edit.rank}, of which {missed} did not take.")
     if output is not None and is_first:
         console.print(f"Saved in {printable(str(output))}, {folder_size(output) / 1000:.1f} KB")
+    elif is_first:
+        console.print("Nothing was saved: there is no --output.")
 
 
 @app.command()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from goldenedit.benchmark.command import read_option
-from goldenedit.options import Layer, Model
+from goldenedit.options import Layer, Model, Set, settings_of
 from goldenedit.tables import printable
 from goldenedit.terminal import console, parse_layer
 from goldenedit.units import flops_of, size_of
@@ -28,9 +27,7 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="The precision of the weights: `float32`, `bfloat16` or `float16`.")
     ] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of EditConfig, such as `covariance=identity`.")
-    ] = None,
+    options: Set = None,
 ) -> None:
     """Tell what an edit of MODEL will cost, before any work: memory and operations of each phase."""
     import torch
@@ -44,7 +41,7 @@ def plan(
         raise typer.BadParameter(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     memory = free_memory(torch.device("cpu"))
     accelerator = free_memory(torch.device("cuda")) if torch.cuda.is_available() else None
-    config = EditConfig(method=method, layer=parse_layer(layer), **dict(map(read_option, options or ())))
+    config = EditConfig(**settings_of({"method": method, "layer": parse_layer(layer)}, options))
     planned = plan_edit(
         load_config(model),
         config,

@@ -359,12 +359,12 @@ def _check_causal(model: nn.Module) -> None:
     other_last = ids.clone()
     other_last[:, -1] = ids[:, 0]
     logits = [getattr(model(input_ids=tokens, use_cache=False), "logits", None) for tokens in (ids, other_last)]
-    if any(found is None or found.dim() != 3 for found in logits):
+    if not all(isinstance(found, Tensor) and found.dim() == 3 for found in logits):
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} has no logits for each token. Load the model with its head: "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
-    before, after = (found[0, :-1].float() for found in logits)
+    before, after = (found[0, :-1].float() for found in logits)  # type: ignore[index]
     if (after - before).abs().max() > _MOVED * before.abs().max():
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is not causal: a token also changes the logits before it. If its config has "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from goldenedit.options import FactsFormat, SkipBad
+from goldenedit.options import FactsFormat, SkipBad, read_option
 
 benchmark_app = typer.Typer(help="Measure the library's claims on your own models and facts.", no_args_is_help=True)
 
@@ -75,14 +74,3 @@ def name_of_data(text: str) -> tuple[str, str]:
     """Parse `name=source`, or a source alone, and return the name and the source."""
     name, _, source = text.partition("=")
     return (name, source) if source and not Path(text).exists() else (Path(text).stem, text)
-
-
-def read_option(text: str) -> tuple[str, Any]:
-    """Parse `name=value`, whose value is JSON or plain text."""
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise typer.BadParameter(f"{text!r} is not name=value.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
