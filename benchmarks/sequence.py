@@ -26,6 +26,7 @@ from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.perplexity import perplexity
 from goldenedit.requests import distinct
 from goldenedit.storage.folder import EDIT_CONFIG
+from goldenedit.terminal import parse_layer
 
 SETS = {"test": ("wild_zsre.json", "wild_counterfact.json"), "development": ("zsre.json", "counterfact.json")}
 
@@ -38,7 +39,7 @@ def main() -> None:
     options.add_argument("--at", type=int, nargs="+", default=[10, 100, 500, 1000, 2000, 3000])
     options.add_argument("--batch", type=int, default=100)
     options.add_argument("--measured", type=int, default=200, help="edits so far that are asked, drawn with a seed")
-    options.add_argument("--layer", default="lga", help="a layer selector or a number")
+    options.add_argument("--layer", default="lga", help="a layer selector, a number, or numbers with commas")
     options.add_argument("--dtype", default="auto", help="precision of the model, such as bfloat16")
     options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
     options.add_argument("--name", default="", help="of the results, behind the editor")
@@ -46,8 +47,7 @@ def main() -> None:
 
     name = f"sequence-{arguments.method}{arguments.name}-{arguments.model}"
     folder = RESULTS / "sequences" / f"{name}-{arguments.facts}"
-    layer = [int(x) for x in arguments.layer.split(",")] if arguments.layer[0].isdecimal() else arguments.layer
-    chosen = {"method": arguments.method, "layer": layer, **constants(arguments.set)}
+    chosen = {"method": arguments.method, "layer": parse_layer(arguments.layer), **constants(arguments.set)}
     model = load(arguments.model, EditConfig(**chosen), arguments.dtype)
     requests = in_turn(arguments.data, arguments.facts)[: max(arguments.at)]
     texts = [entry["Text"] for entry in json.loads((arguments.data / "me_ppl_50.json").read_text())]
@@ -72,7 +72,8 @@ def main() -> None:
         print(rows[-1], flush=True)
         (folder / "rows.json").write_text(json.dumps(rows))
     if arguments.facts == "test":
-        about = {"layers": model.edit_config.target_layers, "batch": arguments.batch, "set": arguments.set}
+        about = {"layers": model.edit_config.target_layers, "batch": arguments.batch}
+        about |= {"dtype": str(model.lm.model.dtype), "set": arguments.set}
         record(name, [about | row for row in rows])
 
 
