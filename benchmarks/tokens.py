@@ -29,8 +29,9 @@ from goldenedit.evaluation.harm import State, compare, text_rows
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.perplexity import sample_texts
 
-TOKENS = (0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 6.0)  # for each dimension of a key
+TOKENS = (0.25, 0.5, 1.0, 2.0, 3.0, 6.0)  # for each dimension of a key
 HELD_OUT = 4.0
+_TEXTS = 20
 PLAIN: dict[str, Any] = {"phrasings": "none", "kept_questions": 0}
 EDITORS = {"r-rome": False, "null-space": False, "alphaedit": True, "memit": True}  # whether all facts in one batch
 
@@ -39,7 +40,7 @@ def main() -> None:
     """Measure each model with each amount of text."""
     options = parser(__doc__)
     options.add_argument("models", nargs="*", default=["smollm2"])
-    options.add_argument("--facts", type=int, default=16)
+    options.add_argument("--facts", type=int, default=8)
     options.add_argument("--tokens", type=float, nargs="+", default=TOKENS)
     arguments = options.parse_args()
     for name in arguments.models:
@@ -112,7 +113,7 @@ def success_and_harm(
             found = likelihoods(model.lm, [(requests[index].text, requests[index].target_new) for index in group])
         exact += [answer.accuracy == 1 for answer in found]
     compared = compare(
-        model.lm, text_rows(model.lm, sample_texts()), model.edit_config.target_layers[0], nullcontext, states
+        model.lm, text_rows(model.lm, sample_texts(_TEXTS)), model.edit_config.target_layers[0], nullcontext, states
     )
     return {
         "exact": mean(exact),

@@ -361,26 +361,36 @@ class Hub:
         return Answer.of({})
 
     def _info(self, request: Request, name: str, revision: str = "main") -> Answer:
-        repository = self._readable(request, name)
+        return Answer.of(self._described(self._readable(request, name), revision))
+
+    def _list(self, request: Request) -> Answer:
+        found = []
+        for name in sorted(self.repositories):
+            with suppress(Refusal):  # private ones of others
+                found.append(self._described(self._readable(request, name)))
+        wanted, (search, *_) = set(request.query.get("filter", [])), request.query.get("search", [""])
+        found = [info for info in found if wanted <= set(info["tags"]) and search in info["id"]]
+        return Answer.of(found[: int(request.query.get("limit", ["1000"])[0])])
+
+    @staticmethod
+    def _described(repository: Repository, revision: str = "main") -> dict[str, Any]:
         commit = repository.find(revision)
-        return Answer.of(
-            {
-                "_id": name,
-                "id": name,
-                "modelId": name,
-                "author": repository.owner,
-                "sha": commit.oid,
-                "private": repository.private,
-                "disabled": False,
-                "gated": False,
-                "downloads": 0,
-                "likes": 0,
-                "tags": [],
-                "createdAt": "2026-01-01T00:00:00.000Z",
-                "lastModified": "2026-01-01T00:00:00.000Z",
-                "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-            }
-        )
+        return {
+            "_id": repository.name,
+            "id": repository.name,
+            "modelId": repository.name,
+            "author": repository.owner,
+            "sha": commit.oid,
+            "private": repository.private,
+            "disabled": False,
+            "gated": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": _tags(commit),
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "lastModified": "2026-01-01T00:00:00.000Z",
+            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+        }
 
     def _refs(self, request: Request, name: str) -> Answer:
         refs: dict[str, list[dict[str, str]]] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
@@ -529,6 +539,16 @@ def _range(asked: str, size: int) -> tuple[int, int]:
     return start, min(int(last), size - 1) if first and last else size - 1
 
 
+def _tags(commit: Commit) -> list[str]:
+    """Return the tags that the front matter of a card lists, and the one that the Hub makes of its base model."""
+    if (card := commit.files.get("README.md")) is None or not card.data.startswith(b"---"):
+        return []
+    _, front, _ = card.data.decode().split("---", 2)
+    of_base = [f"base_model:{name}" for name in re.findall(r"^base_model: *(\S+)$", front, re.M)]
+    (listed,) = re.findall(r"^tags:\n((?:- .*\n)*)", front, re.M) or [""]
+    return [line.removeprefix("- ") for line in listed.splitlines()] + of_base
+
+
 _ROUTES: list[tuple[str, Callable[..., Answer]]] = [
     (r"GET /api/whoami-v2", Hub._whoami),
     (r"POST /api/repos/create", Hub._create_repository),
@@ -543,6 +563,7 @@ _ROUTES: list[tuple[str, Callable[..., Answer]]] = [
     (rf"GET /api/models/{_REPO}/tree/{_REVISION}(?:/(.*))?", Hub._tree),
     (rf"GET /api/models/{_REPO}/revision/{_REVISION}", Hub._info),
     (rf"GET /api/models/{_REPO}/refs", Hub._refs),
+    (r"GET /api/models", Hub._list),
     (rf"GET /api/models/{_REPO}", Hub._info),
     (rf"(?:GET|HEAD) /{_REPO}/resolve/{_REVISION}/(.+)", Hub._resolve),
 ]

@@ -19,6 +19,7 @@ from goldenedit.cache_command import cache_app
 from goldenedit.evaluating import compare, evaluate
 from goldenedit.options import Base, Edits, FactsFormat, Layer, Model, Output, Set, SkipBad, settings_of
 from goldenedit.plan_command import plan
+from goldenedit.search_command import search
 from goldenedit.tables import printable
 from goldenedit.terminal import console, load_edits, load_together, parse_layer
 
@@ -40,6 +41,7 @@ app.add_typer(cache_app, name="cache")
 app.command()(evaluate)
 app.command()(compare)
 app.command()(plan)
+app.command()(search)
 
 
 def _show_version(is_asked: bool) -> None:

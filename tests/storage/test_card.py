@@ -39,7 +39,7 @@ def test_the_metadata_of_the_card_are_what_the_hub_reads():
     assert data.base_model == "org/base-model"
     assert data.base_model_relation == "adapter"
     assert data.pipeline_tag == "text-generation"
-    assert data.tags == ["knowledge-editing", "r-rome", "golden-layer"]
+    assert data.tags == ["goldenedit", "knowledge-editing", "r-rome", "golden-layer"]
 
 
 @pytest.mark.parametrize("name", ['C:\\models\\a "quoted" one', "./models/x: y", "Ä/ö", "- a", "#1/x"])

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command import run
 from goldenedit import EditConfig, EditModel, get_edit_model
 from goldenedit.storage.atlas import GOLDEN_LAYERS, GoldenLayersError
 from goldenedit.storage.card import render_card
@@ -39,7 +40,7 @@ from goldenedit.storage.folder import (
     joined_state,
     write_edit_folder,
 )
-from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder
+from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder, search_edits
 from goldenedit.storage.reading import read_edit_folder
 from hub import TOKEN, Hub, Repository
 from models import tiny_model
@@ -779,6 +780,26 @@ def shared(tokenizer, seed=0, source=ATLAS, dtype=torch.float32, **options):
 def selected(tokenizer):
     """A tiny model whose golden layer LGA found."""
     return select(tokenizer)
+
+
+def test_shared_edits_are_found_by_name_and_base_model(hub, edited, capsys):
+    edited.push_to_hub("tester/paris-in-rome")
+    edited.push_to_hub("tester/secret-rome", private=True)
+    HfApi().create_repo("tester/no-edit-rome")
+    assert [found.id for found in search_edits()] == ["tester/paris-in-rome", "tester/secret-rome"]
+    assert [found.id for found in search_edits("paris")] == ["tester/paris-in-rome"]
+    assert [found.id for found in search_edits(token=False)] == ["tester/paris-in-rome"]
+    assert [found.id for found in search_edits(limit=1)] == ["tester/paris-in-rome"]
+    assert search_edits(base_model="org/other") == []
+    code, output, _ = run(capsys, "search", "paris")
+    assert code == 0
+    assert "tester/paris-in-rome" in output
+    assert "gated" in output
+    assert "No edits were found" in run(capsys, "search", "--base", "org/other")[1]
+    hub.faults.down = True
+    code, _, errors = run(capsys, "search")
+    assert code == 1
+    assert "Traceback" not in errors
 
 
 def test_golden_layers_are_read_as_they_were_found(hub, selected, tokenizer):

@@ -16,7 +16,7 @@ from goldenedit.editors import EDITORS, Editor
 from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
 from goldenedit.storage.card_results import card_results, eval_results
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, EditFolderError, card_digest
-from goldenedit.storage.hub import is_on_hub
+from goldenedit.storage.hub import TAG, is_on_hub
 from goldenedit.storage.markdown import code, literal, python_literal
 from goldenedit.storage.reading import saved_card_digest
 
@@ -145,7 +145,7 @@ def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCa
         base_model=content.base_model.name_or_path if is_on_hub(content.base_model) else None,
         base_model_relation="finetune" if merged else "adapter",
         pipeline_tag="text-generation",
-        tags=["knowledge-editing", *_methods(content), "golden-layer"],
+        tags=[TAG, "knowledge-editing", *_methods(content), "golden-layer"],
         model_name=(repo_id or f"Knowledge edit of {_short_name(content)}") if results else None,
         eval_results=results or None,
     )

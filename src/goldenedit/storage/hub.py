@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from huggingface_hub import CommitInfo, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelInfo, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -21,6 +21,8 @@ from goldenedit.storage.atlas import (
 )
 from goldenedit.storage.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, BaseModel
 from goldenedit.storage.reading import listed_files
+
+TAG = "goldenedit"  # on the card of every edit, so that edits can be found
 
 
 class DownloadOptions(TypedDict, total=False):
@@ -199,6 +201,26 @@ def find_golden_layers(repo_id: str, **download: Unpack[DownloadOptions]) -> Pat
     _check_repo_id(repo_id)
     with _raising_connection_errors():
         return Path(hf_hub_download(repo_id, GOLDEN_LAYERS, **_arguments(download)))
+
+
+def search_edits(
+    query: str | None = None, base_model: str | None = None, limit: int = 20, token: str | bool | None = None
+) -> list[ModelInfo]:
+    """Return repositories of edits on the Hub, those that are downloaded most first.
+
+    Args:
+        query: A part of their names.
+        base_model: Name of the model that they edit.
+        limit: Largest number of repositories.
+        token: Token of the user, whose private repositories count.
+
+    Raises:
+        ConnectionError: The Hub cannot be reached.
+    """
+    filters = [TAG] if base_model is None else [TAG, f"base_model:{base_model}"]
+    with _raising_connection_errors():
+        found = HfApi(token=token).list_models(filter=filters, search=query, sort="downloads", limit=limit)
+        return list(found)
 
 
 def cached_commit(repo_id: str) -> str | None:
