@@ -132,3 +132,10 @@ def test_the_entry_points_of_the_document_are_those_of_the_example_package():
     (text,) = blocks((ROOT / "docs/extending.md").read_text(encoding="utf-8"), "toml")
     package = tomllib.loads((ROOT / "examples/plugin/pyproject.toml").read_text(encoding="utf-8"))
     assert tomllib.loads(text)["project"]["entry-points"] == package["project"]["entry-points"]
+
+
+def test_what_is_cited_is_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {project['version']}\n" in cited
+    assert f"\nlicense: {project['license']}\n" in cited
