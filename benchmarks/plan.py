@@ -54,7 +54,9 @@ _WIDE = {"vocab_size": 49_152, "hidden_size": 2048, "intermediate_size": 8192, "
 RANDOM: dict[str, PretrainedConfig] = {
     "random-llama-24": LlamaConfig(**_WIDE, num_hidden_layers=24),
     "random-llama-4": LlamaConfig(**_WIDE, num_hidden_layers=4),
-    "random-gpt2": GPT2Config(vocab_size=49_152, n_embd=1024, n_layer=6, n_head=16),
+    "random-gpt2": GPT2Config(
+        vocab_size=49_152, n_embd=1024, n_layer=6, n_head=16, bos_token_id=None, eos_token_id=None
+    ),
     "random-mixtral": MixtralConfig(
         vocab_size=49_152, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, num_local_experts=4,

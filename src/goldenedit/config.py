@@ -33,7 +33,8 @@ LAYER_PATTERNS = ("auto", "golden", "ladder", "upper", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 OPTIMIZERS = ("normalized", "adam")
-TOKENS_PER_DIMENSION = 3  # of a key, of text for its covariance
+TOKENS_PER_DIMENSION = 1.25  # of a key, of text for its covariance
+LEAST_TOKENS = 5_000  # of this text
 ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and has not yet decided what to say
 _AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
 
@@ -174,7 +175,7 @@ class EditConfig(
     covariance_tokens: int | None = option(
         None,
         help="Number of tokens of text for the key covariance; None for "
-        f"{TOKENS_PER_DIMENSION} for each dimension of a key.",
+        f"{TOKENS_PER_DIMENSION} for each dimension of a key, but at least {LEAST_TOKENS:,}.",
         least=1,
         whole=True,
     )
@@ -372,6 +373,16 @@ class EditConfig(
             ValueError: The package that has it is not installed.
         """
         return EDITORS.get(self.method)
+
+    def text_tokens(self, width: int) -> int:
+        """Return the number of tokens of text for the key covariance.
+
+        Args:
+            width: Dimensions of a key, of the layer with the widest ones.
+        """
+        if self.covariance_tokens is not None:
+            return self.covariance_tokens
+        return max(LEAST_TOKENS, math.ceil(TOKENS_PER_DIMENSION * width))
 
     @property
     def pattern(self) -> str:

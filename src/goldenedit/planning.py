@@ -54,7 +54,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from goldenedit.architecture.sizes import Shape
-from goldenedit.config import TOKENS_PER_DIMENSION, EditConfig
+from goldenedit.config import EditConfig
 from goldenedit.editing.budget import AT_MOST, LOGITS, MLP_WIDTHS, SHARE, WIDTHS
 from goldenedit.lm.covariance import GROUP_BYTES
 from goldenedit.lm.statistics import WIDEST_EXPERTS
@@ -325,8 +325,7 @@ class Work:
     @property
     def text_tokens(self) -> int:
         """Tokens of text for key statistics."""
-        given = self.config.covariance_tokens
-        return TOKENS_PER_DIMENSION * self.shape.key_width if given is None else given
+        return self.config.text_tokens(self.shape.key_width)
 
     @property
     def _moment_bytes(self) -> int:

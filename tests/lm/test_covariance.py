@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from goldenedit import EditModel
 from goldenedit.architecture import read_architecture
 from goldenedit.cache import cache_dir
 from goldenedit.config import EditConfig
@@ -20,7 +22,7 @@ from goldenedit.lm.covariance import (
 )
 from goldenedit.lm.statistics import second_moments
 from goldenedit.storage.fingerprint import WeightHashes
-from models import MLP_WIDTH, WIDTH, tiny_model
+from models import MLP_WIDTH, TINY_CONFIGS, WIDTH, tiny_model
 
 TEXTS = ["The Eiffel Tower is in the city of Paris.", "Rome is a city", "I live in London"]
 
@@ -219,20 +221,27 @@ def test_sampled_texts_hold_about_the_tokens_asked_for_and_follow_the_seed(token
     assert sampled_texts(lm, 500, seed=1) != texts
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_text_follows_the_width_of_the_keys_unless_it_is_given(name, tokenizer):
-    lm = LanguageModel(tiny_model(name), tokenizer)
-    assert lm.text_tokens(EditConfig()) == 3 * MLP_WIDTH
+@pytest.mark.parametrize(("width", "tokens"), [(MLP_WIDTH, 5_000), (6_001, 7_502)])
+def test_text_follows_the_width_of_the_keys_unless_it_is_given(width, tokens, tokenizer):
+    config = TINY_CONFIGS["llama"]()
+    config.intermediate_size = width
+    model = LlamaForCausalLM(config)
+    lm = LanguageModel(model, tokenizer, read_architecture(model))
+    assert lm.text_tokens(EditConfig()) == tokens
     assert lm.text_tokens(EditConfig(covariance_tokens=7)) == 7
-    given, followed = (
-        lm.statistics(EditConfig(covariance_tokens=tokens), [1])[1].second_moment for tokens in (3 * MLP_WIDTH, None)
-    )
-    assert torch.equal(given, followed)
+
+
+def test_an_edit_records_the_tokens_that_its_model_needs(tokenizer):
+    config = EditConfig(layer=1, method="ft-m", finetune_steps=1)
+    model = EditModel(tiny_model("llama"), config, tokenizer)
+    (made,) = model.edit("I live in London", "London", "Rome").configs
+    assert made.covariance_tokens == 5_000
+    assert model.edit_config.covariance_tokens is None
 
 
 def test_text_of_fewer_tokens_than_dimensions_is_told_when_it_is_read(tokenizer, caplog):
     model = tiny_model("llama")
-    statistics_of(model, tokenizer, covariance_tokens=None)
+    statistics_of(model, tokenizer, covariance_tokens=MLP_WIDTH)
     assert not caplog.text
     for _ in range(2):
         statistics_of(model, tokenizer, covariance_tokens=20)

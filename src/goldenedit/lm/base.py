@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.cache import cache_key
-from goldenedit.config import TOKENS_PER_DIMENSION, EditConfig
+from goldenedit.config import EditConfig
 from goldenedit.devices import input_device
 from goldenedit.lm.tokens import context_length, padding_id, tokenizer_state
 from goldenedit.parallel import Processes, processes_of
@@ -82,10 +82,8 @@ class TokenizedModel:
 
     def text_tokens(self, config: EditConfig) -> int:
         """Return the number of tokens of text for key statistics: the config's, or as many as the widest keys need."""
-        if config.covariance_tokens is not None:
-            return config.covariance_tokens
         widths = [self.architecture.shape(self.model, layer)[1] for layer in self.architecture.down_projections]
-        return TOKENS_PER_DIMENSION * max(widths, default=1)
+        return config.text_tokens(max(widths, default=1))
 
     @property
     def padding_id(self) -> int:
