@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from goldenedit.architecture import read_architecture
 from goldenedit.editing.training import Training, answer_gradients, answer_nll, answer_rows, train
+from goldenedit.editors import LowRankDelta
 from goldenedit.editors.finetune import DenseChange, LowRankChange
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode
@@ -166,6 +167,33 @@ def test_each_pass_rehearses_other_earlier_facts_which_do_not_count_for_the_stop
     assert 0 < train(lm, REQUESTS[:1], {1: of_new}, short, earlier=THREE) < 40
     train(lm, REQUESTS[:1], {1: of_all}, replace(short, rehearsal=0.0), earlier=THREE)
     assert not torch.equal(of_new.weight, of_all.weight)
+
+
+class Shrinking(DenseChange):
+    """A change whose squares are a part of the loss."""
+
+    def penalty(self) -> torch.Tensor:
+        return 0.05 * self.weight.square().sum()
+
+
+def test_a_penalty_takes_back_what_the_answers_do_not_need(tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    norms, losses = [], []
+    rows = answer_rows(lm, REQUESTS, "masked")
+    for made in (DenseChange, Shrinking):
+        change = made(MLP_WIDTH, WIDTH)
+        options = replace(MASKED, epochs=40, batch=1, stop_loss=2.0)
+        steps = train(lm, REQUESTS, {1: change}, options)
+        assert (steps == 80) is (made is Shrinking)  # the other one ends where the answers are likely
+        norms.append(change.weight.norm().item())
+        with lm.architecture.adding_deltas(lm.model, {lm.architecture.down_projections[1]: delta_of(change)}):
+            losses.append(answer_nll(lm, rows, "masked").mean().item())
+    assert norms[1] < 0.8 * norms[0]
+    assert losses[1] < 3.0
+
+
+def delta_of(change: DenseChange) -> LowRankDelta:
+    return LowRankDelta.from_dense(change.weight.detach())[0]
 
 
 def test_weights_gradients_and_hooks_are_as_before(tokenizer):

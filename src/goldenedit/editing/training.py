@@ -32,7 +32,7 @@ class Training:
         epochs: Largest number of passes over the requests.
         lr: Learning rate.
         stop_loss: No step is taken for a batch whose mean loss is below this, and training stops when the mean loss of
-            a pass is.
+            a pass is. With penalties, steps along these go on to the last pass.
         batch: Requests of a step, shuffled before each pass; None for all requests in each step.
         rehearsal: Earlier requests of a pass, as a share of the number of requests. Each pass draws others, shuffled
             among the requests, so that the cost of a batch does not grow with the number of earlier ones.
@@ -117,9 +117,10 @@ def train(
                 if not math.isfinite(sum(losses)):
                     raise ValueError(f"The training loss is not finite at step {steps}. Lower EditConfig.finetune_lr.")
                 total += sum(loss for index, loss in zip(batch, losses, strict=True) if index < len(rows))
-                if gradients is None:
+                if not gradients and not penalties:
                     continue
-                for parameter, gradient in zip(parameters, gradients, strict=True):
+                optimizer.zero_grad()
+                for parameter, gradient in zip(parameters, gradients, strict=False):
                     parameter.grad = gradient
                 for penalty in penalties:
                     penalty().backward()
@@ -127,7 +128,8 @@ def train(
                 for change in changes.values():
                     change.constrain()
                 steps += 1
-            if total / len(rows) < options.stop_loss:
+            # Penalties take back what the answers do not need, in the passes that are left.
+            if total / len(rows) < options.stop_loss and not penalties:
                 break
             bar.update()
     return steps
@@ -152,18 +154,18 @@ def _batches(count: int, size: int | None, generator: torch.Generator) -> Iterat
 
 def _losses(
     lm: LanguageModel, rows: Sequence[Row], options: Training, parameters: Sequence[nn.Parameter], batch_size: int
-) -> tuple[list[float], list[Tensor] | None]:
-    """Return the loss of each row, and the gradient of their mean for each parameter; None for no step."""
+) -> tuple[list[float], list[Tensor]]:
+    """Return the loss of each row, and the gradient of their mean for each parameter; none for no step."""
     losses: list[float] = []
-    sums: list[Tensor] | None = None
+    sums: list[Tensor] = []
     for start in range(0, len(rows), batch_size):
         of_rows = answer_nll(lm, rows[start : start + batch_size], options.loss)
         losses += of_rows.tolist()
         is_last = len(losses) == len(rows)
         if is_last and sum(losses) / len(rows) < options.stop_loss:
-            return losses, None
+            return losses, []
         gradients = torch.autograd.grad(of_rows.sum() / len(rows), parameters)
-        sums = list(gradients) if sums is None else [old + new for old, new in zip(sums, gradients, strict=True)]
+        sums = [old + new for old, new in zip(sums, gradients, strict=True)] if sums else list(gradients)
     return losses, sums
 
 
