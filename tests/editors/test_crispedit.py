@@ -8,6 +8,7 @@ import pytest
 import torch
 from matrices import second_moment
 
+from goldenedit.editing.training import Penalized
 from goldenedit.editors import KeyStatistics, LowRankDelta, TrainingProblem
 from goldenedit.editors.crispedit import CrispEditOptions, crispedit, flattest
 
@@ -79,6 +80,7 @@ def test_the_penalty_is_the_divergence_of_this_change_and_the_earlier_ones_toget
     whole = change.change().dense() + sum(delta.dense() for delta in earlier)
     A, G = of_problem.statistics.second_moment, of_problem.output_gradients
     torch.testing.assert_close(change.penalty(), 7 * (G @ whole @ A * whole).sum() / 2, rtol=1e-3, atol=1e-3)
+    assert not isinstance(crispedit(of_problem), Penalized)  # training ends where the answers are likely
 
 
 def test_the_flattest_entries_hold_at_most_their_share_and_no_further_one_would_fit():

@@ -58,12 +58,13 @@ def crispedit(problem: TrainingProblem) -> FlatChange:
     g, U_G = torch.linalg.eigh(problem.output_gradients.double())
     curvature = torch.outer(g, a).clamp_min(0.0)
     is_flat = flattest(curvature, problem.options.crispedit_share)
-    # Coordinates of the earlier changes, which the penalty is of together with this one.
+    if not problem.options.crispedit_penalty:
+        return FlatChange(U_A, U_G, is_flat, problem.options.finetune_cut)
     before = torch.zeros_like(curvature)
     for delta in problem.earlier:
         before += (U_G.T @ delta.B.double()) @ (delta.A.double() @ U_A)
     weights = problem.options.crispedit_penalty * curvature
-    return FlatChange(U_A, U_G, is_flat, problem.options.finetune_cut, weights, before)
+    return PenalizedChange(U_A, U_G, is_flat, problem.options.finetune_cut, weights, before)
 
 
 def flattest(curvature: Tensor, share: float) -> Tensor:
@@ -89,33 +90,23 @@ class FlatChange(nn.Module):
         U_G: `(d_out, d_out)`, the basis of the outputs, as columns.
         is_flat: `(d_out, d_in)`, which coordinates may change.
         cut: Largest share of the change, in the Frobenius norm, that is cut off at the end to keep its rank low.
-        weights: `(d_out, d_in)`, weights of the squares of the coordinates in the penalty.
-        before: `(d_out, d_in)`, coordinates of the changes before this one, which add to its own in the penalty.
     """
 
     U_A: Tensor
     U_G: Tensor
     is_flat: Tensor
-    weights: Tensor
-    before: Tensor
 
-    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor, cut: float, weights: Tensor, before: Tensor) -> None:
+    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor, cut: float) -> None:
         super().__init__()
         self.cut = cut
         self.coordinates = nn.Parameter(torch.zeros(is_flat.shape))
         self.register_buffer("U_A", U_A.float())
         self.register_buffer("U_G", U_G.float())
         self.register_buffer("is_flat", is_flat)
-        self.register_buffer("weights", weights.float())
-        self.register_buffer("before", before.float())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs Delta^T`. For the few tokens of a batch it takes less than computing `Delta`."""
         return inputs @ self.U_A @ (self.coordinates * self.is_flat).T @ self.U_G.T
-
-    def penalty(self) -> Tensor:
-        """Return `1/2 sum_ij w_ij S_ij^2` of the coordinates with those before."""
-        return (self.weights * (self.before + self.coordinates * self.is_flat).square()).sum() / 2
 
     def constrain(self) -> None:
         """Do nothing: entries that are not flat have no gradient."""
@@ -125,3 +116,24 @@ class FlatChange(nn.Module):
         flat = (self.coordinates.detach() * self.is_flat).cpu()
         delta, _ = LowRankDelta.from_dense(flat, self.cut)
         return LowRankDelta(delta.A @ self.U_A.cpu().T, self.U_G.cpu() @ delta.B)
+
+
+class PenalizedChange(FlatChange):
+    """A flat change with the curvature of all changes together in the loss.
+
+    Args:
+        weights: `(d_out, d_in)`, weights of the squares of the coordinates.
+        before: `(d_out, d_in)`, coordinates of the changes before this one, which add to its own.
+    """
+
+    weights: Tensor
+    before: Tensor
+
+    def __init__(self, U_A: Tensor, U_G: Tensor, is_flat: Tensor, cut: float, weights: Tensor, before: Tensor) -> None:
+        super().__init__(U_A, U_G, is_flat, cut)
+        self.register_buffer("weights", weights.float())
+        self.register_buffer("before", before.float())
+
+    def penalty(self) -> Tensor:
+        """Return `1/2 sum_ij w_ij S_ij^2` of the coordinates with those before."""
+        return (self.weights * (self.before + self.coordinates * self.is_flat).square()).sum() / 2
