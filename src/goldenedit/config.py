@@ -33,7 +33,7 @@ LAYER_PATTERNS = ("auto", "golden", "ladder", "upper", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
 PHRASINGS = ("auto", "none")
 OPTIMIZERS = ("normalized", "adam")
-TOKENS_PER_DIMENSION = 1.25  # of a key, of text for its covariance
+TOKENS_PER_DIMENSION = 3  # of a key, of text for its covariance
 LEAST_TOKENS = 5_000  # of this text
 ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and has not yet decided what to say
 _AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
@@ -382,7 +382,7 @@ class EditConfig(
         """
         if self.covariance_tokens is not None:
             return self.covariance_tokens
-        return max(LEAST_TOKENS, math.ceil(TOKENS_PER_DIMENSION * width))
+        return max(LEAST_TOKENS, TOKENS_PER_DIMENSION * width)
 
     @property
     def pattern(self) -> str:

@@ -221,7 +221,7 @@ def test_sampled_texts_hold_about_the_tokens_asked_for_and_follow_the_seed(token
     assert sampled_texts(lm, 500, seed=1) != texts
 
 
-@pytest.mark.parametrize(("width", "tokens"), [(MLP_WIDTH, 5_000), (6_001, 7_502)])
+@pytest.mark.parametrize(("width", "tokens"), [(MLP_WIDTH, 5_000), (6_001, 18_003)])
 def test_text_follows_the_width_of_the_keys_unless_it_is_given(width, tokens, tokenizer):
     config = TINY_CONFIGS["llama"]()
     config.intermediate_size = width
