@@ -58,7 +58,8 @@ def check_editable_model(model: nn.Module) -> PreTrainedModel | PeftModel:
             "The model was loaded inside torch.inference_mode(), and no gradient passes through such weights: load it "
             "outside. All methods of an EditModel may be called inside."
         )
-    if all(parameter.is_meta for parameter in parameters) and not hasattr(base, "hf_device_map"):
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # loaded when it is needed
+    if all(parameter.is_meta for parameter in parameters) and not is_offloaded:
         raise ValueError(f"The weights of {name} are on the meta device, where there are no numbers. Load them.")
     if is_sharded(model):
         raise ValueError(
