@@ -48,6 +48,7 @@ ORDER = (
     "storing",
     "sharing",
     "measuring",
+    "wrapping",
     "model",
     "audit_neurons",
     "audit",
@@ -63,6 +64,7 @@ ORDER = (
     "evaluating",
     "cache_command",
     "plan_command",
+    "search_command",
     "cli",
     "__main__",
 )

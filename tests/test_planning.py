@@ -75,14 +75,19 @@ def test_lga_keeps_the_activations_of_eight_rows(llama3):
 
 def test_key_statistics_of_all_layers_are_computed_in_groups(llama3):
     keys = 4 * 5_000 * M  # of a layer; 5,000 tokens are fewer than a key has dimensions
-    every = phases(llama3, layer="auto")["key statistics"]
+    few = {"layer": "auto", "covariance_tokens": 5_000}
+    every = phases(llama3, **few)["key statistics"]
     assert every.bytes == 2 * keys + 2 * keys  # two layers, and two copies while one is written
     assert every.kept_bytes == 0  # they are read from the cache, one layer at a time
-    work = Work(llama3, EditConfig(layer="auto"), 1, 0)
+    work = Work(llama3, EditConfig(**few), 1, 0)
     assert every.flops == work.sampling(5_000)[1] + sum(work.forward(5_000, 32, last) for last in range(2, 33, 2))
     moment = 4 * M**2
     wide = phases(llama3, layer="auto", covariance_tokens=20_000)["key statistics"]
     assert wide.bytes == 3 * moment  # one layer
+    assert (
+        phases(llama3, layer="auto")["key statistics"]
+        == phases(llama3, layer="auto", covariance_tokens=3 * M)["key statistics"]
+    )
     one = phases(llama3, layer=3, method="r-rome", covariance_tokens=20_000)["key statistics"]
     assert one.bytes == max(3 * moment, moment + 2048 * ((4 * D + 3 * M) * 2 + M * 6))
     assert one.kept_bytes == moment
@@ -94,7 +99,7 @@ def test_inverting_key_statistics_takes_float64(llama3):
     assert phases(llama3, **many, method="r-rome")["detectors"].flops == M**3 // 3
     assert phases(llama3, **many, method="alphaedit")["detectors"].bytes == 36 * M**2
     assert phases(llama3, **many, method="alphaedit")["detectors"].flops == 9 * M**3  # eigenvectors
-    few = phases(llama3, layer=3, method="r-rome")["detectors"]
+    few = phases(llama3, layer=3, method="r-rome", covariance_tokens=5_000)["detectors"]
     assert few.bytes == 4 * 5_000 * M + 16 * 5_000**2
     assert few.flops == 5_000**3 // 3 + 2 * M * 5_000**2
 
@@ -183,7 +188,7 @@ def test_more_layers_and_facts_cost_more(llama3):
         assert ten[name].flops == 10 * alone[name].flops
     for name in ("MLP statistics", "spare neurons", "first marker"):  # once for each model
         assert ten[name].flops == alone[name].flops
-    assert plan_of(llama3, EditConfig(layer="sweep"), 1, 64 * GB).flops > 1000 * one.flops
+    assert plan_of(llama3, EditConfig(layer="sweep"), 1, 64 * GB).flops > 100 * one.flops
 
 
 @pytest.mark.parametrize("name", [name for name in TINY_CONFIGS if name != "gpt2"])
@@ -241,7 +246,7 @@ def test_a_model_is_planned_in_its_precision():
 def test_the_text_of_a_plan(llama3):
     text = str(plan_of(llama3, EditConfig(layer="lga"), 1, 64 * GB))
     assert text.startswith("weights: 16.1 GB\nlayer selection: 1.4 GB, ")
-    assert re.search(r"\npeak: [\d.]+ GB, [\d.]+ TFLOP\nedit on disk: [\d.]+ kB$", text)
+    assert re.search(r"\npeak: [\d.]+ GB, [\d.]+ PFLOP\nedit on disk: [\d.]+ kB$", text)
 
 
 def test_a_plan_is_frozen_and_says_what_it_leaves_out(llama3):

@@ -239,7 +239,6 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
             self.architecture.check_layer(layer)
         self.adapters.ensure()
         config = copy.deepcopy(self.edit_config)
-        config.covariance_tokens = self.lm.text_tokens(config)  # of this model, so that the edit can be made again
         active = [self.edits[name] for name in self.active_adapters]
         remembered = joined_state(active)
         carried = [edit.deltas for edit in self.edits.values()]
@@ -254,6 +253,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
             carried,
             [edit.deltas for edit in active],
         )
+        config.covariance_tokens = self.lm.text_tokens(config)  # of this model, so that the edit can be made again
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
             with phase("check"):

@@ -52,7 +52,7 @@ def settings_of(given: Mapping[str, Any], more: Sequence[str] | None) -> dict[st
     """
     from dataclasses import fields
 
-    from goldenedit import EditConfig
+    from goldenedit.config import EditConfig
 
     named = dict(map(read_option, more or ()))
     known = [entry.name for entry in fields(EditConfig) if entry.init]
