@@ -362,7 +362,8 @@ def test_biases_are_merged_where_there_are_some_and_refused_elsewhere(tokenizer)
     with model.adapters.merged() as plain:
         assert_near(logits(plain), edited, 1e-4)
     assert torch.equal(logits(model), edited)
-    assert_near(logits(model.merge_and_unload()), edited, 1e-4)
+    # Merged weights are rounded, and a gate that is half open at one of these random tokens multiplies that by 32.
+    assert_near(logits(model.merge_and_unload()), edited, 1e-3)
 
     model = get_edit_model(users_model("lora with biases"), fast_config(), tokenizer)
     model.edit(TOWER)
@@ -718,4 +719,5 @@ def test_an_edit_beside_a_trained_lora_of_a_real_model(tmp_path):
     stock.base_model.set_adapter(["default", "edit"])
     edited = logits(model)
     assert_near(logits(stock), edited, 1e-4)
-    assert_near(logits(model.merge_and_unload()), edited, 1e-4)
+    # Merged weights are rounded, and a gate that is half open at one of these random tokens multiplies that by 32.
+    assert_near(logits(model.merge_and_unload()), edited, 1e-3)
