@@ -181,14 +181,15 @@ def test_half_precision_halves_weights_and_activations():
 
 
 def test_more_layers_and_facts_cost_more(llama3):
-    one = plan_of(llama3, EditConfig(layer=3), 1, 64 * GB)
-    assert plan_of(llama3, EditConfig(layer=[3, 4]), 1, 64 * GB).flops > one.flops
+    text = {"covariance_tokens": 5_000}
+    one = plan_of(llama3, EditConfig(layer=3, **text), 1, 64 * GB)
+    assert plan_of(llama3, EditConfig(layer=[3, 4], **text), 1, 64 * GB).flops > one.flops
     ten, alone = (phases(llama3, layer=3, facts=facts) for facts in (10, 1))
     for name in ("wordings", "markers", "values"):
         assert ten[name].flops == 10 * alone[name].flops
     for name in ("MLP statistics", "spare neurons", "first marker"):  # once for each model
         assert ten[name].flops == alone[name].flops
-    assert plan_of(llama3, EditConfig(layer="sweep"), 1, 64 * GB).flops > 100 * one.flops
+    assert plan_of(llama3, EditConfig(layer="sweep", **text), 1, 64 * GB).flops > 1000 * one.flops
 
 
 @pytest.mark.parametrize("name", [name for name in TINY_CONFIGS if name != "gpt2"])
@@ -244,9 +245,9 @@ def test_a_model_is_planned_in_its_precision():
 
 
 def test_the_text_of_a_plan(llama3):
-    text = str(plan_of(llama3, EditConfig(layer="lga"), 1, 64 * GB))
+    text = str(plan_of(llama3, EditConfig(layer="lga", covariance_tokens=5_000), 1, 64 * GB))
     assert text.startswith("weights: 16.1 GB\nlayer selection: 1.4 GB, ")
-    assert re.search(r"\npeak: [\d.]+ GB, [\d.]+ PFLOP\nedit on disk: [\d.]+ kB$", text)
+    assert re.search(r"\npeak: [\d.]+ GB, [\d.]+ TFLOP\nedit on disk: [\d.]+ kB$", text)
 
 
 def test_a_plan_is_frozen_and_says_what_it_leaves_out(llama3):

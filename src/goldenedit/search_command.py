@@ -25,11 +25,12 @@ def search(
     if not found:
         console.print("No edits were found.")
         return
+    known = EDITORS.names()
     table = Table("repository", "base model", "editor", "downloads")
     for repository in found:
         tags = repository.tags or []
         bases = [tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:")]
-        editors = [tag for tag in tags if tag in EDITORS.names()]
+        editors = [tag for tag in tags if tag in known]
         cells = (repository.id, bases[0] if bases else "", ", ".join(editors), str(repository.downloads or 0))
         table.add_row(*map(printable, cells))
     console.print(table)

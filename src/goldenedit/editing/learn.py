@@ -63,6 +63,7 @@ def learn_facts(
         remembered: State of earlier edits.
         text: What the editor reads of other text, see `TextStatistics.read_by`.
         earlier: Facts of earlier edits, which editors that train on mini-batches rehearse.
+        active: The deltas of the active edits, which a penalty is of together with the new change.
 
     Raises:
         ValueError: A request cannot be served, or the loss is not finite.

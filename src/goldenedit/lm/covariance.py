@@ -206,10 +206,10 @@ class StreamedStatistics(Mapping[int, KeyStatistics]):
 def _groups(lm: TokenizedModel, layers: Sequence[int], config: EditConfig) -> list[list[int]]:
     """Return consecutive layers whose statistics take at most `GROUP_BYTES` together, or one layer alone."""
     groups: list[list[int]] = []
-    free = 0
+    free, tokens = 0, lm.text_tokens(config)
     for layer in sorted(layers):
         width = lm.architecture.shape(lm.model, layer)[1]
-        size = 4 * width * min(width, lm.text_tokens(config))  # float32
+        size = 4 * width * min(width, tokens)  # float32
         if size > free:
             groups.append([])
             free = GROUP_BYTES

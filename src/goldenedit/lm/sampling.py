@@ -18,9 +18,9 @@ from goldenedit.lm.tokens import prompt_tokens
 from goldenedit.parallel import Processes
 
 # Openings of MEMIT's context templates. The model continues them freely.
+_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 _MOST_BATCHES = 1 << 20  # of one seed
 _SEEDS = 1 << 63  # that torch takes
-_OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
 def sample_contexts(lm: TokenizedModel, count: int, length: int, seed: int) -> list[str]:
