@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
+from goldenedit.commands.options import read_option
 from goldenedit.editing.prepared import PreparedFacts, prepare_facts
 from goldenedit.editors.statistics import KeyStatistics
 from goldenedit.evaluation.counterfact import fact_likelihoods, known_facts
 from goldenedit.evaluation.scores import FactLikelihoods, ProbabilityScores, probability_scores
-from goldenedit.options import read_option
 from goldenedit.packaged import PACKAGED_MODELS, packaged_model
 
 RESULTS = Path(__file__).parent / "results"

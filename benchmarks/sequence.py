@@ -20,13 +20,13 @@ from typing import Any
 from common import RESULTS, constants, load, parser, record, timed
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
+from goldenedit.commands.terminal import parse_layer
 from goldenedit.evaluation.harm import Compared, compare, text_rows
 from goldenedit.evaluation.intervals import wilson
 from goldenedit.evaluation.likelihood import likelihoods
 from goldenedit.lm.perplexity import perplexity
 from goldenedit.requests import distinct
 from goldenedit.storage.folder import EDIT_CONFIG
-from goldenedit.terminal import parse_layer
 
 SETS = {"test": ("wild_zsre.json", "wild_counterfact.json"), "development": ("zsre.json", "counterfact.json")}
 

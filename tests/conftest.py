@@ -25,6 +25,7 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "NO_PROXY": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",  # tiny models run fastest alone, and so do the programs that tests start
 }
 
 import pytest
@@ -36,7 +37,7 @@ from models import tiny_tokenizer
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # tiny models run fastest alone
+    torch.set_num_threads(1)
     settings.register_profile("goldenedit", database=None, deadline=None, derandomize=True, max_examples=25)
     settings.load_profile("goldenedit")
 

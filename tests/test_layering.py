@@ -55,16 +55,10 @@ ORDER = (
     "plots",
     "tables",
     "loading",
-    "options",
-    "terminal",
-    "cache_command",
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",
-    "evaluating",
-    "cache_command",
-    "plan_command",
-    "search_command",
+    "commands",
     "cli",
     "__main__",
 )

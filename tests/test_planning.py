@@ -14,10 +14,10 @@ from command import run, saved_model
 from goldenedit import EditConfig, EditModel, Plan, plan
 from goldenedit.architecture import UnsupportedArchitectureError
 from goldenedit.architecture.sizes import Shape
+from goldenedit.commands.plan import numbers
 from goldenedit.cost import measuring
 from goldenedit.editing.gates import known_neurons
 from goldenedit.lm.statistics import second_moments
-from goldenedit.plan_command import numbers
 from goldenedit.planning import Work
 from goldenedit.plans import plan_of
 from goldenedit.storage.folder import ADAPTER_WEIGHTS

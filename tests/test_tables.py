@@ -11,6 +11,7 @@ from rich.console import Console
 
 from goldenedit import EditRequest
 from goldenedit.audit import EditAudit, ModuleAudit
+from goldenedit.commands.terminal import console
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation
 from goldenedit.evaluation.report import FormScores, Share, Text, TextScores, UnchangedScores
@@ -26,7 +27,6 @@ from goldenedit.tables import (
     printable,
     seen_table,
 )
-from goldenedit.terminal import console
 
 
 def printed(content: object) -> str:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,8 +47,12 @@ save_file({"logits": logits.contiguous()}, target)
 """
 
 
-def run_demo(name: str, output: Path, console: Console) -> None:
-    """Find the golden layer, edit, compare completions, save, and load the edit in a process without this library."""
+def run_demo(name: str, output: Path, console: Console) -> dict[str, Any]:
+    """Find the golden layer, edit, compare completions, save, and load the edit in a process without this library.
+
+    Returns:
+        What was printed, as JSON values.
+    """
     base, tokenizer = load_model(name)
 
     started = time.perf_counter()
@@ -67,9 +72,10 @@ def run_demo(name: str, output: Path, console: Console) -> None:
         f"({time.perf_counter() - started:.1f} s, including key statistics that were not cached)"
     )
     table = Table("", "before", "after")
+    after = {kind: _complete(model, text) for kind, text in PROMPTS.items()}
     for kind, text in PROMPTS.items():
-        after = _complete(model, text)
-        table.add_row(kind, *(f"{printable(text)}[bold]{printable(answer)}[/bold]" for answer in (before[kind], after)))
+        answers = (before[kind], after[kind])
+        table.add_row(kind, *(f"{printable(text)}[bold]{printable(answer)}[/bold]" for answer in answers))
     console.print(table)
 
     console.rule("3. Save, and load without goldenedit")
@@ -82,9 +88,16 @@ def run_demo(name: str, output: Path, console: Console) -> None:
     model.unload()
     with torch.no_grad():
         unedited = base(**_tokens(model, PROMPT)).logits
-    console.print(
-        f"Edit switched off, compared with the base model: largest logit difference {(off - unedited).abs().max():.1e}"
-    )
+    difference_off = float((off - unedited).abs().max())
+    console.print(f"Edit switched off, compared with the base model: largest logit difference {difference_off:.1e}")
+    return {
+        "layer": model.edit_config.target_layer,
+        "before": before,
+        "after": after,
+        "output": str(output),
+        "difference_in_peft": difference,
+        "difference_switched_off": difference_off,
+    }
 
 
 def _result(fact: EditedFact) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import tqdm
 
 from goldenedit.requests import EditRequest, Facts, as_requests, distinct
+from goldenedit.storage.atomic import check_writable
 from goldenedit.storage.folder import Edit
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ class SequencesMixin:
         every = distinct(as_requests(requests))
         if not every:
             raise ValueError("edit_in_batches() needs at least one request.")
+        if save_directory is not None:
+            check_writable(Path(save_directory))
         known = {_key(fact.request) for fact in self.edits[into].facts} if into in self.edits else set()
         left = [request for request in every if _key(request) not in known]
         if len(left) < len(every):

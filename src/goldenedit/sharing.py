@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from goldenedit.adapters import Adapters
 from goldenedit.config import EditConfig
 from goldenedit.layer_scores import HUB_LAYER, LayerSelection
 from goldenedit.storage.atlas import GoldenLayers
+from goldenedit.storage.atomic import check_writable
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint
 from goldenedit.storage.folder import CARD, EDIT_FILES, BaseModel, EditFolder, write_edit_folder
@@ -115,6 +117,35 @@ class SharingMixin:
                 create_pr=create_pr,
                 token=token,
             )
+
+    def save_merged(self, save_directory: str | os.PathLike[str]) -> None:
+        """Save an edited checkpoint: weights with the active edits merged into them, tokenizer, facts and card.
+
+        `AutoModelForCausalLM.from_pretrained(save_directory)` loads it. The entry `golden_layers` of `config.json`
+        lists the edited layers. This model does not change.
+
+        Args:
+            save_directory: A folder that does not exist yet, or is empty.
+
+        Raises:
+            FileExistsError: There are files in the folder.
+            ValueError: No edit is active, or an edited weight is quantized or offloaded.
+        """
+        folder = Path(os.path.realpath(save_directory))
+        content = self._content(self.active_adapters)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{save_directory} is not empty. Give a new folder for the edited checkpoint.")
+        check_writable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            staged = Path(scratch) / "checkpoint"
+            with self.adapters.merged() as model:
+                write_checkpoint(staged, model, self.tokenizer, content)
+            card = render_card(content, os.fspath(save_directory), merged=True)
+            (staged / CARD).write_text(card, encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            staged.rename(folder)
 
     def push_golden_layers(
         self,

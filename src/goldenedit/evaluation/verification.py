@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from goldenedit.evaluation.report import Text, shown
 
@@ -50,6 +51,10 @@ class Verification:
         kinds = dict.fromkeys(text.kind for text in self.others)
         moved = [f"{_moved(self.others, kind)} {kind}" for kind in kinds]
         return f"{line}; changed answers: {', '.join(moved)}" if moved else line
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was asked and written, as JSON values."""
+        return {"holds": self.holds, "summary": self.summary, "texts": [asdict(text) for text in self.texts]}
 
     def lines(self, most: int = _SHOWN) -> Iterator[str]:
         """Yield the texts that ask for the facts and those that changed, with the answers before and after.

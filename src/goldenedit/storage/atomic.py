@@ -83,6 +83,26 @@ def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]
         _put_in_place(folder, order)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError if a folder cannot be created or written to. It is not created.
+
+    Raises:
+        NotADirectoryError: The folder, or what should be one of its parents, is a file.
+        OSError: The system refuses it, for example because its name is too long.
+    """
+    folder = Path(os.path.realpath(folder))
+    parent = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file; name a folder to save into.")
+    scratch = parent / _STAGING.format(secrets.token_hex(4))
+    try:
+        (scratch / folder.relative_to(parent)).mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, f"Nothing can be saved in {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def finish_replacing(folder: Path, order: Sequence[str]) -> None:
     """Finish a save into the folder that was interrupted while it moved its files into place.
 

@@ -105,3 +105,23 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         writer.write_tensors_to_file()
         writer.close()
         staged.replace(path)
+
+
+def write_modelfile(adapter: Path, base: str) -> Path:
+    """Write a Modelfile for `ollama create NAME -f Modelfile` beside a GGUF adapter, and return its path.
+
+    Args:
+        adapter: The adapter.
+        base: The base model in Ollama, such as `smollm2:135m`, or a GGUF file of it.
+
+    Raises:
+        ValueError: The name has a line break, or the folder has another Modelfile.
+    """
+    if any(character in base + adapter.name for character in "\r\n"):
+        raise ValueError(f"{base!r} cannot be the name of a model: it has a line break.")
+    path = adapter.parent / "Modelfile"
+    text = f"FROM {base}\nADAPTER ./{adapter.name}\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} exists already. Move it, or write the adapter into another folder.")
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from goldenedit.options import Layer, Model, Set, settings_of
+from goldenedit.commands.options import Layer, Model, Set, settings_of
+from goldenedit.commands.terminal import Report, console, parse_layer, reporting
 from goldenedit.tables import printable
-from goldenedit.terminal import console, parse_layer
 from goldenedit.units import flops_of, size_of
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+@reporting
 def plan(
     model: Model,
     layer: Layer = "lga",
@@ -28,7 +29,7 @@ def plan(
         str | None, typer.Option(help="The precision of the weights: `float32`, `bfloat16` or `float16`.")
     ] = None,
     options: Set = None,
-) -> None:
+) -> Report:
     """Tell what an edit of MODEL will cost, before any work: memory and operations of each phase."""
     import torch
 
@@ -60,6 +61,26 @@ def plan(
     show_fit(planned, memory)
     if accelerator is not None:
         show_fit(planned, memory, accelerator)
+    values = {
+        "editable_layers": list(shape.editable),
+        "weight_bytes": shape.weight_bytes,
+        "phases": [{"name": phase.name, "bytes": phase.bytes, "flops": phase.flops} for phase in planned.phases],
+        "peak_bytes": planned.peak_bytes,
+        "flops": planned.flops,
+        "edit_bytes": planned.edit_bytes,
+        "notes": list(planned.notes),
+        "free_bytes": memory,
+        "fits": planned.fits(memory),
+        "remedies": planned.remedies(memory),
+    }
+    if accelerator is not None:
+        values |= {
+            "accelerator_bytes": planned.accelerator_bytes,
+            "host_bytes": planned.host_bytes,
+            "free_accelerator_bytes": accelerator,
+            "fits_accelerator": planned.fits(memory, accelerator),
+        }
+    return Report(values, [planned.peak_bytes])
 
 
 def show_fit(planned: Plan, memory: int, accelerator: int | None = None) -> None:
@@ -97,7 +118,7 @@ def numbers(layers: Sequence[int]) -> str:
 
     Example:
         ```python
-        >>> from goldenedit.plan_command import numbers
+        >>> from goldenedit.commands.plan import numbers
         >>> numbers([0, 1, 2, 5])
         '0 to 2 and 5'
         ```

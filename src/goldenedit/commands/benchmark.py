@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from goldenedit.options import FactsFormat, SkipBad, read_option
+from goldenedit.commands.options import FactsFormat, SkipBad, read_option
+from goldenedit.commands.terminal import Report, console, reporting
 
 benchmark_app = typer.Typer(help="Measure the library's claims on your own models and facts.", no_args_is_help=True)
 
@@ -19,6 +19,7 @@ def benchmark() -> None:
 
 
 @benchmark_app.command("golden-layers")
+@reporting
 def golden_layers(
     models: Annotated[list[str], typer.Argument(help="Models on the Hub, folders, or packaged models.")],
     data: Annotated[
@@ -44,7 +45,7 @@ def golden_layers(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder for results, figures and the report.")
     ] = Path("golden-layers"),
-) -> None:
+) -> Report:
     """Compare every layer selector with brute force: regret, rank correlation and cost, as JSON lines and a report.
 
     A stopped run resumes where it stopped. `accelerate launch -m goldenedit benchmark golden-layers ...` splits the
@@ -67,7 +68,8 @@ def golden_layers(
     few = 4 if small else 10
     sizes = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
     setting = Setting(sources, method, options=constants, format=format, skip_bad=skip_bad, **sizes)
-    run_golden_layers(models, load_model, setting, output, Console())
+    run_golden_layers(models, load_model, setting, output, console)
+    return Report({"output": str(output)}, [output])
 
 
 def name_of_data(text: str) -> tuple[str, str]:

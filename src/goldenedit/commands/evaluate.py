@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from goldenedit import tables
-from goldenedit.options import Base, Edits, FactsFormat, SkipBad
+from goldenedit.commands.options import Base, Edits, FactsFormat, SkipBad
+from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting
 from goldenedit.tables import printable
-from goldenedit.terminal import console, load_edits, load_model, report_on_stderr
 
 if TYPE_CHECKING:
     from goldenedit.evaluation.evaluate import Evaluation
@@ -22,12 +22,11 @@ Facts = Annotated[Path | None, typer.Option(help="A file of facts to evaluate on
 Forms = Annotated[
     str | None, typer.Option(help="The forms in which facts are asked, with commas between; by default all.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print all scores as JSON, and everything else on stderr.")]
 Unchanged = Annotated[bool, typer.Option(help="Compare other prompts and plain text with the base model.")]
 
 
+@reporting
 def evaluate(
-    context: typer.Context,
     folder: Edits,
     file: Facts = None,
     format: FactsFormat = "auto",
@@ -49,17 +48,14 @@ def evaluate(
     ] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many items of each task.")] = None,
     generation: Annotated[bool, typer.Option(help="Also measure whether texts begin with the answer.")] = False,
-    as_json: Json = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="Save all scores in this JSON file.")
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the scores into FOLDER and its model card.")] = False,
-) -> None:
+) -> Report:
     """Ask the edited model as a user would, and compare everything else with its base model."""
     from goldenedit import EditModel
 
-    if as_json:
-        report_on_stderr(context)
     if lm_eval is None and (lm_eval_path, lm_eval_limit) != (None, None):
         raise typer.BadParameter("--lm-eval-path and --lm-eval-limit need --lm-eval, the tasks.")
     _check_outputs(folder if card else None, output)
@@ -81,12 +77,11 @@ def evaluate(
     if output is not None:
         output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {printable(str(output))}")
-    if as_json:
-        typer.echo(json.dumps(scores))
+    return Report(scores)
 
 
+@reporting
 def compare(
-    context: typer.Context,
     folders: Annotated[list[str], typer.Argument(help="Edit folders or repositories, all of one base model.")],
     file: Facts = None,
     format: FactsFormat = "auto",
@@ -94,16 +89,13 @@ def compare(
     model: Base = None,
     forms: Forms = None,
     unchanged: Unchanged = True,
-    as_json: Json = False,
-) -> None:
+) -> Report:
     """Set edits side by side, on the same facts: by default all that any of them edits."""
     from goldenedit import EditModel, loading
     from goldenedit.requests import distinct
     from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
 
-    if as_json:
-        report_on_stderr(context)
     options = _options(forms, unchanged, None, "")
     requests = _facts(file, format, skip_bad)
     paths = [find_folder(folder) for folder in folders]
@@ -130,8 +122,7 @@ def compare(
         evaluations.append(edit_model.evaluate(requests, in_prompt=False, **options))
         edit_model.unload()
     console.print(tables.comparison_table(folders, evaluations))
-    if as_json:
-        typer.echo(json.dumps([evaluation.to_dict() for evaluation in evaluations]))
+    return Report([evaluation.to_dict() for evaluation in evaluations])
 
 
 def _check_outputs(folder: str | None, output: Path | None) -> None:

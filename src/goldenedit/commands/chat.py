@@ -1,0 +1,80 @@
+"""`goldenedit chat`: ask the edited model, and compare it with its base model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from goldenedit.commands.options import Base, Edits
+from goldenedit.commands.terminal import Report, console, load_edits, reporting
+from goldenedit.tables import printable
+
+if TYPE_CHECKING:
+    from goldenedit import EditModel
+
+_HELP = "A line is a message. /new begins another conversation, and /quit ends."
+
+
+@reporting
+def chat(
+    folder: Edits,
+    model: Base = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show what the base model answers too.")] = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Go on with each line as a text, without the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="A system message for each conversation.")] = None,
+    tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 100,
+) -> Report:
+    """Ask the model with the edits in FOLDER. Reads a message from each line of the input, and decodes greedily."""
+    from goldenedit import EditModel
+
+    path, base, tokenizer = load_edits(folder, model)
+    complete = complete or not tokenizer.chat_template
+    if complete and system is not None:
+        raise typer.BadParameter("--system needs a chat template, which --complete and base models go without.")
+    edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
+    is_asked = sys.stdin.isatty()
+    if is_asked:
+        console.print(_HELP)
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    messages, turns = list(beginning), []
+    while (line := _line(is_asked)) is not None and line != "/quit":
+        if line == "/new":
+            messages = list(beginning)
+        elif line:
+            asked: Any = line if complete else [*messages, {"role": "user", "content": line}]
+            turn = {"prompt": line}
+            if compare:
+                with edit_model.disable_adapter():
+                    turn["base"] = _answer(edit_model, asked, tokens)
+                console.print(f"[bold]base model:[/bold] {printable(turn['base'])}")
+            turn["edited"] = _answer(edit_model, asked, tokens)
+            label = "[bold]edited model:[/bold] " if compare else ""
+            console.print(f"{label}{printable(turn['edited'])}")
+            turns.append(turn)
+            if not complete:
+                messages = [*asked, {"role": "assistant", "content": turn["edited"]}]
+    return Report(turns, [turn["edited"] for turn in turns])
+
+
+def _line(is_asked: bool) -> str | None:
+    """Return the next line of the input without the space around it; None behind the last one."""
+    if is_asked:
+        console.print("[bold]>[/bold] ", end="")
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _answer(model: EditModel, asked: str | list[dict[str, str]], tokens: int) -> str:
+    """Return what a model writes behind a text or a conversation."""
+    tokenizer = model.tokenizer
+    if isinstance(asked, str):
+        inputs = tokenizer(asked, return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = inputs.to(model.device)
+    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

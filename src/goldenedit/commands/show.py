@@ -1,0 +1,138 @@
+"""`goldenedit show`: what edits change, and do their facts explain it? `goldenedit editors`: what can be chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from goldenedit import tables
+from goldenedit.commands.options import Base, Edits
+from goldenedit.commands.terminal import Report, console, load_edits, reporting
+from goldenedit.tables import printable
+
+if TYPE_CHECKING:
+    from goldenedit.audit import EditAudit
+    from goldenedit.storage.folder import Edit
+
+_SHOWN = 50  # warnings about an edit that are printed
+
+
+@reporting
+def show(
+    folder: Edits,
+    model: Base = None,
+    replay: Annotated[
+        bool, typer.Option(help="Load the base model and check that the edits do what they list, and no more.")
+    ] = True,
+) -> Report:
+    """Show what the edits in FOLDER change, and whether the listed facts explain it."""
+    from goldenedit.storage.folder import folder_size
+    from goldenedit.storage.hub import find_folder
+    from goldenedit.storage.reading import read_edit_folder
+
+    path = find_folder(folder)
+    content = read_edit_folder(path)
+    size = folder_size(path)
+    summary = Table.grid(padding=(0, 2))
+    summary.add_row("base model", printable(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
+    for config in content.configs:
+        selector = config.layer if isinstance(config.layer, str) else "hand"
+        summary.add_row("editor", printable(config.method))
+        summary.add_row("layer", printable(f"{config.target_layer}, chosen by {selector}"))
+        summary.add_row("key covariance", printable(config.covariance))
+    for name, changes in tables.changes_rows(content.edits):
+        summary.add_row(name, changes)
+    summary.add_row("size", f"{size / 1000:.1f} KB")
+    console.print(summary)
+    console.print(tables.facts_table(content.edits))
+    audits = show_audit(path, model) if replay else None
+    values = {
+        "base_model": asdict(content.base_model),
+        "edits": [_values(edit) for edit in content.edits],
+        "evaluation": content.evaluation,
+        "bytes": size,
+        "audit": None if audits is None else [asdict(audit) for audit in audits],
+    }
+    return Report(values, [edit.name for edit in content.edits])
+
+
+def _values(edit: Edit) -> dict[str, Any]:
+    return {
+        "name": edit.name,
+        "layers": list(edit.layers),
+        "methods": [config.method for config in edit.configs],
+        "modules": {path: {"rank": delta.rank, "norm": delta.norm} for path, delta in edit.deltas.items()},
+        "facts": [fact.to_dict() for fact in edit.facts],
+        "versions": dict(edit.versions),
+    }
+
+
+def show_audit(folder: Path, model: str | None) -> list[EditAudit] | None:
+    """Print the norm of each change relative to its base matrix, and the share that the listed facts do not explain.
+
+    Returns:
+        The audits; None if the base model was not found.
+    """
+    from goldenedit import EditModel
+    from goldenedit.audit import audit
+
+    try:
+        _, base, tokenizer = load_edits(str(folder), model, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        text = f"The base model was not found, so the edits were not replayed. Pass --model. ({error})"
+        console.print(printable(text), style="yellow")
+        return None
+    audits = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
+    console.print(tables.audit_table(audits))
+    for edit_audit in audits:
+        for warning in edit_audit.warnings[:_SHOWN]:
+            console.print(printable(f"Warning: edit {edit_audit.name!r}: {warning}."), style="bold red")
+        if left_out := len(edit_audit.warnings[_SHOWN:]):
+            console.print(printable(f"Edit {edit_audit.name!r} has {left_out} more warnings."), style="bold red")
+    answered = [is_answered for edit_audit in audits for is_answered in edit_audit.answered]
+    if not all(answered):
+        count, verb = answered.count(False), "is" if answered.count(False) == 1 else "are"
+        console.print(f"{count} of {len(answered)} listed facts {verb} not answered.", style="bold red")
+    if any(edit_audit.warnings for edit_audit in audits):
+        return audits
+    if any(module.unexplained is None for edit_audit in audits for module in edit_audit.modules):
+        console.print(
+            "The edits do what they list. For some of them it is unknown whether they do more: edits by training have "
+            "no rows to compare, those of later layers depend on earlier ones in all editors but 'gated', and another "
+            "processor may sample other text from the base model.",
+            style="yellow",
+        )
+    else:
+        console.print("The edits do what they list, and their facts explain them.")
+    return audits
+
+
+@reporting
+def editors() -> Report:
+    """List all editors and layer selectors, including those of installed packages."""
+    from goldenedit.editors import EDITORS
+    from goldenedit.editors.options import default_of
+    from goldenedit.layer_selection import SELECTORS
+
+    known, selectors = EDITORS.available(), SELECTORS.available()
+    console.print(tables.editors_table(known))
+    console.print(tables.selectors_table(selectors))
+    values = {
+        "editors": [
+            {
+                "name": editor.name,
+                "paper": editor.paper,
+                "options": {
+                    name: {"default": default_of(entry, True), "help": entry.metadata.get("help", "")}
+                    for name, entry in editor.fields.items()
+                },
+            }
+            for editor in known
+        ],
+        "layer_selectors": [{"name": selector.name, "paper": selector.paper} for selector in selectors],
+    }
+    return Report(values, [editor.name for editor in known])

@@ -1,0 +1,162 @@
+"""Every command tells its result to people, to programs, and in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from transformers.utils.logging import is_progress_bar_enabled
+
+from command import run, saved_model
+from goldenedit.cli import app
+from goldenedit.commands.terminal import Report, console, reporting
+
+FACT = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]
+BY_HAND = ["--layer", "1", "--covariance", "identity"]
+
+
+def commands(group, prefix=""):
+    """Yield the commands of a group and of the groups in it, by their names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A tiny model with its tokenizer, as AutoModel loads it."""
+    return saved_model(tmp_path / "model", tokenizer)
+
+
+@pytest.fixture
+def edit(folder, tmp_path, capsys):
+    """An edit of this model, in a folder."""
+    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(tmp_path / "edit"))[0] == 0
+    return str(tmp_path / "edit")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_and_quiet(name):
+    options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    assert {"--json", "--quiet", "-q"} <= options
+
+
+def test_an_edit_is_json_or_the_folder_alone(capsys, folder, tmp_path):
+    target = str(tmp_path / "edit")
+    code, output, errors = run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", target, "--json")
+    assert code == 0
+    result = json.loads(output)
+    assert result["output"] == target
+    assert result["facts"][0]["subject"] == "The Eiffel Tower"
+    assert result["facts"][0]["takes"] is True
+    assert result["bytes"] > 0
+    assert "Saved in" in errors
+    again = str(tmp_path / "again")
+    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", again, "-q")[1] == f"{again}\n"
+
+
+def test_what_is_written_by_json_is_what_the_edit_says(capsys, edit):
+    shown = json.loads(run(capsys, "show", edit, "--json")[1])
+    assert shown["edits"][0]["facts"][0]["target_new"] == "Rome"
+    assert shown["audit"][0]["warnings"] == []
+    assert all(module["rank"] >= 1 for module in shown["edits"][0]["modules"].values())
+    assert run(capsys, "show", edit, "--no-replay", "-q")[1].split() == ["edit_1"]
+
+
+def test_layers_are_numbers(capsys, folder):
+    found = json.loads(run(capsys, "locate", folder, "--size", "3", "--json")[1])
+    (selection,) = found["selections"]
+    assert selection["selector"] == "lga"
+    assert len(selection["scores"]) == 3
+    layers = ",".join(map(str, selection["layers"]))
+    assert run(capsys, "locate", folder, "--size", "3", "-q")[1] == f"{layers}\n"
+
+
+def test_a_plan_is_in_bytes(capsys, folder):
+    planned = json.loads(run(capsys, "plan", folder, "--layer", "1", "--json")[1])
+    assert planned["peak_bytes"] >= planned["weight_bytes"] > 0
+    assert planned["fits"] is True
+    assert run(capsys, "plan", folder, "--layer", "1", "-q")[1] == f"{planned['peak_bytes']}\n"
+
+
+def test_editors_and_the_cache_are_listed(capsys):
+    listed = json.loads(run(capsys, "editors", "--json")[1])
+    names = [editor["name"] for editor in listed["editors"]]
+    assert run(capsys, "editors", "-q")[1].split() == names
+    assert "memit" in names
+    assert "lga" in {selector["name"] for selector in listed["layer_selectors"]}
+    assert json.loads(run(capsys, "cache", "ls", "--json")[1])["kinds"] == []
+    assert json.loads(run(capsys, "cache", "clean", "--yes", "--json")[1]) == {"results": 0, "bytes": 0}
+
+
+def test_an_error_is_on_stderr_and_leaves_the_console_as_it_was(capsys, tmp_path):
+    code, output, errors = run(capsys, "show", str(tmp_path), "--json")
+    assert (code, output) == (1, "")
+    assert "Error:" in errors
+    assert not console.stderr
+    assert not console.quiet
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "options", "environment", "shown"),
+    [
+        (Terminal(), {}, {}, True),
+        (Terminal(), {}, {"NO_COLOR": "1"}, False),
+        (Terminal(), {"quiet": True}, {}, False),
+        (Terminal(), {"as_json": True}, {}, False),
+        (io.StringIO(), {}, {}, False),
+    ],
+)
+def test_progress_bars_are_for_terminals(monkeypatch, stream, options, environment, shown):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", stream)
+    before, seen = is_progress_bar_enabled(), []
+
+    @reporting
+    def command() -> Report:
+        seen.append(is_progress_bar_enabled())
+        return Report({})
+
+    command(**{"as_json": False, "quiet": False, **options})
+    assert seen == [before and shown]
+    assert is_progress_bar_enabled() == before
+
+
+def test_of_several_processes_one_tells_the_result(monkeypatch, capsys):
+    @reporting
+    def command() -> Report:
+        return Report({"layer": 3}, ["3"])
+
+    command(as_json=True, quiet=False)
+    monkeypatch.setenv("RANK", "1")
+    command(as_json=True, quiet=False)
+    command(as_json=False, quiet=True)
+    assert capsys.readouterr().out == '{"layer": 3}\n'
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "edit", tmp_path / ("long" * 100)):
+        code, _, errors = run(capsys, "edit", "no/model", *FACT, "--layer", "1", "-o", str(output))
+        assert code == 1
+        assert "save" in errors
+        assert "no/model" not in errors
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["file"]
