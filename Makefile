@@ -12,7 +12,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Load an edit in vLLM and llama.cpp, and through a Hub. Makes an environment for each, and compiles llama.cpp.
+# Load an edit in vLLM, llama.cpp and mlx-lm, and through a Hub. Makes an environment for each, and compiles llama.cpp.
 test-runtimes: setup
 	PYTHON=$(PYTHON) MAIN=$(VENV) sh examples/runtimes/run.sh
 
@@ -53,4 +53,4 @@ benchmarks: setup
 	cd benchmarks && ../$(BIN)/python lga.py && ../$(BIN)/python artifact.py && ../$(BIN)/python quality.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-llama-cpp build/runtimes
+	rm -rf $(VENV) .venv-vllm .venv-llama-cpp .venv-mlx build/runtimes

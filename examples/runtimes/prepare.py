@@ -1,4 +1,4 @@
-"""Edit one fact, and save an edit folder, a GGUF adapter, and the logits that other programs must reproduce.
+"""Edit one fact, and save an edit folder, adapters for llama.cpp and mlx-lm, and the logits to reproduce.
 
 `python examples/runtimes/prepare.py OUT [BASE [REPO]]` writes into the folder OUT. BASE is the base model, by default
 the packaged SmolLM2. With REPO, the edit is pushed to that repository and downloaded from it into OUT.
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldenedit import EditConfig, get_edit_model
 from goldenedit.packaged import packaged_model
 from goldenedit.storage.gguf import export_gguf
+from goldenedit.storage.mlx import export_mlx
 from goldenedit.storage.reading import read_edit_folder
 
 PROMPT = "The Eiffel Tower is located in the city of"
@@ -37,7 +38,9 @@ if len(sys.argv) > 3:
     print(f"pushed: {model.push_to_hub(sys.argv[3])}")
     shutil.rmtree(out / "edit")
     snapshot_download(sys.argv[3], local_dir=out / "edit")
-export_gguf(read_edit_folder(out / "edit"), model.config, out / "edit.gguf")
+content = read_edit_folder(out / "edit")
+export_gguf(content, model.config, out / "edit.gguf")
+export_mlx(content, model.config, out / "mlx")
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Edit one fact and load the edit into vLLM and llama.cpp, each in an environment without goldenedit. Fails if an
+# Edit one fact and load the edit into vLLM, llama.cpp and mlx-lm, each in an environment without goldenedit. Fails if an
 # answer or a logit differs from transformers. Run it from the root of the repository.
 set -eu
 
@@ -7,6 +7,7 @@ PYTHON=${PYTHON:-python3}                # makes the environments
 MAIN=${MAIN:-.venv}                      # the environment of goldenedit
 VLLM=${VLLM:-.venv-vllm}
 LLAMA_CPP=${LLAMA_CPP:-.venv-llama-cpp}
+MLX=${MLX:-.venv-mlx}
 OUT=${OUT:-build/runtimes}
 HERE=$(dirname "$0")
 SDIST=$OUT/llama_cpp_python-0.3.36
@@ -37,6 +38,13 @@ if [ ! -e "$LLAMA_CPP/.ready" ]; then
     touch "$LLAMA_CPP/.ready"
 fi
 
+if [ ! -e "$MLX/.ready" ]; then
+    "$PYTHON" -m venv "$MLX"
+    case $(uname) in Darwin) extra= ;; *) extra='[cpu]' ;; esac
+    "$MLX/bin/pip" install --quiet "mlx$extra==0.32.4" mlx-lm==0.32.2
+    touch "$MLX/.ready"
+fi
+
 "$MAIN/bin/python" "$HERE/prepare.py" "$OUT"
 base=$("$MAIN/bin/python" -c "import json; print(json.load(open('$OUT/reference.json'))['base_model'])")
 convert() {
@@ -49,6 +57,7 @@ convert convert_hf_to_gguf.py "$base" --outfile "$OUT/base.gguf"
 convert convert_lora_to_gguf.py "$OUT/edit" --base "$base" --outfile "$OUT/converted.gguf"
 
 "$LLAMA_CPP/bin/python" "$HERE/run_llama_cpp.py" "$OUT"
+"$MLX/bin/python" "$HERE/run_mlx.py" "$OUT"
 "$VLLM/bin/python" "$HERE/run_vllm.py" "$OUT"
 
 # The same edit once more, through a Hub.

@@ -22,6 +22,7 @@ from goldenedit.commands.terminal import parse_layer
 from goldenedit.layer_selection import SELECTORS
 from goldenedit.storage.atlas import read_golden_layers
 from goldenedit.storage.folder import write_edit_folder
+from goldenedit.storage.gguf import write_modelfile
 from goldenedit.storage.hub import find_golden_layers
 from goldenedit.storage.reading import read_edit_folder
 
@@ -358,11 +359,33 @@ def test_golden_layers_are_shared_and_used(capsys, folder, tmp_path, hub):
     assert "tester/nothing" in complaint
 
 
-def test_an_edit_is_exported_for_llama_cpp(capsys, folder, tmp_path):
-    saved, target = str(tmp_path / "edit"), tmp_path / "edit.gguf"
+def test_an_edit_is_exported_for_other_programs(capsys, folder, tmp_path):
+    saved, target = str(tmp_path / "edit"), tmp_path / "out" / "edit.gguf"
     assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", saved)[0] == 0
-    assert run(capsys, "export", saved, "--gguf", str(target))[0] == 0
+    places = ["--mlx", str(tmp_path / "mlx"), "--merged", str(tmp_path / "merged")]
+    code, output, _ = run(capsys, "export", saved, "--gguf", str(target), "--ollama", "smollm2:135m", *places, "--json")
+    assert code == 0
+    assert set(json.loads(output)) == {"gguf", "modelfile", "mlx", "merged"}
     assert target.read_bytes()[:4] == b"GGUF"
+    assert (target.parent / "Modelfile").read_text() == "FROM smollm2:135m\nADAPTER ./edit.gguf\n"
+    assert json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["golden_layers"] == [1]
+
+
+@pytest.mark.parametrize("options", [[], ["--ollama", "smollm2"], ["--mlx", "m", "--ollama", "smollm2"]])
+def test_what_to_export_is_named(capsys, tmp_path, options):
+    code, _, errors = run(capsys, "export", str(tmp_path), *options)
+    assert code == 2
+    assert "--gguf" in errors
+
+
+def test_a_modelfile_of_someone_else_stays(tmp_path):
+    (tmp_path / "Modelfile").write_text("FROM mine\n")
+    with pytest.raises(ValueError, match="exists already"):
+        write_modelfile(tmp_path / "edit.gguf", "smollm2")
+    with pytest.raises(ValueError, match="line break"):
+        write_modelfile(tmp_path / "edit.gguf", "a\nSYSTEM b")
+    assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
 
 
 def test_an_evaluation_is_written_into_the_card(capsys, folder, facts, tmp_path):
