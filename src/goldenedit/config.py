@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 import os
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from numbers import Number
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
 from goldenedit.registry import Registry, UnknownNameError, is_plain
 from goldenedit.requests import EditRequest, as_requests
 
+Config = TypeVar("Config")
 REGULARIZERS = ("rect", "prune", "sphere", "nas")
 LAYER_PATTERNS = ("auto", "golden", "ladder", "upper", "window", "ends", "best")
 LGA_LOSSES = ("sequence", "answer")
@@ -39,6 +41,17 @@ ANSWER_DEPTH = 2 / 3  # of the layers: there a model has read what is asked, and
 _AS_PUBLISHED = {"phrasings": "none", "kept_questions": 0, "optimizer": "adam", "flat_directions": False}
 
 
+def _described(cls: type[Config]) -> type[Config]:
+    """Add the help of each option to the docstring of a config, which `help()` shows."""
+    lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:"]
+    for entry in fields(cls):  # type: ignore[arg-type]
+        default = "" if entry.default is MISSING else f" Default: {entry.default!r}."
+        lines.append(f"    {entry.name}: {entry.metadata.get('help', '')}{default}")
+    cls.__doc__ = "\n".join(lines) + "\n"
+    return cls
+
+
+@_described
 @dataclass(repr=False)
 class EditConfig(
     MemitOptions,

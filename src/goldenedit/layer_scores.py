@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from goldenedit import html
 from goldenedit.cost import Cost
 from goldenedit.registry import Registry
 
@@ -116,10 +117,34 @@ class LayerSelection:
         """Return the selection as JSON values."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        """Return what was chosen, from how much, and at which cost."""
+        layers = ", ".join(map(str, self.layers))
+        plural = "s" if len(self.layers) > 1 else ""
+        cost = f" on {self.facts} facts, in {self.cost.seconds:.1f} s" if self.facts else ""
+        return f"Golden layer{plural} {layers}, chosen by {self.selector}{cost}"
+
+    def _repr_html_(self) -> str:
+        """Return the scores as bars, for notebooks; the chosen layers are emphasized."""
+        if self.scores is None:
+            return html.table((), (), str(self))
+        scores = self.score_tensor()
+        finite = scores[scores.isfinite()]
+        low, high = (min(0.0, finite.min().item()), finite.max().item()) if len(finite) else (0.0, 1.0)
+        rows = [
+            (layer, "-" if score is None else f"{score:.4g}", "" if score is None else _bar(score, low, high))
+            for layer, score in enumerate(self.scores)
+        ]
+        return html.table(("layer", "score", ""), rows, str(self), self.layers)
+
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:
         """Read a selection from the record that `to_dict` returned."""
         return cls(**{**record, "cost": Cost(**record["cost"])})
+
+
+def _bar(score: float, low: float, high: float) -> html.Bar | str:
+    return html.Bar((score - low) / max(high - low, 1e-30)) if math.isfinite(score) else ""
 
 
 def score_tensor(scores: Sequence[float | None] | None) -> Tensor:

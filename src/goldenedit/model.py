@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from goldenedit import html
 from goldenedit.adapters import REFUSED_VERBS, Adapters, is_conv1d, plain
 from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.hooks import outside_inference_mode
@@ -139,6 +140,27 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         self._proxy_hash: str | None = None
         self._evaluations: dict[tuple[str, ...], dict[str, Any]] = {}  # by the names of the active edits
         self._switched_off: list[str] | None = None  # edits that disable_adapter_layers() switched off
+
+    def __repr__(self) -> str:
+        """Return the base model, the layer and the edits. `print(model.model)` shows the modules."""
+        layer = self.edit_config.target_layer
+        lines = [
+            f"EditModel of {type(self.adapters.base).__name__} {self._base_info.name_or_path!r}: "
+            f"{self.architecture.num_layers} layers, editor {self.edit_config.method!r}, "
+            + ("no layer chosen yet" if layer is None else f"layer {layer} ({self.edit_config.layer})")
+        ]
+        on = self.active_adapters
+        lines += [f"  {'on ' if name in on else 'off'} {edit!r}" for name, edit in self.edits.items()]
+        return "\n".join(lines if self.edits else [*lines, "  no edits"])
+
+    def _repr_html_(self) -> str:
+        """Return the edits as a table, for notebooks."""
+        on = self.active_adapters
+        rows = [
+            (name, "on" if name in on else "off", len(edit.facts), ", ".join(map(str, edit.layers)), edit.rank)
+            for name, edit in self.edits.items()
+        ]
+        return html.table(("edit", "", "facts", "layers", "rank"), rows, repr(self).partition("\n")[0])
 
     @property
     def base_info(self) -> BaseModel:
@@ -513,4 +535,8 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
                 raise
             if name in REFUSED_VERBS:
                 raise AttributeError(f"An EditModel has no {name}(): use {REFUSED_VERBS[name]}.") from None
+        try:
             return getattr(self.model, name)
+        except AttributeError as error:
+            kind = type(self.adapters.base).__name__
+            raise AttributeError(f"Neither {type(self).__name__} nor its {kind} has an attribute {name!r}.") from error

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from goldenedit import html
 from goldenedit.evaluation.counterfact import fact_pairs, likelihoods_of_fact
 from goldenedit.evaluation.likelihood import Likelihood, likelihoods, likelihoods_with_and_without
-from goldenedit.evaluation.report import FormScores, Text, TextScores, UnchangedScores
+from goldenedit.evaluation.report import FormScores, Share, Text, TextScores, UnchangedScores
 from goldenedit.evaluation.scores import (
     FactGenerations,
     FactMatches,
@@ -54,6 +55,27 @@ class Evaluation:
         shown = "; ".join(f"{name}: {', '.join(figures)}" for name, figures in parts.items() if figures)
         return f"Evaluation({shown or ', '.join(self.edited)})"
 
+    def _repr_html_(self) -> str:
+        """Return what a user sees as tables, for notebooks."""
+        said = [
+            (form.replace("_", " "), _figure(scores.contains), *self._others(form), scores.n)
+            for form, scores in self.says.items()
+        ]
+        same = [(kind, _figure(scores.same), f"{scores.kl:.2g}", scores.n) for kind, scores in self.unchanged.items()]
+        tables = [
+            html.table(("says the new answer", "edited", "base", "fact in the prompt", "n"), said),
+            html.table(("unchanged", "texts", "KL", "n"), same),
+        ]
+        if self.text is not None:
+            row = (f"{self.text.kl:.2g}", f"{self.text.worst:.2g}", f"{self.text.agreement:.3f}", self.text.tokens)
+            tables.append(html.table(("plain text: KL", "worst text", "same first choice", "tokens"), [row]))
+        return "".join(tables)
+
+    def _others(self, form: str) -> tuple[str, str]:
+        """Return how often the base model says the answers, and with the facts in its prompt."""
+        base, informed = self.base_seen.says.get(form), self.in_prompt.get(form)
+        return tuple("" if scores is None else f"{scores.contains.value:.2f}" for scores in (base, informed))  # type: ignore[return-value]
+
     @property
     def says(self) -> dict[str, FormScores]:
         """How often the edited model says the answers, by form."""
@@ -81,6 +103,11 @@ class Evaluation:
             state: {**seen.to_dict(), **{family: measured.to_dict() for family, measured in families.items()}}
             for state, (seen, families) in states.items()
         }
+
+
+def _figure(share: Share) -> str:
+    low, high = share.interval
+    return f"{share.value:.2f} ({low:.2f} to {high:.2f})"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from goldenedit import html
 from goldenedit.evaluation.report import Text, shown
 
 _SHOWN = 20  # texts in `str()`
@@ -73,6 +74,14 @@ class Verification:
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self.lines()])
+
+    def _repr_html_(self) -> str:
+        """Return the texts before and after the edit as a table, for notebooks."""
+        rows = [
+            (text.kind.replace("_", " "), text.question, text.base, text.edited, "" if text.holds else "no")
+            for text in (*self.asked, *(text for text in self.others if not text.holds))[:_SHOWN]
+        ]
+        return html.table(("form", "question", "before", "after", "holds"), rows, self.summary)
 
 
 def _moved(texts: Sequence[Text], kind: str) -> str:

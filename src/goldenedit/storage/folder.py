@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from goldenedit import html
 from goldenedit.config import EditConfig
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.requests import EditRequest
@@ -240,6 +241,17 @@ class Edit:
         if len(self.facts) > _SHOWN_FACTS:
             lines.append(f"and {len(self.facts) - _SHOWN_FACTS} more facts")
         return "\n".join(lines if self.verification is None else [*lines, str(self.verification)])
+
+    def _repr_html_(self) -> str:
+        """Return the facts as a table, for notebooks, and what was verified."""
+        rows = [
+            (fact.request.shown, fact.request.target_new, f"{fact.probability_before:.3f}", fact.outcome)
+            for fact in self.facts[:_SHOWN_FACTS]
+        ]
+        if len(self.facts) > _SHOWN_FACTS:
+            rows.append((f"and {len(self.facts) - _SHOWN_FACTS} more facts", "", "", ""))
+        facts = html.table(("prompt", "new answer", "probability before", "after"), rows, repr(self))
+        return facts if self.verification is None else facts + self.verification._repr_html_()
 
     @property
     def config(self) -> EditConfig | None:
