@@ -45,6 +45,8 @@ def _wrapped(base: PreTrainedModel, lora: LoraConfig, key: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT reads it
         return get_peft_model(base, lora, adapter_name=key)
 
 
