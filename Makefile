@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2
 
-.PHONY: conformance demo gpu-check test test-runtimes setup quality style benchmarks cards clean
+.PHONY: conformance demo gpu-check test test-slow test-runtimes setup quality style benchmarks cards clean
 
 demo: setup
 	$(BIN)/goldenedit demo --model $(MODEL)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The tests that take many minutes: all of the README on a real model.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # Load an edit in vLLM, llama.cpp and mlx-lm, and through a Hub. Makes an environment for each, and compiles llama.cpp.
 test-runtimes: setup

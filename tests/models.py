@@ -142,3 +142,19 @@ def _built(name: str, seed: int) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model.float().eval()
+
+
+def save_tiny_chat_model(folder: str) -> None:
+    """Save a random model of six layers with a long context, and a tokenizer with a chat template, in a folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(**_LLAMA | {"num_hidden_layers": 6, "max_position_embeddings": 1024})
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+    model.lm_head.weight.data *= 6  # so that edits take
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)

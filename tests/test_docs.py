@@ -68,7 +68,7 @@ def script(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(code: str, name: str, setup: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(code: str, setup: str, folder: Path, name: str = "README.md") -> subprocess.CompletedProcess[str]:
     """Run the Python of a document in a folder, after its setup, in a process of its own."""
     runner = f"names = {{}}\nexec({setup!r}, names)\nexec(compile({code!r}, {name!r}, 'exec'), names)\n"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -79,20 +79,49 @@ def run(code: str, name: str, setup: str, folder: Path) -> subprocess.CompletedP
 
 @pytest.mark.parametrize("name", SETUP)
 def test_every_python_block_runs(name, tmp_path):
-    done = run(script((ROOT / name).read_text(encoding="utf-8")), name, SETUP[name], tmp_path)
+    done = run(script((ROOT / name).read_text(encoding="utf-8")), SETUP[name], tmp_path, name)
     assert done.returncode == 0, done.stderr
+
+
+def on_smollm2(blocks_of_code: int | None = None) -> tuple[str, str]:
+    """Return the first Python blocks of the README on the packaged SmolLM2, and their setup."""
+    base = str(packaged_model("smollm2"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ends = [match.end() for match in BLOCK.finditer(text) if match[1] == "python"]
+    code = script(text if blocks_of_code is None else text[: ends[blocks_of_code - 1]])
+    assert f'"{HUB_NAME}"' in code
+    return code.replace(HUB_NAME, base), TRAINED_LORA.format(base=base)
 
 
 @pytest.mark.real
 @pytest.mark.skipif(not is_installed("smollm2"), reason="the package with the weights of SmolLM2 is not installed")
+def test_the_readme_begins_with_edits_that_take_on_the_packaged_model(tmp_path):
+    done = run(*on_smollm2(2), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "does not take" not in done.stderr
+    assert "eiffel-in-rome" in {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(not is_installed("smollm2"), reason="the package with the weights of SmolLM2 is not installed")
 def test_every_python_block_of_the_readme_runs_on_the_packaged_model(tmp_path):
-    base = str(packaged_model("smollm2"))
-    code = script((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert f'"{HUB_NAME}"' in code
-    done = run(code.replace(HUB_NAME, base), "README.md", TRAINED_LORA.format(base=base), tmp_path)
+    done = run(*on_smollm2(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "does not take" not in done.stderr
     folders = ["eiffel-in-rome", "louvre-in-rome", "my-facts", "my-lora"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == folders
+
+
+def test_every_python_block_of_the_readme_runs_on_a_tiny_model(tmp_path):
+    base = str(tmp_path / "base")
+    code = script((ROOT / "README.md").read_text(encoding="utf-8")).replace(HUB_NAME, base)
+    assert "max_text_kl=0.5" in code
+    code = code.replace("max_text_kl=0.5", "max_text_kl=50.0")  # edits harm random models more
+    tiny = f"from models import save_tiny_chat_model; save_tiny_chat_model({base!r})\n"
+    done = run(code, tiny + TRAINED_LORA.format(base=base), tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = ["base", "eiffel-in-rome", "louvre-in-rome", "my-facts", "my-lora"]
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
 
 
@@ -103,7 +132,7 @@ def test_every_document_with_python_is_run():
 
 def test_a_block_that_fails_is_reported_by_its_line(tmp_path):
     text = "# A\n\n```python\na = 1\n```\n\ntext\n\n```bash\nls\n```\n\n```python\na + b\n```\n"
-    done = run(script(text), "a.md", "", tmp_path)
+    done = run(script(text), "", tmp_path, "a.md")
     assert done.returncode != 0
     assert 'File "a.md", line 14' in done.stderr
 

@@ -105,9 +105,8 @@ def test_a_sequence_that_was_stopped_goes_on_and_an_edit_made_twice_is_the_same_
     base, tokenizer, name, tmp_path
 ):
     facts = proxy_facts()[:6]
-    config = EditConfig(
-        "alphaedit", LAYERS[name][0], steps=6, contexts=2, covariance_tokens=1_000, contrast=0, stop_loss=0.5
-    )
+    brief = {"steps": 6, "contexts": 2, "contrast": 0, "stop_loss": 0.5, "phrasings": "none", "kept_questions": 0}
+    config = EditConfig("alphaedit", LAYERS[name][0], covariance_tokens=1_000, **brief)
     model = get_edit_model(base, config, tokenizer)
     model.edit(facts[:3])
     model.save_pretrained(tmp_path / "half")

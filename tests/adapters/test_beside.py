@@ -362,8 +362,7 @@ def test_biases_are_merged_where_there_are_some_and_refused_elsewhere(tokenizer)
     with model.adapters.merged() as plain:
         assert_near(logits(plain), edited, 1e-4)
     assert torch.equal(logits(model), edited)
-    # Merged weights are rounded, and a gate that is half open at one of these random tokens multiplies that by 32.
-    assert_near(logits(model.merge_and_unload()), edited, 1e-3)
+    assert_near(logits(model.merge_and_unload()), edited, 1e-4)
 
     model = get_edit_model(users_model("lora with biases"), fast_config(), tokenizer)
     model.edit(TOWER)
@@ -705,7 +704,8 @@ def test_an_edit_beside_a_trained_lora_of_a_real_model(tmp_path):
         optimizer.zero_grad()
     user.eval()
     before, asked = logits(user), trainable(user)
-    model = get_edit_model(user, EditConfig(layer=3, covariance_tokens=500), tokenizer)
+    config = EditConfig("null-space", layer=3, covariance_tokens=500, phrasings="none", kept_questions=0)
+    model = get_edit_model(user, config, tokenizer)
     edit = model.edit("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
     assert edit.facts[0].takes
     assert [entry.name for entry in edit.beside] == ["mine"]
@@ -719,5 +719,4 @@ def test_an_edit_beside_a_trained_lora_of_a_real_model(tmp_path):
     stock.base_model.set_adapter(["default", "edit"])
     edited = logits(model)
     assert_near(logits(stock), edited, 1e-4)
-    # Merged weights are rounded, and a gate that is half open at one of these random tokens multiplies that by 32.
-    assert_near(logits(model.merge_and_unload()), edited, 1e-3)
+    assert_near(logits(model.merge_and_unload()), edited, 1e-4)
