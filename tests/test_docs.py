@@ -18,7 +18,7 @@ from goldenedit.packaged import is_installed, packaged_model
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PATTERNS = ("*.md", "benchmarks/*.md", "docs/*.md", "examples/*/*.md", "model_cards/*.md")
+PATTERNS = ("*.md", "benchmarks/*.md", "docs/*.md", "docs/tutorials/*.md", "examples/*/*.md", "model_cards/*.md")
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 # Code that runs before the Python of a document: the document assumes what it defines.
@@ -38,7 +38,18 @@ SETUP = {
     "base = AutoModelForCausalLM.from_pretrained('base')\n",
 }
 
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the README; the packaged model takes its place
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the README; another model takes its place
+
+# Documents that load a model by this name: a tiny chat model of six layers takes its place, which edits harm more.
+ON_A_TINY_MODEL = (
+    "README.md",
+    "docs/coming-from-peft.md",
+    "docs/get-started.md",
+    "docs/index.md",
+    *(f"docs/tutorials/{name}.md" for name in ("company-facts", "large-models", "layer-of-your-model", "many-edits")),
+    *(f"docs/tutorials/{name}.md" for name in ("share-and-load", "undo")),
+)
+TINY = {"[18, 21, 24]": "[2, 3, 4]", "[9, 12]": "[2, 3]", "max_text_kl=0.5": "max_text_kl=50.0"}
 
 # The README loads a LoRA adapter that its reader has trained.
 TRAINED_LORA = """
@@ -113,21 +124,25 @@ def test_every_python_block_of_the_readme_runs_on_the_packaged_model(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
 
 
-def test_every_python_block_of_the_readme_runs_on_a_tiny_model(tmp_path):
+@pytest.mark.parametrize("name", ON_A_TINY_MODEL)
+def test_every_python_block_runs_on_a_tiny_model(name, tmp_path):
     base = str(tmp_path / "base")
-    code = script((ROOT / "README.md").read_text(encoding="utf-8")).replace(HUB_NAME, base)
-    assert "max_text_kl=0.5" in code
-    code = code.replace("max_text_kl=0.5", "max_text_kl=50.0")  # edits harm random models more
+    code = script((ROOT / name).read_text(encoding="utf-8"))
+    assert f'"{HUB_NAME}"' in code
+    for old, new in {HUB_NAME: base, **TINY}.items():
+        code = code.replace(old, new)
     tiny = f"from models import save_tiny_chat_model; save_tiny_chat_model({base!r})\n"
-    done = run(code, tiny + TRAINED_LORA.format(base=base), tmp_path)
+    lora = TRAINED_LORA.format(base=base) if "my-lora" in code else ""
+    done = run(code, tiny + lora, tmp_path, name)
     assert done.returncode == 0, done.stderr
-    folders = ["base", "eiffel-in-rome", "louvre-in-rome", "my-facts", "my-lora"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == folders
+    if name == "README.md":
+        folders = ["base", "eiffel-in-rome", "louvre-in-rome", "my-facts", "my-lora"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == folders
 
 
 def test_every_document_with_python_is_run():
     with_python = {name for name in DOCUMENTS if blocks((ROOT / name).read_text(encoding="utf-8"), "python")}
-    assert with_python == {"README.md", *SETUP}
+    assert with_python == {*ON_A_TINY_MODEL, *SETUP}
 
 
 def test_a_block_that_fails_is_reported_by_its_line(tmp_path):
@@ -168,3 +183,14 @@ def test_what_is_cited_is_the_version_of_the_package():
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {project['version']}\n" in cited
     assert f"\nlicense: {project['license']}\n" in cited
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "api.html", "tutorials/undo.html", "generated/editor-memit.html"} <= pages
+    reference = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "kept_questions" in reference
+    assert "goldenedit benchmark golden-layers" in (tmp_path / "generated/command-line.html").read_text("utf-8")

@@ -1,0 +1,67 @@
+"""Sphinx's config of the documentation: `make docs` writes static pages to build/docs, without a network."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+
+import generated  # pages from the registries and the command line
+
+from goldenedit import __version__
+
+project = "goldenedit"
+author = "the goldenedit authors"
+release = version = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["generated/README.md"]
+html_theme = "furo"
+html_title = f"goldenedit {__version__}"
+html_static_path: list[str] = []
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+suppress_warnings = ["misc.highlighting_failure"]  # CSV has no lexer
+
+_PAGES = {"benchmarks/README.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+
+def _to_pages(app, name, source):
+    """Turn links to files of the repository into links to pages of them, or into plain text where there is none."""
+    depth = name.count("/")
+
+    def link(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        if target in _PAGES:
+            return f"[{text}]({'../' * depth}{_PAGES[target]}{anchor})"
+        if target == "README.md":
+            return f"[{text}]({'../' * depth}get-started.md)"
+        return text
+
+    up = re.escape("../" * (depth + 1))
+    source[0] = re.sub(rf"\[([^\]]*)\]\({up}([^)#]*)(#[^)]*)?\)", link, source[0])
+
+
+def _of_included(app, path, parent, source):
+    """Make links of an included file of the repository plain text."""
+    source[0] = re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", source[0])
+
+
+def _examples(app, what, name, thing, options, lines):
+    """Turn the Markdown of docstrings into reST: code in single backquotes, and fences around examples."""
+    text = re.sub(r"^( *)```(?:python|text)?$", r"\1", "\n".join(lines), flags=re.MULTILINE)
+    lines[:] = re.sub(r"(?<![`:])`([^`\n]+)`(?![`_])", r"``\1``", text).splitlines()
+
+
+def setup(app):
+    """Write the generated pages, and follow links out of this folder."""
+    generated.write(Path(__file__).parent / "generated")
+    app.connect("source-read", _to_pages)
+    app.connect("include-read", _of_included)
+    app.connect("autodoc-process-docstring", _examples, priority=400)
