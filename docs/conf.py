@@ -5,20 +5,17 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
-
-import generated  # pages from the registries and the command line
+from typing import Any
 
 from goldenedit import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the pages that are written from the code
 
 project = "goldenedit"
 author = "the goldenedit authors"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["generated/README.md"]
 html_theme = "furo"
 html_title = f"goldenedit {__version__}"
 html_static_path: list[str] = []
@@ -32,7 +29,7 @@ suppress_warnings = ["misc.highlighting_failure"]  # CSV has no lexer
 _PAGES = {"benchmarks/README.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
-def _to_pages(app, name, source):
+def _to_pages(app: Any, name: str, source: list[str]) -> None:
     """Turn links to files of the repository into links to pages of them, or into plain text where there is none."""
     depth = name.count("/")
 
@@ -48,19 +45,21 @@ def _to_pages(app, name, source):
     source[0] = re.sub(rf"\[([^\]]*)\]\({up}([^)#]*)(#[^)]*)?\)", link, source[0])
 
 
-def _of_included(app, path, parent, source):
+def _of_included(app: Any, path: Any, parent: str, source: list[str]) -> None:
     """Make links of an included file of the repository plain text."""
     source[0] = re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", source[0])
 
 
-def _examples(app, what, name, thing, options, lines):
+def _examples(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Turn the Markdown of docstrings into reST: code in single backquotes, and fences around examples."""
     text = re.sub(r"^( *)```(?:python|text)?$", r"\1", "\n".join(lines), flags=re.MULTILINE)
     lines[:] = re.sub(r"(?<![`:])`([^`\n]+)`(?![`_])", r"``\1``", text).splitlines()
 
 
-def setup(app):
+def setup(app: Any) -> None:
     """Write the generated pages, and follow links out of this folder."""
+    import generated
+
     generated.write(Path(__file__).parent / "generated")
     app.connect("source-read", _to_pages)
     app.connect("include-read", _of_included)

@@ -34,7 +34,12 @@ def pages_of_editors() -> Iterator[tuple[str, str]]:
     for editor in EDITORS.available():
         module = editor.function.__module__
         rows = [
-            [f"`{name}`", f"`{default_of(entry, True)}`", f"`{default_of(entry, False)}`", entry.metadata.get("help", "")]
+            [
+                f"`{name}`",
+                f"`{default_of(entry, True)}`",
+                f"`{default_of(entry, False)}`",
+                entry.metadata.get("help", ""),
+            ]
             for name, entry in editor.fields.items()
         ]
         parts = [
