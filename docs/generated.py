@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,11 +45,11 @@ def pages_of_editors() -> Iterator[tuple[str, str]]:
         ]
         parts = [
             f"# {editor.name}",
-            f"`EditConfig(method={editor.name!r})`. {editor.paper[:1].upper()}{editor.paper[1:]}.",
-            literal(editor.function),
+            f"`EditConfig(method={editor.name!r})`" + (f" ({editor.paper})" if editor.paper else ""),
+            prose(editor.function),
             f"Learns {editor.learns}." + (f" Reads {', '.join(sorted(editor.reads))}." if editor.reads else ""),
             "## Where it comes from",
-            literal(sys.modules[module]),
+            prose(sys.modules[module]),
             *(["## Options", table(["option", "default", "as published", ""], rows)] if rows else []),
             f"The formula is in `{module.replace('.', '/')}.py`. [Which editor to use](../editors.md) has the figures.",
         ]
@@ -62,15 +63,15 @@ def pages_of_selectors() -> Iterator[tuple[str, str]]:
         cost = "Scores every layer" if selector.is_scored else "Returns layers without scores"
         parts = [
             f"# {selector.name}",
-            f"`EditConfig(layer={selector.name!r})`. {selector.paper}",
-            literal(selector.function),
+            f"`EditConfig(layer={selector.name!r})`" + (f" ({selector.paper})" if selector.paper else ""),
+            prose(selector.function),
             cost
             + (", on facts" if selector.needs_facts else "")
             + (", without outliers" if selector.fence else "")
             + (", shared by the processes of a launcher" if selector.is_shared else "")
             + ".",
             "## How",
-            literal(sys.modules[module]),
+            prose(sys.modules[module]),
             "[Golden layers](../benchmarks.md) has the figures.",
         ]
         yield f"selector-{selector.name}.md", page(parts)
@@ -107,9 +108,9 @@ def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", command
 
 
-def literal(thing: Any) -> str:
-    """Return the docstring of a function or module as a literal block, which keeps its formulas."""
-    return f"```text\n{inspect.getdoc(thing) or ''}\n```"
+def prose(thing: Any) -> str:
+    """Return the docstring of a function or module, which is Markdown, without its sections."""
+    return re.split(r"\n(?:Args|Raises|Returns|Example):\n", inspect.getdoc(thing) or "")[0].strip()
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -337,3 +337,40 @@ def test_prompts_survive_json():
 @pytest.mark.parametrize("blank", ["", "  "])
 def test_a_blank_old_answer_is_none(blank):
     assert EditRequest("The Louvre is in", "The Louvre", "Rome", blank).target_true is None
+
+
+@pytest.mark.parametrize(
+    ("message", "read"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": "Where is "}, {"type": "text", "text": "Peru?"}]}, None),
+        ({"role": "user", "content": "Where is Peru?", "refusal": None, "tool_calls": None}, None),
+        ({"role": "user", "content": "Where is Peru?", "name": "ada"}, {"name": "ada"}),
+    ],
+)
+def test_messages_are_read_as_openai_writes_them(message, read):
+    request = EditRequest(messages=[message], subject="Peru", target_new="Asia")
+    assert request.messages == ({"role": "user", "content": "Where is Peru?", **(read or {})},)
+    assert EditRequest.from_dict(request.to_dict()) == request
+
+
+def test_an_empty_system_message_replaces_that_of_a_template():
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Where is Peru?"}]
+    assert EditRequest(messages=messages, subject="Peru", target_new="Asia").messages == tuple(messages)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}, "type 'image_url'"),
+        ({"role": "user", "content": [7]}, "type 'int'"),
+        ({"role": "user", "content": "Peru", "tool_calls": [{}]}, r"\['tool_calls'\]"),
+        ({"role": "user", "content": ""}, "non-empty role and content"),
+        ({"role": "user", "content": None}, "non-empty role and content"),
+        ({"role": 3, "content": "Peru"}, "non-empty role and content"),
+        ({"role": "user", "content": "Peru", "name": 3}, "non-empty role and content"),
+        ("Peru", "role and content"),
+    ],
+)
+def test_a_message_that_is_no_text_is_refused(message, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        EditRequest(messages=[message], subject="Peru", target_new="Asia")

@@ -8,6 +8,8 @@ from typing import Any
 
 from goldenedit.layer_scores import LayerSelection
 
+_COLORS = {"other layers": "tab:blue", "chosen": "goldenrod", "outliers, never chosen": "lightgrey"}
+
 
 def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:
     """Save bar charts of the scores of layer selectors, one below the other. Chosen layers are gold.
@@ -27,14 +29,18 @@ def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str
     rows = figure.subplots(max(len(scored), 1), squeeze=False)[:, 0]
     for axes, selection in zip(rows, scored, strict=False):
         scores, is_inside = selection.score_tensor(), selection.within_fence(kappa)
-        colors = ["tab:blue" if inside else "lightgrey" for inside in is_inside.tolist()]
+        kinds = ["other layers" if inside else "outliers, never chosen" for inside in is_inside.tolist()]
         for layer in selection.layers:
-            colors[layer] = "goldenrod"
-        axes.bar(range(len(scores)), scores.nan_to_num(0.0).tolist(), color=colors)
+            kinds[layer] = "chosen"
+        values = scores.nan_to_num(0.0).tolist()
+        for kind, color in _COLORS.items():
+            if layers := [layer for layer, of_layer in enumerate(kinds) if of_layer == kind]:
+                axes.bar(layers, [values[layer] for layer in layers], color=color, label=kind)
+        axes.legend(fontsize="small")
         inside_scores = scores[is_inside]
         low, high = min(0.0, 1.1 * inside_scores.min().item()), max(0.0, 1.1 * inside_scores.max().item())
         axes.set_ylim(low, high if high > low else 1.0)
-        axes.set(xlabel="layer", ylabel=selection.selector)
+        axes.set(xlabel="layer, counted from 0", ylabel=f"score by {selection.selector}")
     figure.savefig(path, dpi=150)
 
 

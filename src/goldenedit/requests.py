@@ -209,21 +209,13 @@ class EditRequest:
             return
         if not isinstance(messages, list | tuple) or not messages:
             raise ValueError(f"EditRequest.messages must be a list of messages, got {shortened(messages)}.")
-        for message in messages:
-            if (
-                not isinstance(message, Mapping)
-                or set(message) != {"role", "content"}
-                or not all(isinstance(text, str) and text.strip() for text in message.values())
-            ):
-                raise ValueError(
-                    f"Each of EditRequest.messages must have a non-empty role and content, got {shortened(message)}."
-                )
+        messages = [_plain_message(message) for message in messages]
         if messages[-1]["role"] == "assistant":
             raise ValueError(
                 "The last of EditRequest.messages is from the assistant. End with the message before the answer, and "
                 "give the answer as target_new."
             )
-        object.__setattr__(self, "messages", tuple(dict(message) for message in messages))
+        object.__setattr__(self, "messages", tuple(messages))
 
     def _freeze_texts(self) -> None:
         for name in _TEXTS:
@@ -456,3 +448,32 @@ def proxy_facts() -> list[EditRequest]:
     """Return the packaged proxy set: the facts that layer selectors use unless the user gives others."""
     with resources.as_file(resources.files("goldenedit.data") / "proxy_facts.jsonl") as path:
         return load_requests(path)
+
+
+def _plain_message(message: Any) -> Message:
+    """Return a message with its content as one text; those of OpenAI's API may have a list of parts, and empty fields.
+
+    Raises:
+        ValueError: It has no text, or more than texts.
+    """
+    if not isinstance(message, Mapping):
+        raise ValueError(f"Each of EditRequest.messages must have a role and content, got {shortened(message)}.")
+    fields = {name: value for name, value in message.items() if value is not None}
+    content = fields.get("content")
+    if isinstance(content, list | tuple):
+        kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
+        if foreign := [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]:
+            raise ValueError(
+                f"A message of EditRequest.messages has a part of type {foreign[0]!r}. Edits read text alone."
+            )
+        fields["content"] = "".join(str(part.get("text", "")) for part in content)
+    if further := sorted(set(fields) - {"role", "content", "name"}):
+        raise ValueError(f"A message of EditRequest.messages has {further}. Give role, content and, if needed, name.")
+    may_be_empty = ("content",) if fields.get("role") == "system" else ()  # it replaces a template's own
+    for name in ("role", "content", "name"):
+        text = fields.get(name, "a" if name == "name" else None)
+        if not isinstance(text, str) or not (text.strip() or name in may_be_empty):
+            raise ValueError(
+                f"Each of EditRequest.messages must have a non-empty role and content, got {shortened(message)}."
+            )
+    return fields
