@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -72,7 +73,9 @@ def test_an_edit_shows_its_facts(edited):
 def test_a_selection_shows_each_layer(edited):
     shown = Table(edited.layer_selection._repr_html_())
     assert {str(layer) for layer in range(edited.architecture.num_layers)} <= set(shown.texts)
-    assert str(edited.layer_selection).startswith(f"Golden layer {edited.layer_selection.layers[0]}, chosen by lga")
+    assert str(edited.layer_selection).startswith(f"Layer {edited.layer_selection.layers[0]}, chosen by lga")
+    above = replace(edited.layer_selection, layers=[1, 2])
+    assert str(above).startswith("Layers 1, 2, chosen by lga, whose golden layer is 0")
 
 
 def test_an_evaluation_shows_what_a_user_sees(edited):

@@ -108,6 +108,16 @@ class LayerSelection:
         """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
         return score_tensor(self.scores)
 
+    @property
+    def highest(self) -> int | None:
+        """The layer with the highest score that may be chosen, with the default fence; None without scores.
+
+        Editors that work at several layers place them by it (`EditConfig.layer_pattern`).
+        """
+        scores = self.score_tensor()
+        passed = self.within_fence(1.0) & scores.isfinite() if len(scores) else scores
+        return int(scores.masked_fill(~passed, -math.inf).argmax()) if len(scores) and passed.any() else None
+
     def within_fence(self, kappa: float) -> Tensor:
         """Return which layers may be chosen: for LGA those that pass the Tukey filter, else those with a score."""
         record = SELECTORS.find(self.selector)
@@ -121,21 +131,26 @@ class LayerSelection:
         """Return what was chosen, from how much, and at which cost."""
         layers = ", ".join(map(str, self.layers))
         plural = "s" if len(self.layers) > 1 else ""
-        cost = f" on {self.facts} facts, in {self.cost.seconds:.1f} s" if self.facts else ""
-        return f"Golden layer{plural} {layers}, chosen by {self.selector}{cost}"
+        highest = (
+            "" if self.highest is None or [self.highest] == self.layers else f", whose golden layer is {self.highest}"
+        )
+        cost = f"; {self.facts} facts, {self.cost.seconds:.1f} s" if self.facts else ""
+        return f"Layer{plural} {layers}, chosen by {self.selector}{highest}{cost}"
 
     def _repr_html_(self) -> str:
-        """Return the scores as bars, for notebooks; the chosen layers are emphasized."""
+        """Return the scores as bars, for notebooks; the golden layer and those to edit are emphasized."""
         if self.scores is None:
             return html.table((), (), str(self))
         scores = self.score_tensor()
-        finite = scores[scores.isfinite()]
-        low, high = (min(0.0, finite.min().item()), finite.max().item()) if len(finite) else (0.0, 1.0)
+        inside = scores[self.within_fence(1.0) & scores.isfinite()]  # outliers would make all other bars short
+        low, high = (min(0.0, inside.min().item()), inside.max().item()) if len(inside) else (0.0, 1.0)
         rows = [
             (layer, "-" if score is None else f"{score:.4g}", "" if score is None else _bar(score, low, high))
             for layer, score in enumerate(self.scores)
         ]
-        return html.table(("layer", "score", ""), rows, str(self), self.layers)
+        return html.table(
+            ("layer", "score", ""), rows, str(self), [*self.layers, -1 if self.highest is None else self.highest]
+        )
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:

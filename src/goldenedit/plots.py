@@ -8,11 +8,13 @@ from typing import Any
 
 from goldenedit.layer_scores import LayerSelection
 
-_COLORS = {"other layers": "tab:blue", "chosen": "goldenrod", "outliers, never chosen": "lightgrey"}
+_COLORS = {"other layers": "tab:blue", "golden layer": "goldenrod", "outliers": "lightgrey"}
 
 
 def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:
-    """Save bar charts of the scores of layer selectors, one below the other. Chosen layers are gold.
+    """Save bar charts of the scores of layer selectors, one below the other.
+
+    The golden layer is gold, and the layers that are edited have a mark.
 
     Args:
         selections: Layer selections. Those without scores are skipped.
@@ -29,13 +31,15 @@ def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str
     rows = figure.subplots(max(len(scored), 1), squeeze=False)[:, 0]
     for axes, selection in zip(rows, scored, strict=False):
         scores, is_inside = selection.score_tensor(), selection.within_fence(kappa)
-        kinds = ["other layers" if inside else "outliers, never chosen" for inside in is_inside.tolist()]
-        for layer in selection.layers:
-            kinds[layer] = "chosen"
+        kinds = ["other layers" if inside else "outliers" for inside in is_inside.tolist()]
+        if selection.highest is not None:
+            kinds[selection.highest] = "golden layer"
         values = scores.nan_to_num(0.0).tolist()
         for kind, color in _COLORS.items():
             if layers := [layer for layer, of_layer in enumerate(kinds) if of_layer == kind]:
                 axes.bar(layers, [values[layer] for layer in layers], color=color, label=kind)
+        edited = [0.0] * len(selection.layers)
+        axes.plot(selection.layers, edited, "^", color="black", clip_on=False, label="edited")
         axes.legend(fontsize="small")
         inside_scores = scores[is_inside]
         low, high = min(0.0, 1.1 * inside_scores.min().item()), max(0.0, 1.1 * inside_scores.max().item())
