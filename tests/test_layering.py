@@ -59,6 +59,7 @@ ORDER = (
     "benchmark",
     "__init__",  # hands out the public names, which only what starts the program takes from there
     "demo",
+    "playground",
     "commands",
     "cli",
     "__main__",

@@ -17,6 +17,7 @@ from goldenedit.commands.edit import edit
 from goldenedit.commands.evaluate import compare, evaluate
 from goldenedit.commands.locate import locate
 from goldenedit.commands.plan import plan
+from goldenedit.commands.playground import playground
 from goldenedit.commands.search import search
 from goldenedit.commands.share import export, push
 from goldenedit.commands.show import editors, show
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (locate, edit, chat, evaluate, compare, show, push, search, export, editors, plan, demo):
+for _command in (locate, edit, chat, evaluate, compare, show, push, search, export, editors, plan, playground, demo):
     app.command()(_command)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(cache_app, name="cache")

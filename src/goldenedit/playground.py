@@ -1,0 +1,304 @@
+"""A page to try edits on: `goldenedit playground`, and the same app as a Space.
+
+One process serves several browser tabs with one copy of each model. The edits of a tab are adapters with names of their
+own, which are on only while this tab asks, edits or saves. So no tab sees the edits of another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock, Thread
+from typing import Any
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('The playground needs Gradio: pip install "goldenedit[playground]"') from error
+from transformers import TextIteratorStreamer
+
+from goldenedit.config import EditConfig
+from goldenedit.loading import load_model
+from goldenedit.model import EditModel, get_edit_model
+from goldenedit.packaged import PACKAGED_MODELS
+from goldenedit.storage.folder import Edit
+
+_KEPT_MODELS = 2  # in memory; the one that was used longest ago makes room
+_MOST_TOKENS = 60
+_FACT = ("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
+_QUESTIONS = ["Where is the Eiffel Tower?", "Who designed the Eiffel Tower?", "Where is the Louvre?"]
+_CLOSED = "Nothing is edited yet."
+_PROGRESS = gr.Progress(track_tqdm=True)
+
+
+@dataclass
+class Tab:
+    """What belongs to one browser tab.
+
+    Attributes:
+        key: Tells its edits from those of other tabs.
+        model: The name of its model.
+        edits: The names of its edits, in the order they were made, and whether each is on.
+    """
+
+    key: str = ""
+    model: str = ""
+    edits: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def on(self) -> list[str]:
+        """The names of the edits that are on."""
+        return [name for name, is_on in self.edits.items() if is_on]
+
+
+@dataclass
+class Served:
+    """A model that tabs share, one after another."""
+
+    model: EditModel
+    lock: RLock = field(default_factory=RLock)
+
+    @contextmanager
+    def of(self, tab: Tab) -> Iterator[EditModel]:
+        """Have exactly the active edits of a tab on inside this context, while other tabs wait."""
+        with self.lock:
+            self.model.set_adapter([name for name in tab.on if name in self.model.edits])
+            try:
+                yield self.model
+            finally:
+                self.model.set_adapter([])
+
+
+class Playground:
+    """The models that are served, and what each button does."""
+
+    def __init__(self, config: EditConfig | None = None) -> None:
+        self.config = config or EditConfig(layer="lga")
+        self._served: OrderedDict[str, Served] = OrderedDict()
+        self._lock = RLock()
+
+    def served(self, name: str) -> Served:
+        """Return a model, loaded and with its golden layer found on first use."""
+        with self._lock:
+            if name not in self._served:
+                base, tokenizer = load_model(name)
+                self._served[name] = Served(get_edit_model(base, self.config, tokenizer))
+                while len(self._served) > _KEPT_MODELS:
+                    self._served.popitem(last=False)
+            self._served.move_to_end(name)
+            return self._served[name]
+
+    def choose(self, name: str, tab: Tab) -> Tab:
+        """Load a model for a tab, whose edits of another model are deleted."""
+        if not name.strip():
+            raise gr.Error("Name a model: one on the Hub, a folder, or a packaged one.")
+        self.served(name.strip())
+        if tab.model != name.strip():
+            self.close(tab)
+            return Tab(secrets.token_hex(3), name.strip())
+        return tab
+
+    def edit(self, tab: Tab, prompt: str, subject: str, target: str) -> Edit:
+        """Make an edit in a tab, and ask the model before and after it."""
+        served = self.served(tab.model)
+        with served.of(tab) as model:
+            name = f"edit_{len(tab.edits) + 1}-{tab.key}"
+            edit = model.edit(prompt, subject=subject, target_new=target, name=name, verify=True)
+            tab.edits[name] = True
+        return edit
+
+    def answers(self, tab: Tab, question: str, in_chat: bool) -> Iterator[tuple[str, str]]:
+        """Yield what the base model and the edited model write, while they write it."""
+        served = self.served(tab.model)
+        with served.of(tab) as model:
+            base = ""
+            with model.disable_adapter():
+                for base in _stream(model, question, in_chat):
+                    yield base, ""
+            for edited in _stream(model, question, in_chat):
+                yield base, edited
+
+    def switch(self, tab: Tab, on: Sequence[str]) -> None:
+        """Switch the edits of a tab."""
+        tab.edits = {name: name in on for name in tab.edits}
+
+    def undo(self, tab: Tab) -> None:
+        """Delete the last edit of a tab."""
+        if not tab.edits:
+            raise gr.Error("There is no edit to take back.")
+        name = list(tab.edits)[-1]
+        served = self.served(tab.model)
+        with served.lock:
+            if name in served.model.edits:
+                served.model.delete_adapter(name)
+        del tab.edits[name]
+
+    def saved(self, tab: Tab) -> str:
+        """Return an archive of an edit folder with the edits of a tab that are on."""
+        if not tab.on:
+            raise gr.Error("There is nothing to save: no edit is on.")
+        scratch = Path(tempfile.mkdtemp(prefix="goldenedit-"))
+        with self.served(tab.model).of(tab) as model:
+            model.save_pretrained(scratch / "edit")
+        return shutil.make_archive(str(scratch / "edit"), "zip", scratch / "edit")
+
+    def push(self, tab: Tab, repository: str) -> str:
+        """Share the edits of a tab that are on, and return where they are."""
+        if not tab.on:
+            raise gr.Error("There is nothing to share: no edit is on.")
+        with self.served(tab.model).of(tab) as model:
+            return str(model.push_to_hub(repository.strip()))
+
+    def close(self, tab: Tab) -> None:
+        """Delete the edits of a tab that was closed."""
+        with self._lock:
+            served = self._served.get(tab.model)
+        if served is None:
+            return
+        with served.lock:
+            for name in reversed(tab.edits):
+                if name in served.model.edits:
+                    served.model.delete_adapter(name)
+
+
+def _stream(model: EditModel, question: str, in_chat: bool) -> Iterator[str]:
+    """Yield the text that a model writes, longer each time."""
+    tokenizer = model.tokenizer
+    if in_chat:
+        messages = [{"role": "user", "content": question}]
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    else:
+        inputs = tokenizer(question, return_tensors="pt")
+    streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options = {"max_new_tokens": _MOST_TOKENS, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    writer = Thread(target=model.generate, kwargs={**inputs.to(model.device), **options, "streamer": streamer})
+    writer.start()
+    text = ""
+    for piece in streamer:
+        text += piece
+        yield text
+    writer.join()
+
+
+def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the errors of a handler as messages on the page."""
+
+    @functools.wraps(handler)  # Gradio reads the signature
+    def run(*values: Any, **options: Any) -> Any:
+        try:
+            return handler(*values, **options)
+        except (ValueError, OSError, KeyError) as error:
+            raise gr.Error(str(error), duration=None) from error
+
+    return run
+
+
+class _Handlers:
+    """What the buttons of the page call, with the values of its parts."""
+
+    def __init__(self, playground: Playground) -> None:
+        self.play = playground
+
+    @_told
+    def choose(self, name: str, tab: Tab, progress: Any = _PROGRESS) -> Any:
+        progress(0, desc="Loading the model, and finding its golden layer")
+        tab = self.play.choose(name, tab)
+        model = self.play.served(tab.model).model
+        can_chat = bool(model.tokenizer.chat_template)
+        shown = "" if model.layer_selection is None else model.layer_selection._repr_html_()
+        chat = gr.Checkbox(value=can_chat, interactive=can_chat)
+        return tab, shown, self.listed(tab), chat, gr.Button(interactive=True)
+
+    @_told
+    def edit(self, tab: Tab, prompt: str, subject: str, target: str, progress: Any = _PROGRESS) -> Any:
+        progress(0, desc="Editing")
+        made = self.play.edit(tab, prompt, subject, target)
+        return tab, made._repr_html_(), self.listed(tab)
+
+    def ask(self, tab: Tab, question: str, in_chat: bool) -> Iterator[tuple[str, str]]:
+        if not tab.model:
+            raise gr.Error("Load a model first.")
+        yield from self.play.answers(tab, question, in_chat)
+
+    def switch(self, tab: Tab, on: list[str]) -> Tab:
+        self.play.switch(tab, on)
+        return tab
+
+    @_told
+    def undo(self, tab: Tab) -> Any:
+        self.play.undo(tab)
+        return tab, "" if tab.edits else _CLOSED, self.listed(tab)
+
+    @_told
+    def save(self, tab: Tab) -> str:
+        return self.play.saved(tab)
+
+    @_told
+    def push(self, tab: Tab, repository: str) -> str:
+        return self.play.push(tab, repository)
+
+    def listed(self, tab: Tab) -> Any:
+        """Return the boxes by which the edits of a tab are switched."""
+        edits = self.play.served(tab.model).model.edits
+        facts = {name: edits[name].facts[0] for name in tab.edits}
+        labels = {
+            name: f"{fact.request.subject}: {fact.request.target_new} ({fact.outcome})" for name, fact in facts.items()
+        }
+        return gr.CheckboxGroup(choices=[(label, name) for name, label in labels.items()], value=tab.on)
+
+
+def build(model: str = "smollm2", playground: Playground | None = None) -> gr.Blocks:
+    """Return the page, which begins with a model."""
+    play = playground or Playground()
+    on = _Handlers(play)
+    names = list(dict.fromkeys([model, *PACKAGED_MODELS]))
+    with gr.Blocks(title="goldenedit playground", analytics_enabled=False) as page:
+        tab = gr.State(Tab(), time_to_live=3600, delete_callback=play.close)
+        gr.Markdown("# goldenedit playground\nChange one fact in a language model, and see what else moves.")
+        with gr.Row():
+            with gr.Column():
+                name = gr.Dropdown(names, value=model, allow_custom_value=True, label="Model")
+                load = gr.Button("Load", elem_id="load")
+                with gr.Accordion("Layer scores", open=False):
+                    scores = gr.HTML()
+                prompt = gr.Textbox(_FACT[0], label="Prompt, which the answer completes", elem_id="prompt")
+                subject = gr.Textbox(_FACT[1], label="Subject, as the prompt spells it", elem_id="subject")
+                target = gr.Textbox(_FACT[2], label="New answer", elem_id="target")
+                edit = gr.Button("Edit", variant="primary", interactive=False, elem_id="edit")
+                edits = gr.CheckboxGroup([], label="Edits that are on", elem_id="edits")
+                undo = gr.Button("Undo the last edit", elem_id="undo")
+            with gr.Column():
+                question = gr.Textbox(_QUESTIONS[0], label="Ask both models", elem_id="question")
+                in_chat = gr.Checkbox(True, label="As a message in a chat")
+                gr.Examples(_QUESTIONS, question)
+                ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                base = gr.Textbox(label="Base model", lines=4, interactive=False, elem_id="base")
+                edited = gr.Textbox(label="Edited model", lines=4, interactive=False, elem_id="edited")
+                with gr.Accordion("What the last edit changed", open=True):
+                    moved = gr.HTML(_CLOSED, elem_id="moved")
+                save = gr.Button("Make a download", elem_id="save")
+                archive = gr.File(label="Edit folder", interactive=False, elem_id="archive")
+                repository = gr.Textbox(label="Repository on the Hub, as organization/name")
+                push = gr.Button("Push", elem_id="push")
+                where = gr.Markdown()
+        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit])
+        edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits])
+        gr.on([ask.click, question.submit], on.ask, [tab, question, in_chat], [base, edited])
+        edits.input(on.switch, [tab, edits], [tab])
+        undo.click(on.undo, [tab], [tab, moved, edits])
+        save.click(on.save, [tab], [archive])
+        push.click(on.push, [tab, repository], [where])
+    return page
+
+
+def theme() -> gr.Theme:
+    """Return the look of the page, whose fonts are the system's: nothing is fetched from elsewhere."""
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
