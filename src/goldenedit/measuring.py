@@ -31,6 +31,7 @@ from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import greedy
 from goldenedit.requests import EditRequest, Facts, as_requests
 from goldenedit.storage.folder import Edit
+from goldenedit.threads import alone
 
 _VERIFIED_NEIGHBORS = 5
 _CONTROL = "_control"  # name of the adapter with a random change, unless an edit has it
@@ -60,6 +61,7 @@ class MeasuringMixin:
 
         def _without(self, name: str) -> AbstractContextManager[None]: ...
 
+    @alone
     @outside_inference_mode()
     def evaluate(
         self,
@@ -140,6 +142,7 @@ class MeasuringMixin:
         self._evaluations[active] = {**about, **evaluation.to_dict(), "texts": texts, **general}
         return evaluation
 
+    @alone
     @outside_inference_mode()
     def evaluate_general(
         self,

@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit import html
@@ -51,6 +52,7 @@ from goldenedit.storage.fingerprint import weight_hashes
 from goldenedit.storage.folder import BaseModel, Edit, joined, joined_state
 from goldenedit.storage.hub import cached_commit
 from goldenedit.storing import StoringMixin
+from goldenedit.threads import ModelLock, alone
 from goldenedit.versions import library_versions
 from goldenedit.wrapping import check_arguments, check_editable_model
 
@@ -113,6 +115,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        self.threads = ModelLock()
         check_arguments(model, edit_config, tokenizer)
         # Edits go into what was compiled.
         model = check_editable_model(extract_model_from_parallel(model, keep_torch_compile=False))
@@ -187,6 +190,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     # ------------------------------------------------------------------ editing
 
+    @alone
     @outside_inference_mode()
     def select_layer(self) -> int | list[int]:
         """Run the config's layer selector, and fill `edit_config.target_layer` and `.layer_scores`."""
@@ -201,6 +205,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         layers = self.edit_config.target_layers
         return layers[0] if len(layers) == 1 else layers
 
+    @alone
     @outside_inference_mode()
     def edit(
         self,
@@ -346,6 +351,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         """PEFT's config of each edit, and of each adapter that is not an edit."""
         return self.adapters.configs
 
+    @alone
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Switch on exactly these edits: one name, or a list of edits to stack.
 
@@ -360,6 +366,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         self.adapters.select(names)
         self._warn_of_missing_markers([self.edits[name] for name in names if name in self.edits])
 
+    @alone
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an edit, or a plain adapter that was loaded. The others stay switched on or off as they are.
 
@@ -378,21 +385,33 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Switch all edits off inside this context. The logits are exactly those of the model that was wrapped."""
-        with self.adapters.disabled():
-            yield
+        """Switch all edits off inside this context. The logits are exactly those of the model that was wrapped.
 
+        They are off for all threads that run the model.
+        """
+        with ExitStack() as stack:
+            with self.threads.changing():
+                stack.enter_context(self.adapters.disabled())
+            try:
+                yield
+            finally:
+                with self.threads.changing():
+                    stack.close()
+
+    @alone
     def disable_adapter_layers(self) -> None:
         """Switch all edits off until `enable_adapter_layers`. A new edit is on."""
         self._switched_off = [*(self._switched_off or []), *self.active_adapters]
         self.adapters.activate([])
 
+    @alone
     def enable_adapter_layers(self) -> None:
         """Switch on again the edits that `disable_adapter_layers` switched off."""
         names = [name for name in self._switched_off or [] if name in self.edits]
         self.adapters.activate([*names, *(name for name in self.active_adapters if name not in names)])
         self._switched_off = None
 
+    @alone
     @outside_inference_mode()
     def add_weighted_adapter(
         self,
@@ -445,6 +464,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         error = max(part.relative_error for part in parts)
         self.edits[adapter_name] = replace(edit, deltas=self.adapters.read(adapter_name), relative_error=error)
 
+    @alone
     @outside_inference_mode()
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
         """Write the active edits, and the user's active adapters, into the weights and return the plain model.
@@ -469,6 +489,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         self._see_model()
         return merged
 
+    @alone
     def unload(self) -> PreTrainedModel | PeftModel:
         """Drop all edits and return the model that was wrapped, as it was."""
         self.adapters.clear()
@@ -519,13 +540,18 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with the active edits."""
-        self.adapters.ensure()
-        return self.model(*args, **kwargs)
+        if is_compiling():  # locks cannot be traced
+            self.adapters.ensure()
+            return self.model(*args, **kwargs)
+        with self.threads.running():
+            self.adapters.ensure()
+            return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active edits."""
-        self.adapters.ensure()
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        with self.threads.running():
+            self.adapters.ensure()
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
         try:

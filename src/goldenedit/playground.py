@@ -284,11 +284,12 @@ def build(model: str = "smollm2", playground: Playground | None = None) -> gr.Bl
                 edited = gr.Textbox(label="Edited model", lines=4, interactive=False, elem_id="edited")
                 with gr.Accordion("What the last edit changed", open=True):
                     moved = gr.HTML(_CLOSED, elem_id="moved")
-                save = gr.Button("Make a download", elem_id="save")
-                archive = gr.File(label="Edit folder", interactive=False, elem_id="archive")
-                repository = gr.Textbox(label="Repository on the Hub, as organization/name")
-                push = gr.Button("Push", elem_id="push")
-                where = gr.Markdown()
+                with gr.Accordion("Save or share the edits that are on", open=False):
+                    save = gr.Button("Make a download", elem_id="save")
+                    archive = gr.File(label="Edit folder", interactive=False, elem_id="archive", height=100)
+                    repository = gr.Textbox(label="Repository on the Hub, as organization/name")
+                    push = gr.Button("Push", elem_id="push")
+                    where = gr.Markdown()
         load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit])
         edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits])
         gr.on([ask.click, question.submit], on.ask, [tab, question, in_chat], [base, edited])

@@ -20,6 +20,7 @@ from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint
 from goldenedit.storage.folder import CARD, EDIT_FILES, BaseModel, EditFolder, write_edit_folder
 from goldenedit.storage.hub import is_on_hub, make_repo, push_folder, push_golden_layers, root_files
+from goldenedit.threads import alone
 from goldenedit.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class SharingMixin:
                 token=token,
             )
 
+    @alone
     def push_merged_to_hub(
         self,
         repo_id: str,
@@ -118,6 +120,7 @@ class SharingMixin:
                 token=token,
             )
 
+    @alone
     def save_merged(self, save_directory: str | os.PathLike[str]) -> None:
         """Save an edited checkpoint: weights with the active edits merged into them, tokenizer, facts and card.
 

@@ -35,6 +35,7 @@ from goldenedit.storage.folder import (
 )
 from goldenedit.storage.hub import DownloadOptions, find_adapter, find_folder, is_on_hub
 from goldenedit.storage.reading import is_plain_adapter, read_edit_folder
+from goldenedit.threads import alone
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class StoringMixin:
 
         def _only(self, names: Sequence[str]) -> AbstractContextManager[None]: ...
 
+    @alone
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: str | list[str] | None = None
     ) -> None:
@@ -174,6 +176,7 @@ class StoringMixin:
         edit_model.set_adapter(list(edit_model.edits))
         return edit_model
 
+    @alone
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],

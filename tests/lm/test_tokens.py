@@ -20,10 +20,12 @@ from goldenedit.lm.tokens import (
     encode_request,
     pad,
     padding_id,
+    prompt_tokens,
     target_ids,
     with_answer,
 )
 from goldenedit.requests import Answer, ChatText, EditRequest
+from models import tiny_tokenizer
 
 
 class SlowTokenizer(PreTrainedTokenizer):
@@ -294,3 +296,35 @@ def test_padding_takes_the_first_token_that_there_is(pad_id, eos, unk, expected)
 )
 def test_context_length_is_what_the_config_says(config, length):
     assert context_length(SimpleNamespace(**config)) == length
+
+
+@pytest.fixture
+def beginning():
+    """A tokenizer that begins each text with a token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<eos>"
+    begin = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    return tokenizer
+
+
+@pytest.mark.parametrize("context", ["", "Hello. "])
+def test_a_text_that_begins_by_itself_gets_no_second_beginning(beginning, context):
+    plain = EditRequest("Rome is in", "Rome", "Spain")
+    rendered = EditRequest("<eos>Rome is in", "Rome", "Spain")
+    assert beginning("<eos>Rome")["input_ids"][:2] == [beginning.eos_token_id] * 2
+    assert encode(beginning, "<eos>Rome is in") == encode(beginning, "Rome is in")
+    one, other = (encode_request(beginning, request, "Spain", context) for request in (plain, rendered))
+    assert one == other
+    assert prompt_tokens(beginning, "<eos>Rome is in") == prompt_tokens(beginning, "Rome is in")
+
+
+def test_a_context_gives_way_where_a_request_fits_without_it(tokenizer):
+    request = EditRequest("Rome is in", "Rome", "Spain")
+    alone = encode_request(tokenizer, request, "Spain")
+    for room in range(12):
+        row = encode_request(tokenizer, request, "Spain", "a b c d e f. ", len(alone.input_ids) + room)
+        assert len(row.input_ids) <= len(alone.input_ids) + room
+        assert tokenizer.decode(row.input_ids).endswith("Rome is in Spain")
+    with pytest.raises(ValueError, match=r"'Rome is in' and its answer have \d+ tokens"):
+        encode_request(tokenizer, request, "Spain", "a b c d e f. ", len(alone.input_ids) - 1)

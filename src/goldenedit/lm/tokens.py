@@ -67,6 +67,10 @@ def _joint(prompt: str, answer: str) -> str:
     return joint_of(prompt, answer)
 
 
+class TooLongError(ValueError):
+    """A text has more tokens than the model takes."""
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -83,14 +87,15 @@ def encode(
         max_length: Largest number of tokens that the model takes.
 
     Raises:
-        ValueError: The answer has no tokens of its own, the row is too long, or the subject has no token.
+        TooLongError: The row is longer than `max_length`.
+        ValueError: The answer has no tokens of its own, or the subject has no token.
     """
     text = prompt if answer is None else with_answer(prompt, answer)
     ids, spans = _tokens_with_spans(tokenizer, text)
     if answer is not None and any(start < len(prompt.rstrip()) and end > len(prompt) for start, end in spans):
         ids, spans = _apart(tokenizer, prompt, text, ids)
     if max_length is not None and len(ids) > max_length:
-        raise ValueError(
+        raise TooLongError(
             f"{prompt!r} and its answer have {len(ids)} tokens, but the model takes {max_length}. Shorten them."
         )
     subject = -1
@@ -126,16 +131,29 @@ def encode_request(
     Raises:
         ValueError: See `encode`.
     """
-    prompt = request.text
+    prompt, start = request.text, 0
     if answer is not None:  # fixed before the context is added, which may open a quotation
         end = prompt.end if ends and isinstance(prompt, ChatText) else ""
         answer = Answer(answer + end, _joint(prompt, answer))
     if isinstance(prompt, ChatText):
         start = prompt.context_start
-        prompt = ChatText(prompt[:start] + context + prompt[start:], prompt.joint)
-    else:
-        prompt = context + prompt
-    return encode(tokenizer, prompt, answer, len(context) + request.subject_end, max_length)
+    elif begins_by_itself(tokenizer, prompt):
+        start = len(str(tokenizer.bos_token))
+    while True:
+        text = prompt[:start] + context + prompt[start:]
+        if isinstance(prompt, ChatText):
+            text = ChatText(text, prompt.joint)
+        try:
+            return encode(tokenizer, text, answer, len(context) + request.subject_end, max_length)
+        except TooLongError:
+            if not context:
+                raise
+            context = context.partition(" ")[2]  # the request fits, or says so itself: the context gives way
+
+
+def begins_by_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a text has the token that begins texts already, as the output of a chat template does."""
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -185,7 +203,7 @@ def _touching(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[in
 
 def _tokens_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the tokens of `text` and the characters `(start, end)` each covers; an added special token covers none."""
-    chat = isinstance(text, ChatText)  # its text contains the special tokens
+    chat = isinstance(text, ChatText) or begins_by_itself(tokenizer, text)  # the text contains the special tokens
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
         return list(encoding["input_ids"]), [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
