@@ -457,7 +457,9 @@ def _plain_message(message: Any) -> Message:
         ValueError: It has no text, or more than texts.
     """
     if not isinstance(message, Mapping):
-        raise ValueError(f"Each of EditRequest.messages must have a role and content, got {shortened(message)}.")
+        raise ValueError(
+            f"Each of EditRequest.messages must have a non-empty role and content, got {shortened(message)}."
+        )
     fields = {name: value for name, value in message.items() if value is not None}
     content = fields.get("content")
     if isinstance(content, list | tuple):
