@@ -36,13 +36,13 @@ from goldenedit.editing.calls import (
     warn_of_lost_facts,
     without_marker,
 )
+from goldenedit.editing.failures import check_tokens, explained
 from goldenedit.editing.prepared import check_editable
 from goldenedit.editors import LowRankDelta
 from goldenedit.layer_selection import LayerSelection, proxy_hash, proxy_set, select_layer
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.tokenizer import tokenizer_of
-from goldenedit.lm.tokens import encode_request
 from goldenedit.measuring import MeasuringMixin
 from goldenedit.requests import Facts, Message
 from goldenedit.sequences import SequencesMixin
@@ -123,16 +123,17 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         base = self.adapters.base
         self.edit_config = copy.deepcopy(edit_config)
         self.tokenizer = tokenizer if tokenizer is not None else tokenizer_of(base)
-        with plain(base):
+        with plain(base), explained(base):
+            check_tokens(self.tokenizer, base)
             self.architecture: Architecture = read_architecture(base, edit_config.target_modules)
+            for layer in edit_config.target_layers:
+                self.architecture.check_layer(layer)
             self.base_info = BaseModel(
                 name_or_path=base.name_or_path or type(base).__name__,
                 revision=cached_commit(str(base.name_or_path)),
                 architecture=type(base).__name__,
                 **vars(weight_hashes(base)),
             )
-        for layer in edit_config.target_layers:
-            self.architecture.check_layer(layer)
         # PEFT names fused experts as parameters. If some layers have them, edits of all layers are named so, to stack.
         self.adapters.by_parameter = bool(self.architecture.experts)
         self.adapters.base_name = self.base_info.name_or_path
@@ -198,7 +199,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         with self.disable_adapter():
             if len(self.architecture.experts) == len(self.architecture.down_projections):  # any layer is one of these
                 check_editable(self.lm, self.edit_config, list(self.architecture.experts)[:1])
-            with phase("layer selection"):
+            with phase("layer selection"), explained(self.adapters.base):
                 self.layer_selection = select_layer(self.lm, self.edit_config)
         if self.edit_config.is_scored:
             self._proxy_hash = proxy_hash(proxy_set(self.edit_config))
@@ -256,10 +257,9 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
             raise ValueError(f"Edit {into!r} is switched off. Switch it on (set_adapter) to edit into it.")
         name = self._new_name(None if grows else into or name)
         self._see_model()
-        for request in asked:  # a request that cannot be tokenized raises before anything takes time
-            encode_request(
-                self.tokenizer, rendered(self.tokenizer, request), request.target_new, max_length=self.lm.max_length
-            )
+        # A request that cannot be tokenized raises before anything takes time.
+        texts = [rendered(self.tokenizer, request) for request in asked]
+        check_tokens(self.tokenizer, self.adapters.base, texts, self.lm.max_length)
         if not self.edit_config.target_layers:
             self.select_layer()
         for layer in self.edit_config.target_layers:  # the config may have been changed since the model was wrapped
@@ -270,16 +270,17 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         remembered = joined_state(active)
         carried = [edit.deltas for edit in self.edits.values()]
         earlier = facts_to_keep(active, asked, with_failed=config.editor.learns == "training")
-        changes = changes_of_batch(
-            self.lm,
-            asked,
-            config,
-            remembered,
-            self.disable_adapter,
-            earlier,
-            carried,
-            [edit.deltas for edit in active],
-        )
+        with explained(self.adapters.base, self.lm, texts, config.target_layers):
+            changes = changes_of_batch(
+                self.lm,
+                asked,
+                config,
+                remembered,
+                self.disable_adapter,
+                earlier,
+                carried,
+                [edit.deltas for edit in active],
+            )
         config.covariance_tokens = self.lm.text_tokens(config)  # of this model, so that the edit can be made again
         contexts = self.contexts_hash(config) if config.editor.learns == "values" else None
         with self._adding({name: changes.deltas}):
