@@ -87,8 +87,8 @@ def command_line() -> str:
         arguments = " ".join(p.name.upper() for p in command.params if p.param_type_name == "argument")
         rows = [
             [
-                f"`{' '.join(parameter.opts)}`",
-                "" if parameter.default in (None, False, ()) else f"`{parameter.default}`",
+                ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts)),
+                "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`",
                 parameter.help or "",
             ]
             for parameter in command.params

@@ -2,4 +2,4 @@
 
 from goldenedit.playground import build, theme
 
-build("HuggingFaceTB/SmolLM2-135M-Instruct").queue().launch(theme=theme())
+build("HuggingFaceTB/SmolLM2-135M-Instruct", public=True).queue().launch(theme=theme())

@@ -10,6 +10,7 @@ import pytest
 import goldenedit
 from goldenedit import EditConfig, EditModel, EditRequest
 from goldenedit.html import Bar, table
+from goldenedit.layer_scores import LayerSelection
 from models import tiny_model, tiny_tokenizer
 from tiny_edits import TOWER, fast_config
 
@@ -76,6 +77,17 @@ def test_a_selection_shows_each_layer(edited):
     assert str(edited.layer_selection).startswith(f"Layer {edited.layer_selection.layers[0]}, chosen by lga")
     above = replace(edited.layer_selection, layers=[1, 2])
     assert str(above).startswith("Layers 1, 2, chosen by lga, whose golden layer is 0")
+
+
+def test_a_golden_layer_is_told_by_the_fence_that_chose_it():
+    scores = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 100.0]
+    wide = LayerSelection("lga", scores, [7])
+    assert str(wide) == "Layer 7, chosen by lga"
+    assert (wide.golden(), wide.golden(100.0)) == (6, 7)
+    nothing = LayerSelection("lga", [None, None], [0, 1])
+    assert nothing.golden() is None
+    assert str(nothing) == "Layers 0, 1, chosen by lga"
+    assert "table" in nothing._repr_html_()
 
 
 def test_an_evaluation_shows_what_a_user_sees(edited):

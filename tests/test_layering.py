@@ -156,3 +156,9 @@ def test_imports_for_typing_make_no_circle(tmp_path):
     source = written(tmp_path, {"low/__init__.py": "", "low/maths.py": typed, "high.py": "from made.low import maths"})
     assert [str(edge) for edge in imports_at_run_time(source)] == ["made.high:1 -> made.low.maths"]
     assert Import("made.low.maths", "made.high", 3, "typing") in imports_of(source)
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by these names alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))

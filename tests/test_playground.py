@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio
 import pytest
@@ -75,6 +77,63 @@ def test_text_comes_while_it_is_written(play, base):
     pairs = list(play.answers(play.choose(base, Tab()), "Where is it?", True))
     assert len(pairs) > 4
     assert all(later[0].startswith(earlier[0]) for earlier, later in itertools.pairwise(pairs))
+
+
+def test_an_answer_that_nobody_reads_any_more_frees_the_model(play, base):
+    one, other = play.choose(base, Tab()), play.choose(base, Tab())
+    play.edit(one, *FACT)
+    answers = play.answers(one, FACT[0], False)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(next, answers).result(timeout=60)
+    closing = threading.Thread(target=answers.close)  # as a server does when a page is closed
+    closing.start()
+    closing.join(timeout=60)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(last, play.answers(other, FACT[0], False)).result(timeout=60)
+
+
+def test_steps_of_two_answers_in_one_thread_keep_the_tabs_apart(play, base):
+    one, other = play.choose(base, Tab()), play.choose(base, Tab())
+    play.edit(one, *FACT)
+    expected = [last(play.answers(tab, FACT[0], False)) for tab in (one, other)]
+    both = [play.answers(tab, FACT[0], False) for tab in (one, other)]
+    steps = [next(both[0]), next(both[0])]
+    assert [last(both[0]), last(both[1])] == expected
+    assert steps
+
+
+def test_a_question_that_cannot_be_asked_is_an_error_and_frees_the_model(play, base, monkeypatch):
+    tab = play.choose(base, Tab())
+    for question, complaint in (("", "empty"), ("Where is it? " * 1000, "Shorten")):
+        with pytest.raises(ValueError, match=complaint):
+            last(play.answers(tab, question, False))
+    with monkeypatch.context() as patch:
+        patch.setattr(play.served(base).model.model, "generate", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            last(play.answers(tab, "Where?", False))
+    assert last(play.answers(tab, "Where?", False))
+
+
+def test_a_model_with_edits_makes_no_room_for_others(play, base, tmp_path):
+    tab = play.choose(base, Tab())
+    play.edit(tab, *FACT)
+    for name in ("second", "third", "fourth"):
+        save_tiny_chat_model(str(tmp_path / name))
+        play.choose(str(tmp_path / name), Tab())
+    assert play.served(base).model.edits
+    assert len(play._served) == 2
+    play.undo(tab)
+
+
+def test_strangers_choose_from_a_list_and_push_nothing(base, tmp_path):
+    play = Playground(models=[base])
+    with pytest.raises(gradio.Error, match="Choose one of"):
+        play.choose(str(tmp_path), Tab())
+    labels = {
+        public: {block.value for block in build(base, play, public).blocks.values() if isinstance(block, gradio.Button)}
+        for public in (True, False)
+    }
+    assert labels[False] - labels[True] == {"Push"}
 
 
 def test_what_is_on_is_saved(play, base, tmp_path):

@@ -343,7 +343,7 @@ def test_a_blank_old_answer_is_none(blank):
     ("message", "read"),
     [
         ({"role": "user", "content": [{"type": "text", "text": "Where is "}, {"type": "text", "text": "Peru?"}]}, None),
-        ({"role": "user", "content": "Where is Peru?", "refusal": None, "tool_calls": None}, None),
+        ({"role": "user", "content": "Where is Peru?", "refusal": None, "tool_calls": None, "annotations": []}, None),
         ({"role": "user", "content": "Where is Peru?", "name": "ada"}, {"name": "ada"}),
     ],
 )
@@ -363,6 +363,8 @@ def test_an_empty_system_message_replaces_that_of_a_template():
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}, "type 'image_url'"),
         ({"role": "user", "content": [7]}, "type 'int'"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "has no text"),
+        ({"role": "user", "content": [{"type": "text", "text": {"value": "Peru"}}]}, "has no text"),
         ({"role": "user", "content": "Peru", "tool_calls": [{}]}, r"\['tool_calls'\]"),
         ({"role": "user", "content": ""}, "non-empty role and content"),
         ({"role": "user", "content": None}, "non-empty role and content"),

@@ -107,6 +107,15 @@ def test_readers_see_the_model_before_or_behind_an_edit_and_nothing_between(toke
     assert all(any(same(one, state) for state in states) for one in seen)
 
 
+def test_what_is_shared_is_the_model_before_or_after_an_edit(tokenizer, hub):
+    model = EditModel(tiny_model("llama"), fast_config(layer=1), tokenizer)
+    model.edit(TOWER)
+    with ThreadPoolExecutor(2) as pool:
+        pushed = pool.submit(model.push_to_hub, "tester/edit")
+        model.edit(MERKEL)
+        assert pushed.result(timeout=60)
+
+
 def test_several_threads_edit_one_model_one_after_another(tokenizer):
     model = EditModel(tiny_model("llama"), fast_config(layer=1), tokenizer)
     with ThreadPoolExecutor(4) as pool:

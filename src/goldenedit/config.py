@@ -45,8 +45,7 @@ def _described(cls: type[Config]) -> type[Config]:
     """Add the help of each option to the docstring of a config, which `help()` shows."""
     lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:"]
     for entry in fields(cls):  # type: ignore[arg-type]
-        default = "" if entry.default is MISSING else f" Default: {entry.default!r}."
-        lines.append(f"    {entry.name}: {entry.metadata.get('help', '')}{default}")
+        lines.append(f"    {entry.name}: {entry.metadata.get('help', '')} Default: {default_of(entry, True)!r}.")
     cls.__doc__ = "\n".join(lines) + "\n"
     return cls
 

@@ -108,15 +108,19 @@ class LayerSelection:
         """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
         return score_tensor(self.scores)
 
-    @property
-    def highest(self) -> int | None:
-        """The layer with the highest score that may be chosen, with the default fence; None without scores.
+    def golden(self, kappa: float = 1.0) -> int | None:
+        """Return the layer with the highest score that may be chosen; None without finite scores.
 
         Editors that work at several layers place them by it (`EditConfig.layer_pattern`).
+
+        Args:
+            kappa: `EditConfig.tukey_kappa`, with which the layers were selected.
         """
         scores = self.score_tensor()
-        passed = self.within_fence(1.0) & scores.isfinite() if len(scores) else scores
-        return int(scores.masked_fill(~passed, -math.inf).argmax()) if len(scores) and passed.any() else None
+        if not scores.isfinite().any():
+            return None
+        passed = self.within_fence(kappa) & scores.isfinite()
+        return int(scores.masked_fill(~passed, -math.inf).argmax()) if passed.any() else None
 
     def within_fence(self, kappa: float) -> Tensor:
         """Return which layers may be chosen: for LGA those that pass the Tukey filter, else those with a score."""
@@ -131,9 +135,8 @@ class LayerSelection:
         """Return what was chosen, from how much, and at which cost."""
         layers = ", ".join(map(str, self.layers))
         plural = "s" if len(self.layers) > 1 else ""
-        highest = (
-            "" if self.highest is None or [self.highest] == self.layers else f", whose golden layer is {self.highest}"
-        )
+        golden = self.golden() if len(self.layers) > 1 else None  # one layer is the golden one, whatever the fence
+        highest = "" if golden is None else f", whose golden layer is {golden}"
         cost = f"; {self.facts} facts, {self.cost.seconds:.1f} s" if self.facts else ""
         return f"Layer{plural} {layers}, chosen by {self.selector}{highest}{cost}"
 
@@ -142,15 +145,16 @@ class LayerSelection:
         if self.scores is None:
             return html.table((), (), str(self))
         scores = self.score_tensor()
-        inside = scores[self.within_fence(1.0) & scores.isfinite()]  # outliers would make all other bars short
-        low, high = (min(0.0, inside.min().item()), inside.max().item()) if len(inside) else (0.0, 1.0)
+        low, high = 0.0, 1.0
+        if (golden := self.golden()) is not None:  # outliers would make all other bars short
+            inside = scores[self.within_fence(1.0) & scores.isfinite()]
+            low, high = min(0.0, inside.min().item()), inside.max().item()
+        emphasized = self.layers if golden is None or len(self.layers) < 2 else [*self.layers, golden]
         rows = [
             (layer, "-" if score is None else f"{score:.4g}", "" if score is None else _bar(score, low, high))
             for layer, score in enumerate(self.scores)
         ]
-        return html.table(
-            ("layer", "score", ""), rows, str(self), [*self.layers, -1 if self.highest is None else self.highest]
-        )
+        return html.table(("layer", "score", ""), rows, str(self), emphasized)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:

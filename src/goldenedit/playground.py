@@ -15,26 +15,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock, Thread
+from queue import Queue
+from threading import Event, RLock, Thread
 from typing import Any
 
 try:
     import gradio as gr
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('The playground needs Gradio: pip install "goldenedit[playground]"') from error
-from transformers import TextIteratorStreamer
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from goldenedit.config import EditConfig
+from goldenedit.lm.chat import conversation
+from goldenedit.lm.tokens import encode
 from goldenedit.loading import load_model
 from goldenedit.model import EditModel, get_edit_model
 from goldenedit.packaged import PACKAGED_MODELS
+from goldenedit.requests import Message
 from goldenedit.storage.folder import Edit
 
-_KEPT_MODELS = 2  # in memory; the one that was used longest ago makes room
+_KEPT_MODELS = 2  # in memory, and those with edits; of the others, the one that was used longest ago makes room
 _MOST_TOKENS = 60
 _FACT = ("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
 _QUESTIONS = ["Where is the Eiffel Tower?", "Who designed the Eiffel Tower?", "Where is the Louvre?"]
-_CLOSED = "Nothing is edited yet."
+_NONE = "Nothing is edited yet."
 _PROGRESS = gr.Progress(track_tqdm=True)
 
 
@@ -79,8 +85,15 @@ class Served:
 class Playground:
     """The models that are served, and what each button does."""
 
-    def __init__(self, config: EditConfig | None = None) -> None:
+    def __init__(self, config: EditConfig | None = None, models: Sequence[str] | None = None) -> None:
+        """Serve models.
+
+        Args:
+            config: How edits are made.
+            models: The models that may be chosen; None for any, which strangers should not be allowed to load.
+        """
         self.config = config or EditConfig(layer="lga")
+        self.models = models
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._lock = RLock()
 
@@ -90,8 +103,9 @@ class Playground:
             if name not in self._served:
                 base, tokenizer = load_model(name)
                 self._served[name] = Served(get_edit_model(base, self.config, tokenizer))
-                while len(self._served) > _KEPT_MODELS:
-                    self._served.popitem(last=False)
+                unused = [other for other in self._served if other != name and not self._served[other].model.edits]
+                for other in unused[: max(len(self._served) - _KEPT_MODELS, 0)]:
+                    del self._served[other]
             self._served.move_to_end(name)
             return self._served[name]
 
@@ -99,6 +113,8 @@ class Playground:
         """Load a model for a tab, whose edits of another model are deleted."""
         if not name.strip():
             raise gr.Error("Name a model: one on the Hub, a folder, or a packaged one.")
+        if self.models is not None and name.strip() not in self.models:
+            raise gr.Error(f"Choose one of {', '.join(self.models)}.")
         self.served(name.strip())
         if tab.model != name.strip():
             self.close(tab)
@@ -115,15 +131,47 @@ class Playground:
         return edit
 
     def answers(self, tab: Tab, question: str, in_chat: bool) -> Iterator[tuple[str, str]]:
-        """Yield what the base model and the edited model write, while they write it."""
+        """Yield what the base model and the edited model write, while they write it.
+
+        One thread of its own holds the model until both are done, because the steps of a generator may run in
+        different threads. It ends early if the generator is closed.
+
+        Raises:
+            ValueError: The question is empty or too long, or the chat template refuses it.
+        """
+        if not question.strip():
+            raise ValueError("Ask something: the question is empty.")
         served = self.served(tab.model)
-        with served.of(tab) as model:
-            base = ""
-            with model.disable_adapter():
-                for base in _stream(model, question, in_chat):
-                    yield base, ""
-            for edited in _stream(model, question, in_chat):
-                yield base, edited
+        pieces: Queue[Any] = Queue()
+        left = Event()
+
+        def write() -> None:
+            try:
+                with served.of(tab) as model:
+                    tokenizer = model.tokenizer
+                    messages: list[Message] = [{"role": "user", "content": question}]
+                    text = conversation(tokenizer, messages) if in_chat else question
+                    row = encode(tokenizer, text, max_length=_room(model))
+                    ids = torch.tensor([row.input_ids[: row.last + 1]], device=model.device)
+                    with model.disable_adapter():
+                        _write(model, ids, _Streamer(tokenizer, "base", pieces), left)
+                    _write(model, ids, _Streamer(tokenizer, "edited", pieces), left)
+            except BaseException as error:
+                pieces.put(error)
+            else:
+                pieces.put(None)
+
+        Thread(target=write, daemon=True).start()
+        texts = {"base": "", "edited": ""}
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                name, text = piece
+                texts[name] += text
+                yield texts["base"], texts["edited"]
+        finally:
+            left.set()
 
     def switch(self, tab: Tab, on: Sequence[str]) -> None:
         """Switch the edits of a tab."""
@@ -144,10 +192,11 @@ class Playground:
         """Return an archive of an edit folder with the edits of a tab that are on."""
         if not tab.on:
             raise gr.Error("There is nothing to save: no edit is on.")
-        scratch = Path(tempfile.mkdtemp(prefix="goldenedit-"))
-        with self.served(tab.model).of(tab) as model:
-            model.save_pretrained(scratch / "edit")
-        return shutil.make_archive(str(scratch / "edit"), "zip", scratch / "edit")
+        target = Path(tempfile.mkdtemp(prefix="goldenedit-"), "edit")  # which Gradio serves, so it stays
+        with tempfile.TemporaryDirectory() as scratch:
+            with self.served(tab.model).of(tab) as model:
+                model.save_pretrained(scratch)
+            return shutil.make_archive(str(target), "zip", scratch)
 
     def push(self, tab: Tab, repository: str) -> str:
         """Share the edits of a tab that are on, and return where they are."""
@@ -155,6 +204,10 @@ class Playground:
             raise gr.Error("There is nothing to share: no edit is on.")
         with self.served(tab.model).of(tab) as model:
             return str(model.push_to_hub(repository.strip()))
+
+    def close_later(self, tab: Tab) -> None:
+        """Delete the edits of a tab without waiting for those who use its model."""
+        Thread(target=self.close, args=(tab,), daemon=True).start()
 
     def close(self, tab: Tab) -> None:
         """Delete the edits of a tab that was closed."""
@@ -168,24 +221,44 @@ class Playground:
                     served.model.delete_adapter(name)
 
 
-def _stream(model: EditModel, question: str, in_chat: bool) -> Iterator[str]:
-    """Yield the text that a model writes, longer each time."""
-    tokenizer = model.tokenizer
-    if in_chat:
-        messages = [{"role": "user", "content": question}]
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        inputs = tokenizer(question, return_tensors="pt")
-    streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"max_new_tokens": _MOST_TOKENS, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    writer = Thread(target=model.generate, kwargs={**inputs.to(model.device), **options, "streamer": streamer})
-    writer.start()
-    text = ""
-    for piece in streamer:
-        text += piece
-        yield text
-    writer.join()
+class _Streamer(TextStreamer):
+    """Puts the text that a model writes into a queue, with the name of the model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, pieces: Queue[Any]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.name, self.pieces = name, pieces
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.put((self.name, text))
+
+
+class _Left(StoppingCriteria):
+    """Ends an answer that nobody reads any more."""
+
+    def __init__(self, left: Event) -> None:
+        self.left = left
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.left.is_set(), device=input_ids.device)
+
+
+def _write(model: EditModel, ids: Tensor, streamer: _Streamer, left: Event) -> None:
+    """Let a model write after a text."""
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_MOST_TOKENS,
+        do_sample=False,
+        pad_token_id=model.tokenizer.eos_token_id,
+        streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([_Left(left)]),
+    )
+
+
+def _room(model: EditModel) -> int | None:
+    """Return how long a question may be; None if there is no limit."""
+    longest = model.lm.max_length
+    return None if longest is None else longest - _MOST_TOKENS
 
 
 def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,7 +288,7 @@ class _Handlers:
         can_chat = bool(model.tokenizer.chat_template)
         shown = "" if model.layer_selection is None else model.layer_selection._repr_html_()
         chat = gr.Checkbox(value=can_chat, interactive=can_chat)
-        return tab, shown, self.listed(tab), chat, gr.Button(interactive=True)
+        return tab, shown, self.listed(tab), chat, gr.Button(interactive=True), "" if tab.edits else _NONE
 
     @_told
     def edit(self, tab: Tab, prompt: str, subject: str, target: str, progress: Any = _PROGRESS) -> Any:
@@ -226,7 +299,10 @@ class _Handlers:
     def ask(self, tab: Tab, question: str, in_chat: bool) -> Iterator[tuple[str, str]]:
         if not tab.model:
             raise gr.Error("Load a model first.")
-        yield from self.play.answers(tab, question, in_chat)
+        try:
+            yield from self.play.answers(tab, question, in_chat)
+        except (ValueError, RuntimeError) as error:
+            raise gr.Error(str(error), duration=None) from error
 
     def switch(self, tab: Tab, on: list[str]) -> Tab:
         self.play.switch(tab, on)
@@ -235,7 +311,7 @@ class _Handlers:
     @_told
     def undo(self, tab: Tab) -> Any:
         self.play.undo(tab)
-        return tab, "" if tab.edits else _CLOSED, self.listed(tab)
+        return tab, "" if tab.edits else _NONE, self.listed(tab)
 
     @_told
     def save(self, tab: Tab) -> str:
@@ -255,17 +331,24 @@ class _Handlers:
         return gr.CheckboxGroup(choices=[(label, name) for name, label in labels.items()], value=tab.on)
 
 
-def build(model: str = "smollm2", playground: Playground | None = None) -> gr.Blocks:
-    """Return the page, which begins with a model."""
-    play = playground or Playground()
-    on = _Handlers(play)
+def build(model: str = "smollm2", playground: Playground | None = None, public: bool = False) -> gr.Blocks:
+    """Return the page, which begins with a model.
+
+    Args:
+        model: The model.
+        playground: What is behind the page.
+        public: Whether strangers see it. Then only the packaged models and this one can be chosen, and nothing is
+            pushed with the token of this machine.
+    """
     names = list(dict.fromkeys([model, *PACKAGED_MODELS]))
+    play = playground or Playground(models=names if public else None)
+    on = _Handlers(play)
     with gr.Blocks(title="goldenedit playground", analytics_enabled=False) as page:
-        tab = gr.State(Tab(), time_to_live=3600, delete_callback=play.close)
+        tab = gr.State(Tab(), delete_callback=play.close_later)
         gr.Markdown("# goldenedit playground\nChange one fact in a language model, and see what else moves.")
         with gr.Row():
             with gr.Column():
-                name = gr.Dropdown(names, value=model, allow_custom_value=True, label="Model")
+                name = gr.Dropdown(names, value=model, allow_custom_value=not public, label="Model")
                 load = gr.Button("Load", elem_id="load")
                 with gr.Accordion("Layer scores", open=False):
                     scores = gr.HTML()
@@ -283,20 +366,20 @@ def build(model: str = "smollm2", playground: Playground | None = None) -> gr.Bl
                 base = gr.Textbox(label="Base model", lines=4, interactive=False, elem_id="base")
                 edited = gr.Textbox(label="Edited model", lines=4, interactive=False, elem_id="edited")
                 with gr.Accordion("What the last edit changed", open=True):
-                    moved = gr.HTML(_CLOSED, elem_id="moved")
+                    moved = gr.HTML(_NONE, elem_id="moved")
                 with gr.Accordion("Save or share the edits that are on", open=False):
                     save = gr.Button("Make a download", elem_id="save")
                     archive = gr.File(label="Edit folder", interactive=False, elem_id="archive", height=100)
-                    repository = gr.Textbox(label="Repository on the Hub, as organization/name")
-                    push = gr.Button("Push", elem_id="push")
-                    where = gr.Markdown()
-        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit])
+                    if not public:
+                        repository = gr.Textbox(label="Repository on the Hub, as organization/name")
+                        push = gr.Button("Push", elem_id="push")
+                        push.click(on.push, [tab, repository], [gr.Markdown()])
+        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit, moved])
         edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits])
         gr.on([ask.click, question.submit], on.ask, [tab, question, in_chat], [base, edited])
         edits.input(on.switch, [tab, edits], [tab])
         undo.click(on.undo, [tab], [tab, moved, edits])
         save.click(on.save, [tab], [archive])
-        push.click(on.push, [tab, repository], [where])
     return page
 
 

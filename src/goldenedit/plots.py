@@ -32,8 +32,8 @@ def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str
     for axes, selection in zip(rows, scored, strict=False):
         scores, is_inside = selection.score_tensor(), selection.within_fence(kappa)
         kinds = ["other layers" if inside else "outliers" for inside in is_inside.tolist()]
-        if selection.highest is not None:
-            kinds[selection.highest] = "golden layer"
+        if (golden := selection.golden(kappa)) is not None:
+            kinds[golden] = "golden layer"
         values = scores.nan_to_num(0.0).tolist()
         for kind, color in _COLORS.items():
             if layers := [layer for layer, of_layer in enumerate(kinds) if of_layer == kind]:

@@ -460,15 +460,20 @@ def _plain_message(message: Any) -> Message:
         raise ValueError(
             f"Each of EditRequest.messages must have a non-empty role and content, got {shortened(message)}."
         )
-    fields = {name: value for name, value in message.items() if value is not None}
-    content = fields.get("content")
+    content = message.get("content")
+    fields = {
+        name: value for name, value in message.items() if name == "content" or value not in (None, "", [], {}, ())
+    }
     if isinstance(content, list | tuple):
         kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
         if foreign := [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]:
             raise ValueError(
                 f"A message of EditRequest.messages has a part of type {foreign[0]!r}. Edits read text alone."
             )
-        fields["content"] = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"A part of a message of EditRequest.messages has no text, got {shortened(message)}.")
+        fields["content"] = "".join(texts)
     if further := sorted(set(fields) - {"role", "content", "name"}):
         raise ValueError(f"A message of EditRequest.messages has {further}. Give role, content and, if needed, name.")
     may_be_empty = ("content",) if fields.get("role") == "system" else ()  # it replaces a template's own

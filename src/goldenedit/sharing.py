@@ -15,12 +15,12 @@ from goldenedit.adapters import Adapters
 from goldenedit.config import EditConfig
 from goldenedit.layer_scores import HUB_LAYER, LayerSelection
 from goldenedit.storage.atlas import GoldenLayers
-from goldenedit.storage.atomic import check_writable
+from goldenedit.storage.atomic import check_new
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint
 from goldenedit.storage.folder import CARD, EDIT_FILES, BaseModel, EditFolder, write_edit_folder
 from goldenedit.storage.hub import is_on_hub, make_repo, push_folder, push_golden_layers, root_files
-from goldenedit.threads import alone
+from goldenedit.threads import ModelLock, alone
 from goldenedit.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class SharingMixin:
     base_info: BaseModel
     edit_config: EditConfig
     layer_selection: LayerSelection | None
+    threads: ModelLock
     tokenizer: PreTrainedTokenizerBase
     _proxy_hash: str | None
 
@@ -68,8 +69,9 @@ class SharingMixin:
             huggingface_hub.errors.HfHubHTTPError: The Hub rejects the request.
         """
         _check_branch(revision, create_pr)
-        content = self._content(self.active_adapters)
-        self._check_base_name()
+        with self.threads.changing():
+            content = self._content(self.active_adapters)
+            self._check_base_name()
         repo_id = make_repo(repo_id, private, token)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "edit"
@@ -136,19 +138,23 @@ class SharingMixin:
         """
         folder = Path(os.path.realpath(save_directory))
         content = self._content(self.active_adapters)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{save_directory} is not empty. Give a new folder for the edited checkpoint.")
-        check_writable(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        check_new(folder)
+        is_new = not folder.exists()
+        place = folder.parent if is_new else folder  # an empty folder stays the same one: it may be a mount point
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as scratch:
             staged = Path(scratch) / "checkpoint"
             with self.adapters.merged() as model:
                 write_checkpoint(staged, model, self.tokenizer, content)
             card = render_card(content, os.fspath(save_directory), merged=True)
             (staged / CARD).write_text(card, encoding="utf-8")
-            if folder.exists():
-                folder.rmdir()
-            staged.rename(folder)
+            if is_new:
+                staged.rename(folder)
+            else:
+                for path in sorted(
+                    staged.iterdir(), key=lambda path: path.name == "config.json"
+                ):  # which is read first
+                    path.rename(folder / path.name)
 
     def push_golden_layers(
         self,

@@ -64,6 +64,7 @@ class ModelLock:
                     self._changed.wait_for(lambda: self._writer is None and not +self._readers)
                 finally:
                     self._waiting -= 1
+                    self._changed.notify_all()  # readers wait for it, if it was interrupted
                 self._writer = me
             self._depth += 1
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,12 +24,12 @@ def commands(group, prefix=""):
     """Yield the commands of a group and of the groups in it, by their names."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from commands(command, f"{name} ")
+            yield from commands(command, f"{prefix}{name} ")
         else:
             yield f"{prefix}{name}", command
 
 
-COMMANDS = dict(commands(typer.main.get_command(app)))
+COMMANDS = {name: command for name, command in commands(typer.main.get_command(app)) if name != "playground"}
 
 
 @pytest.fixture
@@ -138,6 +139,23 @@ def test_progress_bars_are_for_terminals(monkeypatch, stream, options, environme
     command(**{"as_json": False, "quiet": False, **options})
     assert seen == [before and shown]
     assert is_progress_bar_enabled() == before
+
+
+def test_numbers_that_json_lacks_are_null(capsys):
+    @reporting
+    def command() -> Report:
+        return Report({"scores": [1.0, math.inf, (math.nan, -math.inf)], "layer": 3})
+
+    command(as_json=True, quiet=False)
+    assert json.loads(capsys.readouterr().out) == {"scores": [1.0, None, [None, None]], "layer": 3}
+
+
+def test_a_question_is_not_among_the_json(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    code, output, errors = run(capsys, "cache", "clean", "--json")
+    assert code == 0
+    assert json.loads(output)["results"] == 0
+    assert "Delete everything" in errors
 
 
 def test_of_several_processes_one_tells_the_result(monkeypatch, capsys):

@@ -70,7 +70,7 @@ def model(chat):
         ({"messages": ["The Eiffel Tower"]}, "must have a non-empty role and content"),
         ({"messages": [{"role": "user"}]}, "must have a non-empty role and content"),
         ({"messages": [{**QUESTION, "content": 3}]}, "must have a non-empty role and content"),
-        ({"messages": [{**QUESTION, "content": [{"type": "text"}]}]}, "must have a non-empty role and content"),
+        ({"messages": [{**QUESTION, "content": [{"type": "text"}]}]}, "has no text"),
         ({"messages": [{**QUESTION, "tool_calls": ["Ann"]}]}, r"has \['tool_calls'\]"),
         ({"messages": [QUESTION, {"role": "assistant", "content": "Rome"}]}, "End with the message before the answer"),
         ({"subject": "The Louvre"}, "'The Louvre' is in none of the messages"),

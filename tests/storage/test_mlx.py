@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,35 @@ def test_a_map_that_mlx_stores_otherwise_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="cannot be exported for mlx-lm"):
         export_mlx(read_edit_folder(tmp_path / "edit"), model.config, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["model.language_model.layers.1.mlp.down_proj", "model.layers.1.mlp.experts.down_proj"]
+)
+def test_a_map_under_another_name_is_refused(path, edited, tmp_path):
+    content = read_edit_folder(tmp_path / "edit")
+    (edit, *_) = content.edits
+    renamed = replace(edit, deltas={path: next(iter(edit.deltas.values()))})
+    with pytest.raises(ValueError, match="cannot be exported for mlx-lm"):
+        export_mlx(replace(content, edits=[renamed]), edited.config, tmp_path / "mlx")
+
+
+def test_an_edit_folder_is_not_written_over(edited, tmp_path):
+    content = read_edit_folder(tmp_path / "edit")
+    with pytest.raises(ValueError, match="would be damaged"):
+        export_mlx(content, edited.config, tmp_path / "edit")
+    assert read_edit_folder(tmp_path / "edit").edits
+
+
+def test_an_empty_folder_stays_the_same_folder(edited, tmp_path, monkeypatch):
+    target = tmp_path / "mount"
+    target.mkdir()
+    before = target.stat().st_ino
+    monkeypatch.chdir(target)
+    edited.save_merged(".")
+    assert target.stat().st_ino == before
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in Path.cwd().iterdir()}
+    assert not [path for path in Path.cwd().iterdir() if path.is_dir()]
 
 
 def test_a_merged_checkpoint_is_saved_whole_or_not_at_all(edited, tmp_path, tokenizer):

@@ -1,1 +1,1 @@
-"""The commands of `goldenedit`, each a function that returns its result."""
+"""The commands of `goldenedit`, each a function that reports its result."""

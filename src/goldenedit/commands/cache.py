@@ -47,7 +47,7 @@ def clean(
 ) -> Report:
     """Delete results that are kept on disk. They are computed again when they are needed."""
     if not kinds and not unused and not yes:
-        typer.confirm("Delete everything that is kept on disk?", abort=True)
+        typer.confirm("Delete everything that is kept on disk?", abort=True, err=True)
     deleted = clean_cache(kinds or (), unused)
     size = sum(entry.size for entry in deleted)
     console.print(f"Deleted {len(deleted)} results, {size_of(size)}")

@@ -23,7 +23,7 @@ def chat(
     model: Base = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show what the base model answers too.")] = False,
     complete: Annotated[
-        bool, typer.Option("--complete", help="Go on with each line as a text, without the chat template.")
+        bool, typer.Option("--complete", help="Continue each line as plain text, without the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="A system message for each conversation.")] = None,
     tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 100,
@@ -61,7 +61,7 @@ def chat(
 
 
 def _line(is_asked: bool) -> str | None:
-    """Return the next line of the input without the space around it; None behind the last one."""
+    """Return the next line of the input without the space around it; None after the last one."""
     if is_asked:
         console.print("[bold]>[/bold] ", end="")
     line = sys.stdin.readline()
@@ -69,12 +69,20 @@ def _line(is_asked: bool) -> str | None:
 
 
 def _answer(model: EditModel, asked: str | list[dict[str, str]], tokens: int) -> str:
-    """Return what a model writes behind a text or a conversation."""
+    """Return what a model writes after a text or a conversation."""
+    import torch
+
+    from goldenedit.lm.chat import conversation
+    from goldenedit.lm.tokens import prompt_tokens
+
     tokenizer = model.tokenizer
-    if isinstance(asked, str):
-        inputs = tokenizer(asked, return_tensors="pt")
-    else:
-        inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = inputs.to(model.device)
-    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    text = asked if isinstance(asked, str) else conversation(tokenizer, asked)
+    ids = torch.tensor([prompt_tokens(tokenizer, text)], device=model.device)
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()

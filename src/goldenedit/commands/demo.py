@@ -18,6 +18,9 @@ def demo(
     ] = Path("eiffel-in-rome"),
 ) -> Report:
     """Try it on a real model: find the golden layer, move the Eiffel Tower to Rome, save, and load with PEFT alone."""
+    from goldenedit.storage.atomic import check_writable
+
+    check_writable(output)
     with console.status("Loading"):
         from goldenedit.demo import run_demo
 

@@ -77,7 +77,7 @@ def evaluate(
     if output is not None:
         output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         console.print(f"Saved in {printable(str(output))}")
-    return Report(scores)
+    return Report(scores, [] if output is None else [output])
 
 
 @reporting

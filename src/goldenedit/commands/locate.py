@@ -85,4 +85,5 @@ def locate(
 
         result["url"] = str(push_golden_layers(records, push))
         console.print(f"Shared in {printable(str(result['url']))}")
-    return Report(result, [",".join(map(str, selection.layers)) for selection in selections])
+    layers = {selection.selector: ",".join(map(str, selection.layers)) for selection in selections}
+    return Report(result, [f"{name}\t{chosen}" if selector == "all" else chosen for name, chosen in layers.items()])

@@ -6,26 +6,28 @@ from typing import Annotated
 
 import typer
 
-from goldenedit.commands.terminal import Report, console, reporting
+from goldenedit.commands.terminal import console
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-@reporting
 def playground(
     model: Annotated[
         str, typer.Argument(help="The model to begin with: one on the Hub, a folder, or a packaged model.")
     ] = "smollm2",
     port: Annotated[int | None, typer.Option(help="The port; by default the first free one from 7860 on.")] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. With another than this machine's own, nothing can be pushed.")
+    ] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-) -> Report:
+) -> None:
     """Try edits in a browser: ask the base and the edited model side by side, and see what else moved."""
     with console.status("Loading"):
         from goldenedit.playground import build, theme
 
-        page = build(model)
+        page = build(model, public=host not in _LOCAL)
     _, url, _ = page.queue().launch(
-        theme=theme(), server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True
+        theme=theme(), server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True
     )
     console.print(f"The playground is at {url}. Ctrl+C ends it.")
     page.block_thread()
-    return Report({"url": url}, [url])

@@ -73,6 +73,7 @@ def export(
     from transformers import AutoConfig
 
     from goldenedit import loading
+    from goldenedit.storage.atomic import check_new
     from goldenedit.storage.hub import find_folder
     from goldenedit.storage.reading import read_edit_folder
 
@@ -80,6 +81,8 @@ def export(
         raise typer.BadParameter("give --gguf, --mlx or --merged, and where to write.")
     if ollama is not None and gguf is None:
         raise typer.BadParameter("--ollama needs --gguf, the file that its Modelfile names.")
+    if merged is not None:
+        check_new(merged)
     path = find_folder(folder)
     content = read_edit_folder(path)
     written: dict[str, str] = {}
@@ -90,10 +93,11 @@ def export(
         if gguf is not None:
             from goldenedit.storage.gguf import export_gguf, write_modelfile
 
+            if ollama is not None:
+                gguf.parent.mkdir(parents=True, exist_ok=True)
+                written["modelfile"] = str(write_modelfile(gguf, ollama))
             export_gguf(content, config, gguf)
             written["gguf"] = str(gguf)
-            if ollama is not None:
-                written["modelfile"] = str(write_modelfile(gguf, ollama))
         if mlx is not None:
             from goldenedit.storage.mlx import export_mlx
 
@@ -101,9 +105,7 @@ def export(
             written["mlx"] = str(mlx)
     if merged is not None:
         from goldenedit import EditModel
-        from goldenedit.storage.atomic import check_writable
 
-        check_writable(merged)
         _, base, tokenizer = load_edits(str(path), model)
         edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
         edit_model.save_merged(merged)

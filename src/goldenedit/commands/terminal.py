@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
         if os.environ.get("RANK", "0") != "0":
             return  # another process of a launcher than the first
         if as_json:
-            typer.echo(json.dumps(report.values))
+            typer.echo(json.dumps(_finite(report.values), allow_nan=False))
         elif quiet:
             for name in report.names:
                 typer.echo(str(name))
@@ -68,6 +69,15 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with null for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

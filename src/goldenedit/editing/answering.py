@@ -440,14 +440,14 @@ def _behind_contexts(
     rows = [_row(lm, request, context) for context in contexts]
     for context in longer:
         with suppress(ValueError):
-            rows.append(_row(lm, request, context))
+            rows.append(_row(lm, request, context, shortens=False))
     return rows
 
 
-def _row(lm: LanguageModel, request: EditRequest, context: str) -> AnswerRow:
+def _row(lm: LanguageModel, request: EditRequest, context: str, shortens: bool = True) -> AnswerRow:
     """Return a prompt with the new answer, and in a chat with the end of the turn behind it."""
-    whole = encode_request(lm.tokenizer, request, request.target_new, context, lm.max_length, ends=True)
-    until = encode_request(lm.tokenizer, request, request.target_new, context, lm.max_length)
+    whole = encode_request(lm.tokenizer, request, request.target_new, context, lm.max_length, True, shortens)
+    until = encode_request(lm.tokenizer, request, request.target_new, context, lm.max_length, False, shortens)
     return AnswerRow(whole, range(min(len(until.target), len(whole.target))))
 
 

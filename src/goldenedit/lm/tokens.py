@@ -122,11 +122,13 @@ def encode_request(
     context: str = "",
     max_length: int | None = None,
     ends: bool = False,
+    shortens: bool = True,
 ) -> Row:
     """Tokenize a request with a context before its prompt; in a chat, before the words of the user.
 
     Args:
         ends: Whether the token that ends the turn of a chat belongs to the answer.
+        shortens: Whether the context gives way to a request that fits without it.
 
     Raises:
         ValueError: See `encode`.
@@ -146,9 +148,10 @@ def encode_request(
         try:
             return encode(tokenizer, text, answer, len(context) + request.subject_end, max_length)
         except TooLongError:
-            if not context:
+            if not context or not shortens:
                 raise
-            context = context.partition(" ")[2]  # the request fits, or says so itself: the context gives way
+            # Of a language without spaces, half of the context goes.
+            context = context.partition(" ")[2] if " " in context else context[len(context) // 2 + 1 :]
 
 
 def begins_by_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -103,6 +103,18 @@ def check_writable(folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    """Raise OSError unless a folder can be made or is empty, and can be written to.
+
+    Raises:
+        FileExistsError: There are files in the folder.
+        OSError: See `check_writable`.
+    """
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty. Give a new folder.")
+
+
 def finish_replacing(folder: Path, order: Sequence[str]) -> None:
     """Finish a save into the folder that was interrupted while it moved its files into place.
 

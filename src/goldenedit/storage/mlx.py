@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 from safetensors.torch import save
 from transformers import PretrainedConfig
 
 from goldenedit.storage.atomic import replace_files
-from goldenedit.storage.folder import EditFolder, fuse
+from goldenedit.storage.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, EditFolder, fuse
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = "adapters.safetensors"
-_MLP = ("gate_proj", "up_proj", "down_proj")  # mlx-lm's names too, of linear maps without fused or transposed weights
+# mlx-lm's names too. It ignores factors under other names, as those of the text model of a multimodal one.
+_PATH = re.compile(r"model\.layers\.(\d+)\.(mlp\.(?:gate|up|down)_proj)")
 
 
 def export_mlx(content: EditFolder, config: PretrainedConfig, folder: Path) -> None:
@@ -29,21 +30,23 @@ def export_mlx(content: EditFolder, config: PretrainedConfig, folder: Path) -> N
         folder: The folder to write to.
 
     Raises:
-        ValueError: An edited map is not one that mlx-lm has under the same name.
+        ValueError: An edited map is not one that mlx-lm has under the same name, or the folder has an adapter for PEFT.
     """
+    if (folder / EDIT_CONFIG).exists() or (folder / ADAPTER_WEIGHTS).exists():
+        raise ValueError(f"{folder} has an adapter for PEFT, which would be damaged. Give another folder.")
     rank, modules = fuse(content.edits)
     num_layers = config.get_text_config().num_hidden_layers
     tensors, first, keys = {}, math.inf, set()
     for path, delta in modules.items():
-        parent, _, name = path.rpartition(".")
-        parts = parent.split(".")
-        if name not in _MLP or parts[-3::2] != ["layers", "mlp"] or not parts[-2].isdecimal():
+        found = _PATH.fullmatch(path)
+        if found is None:
             raise ValueError(
-                f"Edits of {path} cannot be exported for mlx-lm, whose maps are {', '.join(_MLP)} of `layers.N.mlp`. "
+                f"Edits of {path} cannot be exported for mlx-lm, whose maps are gate_proj, up_proj and down_proj of "
+                "`model.layers.N.mlp`. "
                 "Export an edited checkpoint, and convert it by mlx_lm.convert."
             )
-        first = min(first, int(parts[-2]))
-        keys.add(f"mlp.{name}")
+        first = min(first, int(found[1]))
+        keys.add(found[2])
         tensors[f"{path}.lora_a"] = delta.A.detach().float().cpu().T.contiguous()
         tensors[f"{path}.lora_b"] = delta.B.detach().float().cpu().T.contiguous()
     settings = {
