@@ -19,7 +19,7 @@ from goldenedit.storage.atomic import check_new
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint
 from goldenedit.storage.folder import CARD, EDIT_FILES, BaseModel, EditFolder, write_edit_folder
-from goldenedit.storage.hub import is_on_hub, make_repo, push_folder, push_golden_layers, root_files
+from goldenedit.storage.hub import is_on_hub, make_repo, push_folder, push_golden_layers, root_files, terms_of
 from goldenedit.threads import ModelLock, alone
 from goldenedit.versions import library_versions
 
@@ -72,10 +72,11 @@ class SharingMixin:
         with self.threads.changing():
             content = self._content(self.active_adapters)
             self._check_base_name()
+        terms = terms_of(content.base_model, token)
         repo_id = make_repo(repo_id, private, token)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "edit"
-            write_edit_folder(folder, content, render_card(content, repo_id))
+            write_edit_folder(folder, content, render_card(content, repo_id, terms=terms))
             return push_folder(
                 folder,
                 repo_id,
@@ -109,7 +110,9 @@ class SharingMixin:
             with self.adapters.merged() as model:
                 write_checkpoint(folder, model, self.tokenizer, content)
             repo_id = make_repo(repo_id, private, token)
-            (folder / CARD).write_text(render_card(content, repo_id, merged=True), encoding="utf-8")
+            (folder / CARD).write_text(
+                render_card(content, repo_id, True, terms_of(content.base_model, token)), encoding="utf-8"
+            )
             # If an adapter stayed in the repository, it would be loaded instead of the checkpoint.
             stale = [*EDIT_FILES, *root_files(repo_id, WEIGHTS, revision, token)]
             return push_folder(

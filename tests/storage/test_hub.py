@@ -40,7 +40,7 @@ from goldenedit.storage.folder import (
     joined_state,
     write_edit_folder,
 )
-from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder, search_edits
+from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder, search_edits, terms_of
 from goldenedit.storage.reading import read_edit_folder
 from hub import TOKEN, Hub, Repository
 from models import tiny_model
@@ -896,3 +896,49 @@ def test_what_has_no_golden_layers_says_so(hub, folder, edited, tokenizer):
     with pytest.raises(ValueError, match="No layer selector has run"):
         edited.push_golden_layers(ATLAS)
     assert list(hub.repositories) == [REPO]
+
+
+BASE_CARD = """---
+license: other
+license_name: acme
+license_link: https://example.org/terms
+datasets:
+- org/texts
+language:
+- fr
+tags:
+- theirs
+---
+# Base
+"""
+
+
+@pytest.mark.parametrize("way", ["method", "command", "merged"])
+def test_the_licence_of_the_base_model_is_that_of_its_edits(way, hub, tmp_path, tokenizer, monkeypatch, capsys):
+    HfApi().create_repo("tester/base")
+    HfApi().upload_file(path_or_fileobj=BASE_CARD.encode(), path_in_repo=CARD, repo_id="tester/base")
+    monkeypatch.chdir(tmp_path)
+    base = tiny_model("llama")
+    base.name_or_path = base.config._name_or_path = "tester/base"
+    model = EditModel(base, config(layer=1), tokenizer)
+    model.edit(TOWER)
+    if way == "method":
+        model.push_to_hub(REPO)
+    elif way == "merged":
+        model.push_merged_to_hub(REPO)
+    else:
+        model.save_pretrained("edit")
+        assert run(capsys, "push", "edit", REPO)[0] == 0
+    data = ModelCard.load(REPO).data.to_dict()
+    assert data["license"] == "other"
+    assert data["license_name"] == "acme"
+    assert data["datasets"] == ["org/texts"]
+    assert data["language"] == ["fr"]
+    assert "theirs" not in data["tags"]
+
+
+def test_an_edit_of_a_model_without_a_card_is_shared_without_a_licence(hub):
+    assert terms_of(replace(edit_folder().base_model, name_or_path="tester/none")) == {}
+    HfApi().create_repo("tester/odd")
+    HfApi().upload_file(path_or_fileobj=b"---\nlicense: [\n---\n", path_in_repo=CARD, repo_id="tester/odd")
+    assert terms_of(BaseModel("tester/odd", "f" * 32)) == {}

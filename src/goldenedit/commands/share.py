@@ -30,7 +30,7 @@ def push(
     from goldenedit import EditModel
     from goldenedit.storage.card import own_card, render_card
     from goldenedit.storage.folder import EDIT_FILES, write_edit_folder
-    from goldenedit.storage.hub import make_repo, push_folder
+    from goldenedit.storage.hub import make_repo, push_folder, terms_of
     from goldenedit.storage.reading import read_edit_folder
 
     content = read_edit_folder(folder)
@@ -42,7 +42,7 @@ def push(
         custom_card = own_card(folder)
         repo = make_repo(repo, private)
         with tempfile.TemporaryDirectory() as scratch:
-            card = render_card(content, repo) if custom_card is None else custom_card
+            card = custom_card or render_card(content, repo, terms=terms_of(content.base_model))
             write_edit_folder(Path(scratch), content, card, is_rendered=custom_card is None)
             commit = push_folder(Path(scratch), repo, files=EDIT_FILES, revision=revision, create_pr=create_pr)
     url = str(commit.pr_url or commit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ _VALUE_CONSTANTS = (
 _COVARIANCE = ("covariance", "covariance_tokens", "ridge")  # shown in a row of their own
 
 
-def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = False) -> str:
+def render_card(
+    content: EditFolder, repo_id: str | None = None, merged: bool = False, terms: Mapping[str, Any] | None = None
+) -> str:
     """Return the README.md of an edit folder, or of an edited checkpoint.
 
     Args:
         repo_id: The repository on the Hub that the card is for; without one, the snippets load from a folder.
         merged: Whether the card is for a checkpoint with the edits in its weights.
+        terms: Entries for the metadata that come from the base model, such as its licence (`hub.terms_of`).
     """
     template = resources.files("goldenedit.storage").joinpath("templates", "model_card.md.jinja")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
@@ -53,7 +56,7 @@ def render_card(content: EditFolder, repo_id: str | None = None, merged: bool = 
     # As stored: each of the fused experts has a B.
     parameters = rank * sum(delta.A.shape[1] + delta.B.shape[0] * delta.experts for delta in modules.values())
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        metadata=_metadata(content, repo_id, merged).to_yaml(),
+        metadata=_metadata(content, repo_id, merged, terms or {}).to_yaml(),
         merged=merged,
         source=repo_id or _PLACEHOLDER,
         on_hub=repo_id is not None,
@@ -138,7 +141,7 @@ def _short_name(content: EditFolder) -> str:
     return content.base_model.name_or_path.rstrip("/").split("/")[-1]
 
 
-def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCardData:
+def _metadata(content: EditFolder, repo_id: str | None, merged: bool, terms: Mapping[str, Any]) -> ModelCardData:
     results = eval_results(content.evaluation)
     return ModelCardData(
         library_name="transformers" if merged else "peft",
@@ -148,6 +151,7 @@ def _metadata(content: EditFolder, repo_id: str | None, merged: bool) -> ModelCa
         tags=[TAG, "knowledge-editing", *_methods(content), "golden-layer"],
         model_name=(repo_id or f"Knowledge edit of {_short_name(content)}") if results else None,
         eval_results=results or None,
+        **terms,
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from huggingface_hub import CommitInfo, HfApi, ModelInfo, constants, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from goldenedit.storage.atlas import (
     GOLDEN_LAYERS,
@@ -19,9 +21,12 @@ from goldenedit.storage.atlas import (
     read_golden_layers,
     with_record,
 )
-from goldenedit.storage.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EDIT_CONFIG, BaseModel
+from goldenedit.storage.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, EDIT_CONFIG, BaseModel
 from goldenedit.storage.reading import listed_files
 
+logger = logging.getLogger(__name__)
+
+TERMS = ("license", "license_name", "license_link", "datasets", "language")  # of a base model, for cards of its edits
 TAG = "goldenedit"  # on the card of every edit, so that edits can be found
 
 
@@ -234,6 +239,22 @@ def cached_commit(repo_id: str) -> str | None:
     snapshots = Path(constants.HF_HUB_CACHE, folder, "snapshots")
     commits = [path.parent.name for path in snapshots.glob("*/config.json")]
     return commits[0] if len(commits) == 1 else None
+
+
+def terms_of(base_model: BaseModel, token: str | bool | None = None) -> dict[str, Any]:
+    """Return what the card of a base model says about its licence, data and languages; nothing if it is not known.
+
+    An edit is bound by the licence of its base model, so its card repeats these entries.
+    """
+    if not is_on_hub(base_model):
+        return {}
+    try:
+        path = hf_hub_download(base_model.name_or_path, CARD, revision=base_model.revision, token=token)
+        data = ModelCard.load(path).data.to_dict()
+    except (OSError, ValueError, YAMLError) as error:
+        logger.info("The licence of %s is not known: %s", base_model.name_or_path, error)
+        return {}
+    return {name: data[name] for name in TERMS if data.get(name)}
 
 
 def is_on_hub(base_model: BaseModel) -> bool:
