@@ -89,7 +89,8 @@ def test_a_plan_is_in_bytes(capsys, folder):
     assert run(capsys, "plan", folder, "--layer", "1", "-q")[1] == f"{planned['peak_bytes']}\n"
 
 
-def test_editors_and_the_cache_are_listed(capsys):
+def test_editors_and_the_cache_are_listed(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))  # tests share markers in that of other tests
     listed = json.loads(run(capsys, "editors", "--json")[1])
     names = [editor["name"] for editor in listed["editors"]]
     assert run(capsys, "editors", "-q")[1].split() == names
@@ -150,7 +151,8 @@ def test_numbers_that_json_lacks_are_null(capsys):
     assert json.loads(capsys.readouterr().out) == {"scores": [1.0, None, [None, None]], "layer": 3}
 
 
-def test_a_question_is_not_among_the_json(capsys, monkeypatch):
+def test_a_question_is_not_among_the_json(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GOLDENEDIT_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     code, output, errors = run(capsys, "cache", "clean", "--json")
     assert code == 0
