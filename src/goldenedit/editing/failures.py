@@ -10,6 +10,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.editing.keys import subject_keys
+from goldenedit.editing.values import NotFiniteError
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.tokens import encode_request
 from goldenedit.requests import EditRequest
@@ -42,7 +43,8 @@ def explained(
                 f"The model cannot be edited, because weights are not finite: {', '.join(names[:_SHOWN])}{more}. Load "
                 "another checkpoint."
             ) from error
-        if lm is not None and (subject := _without_key(lm, facts, layers)) is not None:
+        is_numeric = isinstance(error, LinAlgError | NotFiniteError)
+        if lm is not None and is_numeric and (subject := _without_key(lm, facts, layers)) is not None:
             name, layer = subject
             raise ValueError(
                 f"The MLP of layer {layer} is silent at {name!r}: its key is zero, so nothing can be inserted there. "

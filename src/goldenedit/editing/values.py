@@ -58,6 +58,10 @@ _MOMENTUM = 0.7
 _SHORTEST = 0.15  # of the first step's length
 
 
+class NotFiniteError(ValueError):
+    """The loss of an optimization is not a number."""
+
+
 @dataclass(frozen=True)
 class ValueOptions:
     """Constants of the optimization, see `EditConfig` and `Editor.vectors`."""
@@ -402,7 +406,7 @@ def _optimize(
         loss = answers + kept + options.weight_decay * (delta.norm(dim=-1) * unit).sum(-1)
         if not loss[active].isfinite().all():
             index = int((active & ~loss.isfinite()).nonzero()[0])
-            raise ValueError(
+            raise NotFiniteError(
                 f"The optimization for {group.subjects[index].name} is not finite at step {step}. Load the model in "
                 "float32 or bfloat16, or lower EditConfig.lr."
             )
