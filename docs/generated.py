@@ -9,9 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from goldenedit.cli import app
+from goldenedit.cli import commands
 from goldenedit.editors import EDITORS
 from goldenedit.editors.options import default_of
 from goldenedit.layer_selection import SELECTORS
@@ -83,7 +81,7 @@ def command_line() -> str:
         "# Command line",
         "`goldenedit COMMAND --help` shows this too. Exit codes: 0 done, 1 an error with its remedy, 2 wrong options.",
     ]
-    for name, command in commands(typer.main.get_command(app)):
+    for name, command in commands():
         arguments = " ".join(p.name.upper() for p in command.params if p.param_type_name == "argument")
         rows = [
             [
@@ -97,15 +95,6 @@ def command_line() -> str:
         parts += [f"## goldenedit {name}", f"`goldenedit {name} {arguments} [OPTIONS]`", command.help or ""]
         parts.append(table(["", "default", ""], rows))
     return page(parts)
-
-
-def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the commands of a group, and of the groups in it."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
 
 
 def prose(thing: Any) -> str:

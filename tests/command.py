@@ -9,6 +9,9 @@ import pytest
 from goldenedit.cli import main
 from models import tiny_model
 
+NEAR = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]  # it takes
+BY_HAND = ["--layer", "1", "--covariance", "identity"]
+
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     """Run the command line and return its exit code, what it printed, and what it complained about."""

@@ -117,15 +117,16 @@ class LayerSelection:
             kappa: `EditConfig.tukey_kappa`, with which the layers were selected.
         """
         scores = self.score_tensor()
-        if not scores.isfinite().any():
-            return None
-        passed = self.within_fence(kappa) & scores.isfinite()
-        return int(scores.masked_fill(~passed, -math.inf).argmax()) if passed.any() else None
+        return golden_layer(scores, self._fence(kappa)) if scores.isfinite().any() else None
 
     def within_fence(self, kappa: float) -> Tensor:
         """Return which layers may be chosen: for LGA those that pass the Tukey filter, else those with a score."""
+        return tukey_filter(self.score_tensor(), self._fence(kappa))
+
+    def _fence(self, kappa: float) -> float:
+        """Return the width of the fence of this selector; infinity if it has none."""
         record = SELECTORS.find(self.selector)
-        return tukey_filter(self.score_tensor(), kappa if record is not None and record.fence else math.inf)
+        return kappa if record is not None and record.fence else math.inf
 
     def to_dict(self) -> dict[str, Any]:
         """Return the selection as JSON values."""

@@ -12,7 +12,7 @@ import typer
 from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
-from command import run, saved_model
+from command import BY_HAND, NEAR, run
 from goldenedit import EditConfig, EditModel, __version__
 from goldenedit.audit import EditAudit
 from goldenedit.cli import app
@@ -27,19 +27,11 @@ from goldenedit.storage.hub import find_golden_layers
 from goldenedit.storage.reading import read_edit_folder
 
 FACT = ["--prompt", "The Eiffel Tower is in the city of", "--subject", "The Eiffel Tower", "--target", "Rome"]
-NEAR = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]  # it takes
-BY_HAND = ["--layer", "1", "--covariance", "identity"]
 FACTS = [
     {"prompt": "{} is in the city of", "subject": "The Eiffel Tower", "target_new": "Rome", "target_true": "Paris"},
     {"prompt": "{} was born in", "subject": "Angela Merkel", "target_new": "Paris", "target_true": "Hamburg"},
     {"prompt": "{} is a", "subject": "Berlin", "target_new": "lazy dog", "target_true": "city"},
 ]
-
-
-@pytest.fixture
-def folder(tmp_path, tokenizer):
-    """A tiny model with its tokenizer, as AutoModel loads it."""
-    return saved_model(tmp_path / "model", tokenizer)
 
 
 @pytest.fixture

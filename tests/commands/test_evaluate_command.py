@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from command import run, saved_model
+from command import BY_HAND, NEAR, run
 from goldenedit import EditModel
 from goldenedit.lm.decoding import greedy
 from goldenedit.storage.card import own_card
 from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model
 
-NEAR = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]
 OTHER = ["--prompt", "I live near Angela Merkel", "--subject", "Angela Merkel", "--target", "Paris"]
-BY_HAND = ["--layer", "1", "--covariance", "identity"]
 TASK = """\
 task: cities
 dataset_path: json
@@ -33,19 +31,6 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-
-
-@pytest.fixture
-def folder(tmp_path, tokenizer):
-    """A tiny model with its tokenizer, as AutoModel loads it."""
-    return saved_model(tmp_path / "model", tokenizer)
-
-
-@pytest.fixture
-def edit(folder, tmp_path, capsys):
-    """An edit of this model, in a folder."""
-    assert run(capsys, "edit", folder, *NEAR, *BY_HAND, "-o", str(tmp_path / "edit"))[0] == 0
-    return str(tmp_path / "edit")
 
 
 def test_json_alone_is_on_stdout_with_the_figures_of_both_models(edit, capsys):

@@ -9,40 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from transformers.utils.logging import is_progress_bar_enabled
 
-from command import run, saved_model
-from goldenedit.cli import app
+from command import BY_HAND, NEAR, run
+from goldenedit.cli import commands
 from goldenedit.commands.terminal import Report, console, reporting
 
-FACT = ["--prompt", "I live near The Eiffel Tower", "--subject", "The Eiffel Tower", "--target", "Rome"]
-BY_HAND = ["--layer", "1", "--covariance", "identity"]
-
-
-def commands(group, prefix=""):
-    """Yield the commands of a group and of the groups in it, by their names."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
-
-
-COMMANDS = {name: command for name, command in commands(typer.main.get_command(app)) if name != "playground"}
-
-
-@pytest.fixture
-def folder(tmp_path, tokenizer):
-    """A tiny model with its tokenizer, as AutoModel loads it."""
-    return saved_model(tmp_path / "model", tokenizer)
-
-
-@pytest.fixture
-def edit(folder, tmp_path, capsys):
-    """An edit of this model, in a folder."""
-    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", str(tmp_path / "edit"))[0] == 0
-    return str(tmp_path / "edit")
+COMMANDS = {name: command for name, command in commands() if name != "playground"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -53,7 +26,7 @@ def test_every_command_has_json_and_quiet(name):
 
 def test_an_edit_is_json_or_the_folder_alone(capsys, folder, tmp_path):
     target = str(tmp_path / "edit")
-    code, output, errors = run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", target, "--json")
+    code, output, errors = run(capsys, "edit", folder, *NEAR, *BY_HAND, "-o", target, "--json")
     assert code == 0
     result = json.loads(output)
     assert result["output"] == target
@@ -62,7 +35,7 @@ def test_an_edit_is_json_or_the_folder_alone(capsys, folder, tmp_path):
     assert result["bytes"] > 0
     assert "Saved in" in errors
     again = str(tmp_path / "again")
-    assert run(capsys, "edit", folder, *FACT, *BY_HAND, "-o", again, "-q")[1] == f"{again}\n"
+    assert run(capsys, "edit", folder, *NEAR, *BY_HAND, "-o", again, "-q")[1] == f"{again}\n"
 
 
 def test_what_is_written_by_json_is_what_the_edit_says(capsys, edit):
@@ -175,7 +148,7 @@ def test_of_several_processes_one_tells_the_result(monkeypatch, capsys):
 def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "edit", tmp_path / ("long" * 100)):
-        code, _, errors = run(capsys, "edit", "no/model", *FACT, "--layer", "1", "-o", str(output))
+        code, _, errors = run(capsys, "edit", "no/model", *NEAR, "--layer", "1", "-o", str(output))
         assert code == 1
         assert "save" in errors
         assert "no/model" not in errors

@@ -70,19 +70,8 @@ def _line(is_asked: bool) -> str | None:
 
 def _answer(model: EditModel, asked: str | list[dict[str, str]], tokens: int) -> str:
     """Return what a model writes after a text or a conversation."""
-    import torch
-
     from goldenedit.lm.chat import conversation
-    from goldenedit.lm.tokens import prompt_tokens
+    from goldenedit.lm.decoding import greedy
 
-    tokenizer = model.tokenizer
-    text = asked if isinstance(asked, str) else conversation(tokenizer, asked)
-    ids = torch.tensor([prompt_tokens(tokenizer, text)], device=model.device)
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    text = asked if isinstance(asked, str) else conversation(model.tokenizer, asked)
+    return greedy(model.lm, [text], tokens)[0].text.strip()
