@@ -20,8 +20,8 @@ from goldenedit.cache import (
     clean_cache,
     is_kept,
     keep,
-    write_atomically,
 )
+from goldenedit.files import write_atomically
 
 
 def test_the_environment_says_where_the_cache_is(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "goldenedit"
 ORDER = (
     "html",
     "threads",
+    "files",
     "units",
     "registry",
     "records",

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from goldenedit.cache import cache_dir
+from goldenedit.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +124,9 @@ def _put(finished: Path, target: Path) -> None:
 def _writing_to(folder: Path) -> Iterator[None]:
     """Turn an error while writing into one that names a remedy; without these files, the model cannot be loaded."""
     try:
-        yield
-    except (OSError, SafetensorError) as error:
+        with naming(folder):
+            yield
+    except OSError as error:
         raise OSError(
             f"The weights cannot be written to {folder} ({error}). Set GOLDENEDIT_CACHE to a writable folder with 2 GB "
             "of free space."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from goldenedit.files import write_atomically
 from goldenedit.layer_scores import LayerSelection
 
 _COLORS = {"other layers": "tab:blue", "golden layer": "goldenrod", "outliers": "lightgrey"}
@@ -45,7 +47,7 @@ def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str
         low, high = min(0.0, 1.1 * inside_scores.min().item()), max(0.0, 1.1 * inside_scores.max().item())
         axes.set_ylim(low, high if high > low else 1.0)
         axes.set(xlabel="layer, counted from 0", ylabel=f"score by {selection.selector}")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
@@ -71,7 +73,7 @@ def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
             axes.plot(layers.index(curve["golden"]["layer"]), row, "o", color="gold", fillstyle="none", markersize=12)
     axes.set(xlabel="layer", title=f"S of {summary['model']} by edited layer")
     figure.colorbar(image)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
@@ -102,7 +104,14 @@ def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
         axes.set_title(selection["selector"], fontsize=8)
         axes.set_ylabel("S")
     panels[0].legend(fontsize=6)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a figure in the format that the file's name ends with, PNG by default."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=150)
+    write_atomically(path, buffer.getvalue())
 
 
 def _figure(width: float, height: float) -> Any:

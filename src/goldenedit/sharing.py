@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.adapters import Adapters
 from goldenedit.config import EditConfig
+from goldenedit.files import naming
 from goldenedit.layer_scores import HUB_LAYER, LayerSelection
 from goldenedit.storage.atlas import GoldenLayers
 from goldenedit.storage.atomic import check_new
@@ -107,7 +108,7 @@ class SharingMixin:
         self._check_base_name()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "checkpoint"
-            with self.adapters.merged() as model:
+            with self.adapters.merged() as model, naming(folder):
                 write_checkpoint(folder, model, self.tokenizer, content)
             repo_id = make_repo(repo_id, private, token)
             (folder / CARD).write_text(
@@ -147,10 +148,10 @@ class SharingMixin:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as scratch:
             staged = Path(scratch) / "checkpoint"
-            with self.adapters.merged() as model:
+            with self.adapters.merged() as model, naming(folder):
                 write_checkpoint(staged, model, self.tokenizer, content)
-            card = render_card(content, os.fspath(save_directory), merged=True)
-            (staged / CARD).write_text(card, encoding="utf-8")
+                card = render_card(content, os.fspath(save_directory), merged=True)
+                (staged / CARD).write_text(card, encoding="utf-8")
             if is_new:
                 staged.rename(folder)
             else:

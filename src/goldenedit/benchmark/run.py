@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.benchmark.golden_layers import Setting, measure_model
 from goldenedit.benchmark.report import render, summarize
-from goldenedit.cache import write_atomically
 from goldenedit.config import EditConfig
+from goldenedit.files import write_atomically
 from goldenedit.model import EditModel
 from goldenedit.parallel import join_processes
 

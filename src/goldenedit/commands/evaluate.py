@@ -11,6 +11,7 @@ import typer
 from goldenedit import tables
 from goldenedit.commands.options import Base, Edits, FactsFormat, SkipBad
 from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting
+from goldenedit.files import write_atomically
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def evaluate(
     if card:
         _write_card(edit_model, path)
     if output is not None:
-        output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_atomically(output, (json.dumps(scores, indent=1) + "\n").encode())
         console.print(f"Saved in {printable(str(output))}")
     return Report(scores, [] if output is None else [output])
 

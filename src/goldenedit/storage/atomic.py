@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from goldenedit.files import naming
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -68,16 +70,15 @@ def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]
         try:
             staging.mkdir()
             for name, data in {**files, _STALE: "\n".join(stale).encode()}.items():
-                _write(staging / name, data)
+                with naming(folder):
+                    _write(staging / name, data)
             _flush(staging)
             staging.rename(folder / READY)
-        except BaseException as error:
+        except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             if is_new:
                 with suppress(OSError):  # another process has written into it
                     folder.rmdir()
-            if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-                error.filename = str(folder)
             raise
         _flush(folder)
         _put_in_place(folder, order)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import PretrainedConfig
 
+from goldenedit.files import naming, write_atomically
 from goldenedit.storage.folder import EditFolder, fuse
 
 # llama.cpp's architecture name for each `model_type` of transformers. It lists only models whose MLPs llama.cpp stores
@@ -100,11 +106,24 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # one for all modules: all have the same rank
         for tensor, array in tensors.items():
             writer.add_tensor(tensor, array)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with naming(path):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        _check_written(staged, path, tensors)
         staged.replace(path)
+
+
+def _check_written(staged: Path, path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Raise OSError unless a file holds all tensors. NumPy, which writes them, does not report that a disk is full."""
+    import gguf
+
+    with suppress(ValueError, IndexError):  # the file ends too early
+        written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(staged).tensors}
+        if written.keys() == tensors.keys() and all(np.array_equal(written[key], tensors[key]) for key in tensors):
+            return
+    raise OSError(errno.EIO, "The file could not be written as a whole. Is the disk full?", str(path))
 
 
 def write_modelfile(adapter: Path, base: str) -> Path:
@@ -123,5 +142,5 @@ def write_modelfile(adapter: Path, base: str) -> Path:
     text = f"FROM {base}\nADAPTER ./{adapter.name}\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path} exists already. Move it, or write the adapter into another folder.")
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text.encode())
     return path
