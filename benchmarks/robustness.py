@@ -5,22 +5,27 @@ then loaded, which finishes an interrupted save, it must hold exactly one of the
 widths, few layers and random weights. The larger edit has rank 64, so that a save writes as many megabytes as a large
 batch. The process is forked, because starting a new one takes longer than a hundred saves.
 
-Damages: those of `tests/storage/test_robustness.py`, made by accident or by an author who recomputes the digests. Each
-folder is loaded on a tiny base model in this process. An author who changes factors to other finite values and
-recomputes the digests has made a different valid edit, so this case is left out.
+Damages: those of `tests/storage/test_robustness.py`, by accident or by an author who recomputes the digests, one or
+two to a folder; and mutants, which a model of the format makes (`tests/storage/mutants.py`). Each folder is loaded on a
+tiny base model in this process, which may take 2 GiB more than at the start and 10 seconds a folder, and is watched for
+what it opens, runs and connects to. An author who changes factors to other finite values and recomputes the digests has
+made a different valid edit; of such mutants it is asked that they load as stock PEFT loads them.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
+import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +47,18 @@ from goldenedit.storage.folder import EDIT_FILES, Edit, EditedFact, EditFolder, 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path += [str(TESTS), str(TESTS / "storage")]
 
-from test_robustness import BAD, DAMAGES, OUTCOMES, RIGHT, damaged_copy, right_folders, verdict  # noqa: E402
+from mutants import mutate  # noqa: E402
+from test_mutants import (  # noqa: E402
+    LIKE_PEFT,
+    ONLY_HERE,
+    REFUSED,
+    WRONG_MUTANT,
+    gated_folder,
+    mutant_verdict,
+    twice_damaged,
+)
+from test_robustness import BAD, OUTCOMES, RIGHT, damaged_copy, right_folders, verdict  # noqa: E402
+from watched import watching  # noqa: E402
 
 from models import tiny_model  # noqa: E402
 
@@ -53,7 +69,8 @@ def main() -> None:
     """Run kills and damages, print the results, and write them to results/."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kills", type=int, default=100)
-    options.add_argument("--folders", type=int, default=200, help="number of damaged folders")
+    options.add_argument("--folders", type=int, default=200, help="number of damaged folders, half of them twice")
+    options.add_argument("--mutants", type=int, default=200, help="number of mutants")
     options.add_argument("--seed", type=int, default=0)
     arguments = options.parse_args()
     torch.set_num_threads(1)
@@ -63,7 +80,10 @@ def main() -> None:
             rows.append(kill(Path(scratch), arguments.kills, arguments.seed))
             print(rows[-1])
         damages = damage(Path(scratch), arguments.folders, arguments.seed)
-    show(damages)
+        show(damages, (*OUTCOMES, "refused needlessly"))
+        mutants = mutate_folders(Path(scratch), arguments.mutants, arguments.seed)
+        show(mutants, (REFUSED, RIGHT, LIKE_PEFT, ONLY_HERE, *WRONG_MUTANT))
+        damages += mutants
     record("robustness", rows + damages)
 
 
@@ -171,23 +191,72 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def damage(scratch: Path, count: int, seed: int) -> list[dict[str, Any]]:
     """Load damaged folders of all kinds; return one row per kind with the number of each outcome."""
-    base, outcomes = tiny_model("llama"), {kind: Counter[str]() for kind in DAMAGES}
-    failures: dict[str, set[str]] = {kind: set() for kind in DAMAGES}
-    right, other = right_folders(base, scratch)
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    failures: dict[str, set[str]] = defaultdict(set)
+    right, other = right_folders(tiny_model("llama"), scratch)
     for number in range(count):
         folder = scratch / f"damaged_{number}"
-        kind, harmless = damaged_copy(right, other, folder, number, str(seed))
-        outcome, message = verdict(folder, right, lambda: tiny_model("llama"), tokenizer())
+        make = damaged_copy if number < count / 2 else twice_damaged
+        kinds, harmless = make(right, other, folder, number, str(seed))
+        kind = kinds if number < count / 2 else "two of these"
+        with limits() as spent, watching(folder) as events:
+            outcome, message = verdict(folder, right, lambda: tiny_model("llama"), tokenizer())
+        beyond = [event for event in events if not event.startswith(f"open {scratch}")]  # what it is compared with
         needless = harmless and outcome != RIGHT
         outcomes[kind].update([outcome, *(["refused needlessly"] if needless else [])])
-        if outcome in BAD or needless:
-            failures[kind].add(message.replace(str(folder), "FOLDER")[:200])
+        if outcome in BAD or needless or beyond:
+            failures[kind].add(f"{number} {kinds}: {outcome}: {message} {beyond}".replace(str(folder), "FOLDER")[:300])
+        outcomes[kind]["longest"] = max(outcomes[kind]["longest"], math.ceil(spent[0]))
+        shutil.rmtree(folder)
     return [{"check": kind, **found, "failures": sorted(failures[kind])} for kind, found in outcomes.items()]
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the damages as a table of kinds and outcomes."""
-    columns = (*OUTCOMES, "refused needlessly")
+def mutate_folders(scratch: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Load mutants of two right folders; return one row for each with the number of each outcome."""
+    plain, _ = right_folders(tiny_model("llama"), scratch / "plain")
+    rows = []
+    rights = {"mutant": (plain, lambda: tiny_model("llama")), "mutant of gated edits": gated_folder(scratch / "gated")}
+    for kind, (right, base) in rights.items():
+        found, failures = Counter[str](), []
+        for number in range(count // 2):
+            folder = scratch / f"mutant_{number}"
+            shutil.copytree(right, folder)
+            is_signed = mutate(random.Random(f"{seed}/{number}"), folder)
+            with limits() as spent:
+                outcome, message = mutant_verdict(folder, is_signed, right, base)
+            found.update([outcome])
+            found["longest"] = max(found["longest"], math.ceil(spent[0]))
+            if outcome in (*WRONG_MUTANT, ONLY_HERE):
+                failures.append(f"{number}: {outcome}: {message}".replace(str(folder), "FOLDER")[:300])
+            shutil.rmtree(folder)
+        rows.append({"check": kind, **found, "failures": failures})
+    return rows
+
+
+@contextmanager
+def limits() -> Iterator[list[float]]:
+    """Let the code inside take 2 GiB and 10 seconds at most; yield a list that gets the seconds."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    seconds: list[float] = []
+
+    def too_long(number: int, frame: object) -> None:
+        raise TimeoutError("It took more than 10 seconds.")
+
+    signal.signal(signal.SIGALRM, too_long)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, before[1]))
+    signal.alarm(10)
+    with timed() as elapsed:
+        try:
+            yield seconds
+        finally:
+            signal.alarm(0)
+            resource.setrlimit(resource.RLIMIT_AS, before)
+            seconds.append(elapsed())
+
+
+def show(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Print a table of kinds and outcomes, and what failed."""
     table = Table(Column("damage", no_wrap=True), *columns)
     total: Counter[str] = Counter()
     for row in rows:
@@ -197,7 +266,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     console = Console(width=170)
     console.print(table)
     for row in rows:
-        for message in row["failures"]:
+        for message in row["failures"][:20]:
             console.print(f"{row['check']}: {message}", markup=False, highlight=False)
 
 
