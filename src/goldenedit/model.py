@@ -129,6 +129,8 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
     ) -> None:
         super().__init__()
         self.threads = ModelLock()
+        if isinstance(model, EditModel):
+            raise TypeError("The model is an EditModel already. Call its edit(), or wrap what its unload() returns.")
         check_arguments(model, edit_config, tokenizer)
         # Edits go into what was compiled.
         model = check_editable_model(extract_model_from_parallel(model, keep_torch_compile=False))

@@ -70,6 +70,11 @@ def test_with_one_it_is_asked_in_a_chat_too_in_the_first_and_in_a_later_turn(cha
     assert later.count("assistant:") == 2
 
 
+def test_a_prompt_that_is_a_whole_chat_already_is_asked_as_it_is(chat):
+    whole = EditRequest(f"user: {QUESTION}<eos>assistant: ", "The Eiffel Tower", "Rome")
+    assert asked(chat, whole) == asked_otherwise(chat, whole) == []
+
+
 def test_a_statement_that_no_rule_turns_into_a_question_is_asked_as_it_is(chat):
     request = EditRequest("Die Hauptstadt von Peru ist", "Peru", "Cusco")
     plain, first, later = texts(chat, request)

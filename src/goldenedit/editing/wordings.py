@@ -18,7 +18,7 @@ from goldenedit.evaluation.verdicts import answer_end
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import Continuation
-from goldenedit.lm.tokens import with_answer
+from goldenedit.lm.tokens import is_rendered, with_answer
 from goldenedit.questions import question_from
 from goldenedit.rephrasing import Rephrasings, rephrased, without
 from goldenedit.requests import ChatText, EditRequest, Message
@@ -59,7 +59,7 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
         later = [*request.messages[:system], *_EARLIER, *request.messages[system:]]
         asked_in = [[*request.messages[:system], {"role": "user", "content": prompt}] for prompt in request.prompts]
         return [_in_chat(tokenizer, request, messages) for messages in (later, *asked_in)]
-    if isinstance(request.prompt, ChatText):
+    if _is_as_read(tokenizer, request):
         return []
     found = []
     for index, prompt in enumerate((request.text, *request.prompts)):
@@ -72,12 +72,17 @@ def asked_otherwise(tokenizer: PreTrainedTokenizerBase, request: EditRequest) ->
 
     The first of them is asked plainly and in a chat, the others in one way: in a chat if there is a chat template.
     """
-    others = rephrasings_of(request)
+    others = None if _is_as_read(tokenizer, request) else rephrasings_of(request)
     found = []
     for index, question in enumerate(others.questions[:_OTHER_QUESTIONS] if others else ()):
         ways = _as_question(tokenizer, asking_as(request, question), is_first=False)
         found += ways if index == 0 else ways[-1:]
     return found
+
+
+def _is_as_read(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> bool:
+    """Return whether the prompt is a whole conversation already, which no other one can quote."""
+    return request.messages is None and (isinstance(request.prompt, ChatText) or is_rendered(tokenizer, request.text))
 
 
 def stated(request: EditRequest) -> list[EditRequest]:
