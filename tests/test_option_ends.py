@@ -18,6 +18,8 @@ FAST = {
     "kept_questions": 1, "covariance_tokens": 100, "seed": 0,
 }  # fmt: skip
 _SMALL, _LARGE, _MANY = 1e-30, 1e30, 40
+_OF_NEURONS = ("steps", "lr", "clamp", "kl_factor", "kept_factor", "kept_questions", "contexts")
+_OF_MATHS = ("covariance_tokens", "ridge", "contrast", "contrast_weight")
 
 
 def numbers(entry: Field) -> list[float]:
@@ -28,12 +30,17 @@ def numbers(entry: Field) -> list[float]:
 
 
 def numeric_options(method: str) -> dict[str, Field]:
-    """Return the numeric options that an editor reads; those of all editors only where it inserts values."""
+    """Return the numeric options that an editor reads; of those for values, only the ones that its maths reads.
+
+    How values are optimized is the same for all editors but `gated`, and is tried with one of them and with `gated`.
+    """
     editor = EDITORS.get(method)
     of_editors = {name for other in EDITORS.available() for name in other.fields}
     shared = {entry.name: entry for entry in fields(EditConfig) if entry.name not in of_editors}
-    options = {**(shared if editor.learns == "values" else {}), **editor.fields}
-    return {name: entry for name, entry in options.items() if "whole" in entry.metadata}
+    if method != "memit":
+        names = _OF_NEURONS if method == "gated" else _OF_MATHS if editor.learns == "values" else ()
+        shared = {name: shared[name] for name in names}
+    return {name: entry for name, entry in {**shared, **editor.fields}.items() if "whole" in entry.metadata}
 
 
 ENDS = [
