@@ -345,7 +345,7 @@ def probe_ids(model: nn.Module) -> Tensor:
     Raises:
         UnsupportedArchitectureError: The model does not take token ids of a single vocabulary.
     """
-    embeddings = None
+    embeddings: Any = None
     with suppress(NotImplementedError):  # several vocabularies, or images
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
     if not hasattr(embeddings, "weight"):
