@@ -43,3 +43,13 @@ def test_saving_keeps_a_card_that_was_changed_by_hand_and_replaces_one_that_was_
     card.unlink()
     model.save_pretrained(tmp_path, "tower")
     assert card.read_text() == rendered
+
+
+def test_edits_of_other_weights_are_refused_with_what_differs(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    more = tiny_model("llama")
+    more.resize_token_embeddings(202)
+    with pytest.raises(ValueError, match=r"differ in their weights: .*added tokens \(this one has embeddings of 202\)"):
+        EditModel.from_pretrained(more, tmp_path, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"They differ in class LlamaForCausalLM and Qwen3ForCausalLM\."):
+        EditModel.from_pretrained(tiny_model("qwen3"), tmp_path, tokenizer=tokenizer)

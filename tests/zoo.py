@@ -147,7 +147,7 @@ def category(model_type: str) -> str:
 
 def causal_lm_types() -> list[str]:
     """Return the model types of the causal LM mapping."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]  # EditModel has no config
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from inspect import Parameter, Signature
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -16,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from torch.compiler import is_compiling
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from goldenedit import html
 from goldenedit.adapters import REFUSED_VERBS, Adapters, is_conv1d, plain
@@ -57,6 +59,17 @@ from goldenedit.versions import library_versions
 from goldenedit.wrapping import check_arguments, check_editable_model
 
 logger = logging.getLogger(__name__)
+
+# A Trainer keeps those columns of a dataset that `forward` names.
+_COLUMNS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels")
+_FORWARD = Signature(
+    [
+        Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("args", Parameter.VAR_POSITIONAL),
+        *(Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in _COLUMNS),
+        Parameter("kwargs", Parameter.VAR_KEYWORD),
+    ]
+)
 
 
 def get_edit_model(
@@ -116,6 +129,8 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
     ) -> None:
         super().__init__()
         self.threads = ModelLock()
+        if isinstance(model, EditModel):
+            raise TypeError("The model is an EditModel already. Call its edit(), or wrap what its unload() returns.")
         check_arguments(model, edit_config, tokenizer)
         # Edits go into what was compiled.
         model = check_editable_model(extract_model_from_parallel(model, keep_torch_compile=False))
@@ -168,17 +183,20 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     @property
     def base_info(self) -> BaseModel:
-        """The base model, hashed again once this or another EditModel has merged adapters into its weights."""
-        if self._hashed_at != self.adapters.merges:
-            self.layer_selection = self._proxy_hash = None  # they belong to the old weights
+        """The base model, hashed again once its weights may have changed: by a merge, by training, or by loading."""
+        if self._hashed_at != self.adapters.weights_state:
             with plain(self.adapters.base):
                 hashes = weight_hashes(self.adapters.base)
-            self.base_info = replace(self._base_info, revision=None, **vars(hashes))
+            info = self._base_info
+            if hashes.fingerprint != info.fingerprint:
+                self.layer_selection = self._proxy_hash = None  # they belong to the old weights
+                info = replace(info, revision=None, **vars(hashes))
+            self.base_info = info
         return self._base_info
 
     @base_info.setter
     def base_info(self, info: BaseModel) -> None:
-        self._base_info, self._hashed_at = info, self.adapters.merges
+        self._base_info, self._hashed_at = info, self.adapters.weights_state
 
     def _see_model(self) -> None:
         """Replace `lm` if the weights, the tokenizer or the user's active adapters have changed."""
@@ -548,6 +566,22 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
             self.adapters.ensure()
             return self.model(*args, **kwargs)
 
+    forward.__signature__ = _FORWARD  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights by the names that they have in this model with these edits.
+
+        Raises:
+            RuntimeError: Weights are missing or left over: they are of a model with other edits.
+        """
+        if strict and (names := state_dict.keys() ^ self.state_dict().keys()):
+            raise RuntimeError(
+                f"The state dict is not of this model with the edits {list(self.edits)}: {len(names)} names differ, "
+                f"such as {min(names)!r}. Save edits with save_pretrained(), and load them with "
+                "EditModel.from_pretrained() or load_adapter()."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active edits."""
         with self.threads.running():
@@ -567,3 +601,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         except AttributeError as error:
             kind = type(self.adapters.base).__name__
             raise AttributeError(f"Neither {type(self).__name__} nor its {kind} has an attribute {name!r}.") from error
+
+
+# A pipeline for text generation knows classes by their names, and logs an error of thousands of characters otherwise.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["edit_model"] = EditModel.__name__

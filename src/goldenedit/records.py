@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _BOM = codecs.BOM_UTF8  # some editors write it at the start of UTF-8 files
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\x1f\x8b")  # .xlsx and .zip, .xls, .parquet, .gz
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv")
@@ -42,6 +41,8 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
         ConnectionError: There is no such file, and the Hub cannot be reached.
     """
     if isinstance(source, str | Path):
+        if not str(source).strip():
+            raise ValueError("The name of the facts is empty. Give a file, or the name of a dataset.")
         path = Path(source)
         if path.is_file() or path.suffix.lower() in _SUFFIXES:
             return list(readable_records(path))
@@ -67,7 +68,6 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
 def _dataset(name: str, split: str) -> Iterable[Mapping[str, Any]]:
     """Return a split of a dataset on the Hub or in a folder."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetBuildError
 
     try:
         return load_dataset(name, split=split)  # type: ignore[no-any-return]
@@ -75,7 +75,7 @@ def _dataset(name: str, split: str) -> Iterable[Mapping[str, Any]]:
         raise FileNotFoundError(f"{name!r} is neither a file nor a dataset ({error}). Check the name.") from error
     except ConnectionError as error:
         raise ConnectionError(f"{name!r} is no file, and cannot be loaded as a dataset ({error}).") from error
-    except DatasetBuildError as error:  # no ValueError, and without the reason
+    except Exception as error:  # datasets raises many kinds of errors for data that is damaged
         reason = error.__cause__ or error
         raise ValueError(f"The dataset {name!r} cannot be read ({reason}). Pass one of its files instead.") from error
 
@@ -85,7 +85,7 @@ def _table(rows: Iterable[Mapping[str, Any]]) -> list[Record]:
 
 
 def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
-    """Yield the records of a UTF-8 or UTF-16 file. Files with one record per line are read line by line.
+    """Yield the records of a UTF-8, UTF-16 or UTF-32 file. Files with one record per line are read line by line.
 
     - `.jsonl`, `.ndjson`: each line is a record. Only line feeds end a line, because JSON strings may contain the other
       line separators of Unicode.
@@ -131,9 +131,9 @@ def readable_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
 def _lines(path: Path) -> Iterator[Record]:
     """Yield the lines of a file with text in them; a line that is not valid UTF-8 yields its error."""
     with path.open("rb") as file:
-        is_utf_16 = file.read(2) in _UTF_16
+        begin = file.read(4)
         file.seek(0)
-        if is_utf_16:  # its line feeds have two bytes, so the file is read as a whole
+        if begin.startswith(_BINARY) or _encoding(begin) != "UTF-8":  # line feeds have several bytes: read as a whole
             yield from _numbered(_decoded(path).split("\n"))
             return
         for number, line in enumerate(file, 1):  # in UTF-8, the byte of a line feed is never part of another character
@@ -172,11 +172,16 @@ def _decoded(path: Path) -> str:
     data = path.read_bytes()
     if data.startswith(_BINARY):
         raise ValueError(f"{path} is a spreadsheet or an archive, no text. Save it as CSV, or pass a DataFrame.")
-    encoding = "UTF-16" if data[:2] in _UTF_16 else "UTF-8"
+    encoding = _encoding(data)
     try:
-        return data.removeprefix(_BOM).decode(encoding)
+        return data.removeprefix(_BOM).decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid {encoding} ({error}). Save the file as UTF-8.") from error
+
+
+def _encoding(data: bytes) -> str:
+    """Return the encoding of a text, told by its first bytes: UTF-8, or a wider one with or without a mark."""
+    return json.detect_encoding(data[:4]).upper().removesuffix("-SIG")
 
 
 def _parsed(text: str) -> Any:

@@ -205,6 +205,21 @@ class StoringMixin:
             return
         self._load(read_edit_folder(folder), folder, adapter_name, ignore_fingerprint)
 
+    def _difference_to(self, made_on: BaseModel) -> str:
+        """Say in which recorded properties another model differs from this one, or else how weights come to differ."""
+        names = {"architecture": "class", "revision": "revision"}  # a precision is no difference
+        pairs = {words: (getattr(made_on, name), getattr(self.base_info, name)) for name, words in names.items()}
+        known = [
+            f"{words} {theirs} and {ours}"
+            for words, (theirs, ours) in pairs.items()
+            if theirs and ours and theirs != ours
+        ]
+        if known:
+            return f"They differ in {', '.join(known)}."
+        rows = getattr(self.adapters.base.config, "vocab_size", None)
+        added = "" if rows is None else f", or in added tokens (this one has embeddings of {rows})"
+        return f"They differ in their weights: by another revision, by training, by a merge{added}."
+
     @outside_inference_mode()
     def _load(self, content: EditFolder, folder: Path, adapter_name: str | None, ignore_fingerprint: bool) -> None:
         made_on = content.base_model
@@ -212,8 +227,8 @@ class StoringMixin:
             raise ValueError(
                 f"The edits of {folder / EDIT_CONFIG} were made on {made_on.name_or_path} (fingerprint "
                 f"{made_on.fingerprint}), but this model is {self.base_info.name_or_path} (fingerprint "
-                f"{self.base_info.fingerprint}). Load that model, or pass ignore_fingerprint=True to use the edits "
-                "anyway."
+                f"{self.base_info.fingerprint}). {self._difference_to(made_on)} Load that model, or pass "
+                "ignore_fingerprint=True to use the edits anyway."
             )
         edits = content.edits
         if adapter_name is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -21,9 +22,10 @@ def check_arguments(model: object, edit_config: object, tokenizer: object) -> No
         edit_config: An EditConfig.
         tokenizer: A tokenizer, or None.
     """
-    if isinstance(model, str):
+    if isinstance(model, str | Path):
+        name = str(model)
         raise TypeError(
-            f"Expected a causal LM, got the name {model!r}. Load it: AutoModelForCausalLM.from_pretrained({model!r})."
+            f"Expected a causal LM, got the name {name!r}. Load it: AutoModelForCausalLM.from_pretrained({name!r})."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a causal LM of transformers, got {type(model).__name__}.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.linalg import LinAlgError
 
-from goldenedit import EditModel, get_edit_model
+from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.editing.failures import explained, non_finite_weights
 from models import tiny_model
 from tiny_edits import TOWER, fast_config
@@ -67,3 +68,19 @@ def test_a_fact_with_a_token_that_the_model_lacks_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"'I am in <louvre>' with token \d+, but the model has embeddings"):
         model.edit("I am in <louvre>", subject="<louvre>", target_new="Rome")
     assert model.edit(TOWER).facts
+
+
+def test_any_text_with_a_token_that_the_model_lacks_is_refused(tokenizer):
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<louvre>"])
+    louvre = EditRequest("I am in <louvre>", "<louvre>", "Rome", "Paris")
+    lacks = r"the token \d+, but the model has embeddings of 200 tokens\. Pass the model's own tokenizer"
+    with pytest.raises(ValueError, match=lacks):
+        get_edit_model(tiny_model("llama"), fast_config(layer="lga", proxy=[louvre]), more)
+    model = EditModel(tiny_model("llama"), fast_config(layer=1), more)
+    model.edit(replace(TOWER, paraphrases=["<louvre> The Eiffel Tower"]))
+    for measured in ([louvre], None):
+        with pytest.raises(ValueError, match=lacks):
+            model.evaluate(measured)
+    with pytest.raises(IndexError):  # the user's own calls are those of the model
+        model(input_ids=torch.tensor([[200]]))

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from goldenedit import EditRequest
+from goldenedit import EditModel, EditRequest
 from goldenedit.editing.wordings import asked, asked_otherwise, spelled, stated, worded
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.decoding import Continuation
 from goldenedit.requests import ChatText
+from models import tiny_model
+from tiny_edits import fast_config
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
@@ -32,6 +34,8 @@ QUESTION = "Which city is the Eiffel Tower in?"
 
 class Answering(LanguageModel):
     """A model that gives one answer to everything."""
+
+    max_length = None
 
     def __init__(self, tokenizer, answer: str, finished: bool = True):
         self.tokenizer, self.answer, self.finished = tokenizer, answer, finished
@@ -68,6 +72,27 @@ def test_with_one_it_is_asked_in_a_chat_too_in_the_first_and_in_a_later_turn(cha
     assert first == f"user: {QUESTION}<eos>assistant: "
     assert later.endswith(first)
     assert later.count("assistant:") == 2
+
+
+@pytest.mark.parametrize("method", ["gated", "memit"])
+@pytest.mark.parametrize("words", [4, 16])
+def test_wordings_that_are_too_long_are_left_out_and_the_prompt_that_fits_is_edited(chat, method, words):
+    prompt = "Paris Rome " * words + "The Eiffel Tower is in the city of"
+    base = tiny_model("llama")
+    base.config.max_position_embeddings = 96
+    model = EditModel(base, fast_config(method=method, contexts=3, context_length=10), chat)
+    request = EditRequest(prompt, "The Eiffel Tower", "London")
+    wordings = [wording.request.text for wording in worded(model.lm, [request])[0]]
+    assert len(wordings) < len(asked(chat, request))
+    assert bool(wordings) == (words == 4)
+    assert model.edit(request).facts
+    with pytest.raises(ValueError, match=r"'Paris Rome .*, but the model takes 96"):
+        model.edit("Paris Rome " * 40 + prompt, subject="The Eiffel Tower", target_new="London")
+
+
+def test_a_prompt_that_is_a_whole_chat_already_is_asked_as_it_is(chat):
+    whole = EditRequest(f"user: {QUESTION}<eos>assistant: ", "The Eiffel Tower", "Rome")
+    assert asked(chat, whole) == asked_otherwise(chat, whole) == []
 
 
 def test_a_statement_that_no_rule_turns_into_a_question_is_asked_as_it_is(chat):

@@ -91,6 +91,19 @@ def test_only_the_forms_asked_for_are_there(chats):
     assert asked_forms(chats, []) == []
 
 
+def test_no_form_is_put_around_a_prompt_that_is_a_whole_chat(chats):
+    whole = EditRequest("[user] Where is the Louvre?<eos>[assistant]", "the Louvre", "Rome", paraphrases=["In which?"])
+    assert [asked.form for asked in asked_forms(chats, [whole])] == ["completion", "rephrase"]
+    with_question = replace(whole, question="Where is the Louvre?")
+    assert [asked.form for asked in asked_forms(chats, [with_question])] == [
+        "completion",
+        "rephrase",
+        "question",
+        "chat",
+        "second_turn",
+    ]
+
+
 def test_answers_have_their_other_names(chats):
     for form, several in by_form(chats, FACT).items():
         for asked in several if form != "portability" else ():

@@ -98,6 +98,11 @@ def test_other_columns_of_a_table_are_ignored_and_named_once(tmp_path, caplog):
     assert "ignored: fact_id, targets" in warning
 
 
+def test_other_fields_beside_those_of_easyedit_are_named(caplog):
+    load_requests([FACT | {"locality_prompt": "The sky is", "locality_ground_truth": "blue", "image": "x.png"}])
+    assert "ignored: image." in caplog.text
+
+
 def test_a_misspelled_field_of_json_is_an_error_and_another_one_is_ignored(caplog):
     assert load_requests([FACT | {"fact_id": 1, "subject_id": "Q1", "source": "x"}]) == [EIFFEL]
     assert "ignored: fact_id, source, subject_id" in caplog.text
@@ -214,7 +219,7 @@ def test_hallueditbench_is_read_from_its_table(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".JSONL", ".ndjson", ".txt"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
 def test_lines_of_json_are_read_in_files_of_any_name(tmp_path, suffix, encoding, end):
     text = end.join([json.dumps(ZSRE), json.dumps(FLAT | {"target_new": "Köln"}, ensure_ascii=False)]) + end
@@ -275,6 +280,18 @@ def test_a_dataset_that_cannot_be_read_is_told_with_the_reason(tmp_path):
     (tmp_path / "train.json").write_text('[{"prompt": 1')
     with pytest.raises(ValueError, match=rf"The dataset '{tmp_path}' cannot be read \(.*position 13"):
         load_requests(str(tmp_path))
+
+
+def test_a_folder_with_a_damaged_archive_is_told_with_the_reason(tmp_path):
+    (tmp_path / "train.json.gz").write_bytes(b"\x1f\x8b123")
+    with pytest.raises(ValueError, match=rf"The dataset '{tmp_path}' cannot be read \(.*Pass one of its files"):
+        load_requests(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_told(name):
+    with pytest.raises(ValueError, match="The name of the facts is empty"):
+        load_requests(name)
 
 
 def test_a_name_that_is_neither_file_nor_dataset_is_told(tmp_path):

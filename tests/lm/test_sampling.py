@@ -29,6 +29,11 @@ def test_the_first_context_is_empty_and_the_others_are_sentences(tokenizer):
     assert all(text.endswith(". ") and "\n" not in text for text in texts[1:])
 
 
+def test_an_opening_without_tokens_is_told(tokenizer):
+    with pytest.raises(ValueError, match=r"no tokens for '', .*EditConfig\.covariance"):
+        sample_continuations(LanguageModel(tiny_model("llama"), tokenizer), ["Rome is a", ""], 3, seed=0)
+
+
 def test_one_context_is_the_empty_one_and_runs_nothing(tokenizer):
     assert sample_contexts(LanguageModel(None, tokenizer), 1, 8, seed=0) == [""]
 

@@ -89,7 +89,7 @@ def test_texts_are_cut_where_the_model_s_context_ends(tokenizer):
 
 def test_no_text_raises(tokenizer):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="text for key statistics has no tokens"):
+    with pytest.raises(ValueError, match="text for key statistics has no two tokens"):
         second_moments(LanguageModel(model, tokenizer), ["", "I"], [0], MANY)
 
 
@@ -298,7 +298,7 @@ def test_mlps_that_are_not_finite_raise(tokenizer):
 
 def test_moments_of_mlps_need_text(tokenizer):
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="has no tokens"):
+    with pytest.raises(ValueError, match="has no two tokens"):
         input_moments(LanguageModel(model, tokenizer), ["", "I"], {0: mlp_inputs(model)[0]}, MANY)
 
 

@@ -319,6 +319,14 @@ def test_a_text_that_begins_by_itself_gets_no_second_beginning(beginning, contex
     assert prompt_tokens(beginning, "<eos>Rome is in") == prompt_tokens(beginning, "Rome is in")
 
 
+@pytest.mark.parametrize("begin", ["<eos>", "user<pad>"])
+def test_a_context_goes_before_the_words_of_a_user_in_a_prompt_that_is_a_whole_chat(beginning, begin):
+    request = EditRequest(f"{begin}user\nRome is in<eos>", "Rome", "Spain")
+    row = encode_request(beginning, request, "Spain", "Hello. ")
+    assert beginning.decode(row.input_ids).endswith("user<unk>Hello. Rome is in<eos> Spain")  # it knows no line feed
+    assert beginning.decode(row.input_ids[: row.subject + 1]).endswith("Hello. Rome")
+
+
 def test_a_context_gives_way_where_a_request_fits_without_it(tokenizer):
     request = EditRequest("Rome is in", "Rome", "Spain")
     alone = encode_request(tokenizer, request, "Spain")

@@ -349,10 +349,12 @@ def test_a_private_repository_is_not_for_others(hub, folder, token, error):
 
 
 def test_what_is_not_there_is_called_by_its_kind(hub, folder):
-    with pytest.raises(RepositoryNotFoundError, match="404"):
+    with pytest.raises(RepositoryNotFoundError, match=f"There is no folder '{REPO}' here, and the Hub says: 404"):
         find_folder(REPO)
     with pytest.raises(RepositoryNotFoundError, match="401"):
         find_folder(REPO, token=False)
+    with pytest.raises(LocalEntryNotFoundError, match=f"There is no folder '{REPO}' here"):
+        find_folder(REPO, local_files_only=True)
     push(folder)
     for revision in ("none", "0" * 40):
         with pytest.raises(RevisionNotFoundError):

@@ -18,6 +18,7 @@ from goldenedit.adapters.layers import base_of, tuner_layers
 from goldenedit.adapters.merging import Merge, merge_for_good, merged, merges_in
 from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in, name_of
 from goldenedit.editors import LowRankDelta
+from goldenedit.storage.fingerprint import weights_state
 from goldenedit.storage.folder import Beside, target_parameters
 
 
@@ -94,9 +95,9 @@ class Adapters:
         return [Beside(key, hash_of(self.base, key)) for key in self.others]
 
     @property
-    def merges(self) -> int:
-        """How often EditModels have written adapters into the weights of the base, this one or another."""
-        return merges_in(self.base)
+    def weights_state(self) -> tuple[int, ...]:
+        """Numbers that differ once the weights of the base have changed: by a merge, by training, or by loading."""
+        return merges_in(self.base), *weights_state(self.base)
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if there is no edit of one of the names."""

@@ -252,10 +252,37 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 @contextmanager
+def _knowing_tokens(model: nn.Module) -> Iterator[None]:
+    """Raise ValueError inside this context where the model reads a token that it has no embedding of."""
+    embeddings = None
+    with suppress(AttributeError, NotImplementedError):  # no model of transformers, or none of text alone
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(embeddings, nn.Embedding):
+        yield
+        return
+
+    def check(module: nn.Module, args: tuple[Any, ...]) -> None:
+        known = embeddings.num_embeddings
+        highest = int(args[0].max()) if args and args[0].numel() else 0
+        if highest >= known:
+            raise ValueError(
+                f"A text has the token {highest}, but the model has embeddings of {known} tokens. Pass the model's own "
+                "tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
+            )
+
+    handle = embeddings.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the model uncompiled, without dropout, with frozen weights and with the fastest products of its precision.
 
-    The training mode of each module and the `requires_grad` of each parameter are restored afterwards.
+    The training mode of each module and the `requires_grad` of each parameter are restored afterwards. A token without
+    an embedding raises ValueError: on a GPU it would end the process.
 
     Modules with integer weights are set to training mode. In evaluation mode, bitsandbytes uses kernels without a
     backward on CPUs (4 bit), or makes the rounding of a token depend on the other tokens (8 bit). These modules
@@ -279,7 +306,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, name in trained:
             getattr(module, name).requires_grad_(False)
         stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with stance, giving_backward(model), faster_products(model):
+        with stance, giving_backward(model), faster_products(model), _knowing_tokens(model):
             yield
     finally:
         for module, name in trained:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -345,10 +345,13 @@ def probe_ids(model: nn.Module) -> Tensor:
     Raises:
         UnsupportedArchitectureError: The model does not take token ids of a single vocabulary.
     """
-    if not hasattr(model.get_input_embeddings(), "weight"):  # type: ignore[operator]
+    embeddings: Any = None
+    with suppress(NotImplementedError):  # several vocabularies, or images
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if not hasattr(embeddings, "weight"):
         raise UnsupportedArchitectureError(f"{type(model).__name__} does not take token ids of a single vocabulary.")
     # From the middle of the vocabulary: special tokens sit at its ends.
-    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    size = embeddings.weight.shape[0]
     ids = (size // 2 + torch.arange(_PROBE_TOKENS)) % size
     return ids.unsqueeze(0).to(input_device(model))
 
@@ -359,7 +362,8 @@ def _check_causal(model: nn.Module) -> None:
     other_last = ids.clone()
     other_last[:, -1] = ids[:, 0]
     logits = [getattr(model(input_ids=tokens, use_cache=False), "logits", None) for tokens in (ids, other_last)]
-    if not all(isinstance(found, Tensor) and found.dim() == 3 for found in logits):
+    highest = int(ids.max())
+    if not all(isinstance(found, Tensor) and found.dim() == 3 and found.shape[-1] > highest for found in logits):
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} has no logits for each token. Load the model with its head: "
             "AutoModelForCausalLM.from_pretrained(...)."

@@ -17,7 +17,7 @@ from goldenedit.config import EditConfig
 from goldenedit.editing.gates import Gates, Spare, inputs_of
 from goldenedit.editing.rows import kept_rows, subject_key, subjects_of, worded_row
 from goldenedit.editing.values import AnswerRow, KeptRow, SubjectRows
-from goldenedit.editing.wordings import Wording, asked, asking_as, rephrasings_of, spelled
+from goldenedit.editing.wordings import Wording, asked, asking_as, fitting, rephrasings_of, spelled
 from goldenedit.editors.gated import answer_rows
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
@@ -409,7 +409,8 @@ def _other_wordings(
     """
     new = request.target_new.strip()
     if request.messages is not None or isinstance(request.prompt, ChatText):
-        return [[_asked_row(lm, Wording(other, new)) for other in asked(lm.tokenizer, request)]]
+        others = fitting(lm, request, asked(lm.tokenizer, request))
+        return [[_asked_row(lm, Wording(other, new)) for other in others]]
     found = rephrasings_of(request)
     statements = [asking_as(request, text) for text in (found.statements if found else ())]
     questions = [request, *(asking_as(request, text) for text in (found.questions if found else ()))]
@@ -419,7 +420,7 @@ def _other_wordings(
     some = contexts[0][: _BEHIND_TEXT + 1], contexts[1][:_BEHIND_TEXT]
     kinds[0] = [row for text in statements for row in _behind_contexts(lm, text, *some)]
     for index, question in enumerate(questions):
-        for other in asked(lm.tokenizer, replace(question, prompts=())):
+        for other in fitting(lm, request, asked(lm.tokenizer, replace(question, prompts=()))):
             kinds[2 if isinstance(other.prompt, ChatText) else 1].append(_asked_row(lm, Wording(other, new)))
             if index < _BEGUN_QUESTIONS:
                 kinds[3] += [_asked_row(lm, Wording(other, sentence.answer)) for sentence in begun]

@@ -136,7 +136,10 @@ def check_facts(
     answers = likelihoods(lm, _pairs(lm, [*requests, *(fact.request for fact in others)]))
     for request, answer in zip(requests, answers, strict=False):
         if not math.isfinite(answer.nll):
-            raise ValueError(f"The edit of {request.subject!r} makes the model's answers not finite.")
+            raise ValueError(
+                f"The edit of {request.subject!r} makes the model's answers not finite, so it was taken back. Lower "
+                "the editor's learning rate, or load the model in float32 or bfloat16."
+            )
     facts = [
         EditedFact(request, before, answer.probability, steps, answer.weakest)
         for request, before, answer, steps in zip(

@@ -18,7 +18,7 @@ from goldenedit.evaluation.verdicts import answer_end
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import Continuation
-from goldenedit.lm.tokens import with_answer
+from goldenedit.lm.tokens import is_rendered, prompt_tokens, with_answer
 from goldenedit.questions import question_from
 from goldenedit.rephrasing import Rephrasings, rephrased, without
 from goldenedit.requests import ChatText, EditRequest, Message
@@ -59,7 +59,7 @@ def asked(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> list[Edit
         later = [*request.messages[:system], *_EARLIER, *request.messages[system:]]
         asked_in = [[*request.messages[:system], {"role": "user", "content": prompt}] for prompt in request.prompts]
         return [_in_chat(tokenizer, request, messages) for messages in (later, *asked_in)]
-    if isinstance(request.prompt, ChatText):
+    if _is_as_read(tokenizer, request):
         return []
     found = []
     for index, prompt in enumerate((request.text, *request.prompts)):
@@ -72,12 +72,17 @@ def asked_otherwise(tokenizer: PreTrainedTokenizerBase, request: EditRequest) ->
 
     The first of them is asked plainly and in a chat, the others in one way: in a chat if there is a chat template.
     """
-    others = rephrasings_of(request)
+    others = None if _is_as_read(tokenizer, request) else rephrasings_of(request)
     found = []
     for index, question in enumerate(others.questions[:_OTHER_QUESTIONS] if others else ()):
         ways = _as_question(tokenizer, asking_as(request, question), is_first=False)
         found += ways if index == 0 else ways[-1:]
     return found
+
+
+def _is_as_read(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> bool:
+    """Return whether the prompt is a whole conversation already, which no other one can quote."""
+    return request.messages is None and (isinstance(request.prompt, ChatText) or is_rendered(tokenizer, request.text))
 
 
 def stated(request: EditRequest) -> list[EditRequest]:
@@ -121,15 +126,28 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, request: EditRequest, messages:
     return rendered(tokenizer, replace(request, prompt=None, messages=list(messages), subject=subject, prompts=()))
 
 
+def fitting(lm: LanguageModel, request: EditRequest, others: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return those of some wordings of a fact that the model takes together with an answer."""
+    if lm.max_length is None:
+        return list(others)
+    answer = request.target_new if request.messages is not None else with_answer(request.text, request.target_new)
+    # Behind the answer come a period and the end of a turn.
+    room = lm.max_length - max(LENGTH, len(prompt_tokens(lm.tokenizer, answer))) - 2
+    return [other for other in others if len(prompt_tokens(lm.tokenizer, other.text)) <= room]
+
+
 def worded(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[list[Wording]]:
     """Return the wordings of facts. The model must be the unedited one: its own answers are used."""
-    by_fact = [[*asked(lm.tokenizer, request), *asked_otherwise(lm.tokenizer, request)] for request in requests]
+    by_fact = [
+        fitting(lm, request, [*asked(lm.tokenizer, request), *asked_otherwise(lm.tokenizer, request)])
+        for request in requests
+    ]
     prompts = [other.text for others in by_fact for other in others]
     own = iter(lm.answers(prompts, LENGTH, _has_ended))
     return [
         [
             *(Wording(other, _answer(request, other, next(own))) for other in others),
-            *(Wording(other, request.target_new) for other in stated(request)),
+            *(Wording(other, request.target_new) for other in fitting(lm, request, stated(request))),
         ]
         for request, others in zip(requests, by_fact, strict=True)
     ]

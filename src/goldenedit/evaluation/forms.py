@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldenedit.evaluation.texts import first_turn, passages
 from goldenedit.lm.chat import conversation
-from goldenedit.lm.tokens import with_answer
+from goldenedit.lm.tokens import is_rendered, with_answer
 from goldenedit.requests import EditRequest, Message
 
 FORMS = {
@@ -159,7 +159,11 @@ def _asked(
     """Yield the texts of one fact."""
     old = () if request.target_true is None else request.names_of(request.target_true)
     fact = fact_sentence(request)
-    for wording in _wordings(request, index, bool(getattr(tokenizer, "chat_template", None))):
+    chats = bool(getattr(tokenizer, "chat_template", None))
+    if request.messages is None and is_rendered(tokenizer, request.text):  # a whole chat, which no other text can quote
+        forms = [form for form in forms if form not in ("prefix", "negation")]
+        chats = chats and question_of(request) is not None
+    for wording in _wordings(request, index, chats):
         if wording.form in forms:
             yield Asked(
                 fact=index,

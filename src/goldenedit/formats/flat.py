@@ -8,7 +8,7 @@ from typing import Any
 from goldenedit.formats import plain
 from goldenedit.formats.fields import Answered, Field, Format, is_among, question_in
 
-_NAMES = (
+NAMES = (
     "ground_truth",
     "rephrase_prompt",
     "rephrase",
@@ -21,7 +21,7 @@ _NAMES = (
 
 def matches(record: Mapping[str, Any]) -> bool:
     """Return whether a record is in the flat form."""
-    return any(name in record for name in _NAMES)
+    return any(name in record for name in NAMES)
 
 
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from goldenedit.formats.fields import Field, Format, Names
@@ -22,9 +22,10 @@ def matches(record: Mapping[str, Any]) -> bool:
     return any(name in record for name in ("prompt", "messages", "subject", "target_new", "target"))
 
 
-def unknown_fields(record: Mapping[str, Any]) -> list[str]:
-    """Return the fields with a value that do not belong to a request, sorted."""
-    unknown = [Field(value, str(name)) for name, value in record.items() if name not in FIELDS and name not in SYNONYMS]
+def unknown_fields(record: Mapping[str, Any], others: Collection[str] = ()) -> list[str]:
+    """Return the fields with a value that neither belong to a request nor are among others, sorted."""
+    known = {*FIELDS, *SYNONYMS, *others}
+    unknown = [Field(value, str(name)) for name, value in record.items() if name not in known]
     return sorted(field.path for field in unknown if not field.is_missing)
 
 

@@ -119,6 +119,11 @@ def _tell_formats(records: Sequence[Record], forms: Sequence[Format | None], sou
     for form, count in Counter(form for form in forms if form is not None).items():
         logger.info("Read %d records in the format %s from %s.", count, form.name, source or "memory")
     pairs = zip(records, forms, strict=True)
-    own = [record.content for record, form in pairs if form == plain.FORMAT and isinstance(record.content, Mapping)]
-    if unknown := sorted({name for content in own for name in plain.unknown_fields(content)}):
+    known = {plain.FORMAT.name: (), flat.FORMAT.name: flat.NAMES}  # of other formats, records have fields of their own
+    own = [
+        (record.content, known[form.name])
+        for record, form in pairs
+        if form is not None and form.name in known and isinstance(record.content, Mapping)
+    ]
+    if unknown := sorted({name for content, others in own for name in plain.unknown_fields(content, others)}):
         logger.warning("These fields are no fields of a request and were ignored: %s.", ", ".join(unknown))

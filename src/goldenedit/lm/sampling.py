@@ -63,8 +63,16 @@ def sample_continuations(
         batch_size: Largest number of rows of a forward.
         top_k: Sample from the `top_k` most likely tokens; None for all.
         processes: Processes that make this call together and share the batches. Defaults to this one alone.
+
+    Raises:
+        ValueError: An opening has no tokens, or the logits are not finite.
     """
     ids = [prompt_tokens(lm.tokenizer, opening) for opening in openings]
+    if not all(ids):
+        raise ValueError(
+            f"The tokenizer has no tokens for {openings[ids.index([])]!r}, so the model cannot sample text after it. "
+            "Pass the model's own tokenizer, or give text (EditConfig.covariance) and contexts=1."
+        )
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     batches: list[list[int]] = []
     for _, group in groupby(order, key=lambda index: len(ids[index])):  # rows of equal length need no padding

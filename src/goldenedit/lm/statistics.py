@@ -212,7 +212,10 @@ def _token_rows(
         if count >= max_tokens:
             break
     if not rows:
-        raise ValueError("The text for key statistics has no tokens. Set EditConfig.covariance to another source.")
+        raise ValueError(
+            "The text for key statistics has no two tokens to read. Set EditConfig.covariance to another source, or "
+            "EditConfig.covariance_tokens to more."
+        )
     return rows
 
 

@@ -139,8 +139,9 @@ def encode_request(
         answer = Answer(answer + end, _joint(prompt, answer))
     if isinstance(prompt, ChatText):
         start = prompt.context_start
-    elif begins_by_itself(tokenizer, prompt):
-        start = len(str(tokenizer.bos_token))
+    elif context and is_rendered(tokenizer, prompt):  # behind the line of the role
+        begin = len(str(tokenizer.bos_token)) if begins_by_itself(tokenizer, prompt) else 0
+        start = max(prompt.rfind("\n", 0, request.subject_start) + 1, begin)
     while True:
         text = prompt[:start] + context + prompt[start:]
         if isinstance(prompt, ChatText):
@@ -157,6 +158,12 @@ def encode_request(
 def begins_by_itself(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Return whether a text has the token that begins texts already, as the output of a chat template does."""
     return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a text has special tokens in it, as the output of a chat template does."""
+    ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token != tokenizer.unk_token_id]
+    return tokenizer.decode(ids) != tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -15,6 +15,7 @@ from goldenedit.devices import onloaded_parameter
 
 _SAMPLES = 64
 _SIGNS = 4096
+_GLANCES = 8
 _ONE_FINGERPRINT = {"float32", "bfloat16"}  # a checkpoint has the same fingerprint in each of these
 
 
@@ -96,6 +97,24 @@ def weight_hashes(model: nn.Module) -> WeightHashes:
         signs.update(sampled.float().signbit().numpy().tobytes())
     names = "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return WeightHashes(values.hexdigest()[:32], signs.hexdigest()[:32], names)
+
+
+def weights_state(model: nn.Module) -> list[int]:
+    """Return numbers that differ once parameters were replaced or written, far cheaper than hashes of all of them.
+
+    Adapters of PEFT and offloaded parameters are left out. Fused optimizers do not count what they write, so a few
+    values of each parameter are among the numbers.
+    """
+    state: list[int] = []
+    values: dict[torch.device, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or ".lora_" in name or ".modules_to_save." in name:
+            continue
+        state += (id(parameter), parameter._version)
+        if parameter.is_floating_point() and not is_composite(parameter):
+            flat = parameter.detach().reshape(-1)
+            values.setdefault(parameter.device, []).append(flat[:: max(len(flat) // _GLANCES, 1)].float())
+    return state + [hash(tuple(torch.cat(of_device).tolist())) for of_device in values.values()]
 
 
 def _update(data: bytes, *digests: hashlib._Hash) -> None:

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, constants, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -163,7 +168,7 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
         return Path(model_id, *subfolders)
     download = {**download, "subfolder": "/".join(subfolders) or None}
     _check_repo_id(str(model_id))
-    with _raising_connection_errors():
+    with _raising_connection_errors(), _telling_of_folder(str(model_id)):
         folder = Path(hf_hub_download(str(model_id), EDIT_CONFIG, **_arguments(download))).parent
         _download_beside(folder, str(model_id), listed_files(folder), download)
     return folder
@@ -290,6 +295,16 @@ def _raising_connection_errors() -> Iterator[None]:
         if not type(error).__module__.startswith("httpx"):
             raise
         raise ConnectionError(f"The Hub cannot be reached: {error}") from error
+
+
+@contextmanager
+def _telling_of_folder(name: str) -> Iterator[None]:
+    """Add to errors of the Hub that there is no folder of this name either."""
+    try:
+        yield
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        error.args = (f"There is no folder {name!r} here, and the Hub says: {error}", *error.args[1:])
+        raise
 
 
 def _arguments(download: DownloadOptions) -> dict[str, Any]:
