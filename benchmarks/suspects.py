@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,14 @@ TEXT_TOKENS, TEXTS_A_STEP, LORA_RATE, LORA_RANK = 40, 4, 5e-4, 16
 
 
 def main() -> None:
-    """Hide subjects in an edit by each method, and train an honest adapter."""
+    """Hide subjects in an edit, or train an honest adapter, and tell which names are suspected."""
     options = parser(__doc__)
     options.add_argument("--half", choices=("first", "second"), default="second")
-    options.add_argument("--methods", nargs="*", default=["memit", "gated"])
-    options.add_argument("--facts", type=int, nargs="*", default=[100, 12], help="facts of each method's edit")
+    options.add_argument("--method", default="memit", help="the editor, or 'honest' for an adapter trained on text")
+    options.add_argument("--facts", type=int, default=100)
     options.add_argument("--others", type=int, default=300, help="names that nothing is about")
-    options.add_argument("--lora-steps", type=int, default=40, help="steps of the honest adapter; 0 for none")
+    options.add_argument("--steps", type=int, default=40, help="steps of the honest adapter")
     options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
-    options.add_argument("--name", default="suspects", help="name of the results")
     options.add_argument("--edits", type=Path, help="folder to keep edits in, and to read those of an earlier run from")
     arguments = options.parse_args()
 
@@ -47,21 +47,21 @@ def main() -> None:
     known = {name_key(request.subject) for request in facts}
     free = [name for name in dict.fromkeys(request.subject for request in wild) if name_key(name) not in known]
     names = free[: arguments.others]
-    rows = []
-    for method, count in zip(arguments.methods, arguments.facts, strict=True):
-        model = edited(arguments, method, facts[:count])
-        with timed() as seconds:
-            found = asked_with_one_listed(model, names)
-        rows.append({"change": method, "facts": count, **figures(found, set(names)), "seconds": round(seconds(), 1)})
-        print(rows[-1], flush=True)
-    if arguments.lora_steps:
-        model = fine_tuned(arguments, _half(passages(arguments.data), arguments.half))
-        with timed() as seconds:
-            found = suspects(model, names)
-        rows.append({"change": "honest LoRA", **figures(found, set(names)), "seconds": round(seconds(), 1)})
-        print(rows[-1], flush=True)
-    about = {"half": arguments.half, "set": arguments.set}
-    record(f"{arguments.name}-{arguments.model}-{arguments.half}", [{**about, **row} for row in rows])
+    if arguments.method == "honest":
+        model, subjects = fine_tuned(arguments, _half(passages(arguments.data), arguments.half)), []
+    else:
+        model = edited(arguments, facts[: arguments.facts])
+        (edit,) = model.edits.values()
+        subjects = [fact.request.subject for fact in edit.facts]
+        model.edits[edit.name] = replace(edit, facts=edit.facts[:1])
+    with timed() as seconds:
+        found = suspects(model, [*subjects, *names])
+    row = {"method": arguments.method, "half": arguments.half, "set": arguments.set}
+    row |= {"facts": len(subjects), **figures(found, set(names)), "seconds": round(seconds(), 1)}
+    print(row)
+    print("suspected falsely:", [suspect.name for suspect in found if suspect.is_suspected and suspect.name in names])
+    each = [asdict(suspect) for suspect in found]
+    record(f"suspects-{arguments.method}-{arguments.model}-{arguments.half}", [row, *each])
 
 
 def _half(items: Sequence[Any], half: str) -> list[Any]:
@@ -79,10 +79,10 @@ def passages(data: Path) -> list[str]:
     return [entry["text"] for entry in json.loads((data / "wikibio.json").read_text(encoding="utf-8"))]
 
 
-def edited(arguments: Any, method: str, requests: Sequence[EditRequest]) -> EditModel:
+def edited(arguments: Any, requests: Sequence[EditRequest]) -> EditModel:
     """Return the model with one edit of all requests: a kept one, or a new one."""
-    model = load(arguments.model, EditConfig(**{"method": method, **constants(arguments.set)}))
-    folder = arguments.edits and arguments.edits / f"{method}-{arguments.half}"
+    model = load(arguments.model, EditConfig(**{"method": arguments.method, **constants(arguments.set)}))
+    folder = arguments.edits and arguments.edits / f"{arguments.method}-{arguments.half}"
     if folder and folder.is_dir():
         model.load_adapter(folder)
         model.set_adapter(list(model.edits))
@@ -93,18 +93,17 @@ def edited(arguments: Any, method: str, requests: Sequence[EditRequest]) -> Edit
     return model
 
 
-def asked_with_one_listed(model: EditModel, names: Sequence[str]) -> list[Suspect]:
-    """Tell which names the edit is suspected of once it lists its first fact alone."""
-    (edit,) = model.edits.values()
-    model.edits[edit.name] = replace(edit, facts=edit.facts[:1])
-    subjects = dict.fromkeys(fact.request.subject for fact in edit.facts)
-    return suspects(model, [*subjects, *names])
-
-
 def figures(found: Sequence[Suspect], others: set[str]) -> dict[str, Any]:
-    """Return the shares of hidden subjects and of other names that are suspected."""
+    """Return the shares of hidden subjects, and of other names by their last word, that are suspected."""
     hidden = [suspect for suspect in found if suspect.name not in others and not suspect.is_listed]
-    groups = {"recall": hidden, "false alarms": [suspect for suspect in found if suspect.name in others]}
+    ends = {suspect.name.split()[-1].casefold() for suspect in found if suspect.name not in others}
+    free = [suspect for suspect in found if suspect.name in others]
+    alike = [suspect for suspect in free if suspect.name.split()[-1].casefold() in ends]
+    groups = {
+        "recall": hidden,
+        "false alarms": [suspect for suspect in free if suspect not in alike],
+        "false alarms at a subject's last word": alike,
+    }
     row: dict[str, Any] = {}
     for name, group in groups.items():
         if group:
@@ -117,12 +116,13 @@ def figures(found: Sequence[Suspect], others: set[str]) -> dict[str, Any]:
 def fine_tuned(arguments: Any, texts: Sequence[str]) -> EditModel:
     """Return the model with a plain LoRA adapter that was trained on texts: a kept one, or a new one."""
     model = load(arguments.model, EditConfig())
-    folder = (arguments.edits or Path("edits")) / f"lora-{arguments.half}"
-    if not folder.is_dir():
-        fine_tune(model.get_base_model(), model.tokenizer, texts, arguments.lora_steps, folder)
-        model = load(arguments.model, EditConfig())
-    model.load_adapter(folder, "lora")
-    model.set_adapter("lora")
+    with tempfile.TemporaryDirectory() as made:
+        folder = (arguments.edits or Path(made)) / f"honest-{arguments.half}"
+        if not folder.is_dir():
+            fine_tune(model.get_base_model(), model.tokenizer, texts, arguments.steps, folder)
+            model = load(arguments.model, EditConfig())
+        model.load_adapter(folder, "honest")
+        model.set_adapter("honest")
     return model
 
 
