@@ -55,6 +55,7 @@ ORDER = (
     "model",
     "audit_neurons",
     "audit",
+    "audit_suspects",
     "plots",
     "tables",
     "loading",
