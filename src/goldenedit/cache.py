@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goldenedit import platforms
+
 MODELS = "models"  # the kind whose entries are folders
 DEFAULT_LIMIT = "50GB"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -61,7 +63,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
-        partial.replace(path)
+        platforms.HERE.patiently(partial.replace, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -180,4 +182,4 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        platforms.HERE.patiently(path.unlink, missing_ok=True)

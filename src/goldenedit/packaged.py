@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from goldenedit import platforms
 from goldenedit.cache import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
 def _put(finished: Path, target: Path) -> None:
     """Move a finished folder to its place, unless another process was faster."""
     try:
-        finished.replace(target)
+        platforms.HERE.patiently(finished.replace, target)
     except OSError:
         if not target.is_dir():
             raise

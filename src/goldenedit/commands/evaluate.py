@@ -75,7 +75,7 @@ def evaluate(
     if card:
         _write_card(edit_model, path)
     if output is not None:
-        output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8", newline="\n")
         console.print(f"Saved in {printable(str(output))}")
     return Report(scores, [] if output is None else [output])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from goldenedit import platforms
 from goldenedit.storage.folder import EditFolder, fuse
 
 # llama.cpp's architecture name for each `model_type` of transformers. It lists only models whose MLPs llama.cpp stores
@@ -104,7 +105,7 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        staged.replace(path)
+        platforms.HERE.patiently(staged.replace, path)
 
 
 def write_modelfile(adapter: Path, base: str) -> Path:
@@ -123,5 +124,5 @@ def write_modelfile(adapter: Path, base: str) -> Path:
     text = f"FROM {base}\nADAPTER ./{adapter.name}\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path} exists already. Move it, or write the adapter into another folder.")
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
     return path

@@ -127,7 +127,7 @@ def push_golden_layers(
     for record in new:
         records = with_record(records, record)
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(records), encoding="utf-8")
+        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(records), encoding="utf-8", newline="\n")
         return push_folder(
             Path(scratch),
             repo_id,
@@ -155,7 +155,7 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
     if unknown := sorted(set(download) - set(DownloadOptions.__annotations__)):
         raise TypeError(f"Unknown arguments {unknown}. Valid options are {sorted(DownloadOptions.__annotations__)}.")
     subfolders = Path(download.get("subfolder") or "").parts
-    if Path(*subfolders).is_absolute() or ".." in subfolders:
+    if Path(*subfolders).anchor or ".." in subfolders:
         raise ValueError(
             f"subfolder {download.get('subfolder')!r} leads out of the edit's folder. Give a path inside it."
         )
