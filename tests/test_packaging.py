@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def normalized(name: str) -> str:
 
 def bounds() -> dict[str, str]:
     """Return the lower bounds of all dependencies and extras."""
-    needed = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    needed = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     pairs = [requirement.split(">=") for requirement in needed if not requirement.startswith("goldenedit[")]
     return {normalized(name): version for name, version in pairs}
 

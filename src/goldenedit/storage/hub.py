@@ -269,7 +269,7 @@ def is_repo_id(name: str) -> bool:
         validate_repo_id(name)
     except ValueError:
         return False
-    return bool(name) and not Path(name).exists()
+    return bool(name) and name.isascii() and not Path(name).exists()  # huggingface_hub 1 lets all letters pass
 
 
 def _check_repo_id(repo_id: str) -> None:
