@@ -4,13 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= smollm2
 
-.PHONY: conformance demo docs gpu-check test test-slow test-runtimes setup quality style benchmarks cards clean
+.PHONY: conformance demo docs gpu-check test test-newest test-oldest test-slow test-runtimes setup quality style benchmarks cards clean
 
 demo: setup
 	$(BIN)/goldenedit demo --model $(MODEL)
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Tests with the oldest versions that pyproject.toml allows of the libraries it names, and with the newest versions of all,
+# each in an environment of its own. TESTS=tests runs all of them. On Linux, pip takes builds of torch for CUDA unless
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is set.
+TESTS ?= $(addprefix tests/,adapters architecture commands lm storage test_import.py test_methods.py test_model.py \
+	test_platforms.py test_playground.py test_records.py test_requests.py test_storing.py test_tables.py)
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal -m "not real and not slow" $(TESTS)
+
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/python -m pytest -n auto --dist worksteal -m "not real and not slow" $(TESTS)
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
+
+# Made anew each time, because what is newest changes.
+.PHONY: .venv-newest/.ready
+.venv-newest/.ready:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
 
 # The tests that take many minutes: all of the README on a real model.
 test-slow: setup
@@ -61,4 +86,4 @@ benchmarks: setup
 	cd benchmarks && ../$(BIN)/python lga.py && ../$(BIN)/python artifact.py && ../$(BIN)/python quality.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-llama-cpp .venv-mlx build/runtimes
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .venv-llama-cpp .venv-mlx build/runtimes

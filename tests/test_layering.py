@@ -12,6 +12,7 @@ from import_graph import Import, cycles, imports_of, modules_of, unit, unit_impo
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "goldenedit"
 ORDER = (
+    "platforms",
     "html",
     "threads",
     "files",

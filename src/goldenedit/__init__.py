@@ -21,7 +21,7 @@ _HOMES = {
     "proxy_facts": "goldenedit.requests",
 }
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["EditConfig", "EditModel", "EditRequest", "Plan", "get_edit_model", "load_requests", "plan", "proxy_facts"]
 
 

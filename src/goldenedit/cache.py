@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goldenedit import platforms
 from goldenedit.files import write_atomically
 
 MODELS = "models"  # the kind whose entries are folders
@@ -171,4 +172,4 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        platforms.HERE.patiently(path.unlink, missing_ok=True)

@@ -22,6 +22,7 @@ from goldenedit.commands.playground import playground
 from goldenedit.commands.search import search
 from goldenedit.commands.share import export, push
 from goldenedit.commands.show import editors, show
+from goldenedit.platforms import print_anything
 from goldenedit.tables import printable
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ def commands(group: Any = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. Errors that the user can fix end with one line and exit code 1."""
+    print_anything(sys.stdout, sys.stderr)
     try:
         return app(arguments)
     except (ValueError, OSError, KeyError, ModuleNotFoundError) as error:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from goldenedit import platforms
+
 _NUMBER = re.compile(r"\(os error (\d+)\)")  # how Rust libraries, such as safetensors and tokenizers, report one
 
 
@@ -22,7 +24,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with naming(path):
             partial.write_bytes(data)
-        partial.replace(path)
+        platforms.HERE.patiently(partial.replace, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from goldenedit import platforms
 from goldenedit.cache import cache_dir
 from goldenedit.files import naming
 
@@ -114,7 +115,7 @@ def _convert(packaged: PackagedModel, target: Path) -> None:
 def _put(finished: Path, target: Path) -> None:
     """Move a finished folder to its place, unless another process was faster."""
     try:
-        finished.replace(target)
+        platforms.HERE.patiently(finished.replace, target)
     except OSError:
         if not target.is_dir():
             raise

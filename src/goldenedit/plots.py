@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,14 @@ def _save(figure: Any, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def check_matplotlib() -> None:
+    """Raise ModuleNotFoundError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError('Figures need matplotlib, which is not installed: pip install "goldenedit[plot]"')
+
+
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Figures need matplotlib, which is not installed. Run pip install 'goldenedit[plot]'."
-        ) from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")

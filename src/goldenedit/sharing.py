@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
+from goldenedit import platforms
 from goldenedit.adapters import Adapters
 from goldenedit.config import EditConfig
 from goldenedit.files import naming
@@ -111,9 +112,8 @@ class SharingMixin:
             with self.adapters.merged() as model, naming(folder):
                 write_checkpoint(folder, model, self.tokenizer, content)
             repo_id = make_repo(repo_id, private, token)
-            (folder / CARD).write_text(
-                render_card(content, repo_id, True, terms_of(content.base_model, token)), encoding="utf-8"
-            )
+            card = render_card(content, repo_id, True, terms_of(content.base_model, token))
+            (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
             # If an adapter stayed in the repository, it would be loaded instead of the checkpoint.
             stale = [*EDIT_FILES, *root_files(repo_id, WEIGHTS, revision, token)]
             return push_folder(
@@ -151,14 +151,14 @@ class SharingMixin:
             with self.adapters.merged() as model, naming(folder):
                 write_checkpoint(staged, model, self.tokenizer, content)
                 card = render_card(content, os.fspath(save_directory), merged=True)
-                (staged / CARD).write_text(card, encoding="utf-8")
+                (staged / CARD).write_text(card, encoding="utf-8", newline="\n")
             if is_new:
-                staged.rename(folder)
+                platforms.HERE.patiently(staged.rename, folder)
             else:
                 for path in sorted(
                     staged.iterdir(), key=lambda path: path.name == "config.json"
                 ):  # which is read first
-                    path.rename(folder / path.name)
+                    platforms.HERE.patiently(path.rename, folder / path.name)
 
     def push_golden_layers(
         self,

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goldenedit.architecture.caching import cache_argument, cache_of
 from goldenedit.architecture.hooks import Record, hidden_argument, reading_logits, recording
 from goldenedit.architecture.layers import Architecture
 from goldenedit.architecture.packing import PackedAttention
@@ -184,7 +185,7 @@ def capture(
     finally:
         handle.remove()
     returns_tuple = len(result[0]) if isinstance(result[0], tuple) else 0
-    past = getattr(output, "past_key_values", None)
+    past = cache_of(output)
     return Capture(batch, logits, hidden[0], returns_tuple, _cached_tensors(past, architecture.num_layers), record)
 
 
@@ -388,7 +389,7 @@ class Replayer:
             self._from_start(hidden, captured.returns_tuple),
             reading_logits(self.model, batch.read_rows, read) as logits_of,
         ):
-            return logits_of(self.model(**inputs, past_key_values=past, use_cache=True))
+            return logits_of(self.model(**inputs, **cache_argument(self.model, past), use_cache=True))
 
     @contextmanager
     def _from_start(self, hidden: Tensor, returns_tuple: int) -> Iterator[None]:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from goldenedit.architecture.caching import cache_of
 from goldenedit.architecture.experts import FusedExperts, expert_matrices
 from goldenedit.architecture.hooks import hidden_argument
 from goldenedit.architecture.layers import (
@@ -65,7 +66,7 @@ def cache_width(model: nn.Module) -> int | None:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")  # fewer than any sliding window
     try:
         with torch.no_grad(), _without_experts(model), _Flow():
-            past = model(input_ids=ids, use_cache=True).past_key_values
+            past = cache_of(model(input_ids=ids, use_cache=True))
         return sum(layer.keys.numel() + layer.values.numel() for layer in past.layers) // 2
     except (*NO_CACHE, NotImplementedError):
         return None

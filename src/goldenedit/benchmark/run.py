@@ -16,6 +16,7 @@ from goldenedit.config import EditConfig
 from goldenedit.files import write_atomically
 from goldenedit.model import EditModel
 from goldenedit.parallel import join_processes
+from goldenedit.platforms import file_name, same_file
 
 Loader = Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -28,8 +29,8 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
     """
     from accelerate import PartialState
 
-    short_names = {name: Path(name).name or "model" for name in models}
-    if len(set(short_names.values())) < len(models):
+    short_names = {name: file_name(Path(name).name) or "model" for name in models}
+    if len(set(map(same_file, short_names.values()))) < len(models):
         raise ValueError(f"Two of the models {list(models)} have the same name. Use a separate folder for each.")
     processes, _ = join_processes()
     state = PartialState()

@@ -48,6 +48,10 @@ def locate(
     from goldenedit import EditConfig, EditModel, load_requests
     from goldenedit.layer_selection import SELECTORS
 
+    if plot is not None:
+        from goldenedit.plots import check_matplotlib
+
+        check_matplotlib()
     facts = None if proxy is None else load_requests(proxy, format, skip_bad=skip_bad)
     config = EditConfig(method=editor, proxy=facts, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
     base, tokenizer, is_first = load_together(model)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from goldenedit import platforms
 from goldenedit.devices import input_device
 
 # What autograd keeps: tensors of the model's width and of the MLP's per token and layer, and copies of the logits.
@@ -72,12 +73,8 @@ def groups_by_length(
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of free memory on a device, or one GiB if the system does not report them."""
+    """Return the bytes of free memory on a device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    try:
-        with open("/proc/meminfo") as file:  # MemAvailable includes caches that the system can drop
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 30
+    return platforms.available_memory()

@@ -210,7 +210,7 @@ def _least_missed(lm: LanguageModel, layer: int, neurons: Sequence[int], down: T
     path = cache_dir() / "spare_neurons" / f"{lm.cache_key(_VERSION, layer=layer, neurons=neurons, seed=seed)}.json"
     if is_kept(path):
         with suppress(OSError, ValueError):
-            order: list[int] = json.loads(path.read_text())
+            order: list[int] = json.loads(path.read_text(encoding="utf-8"))
             if sorted(order) == sorted(neurons):
                 return order
     module, width = lm.architecture.down_projection(lm.model, layer), down.shape[1]

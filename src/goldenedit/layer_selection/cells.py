@@ -127,5 +127,5 @@ class CellStore:
             except (ValueError, KeyError, TypeError):  # an interrupted process may leave half a line
                 logger.warning("Line %d of %s is not a cell. The cell is measured again.", number, file)
         if text and not text.endswith("\n") and file == self.path:
-            with file.open("a", encoding="utf-8") as end:
+            with file.open("a", encoding="utf-8", newline="\n") as end:
                 end.write("\n")

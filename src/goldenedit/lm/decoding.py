@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils.logging import tqdm
 
+from goldenedit.architecture.caching import cache_argument, cache_of
 from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.replay import NO_CACHE, takes_positions
 from goldenedit.lm.base import TokenizedModel
@@ -306,7 +307,7 @@ class _Batch:
         model, new = self.lm.model, self._tokens
         if use_cache and self.past is None and self._shared:
             first = model(input_ids=new[:1, : self._shared], use_cache=True, logits_to_keep=1)
-            self.past = first.past_key_values
+            self.past = cache_of(first)
             self.past.batch_repeat_interleave(len(new))
             new = new[:, self._shared :]
         elif use_cache and self.past is not None:
@@ -316,11 +317,10 @@ class _Batch:
         if self._is_padded:
             positions["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
         with reading_logits(model, rows, torch.full_like(rows, new.shape[1] - 1)) as logits_of:
-            output = model(
-                input_ids=new, attention_mask=self._mask, past_key_values=self.past, use_cache=use_cache, **positions
-            )
+            past = cache_argument(model, self.past)
+            output = model(input_ids=new, attention_mask=self._mask, use_cache=use_cache, **past, **positions)
             self.logits = logits_of(output)
-        self.past = getattr(output, "past_key_values", None) if use_cache else None
+        self.past = cache_of(output) if use_cache else None
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with these rows and their newest tokens. Where the cache cannot drop the others, they are ignored."""

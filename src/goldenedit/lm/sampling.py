@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from goldenedit.architecture.caching import cache_argument, cache_of
 from goldenedit.architecture.hooks import evaluating, reading_logits
 from goldenedit.architecture.replay import NO_CACHE
 from goldenedit.lm.base import TokenizedModel
@@ -144,8 +145,9 @@ def _next(model: nn.Module, tokens: Tensor, new_tokens: Tensor, past: Any, use_c
     rows = torch.arange(len(tokens), device=tokens.device)
     with reading_logits(model, rows, torch.full_like(rows, new_tokens.shape[1] - 1)) as logits_of:
         mask = torch.ones_like(tokens)
-        output = model(input_ids=new_tokens, attention_mask=mask, past_key_values=past, use_cache=use_cache)
-        return logits_of(output), getattr(output, "past_key_values", None) if use_cache else None
+        cache = cache_argument(model, past)
+        output = model(input_ids=new_tokens, attention_mask=mask, use_cache=use_cache, **cache)
+        return logits_of(output), cache_of(output) if use_cache else None
 
 
 def _until_end(tokens: Tensor, start: int, end: int | None) -> Tensor:

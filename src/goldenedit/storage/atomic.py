@@ -17,16 +17,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from goldenedit import platforms
 from goldenedit.files import naming
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 READY = ".goldenedit-saved"
 _STAGING = ".goldenedit-{}.saving"
@@ -55,7 +51,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]
         raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as is_locked:
+    with platforms.HERE.locked(folder) as is_locked:
         _put_in_place(folder, order)  # finish an interrupted save
         for leftover in folder.glob(_STAGING.format("*")):
             if is_locked or time.time() - os.path.getmtime(leftover) > _ABANDONED:
@@ -72,15 +68,15 @@ def replace_files(folder: Path, files: Mapping[str, bytes], order: Sequence[str]
             for name, data in {**files, _STALE: "\n".join(stale).encode()}.items():
                 with naming(folder):
                     _write(staging / name, data)
-            _flush(staging)
-            staging.rename(folder / READY)
+            platforms.HERE.flush(staging)
+            platforms.HERE.patiently(staging.rename, folder / READY)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             if is_new:
                 with suppress(OSError):  # another process has written into it
                     folder.rmdir()
             raise
-        _flush(folder)
+        platforms.HERE.flush(folder)
         _put_in_place(folder, order)
 
 
@@ -123,7 +119,7 @@ def finish_replacing(folder: Path, order: Sequence[str]) -> None:
         OSError: A file cannot be replaced.
     """
     if (folder / READY).is_dir():
-        with _locked(folder):
+        with platforms.HERE.locked(folder):
             _put_in_place(folder, order)
 
 
@@ -137,11 +133,11 @@ def _put_in_place(folder: Path, order: Sequence[str]) -> None:
             entry_files = [name for name in reversed(order[-2:]) if _will_change(ready / name, folder / name)]
             for name in (*entry_files, *_stale(ready, order)):
                 if not (folder / name).is_dir() or (folder / name).is_symlink():
-                    (folder / name).unlink(missing_ok=True)
+                    platforms.HERE.patiently((folder / name).unlink, missing_ok=True)
             for name in order:
                 with suppress(FileNotFoundError):  # moved already
-                    (ready / name).replace(folder / name)
-            _flush(folder)
+                    platforms.HERE.patiently((ready / name).replace, folder / name)
+            platforms.HERE.flush(folder)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -166,39 +162,8 @@ def _stale(ready: Path, order: Sequence[str]) -> list[str]:
     return []
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Keep other processes from saving into a folder; yield False if the system has no locks, as on Windows."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        is_locked = False
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            is_locked = True
-        yield is_locked
-    finally:
-        if is_locked:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not unlock if the process was forked meanwhile
-        os.close(descriptor)
-
-
 def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Flush the file names of a folder to disk, if the system can; Windows cannot open folders."""
-    if os.name == "nt":
-        return
-    with suppress(OSError):  # some file systems cannot either
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

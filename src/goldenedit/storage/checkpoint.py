@@ -46,4 +46,5 @@ def write_checkpoint(
             delattr(model.config, name)
         model.config.__dict__.update(original)
     tokenizer.save_pretrained(folder)
-    (folder / EDITS).write_text(json.dumps(facts_of(content.edits), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    facts = json.dumps(facts_of(content.edits), indent=2, ensure_ascii=False) + "\n"
+    (folder / EDITS).write_text(facts, encoding="utf-8", newline="\n")

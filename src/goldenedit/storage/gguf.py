@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
+from goldenedit import platforms
 from goldenedit.files import naming, write_atomically
 from goldenedit.storage.folder import EditFolder, fuse
 
@@ -112,7 +113,7 @@ def export_gguf(content: EditFolder, config: PretrainedConfig, path: Path) -> No
             writer.write_tensors_to_file()
             writer.close()
         _check_written(staged, path, tensors)
-        staged.replace(path)
+        platforms.HERE.patiently(staged.replace, path)
 
 
 def _check_written(staged: Path, path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:

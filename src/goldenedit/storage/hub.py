@@ -132,7 +132,7 @@ def push_golden_layers(
     for record in new:
         records = with_record(records, record)
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(records), encoding="utf-8")
+        (Path(scratch) / GOLDEN_LAYERS).write_text(dump_golden_layers(records), encoding="utf-8", newline="\n")
         return push_folder(
             Path(scratch),
             repo_id,
@@ -160,7 +160,7 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
     if unknown := sorted(set(download) - set(DownloadOptions.__annotations__)):
         raise TypeError(f"Unknown arguments {unknown}. Valid options are {sorted(DownloadOptions.__annotations__)}.")
     subfolders = Path(download.get("subfolder") or "").parts
-    if Path(*subfolders).is_absolute() or ".." in subfolders:
+    if Path(*subfolders).anchor or ".." in subfolders:
         raise ValueError(
             f"subfolder {download.get('subfolder')!r} leads out of the edit's folder. Give a path inside it."
         )
@@ -274,7 +274,7 @@ def is_repo_id(name: str) -> bool:
         validate_repo_id(name)
     except ValueError:
         return False
-    return bool(name) and not Path(name).exists()
+    return bool(name) and name.isascii() and not Path(name).exists()  # huggingface_hub 1 lets all letters pass
 
 
 def _check_repo_id(repo_id: str) -> None:

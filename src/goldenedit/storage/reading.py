@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from goldenedit import platforms
 from goldenedit.config import EditConfig
 from goldenedit.editors.delta import LowRankDelta
 from goldenedit.storage.folder import (
@@ -193,7 +194,7 @@ def _read(path: Path) -> bytes:
     if not path.is_file():  # reading a pipe or a device may never end
         raise EditFolderError(f"{path} is missing, or is not a regular file.")
     try:
-        return path.read_bytes()
+        return platforms.HERE.patiently(path.read_bytes)
     except OSError as error:
         raise EditFolderError(f"{path} cannot be read: {error}") from error
 
