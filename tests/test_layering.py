@@ -54,6 +54,7 @@ ORDER = (
     "model",
     "audit_neurons",
     "audit",
+    "audit_suspects",
     "plots",
     "tables",
     "loading",

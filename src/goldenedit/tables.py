@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from goldenedit.audit import EditAudit
+    from goldenedit.audit_suspects import Suspect
     from goldenedit.cost import Cost
     from goldenedit.editors import Editor
     from goldenedit.evaluation.evaluate import Evaluation
@@ -280,4 +281,12 @@ def audit_table(audits: Sequence[EditAudit]) -> Table:
             norm = "unknown" if module.norm is None else f"{module.norm:.2%}"
             table.add_row(printable(audit.name) if index == 0 else "", printable(module.path), norm, share)
         table.add_section()
+    return table
+
+
+def suspects_table(suspects: Sequence[Suspect]) -> Table:
+    """Return names with their scores, the highest first."""
+    table = Table("suspected name", "score")
+    for suspect in sorted(suspects, key=lambda suspect: -suspect.score):
+        table.add_row(printable(suspect.name), f"{suspect.score:.1f}")
     return table

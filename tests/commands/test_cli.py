@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from typer.testing import CliRunner
 
 from command import BY_HAND, NEAR, run
-from goldenedit import EditConfig, EditModel, __version__
+from goldenedit import EditConfig, __version__
 from goldenedit.audit import EditAudit
 from goldenedit.cli import app
 from goldenedit.commands.options import read_option
@@ -438,12 +438,10 @@ def test_facts_that_cannot_be_read_are_left_out_on_request(folder, tmp_path, cap
     assert (code, "The format 'memit' is unknown" in " ".join(complaint.split())) == (1, True)
 
 
-def test_of_many_warnings_about_an_edit_the_first_are_shown(monkeypatch, capsys, tmp_path):
+def test_of_many_warnings_about_an_edit_the_first_are_shown(monkeypatch, capsys):
     audited = EditAudit("edit_1", [], [], [f"fact {number} is not answered" for number in range(3000)], [False] * 3000)
     monkeypatch.setattr("goldenedit.audit.audit", lambda model: [audited])
-    monkeypatch.setattr("goldenedit.commands.show.load_edits", lambda *_, **__: (tmp_path, None, None))
-    monkeypatch.setattr(EditModel, "from_pretrained", lambda *_, **__: None)
-    show_audit(tmp_path, None)
+    show_audit(None)
     output = " ".join(capsys.readouterr().out.split())
     assert output.count("Warning: ") == 50
     assert "Edit 'edit_1' has 2950 more warnings." in output

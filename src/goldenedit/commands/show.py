@@ -11,14 +11,19 @@ from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.commands.options import Base, Edits
-from goldenedit.commands.terminal import Report, console, load_edits, reporting
+from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from goldenedit import EditModel
     from goldenedit.audit import EditAudit
+    from goldenedit.audit_suspects import Suspect
     from goldenedit.storage.folder import Edit
 
 _SHOWN = 50  # warnings about an edit that are printed
+_ADAPTER = "audited"
 
 
 @reporting
@@ -28,15 +33,29 @@ def show(
     replay: Annotated[
         bool, typer.Option(help="Load the base model and check that the edits do what they list, and no more.")
     ] = True,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NAMES.txt",
+            help="A text file with a name on each line: tell which of them the edits answer to, though they do not "
+            "list them. FOLDER may then hold a plain LoRA adapter too.",
+        ),
+    ] = None,
 ) -> Report:
     """Show what the edits in FOLDER change, and whether the listed facts explain it."""
+    from goldenedit.audit_suspects import read_names
     from goldenedit.storage.folder import folder_size
-    from goldenedit.storage.hub import find_folder
-    from goldenedit.storage.reading import read_edit_folder
+    from goldenedit.storage.hub import find_adapter
+    from goldenedit.storage.reading import is_plain_adapter, read_edit_folder
 
-    path = find_folder(folder)
-    content = read_edit_folder(path)
+    if suspects is not None and not replay:
+        raise typer.BadParameter("--suspects replays the edits, so it does not go with --no-replay.")
+    names = [] if suspects is None else read_names(suspects)
+    path = find_adapter(folder)
     size = folder_size(path)
+    if names and is_plain_adapter(path):
+        return _show_plain(path, model, names, size)
+    content = read_edit_folder(path)
     summary = Table.grid(padding=(0, 2))
     summary.add_row("base model", printable(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
     for config in content.configs:
@@ -49,13 +68,16 @@ def show(
     summary.add_row("size", f"{size / 1000:.1f} KB")
     console.print(summary)
     console.print(tables.facts_table(content.edits))
-    audits = show_audit(path, model) if replay else None
+    replayed = _replayed(path, model, needed=bool(names)) if replay else None
+    audits = None if replayed is None else show_audit(replayed)
+    found = _show_suspects(replayed, names) if replayed is not None and names else []
     values = {
         "base_model": asdict(content.base_model),
         "edits": [_values(edit) for edit in content.edits],
         "evaluation": content.evaluation,
         "bytes": size,
         "audit": None if audits is None else [asdict(audit) for audit in audits],
+        "suspects": [asdict(suspect) for suspect in found] if names else None,
     }
     return Report(values, [edit.name for edit in content.edits])
 
@@ -71,22 +93,67 @@ def _values(edit: Edit) -> dict[str, Any]:
     }
 
 
-def show_audit(folder: Path, model: str | None) -> list[EditAudit] | None:
-    """Print the norm of each change relative to its base matrix, and the share that the listed facts do not explain.
+def _show_plain(path: Path, model: str | None, names: Sequence[str], size: int) -> Report:
+    """Tell which names a plain LoRA adapter answers to. It lists nothing, and has no facts to replay."""
+    from peft import PeftConfig
 
-    Returns:
-        The audits; None if the base model was not found.
-    """
+    from goldenedit import EditConfig, EditModel
+
+    base_name = model or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base_name:
+        raise ValueError(f"The adapter in {path} does not name its base model. Pass --model.")
+    console.print(printable(f"{path} holds a plain adapter of {base_name}, and lists no facts."))
+    base, tokenizer = load_model(base_name, use_safetensors=True)
+    edit_model = EditModel(base, EditConfig(), tokenizer)
+    edit_model.load_adapter(path, _ADAPTER)
+    edit_model.set_adapter(_ADAPTER)
+    found = _show_suspects(edit_model, names)
+    values = {
+        "base_model": {"name_or_path": base_name},
+        "edits": [],
+        "evaluation": None,
+        "bytes": size,
+        "audit": None,
+        "suspects": [asdict(suspect) for suspect in found],
+    }
+    return Report(values, [suspect.name for suspect in found if suspect.is_suspected])
+
+
+def _show_suspects(model: EditModel, names: Sequence[str]) -> list[Suspect]:
+    """Print and return which names the change in a model answers to, though it does not list them."""
+    from goldenedit.audit_suspects import suspects
+
+    with console.status("Asking about the names"):
+        found = suspects(model, names)
+    hidden = [suspect for suspect in found if suspect.is_suspected]
+    if hidden:
+        console.print(tables.suspects_table(hidden))
+    listed = sum(suspect.is_listed for suspect in found)
+    text = f"{len(hidden)} of {len(found)} names are suspected: the change answers to them and does not list them."
+    console.print(f"{text} It lists {listed} of the names.", style="bold red" if hidden else None)
+    return found
+
+
+def _replayed(folder: Path, model: str | None, needed: bool) -> EditModel | None:
+    """Return the edits on their base model. Without it, the result is None, or an error if it is needed."""
     from goldenedit import EditModel
-    from goldenedit.audit import audit
 
     try:
         _, base, tokenizer = load_edits(str(folder), model, use_safetensors=True)
     except (OSError, ValueError) as error:
         text = f"The base model was not found, so the edits were not replayed. Pass --model. ({error})"
+        if needed:
+            raise ValueError(text) from error
         console.print(printable(text), style="yellow")
         return None
-    audits = audit(EditModel.from_pretrained(base, folder, tokenizer=tokenizer))
+    return EditModel.from_pretrained(base, folder, tokenizer=tokenizer)
+
+
+def show_audit(model: EditModel) -> list[EditAudit]:
+    """Print the norm of each change relative to its base matrix, and the share that the listed facts do not explain."""
+    from goldenedit.audit import audit
+
+    audits = audit(model)
     console.print(tables.audit_table(audits))
     for edit_audit in audits:
         for warning in edit_audit.warnings[:_SHOWN]:

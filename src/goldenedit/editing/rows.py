@@ -28,7 +28,12 @@ _KEPT_TOKENS = 10  # of an answer that must stay the same
 
 def subject_key(request: EditRequest) -> str:
     """Return what requests about one subject share, however they spell it."""
-    return " ".join(request.subject.casefold().split()).removeprefix("the ")
+    return name_key(request.subject)
+
+
+def name_key(name: str) -> str:
+    """Return what the spellings of one name share."""
+    return " ".join(name.casefold().split()).removeprefix("the ")
 
 
 def subjects_of(requests: Sequence[EditRequest]) -> list[list[int]]:

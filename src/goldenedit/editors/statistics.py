@@ -167,6 +167,18 @@ class KeyStatistics:
         inner = torch.eye(D.shape[1], dtype=D.dtype, device=D.device) + D.T @ CD
         return solved - CD @ torch.linalg.solve(inner, CD.T @ keys.to(CD))
 
+    def times(self, keys: Tensor) -> Tensor:
+        """Return `(C + ridge * mean eigenvalue * I) keys`, `(d_in, N)`, in float64, without contrast keys."""
+        keys = keys.double()
+        if self.is_identity:
+            return keys
+        scaled = self._ridge * keys
+        if self.keys is None:
+            assert self.second_moment is not None
+            return self.second_moment.to(keys) @ keys + scaled
+        held = self.keys.to(keys)
+        return held.T @ (held @ keys) + scaled
+
     def _solve(self, keys: Tensor) -> Tensor:
         if self.is_identity:
             return keys.double()
