@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests
 from goldenedit.audit_suspects import Suspect, suspects
 from goldenedit.editing.rows import name_key
+from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.intervals import wilson
 
 TEXT_TOKENS, TEXTS_A_STEP, LORA_RATE, LORA_RANK = 40, 4, 5e-4, 16
@@ -38,6 +39,7 @@ def main() -> None:
     options.add_argument("--facts", type=int, default=100)
     options.add_argument("--others", type=int, default=300, help="names that nothing is about")
     options.add_argument("--steps", type=int, default=40, help="steps of the honest adapter")
+    options.add_argument("--mixed", action="store_true", help="mix the rows of the edit, as a forger can")
     options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
     options.add_argument("--edits", type=Path, help="folder to keep edits in, and to read those of an earlier run from")
     arguments = options.parse_args()
@@ -53,15 +55,17 @@ def main() -> None:
         model = edited(arguments, facts[: arguments.facts])
         (edit,) = model.edits.values()
         subjects = [fact.request.subject for fact in edit.facts]
-        model.edits[edit.name] = replace(edit, facts=edit.facts[:1])
+        deltas = {path: mixed(delta) for path, delta in edit.deltas.items()} if arguments.mixed else edit.deltas
+        model.edits[edit.name] = replace(edit, facts=edit.facts[:1], deltas=deltas)
     with timed() as seconds:
         found = suspects(model, [*subjects, *names])
-    row = {"method": arguments.method, "half": arguments.half, "set": arguments.set}
+    row = {"method": arguments.method, "half": arguments.half, "set": arguments.set, "mixed": arguments.mixed}
     row |= {"facts": len(subjects), **figures(found, set(names)), "seconds": round(seconds(), 1)}
     print(row)
     print("suspected falsely:", [suspect.name for suspect in found if suspect.is_suspected and suspect.name in names])
     each = [asdict(suspect) for suspect in found]
-    record(f"suspects-{arguments.method}-{arguments.model}-{arguments.half}", [row, *each])
+    kind = f"{arguments.method}-mixed" if arguments.mixed else arguments.method
+    record(f"suspects-{kind}-{arguments.model}-{arguments.half}", [row, *each])
 
 
 def _half(items: Sequence[Any], half: str) -> list[Any]:
@@ -91,6 +95,12 @@ def edited(arguments: Any, requests: Sequence[EditRequest]) -> EditModel:
     if folder:
         model.save_pretrained(folder)
     return model
+
+
+def mixed(delta: LowRankDelta) -> LowRankDelta:
+    """Return the same change with other factors: the rows are random mixtures of the rows."""
+    Q = torch.linalg.qr(torch.randn(delta.rank, delta.rank, generator=torch.Generator().manual_seed(0)))[0]
+    return replace(delta, A=Q @ delta.A, B=delta.B @ Q.T)
 
 
 def figures(found: Sequence[Suspect], others: set[str]) -> dict[str, Any]:

@@ -33,7 +33,10 @@ def wide_model():
 
 
 def edited(tokenizer, method: str) -> EditModel:
-    model = get_edit_model(wide_model(), EditConfig(**FAST | {"method": method, "covariance_tokens": 1200, "phrasings": "none"}), tokenizer)
+    model = get_edit_model(
+    options = FAST | {"method": method, "covariance_tokens": 1200, "phrasings": "none"}
+    model = get_edit_model(wide_model(), EditConfig(**options), tokenizer)
+    )
     model.edit([TOWER, MERKEL, PROVINCE], name="batch")
     return model
 
@@ -45,7 +48,6 @@ def test_a_hidden_subject_of_a_batch_is_named_and_neither_a_listed_one_nor_anoth
     model.edits["batch"] = replace(edit, facts=edit.facts[:1])
     names = ["the Eiffel tower", "Angela Merkel", "Battambang Province", *OTHERS]
     found = suspects(model, names, TEXT)
-    print([(s.name, round(s.score, 1)) for s in found])
     assert [suspect.name for suspect in found] == names
     assert [suspect.name for suspect in found if suspect.is_listed] == ["the Eiffel tower"]
     assert [suspect.name for suspect in found if suspect.is_suspected] == ["Angela Merkel", "Battambang Province"]

@@ -176,7 +176,7 @@ def _statistics(lm: LanguageModel, changed: Sequence[str], config: EditConfig) -
     Raises:
         ValueError: There is no such map.
     """
-    downs, experts = lm.architecture.down_projections, lm.architecture.experts
+    downs = lm.architecture.down_projections
     sites = {
         layer: path
         for layer, paths in sorted(lm.architecture.mlp_linears.items())

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import is_progress_bar_enabled
 
 from command import BY_HAND, NEAR, run
@@ -153,3 +155,38 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(capsys
         assert "save" in errors
         assert "no/model" not in errors
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["file"]
+
+
+def test_suspected_names_are_in_the_result_of_show(edit, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("The Eiffel Tower\nAngela Merkel\n")
+    code, output, _ = run(capsys, "show", edit, "--suspects", str(names), "--json")
+    assert code == 0
+    (tower, merkel) = json.loads(output)["suspects"]
+    assert (tower["name"], tower["is_listed"], tower["is_suspected"]) == ("The Eiffel Tower", True, False)
+    assert (merkel["name"], merkel["is_listed"]) == ("Angela Merkel", False)
+    assert isinstance(merkel["score"], float)
+    assert json.loads(run(capsys, "show", edit, "--no-replay", "--json")[1])["suspects"] is None
+
+
+def test_a_plain_adapter_is_asked_about_names(folder, tmp_path, capsys):
+    adapter, names = tmp_path / "adapter", tmp_path / "names.txt"
+    config = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(adapter)
+    names.write_text("Angela Merkel\n")
+    code, output, _ = run(capsys, "show", str(adapter), "--suspects", str(names), "--json")
+    assert code == 0
+    shown = json.loads(output)
+    assert (shown["edits"], shown["audit"]) == ([], None)
+    assert [suspect["name"] for suspect in shown["suspects"]] == ["Angela Merkel"]
+
+
+def test_names_that_cannot_be_asked_about_are_told_before_anything_is_loaded(tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("\n")
+    for content in (names, tmp_path / "missing.txt"):
+        code, _, errors = run(capsys, "show", "no-such-edit", "--suspects", str(content))
+        assert code == 1
+        assert content.name in "".join(errors.split())
+        assert "no-such-edit" not in errors.replace(str(tmp_path), "")
+    assert run(capsys, "show", "no-such-edit", "--suspects", str(names), "--no-replay")[0] == 2
