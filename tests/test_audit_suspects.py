@@ -33,10 +33,8 @@ def wide_model():
 
 
 def edited(tokenizer, method: str) -> EditModel:
-    model = get_edit_model(
     options = FAST | {"method": method, "covariance_tokens": 1200, "phrasings": "none"}
     model = get_edit_model(wide_model(), EditConfig(**options), tokenizer)
-    )
     model.edit([TOWER, MERKEL, PROVINCE], name="batch")
     return model
 
