@@ -28,6 +28,13 @@ def test_a_model_gets_and_returns_its_cache_by_its_own_name(kind):
     assert cache_of(model(None, **cache_argument(model, cache))) is cache
 
 
+def test_a_cache_of_recurrent_states_alone_is_not_used():
+    recurrent, attention = SimpleNamespace(states=0), SimpleNamespace(keys=0, values=0)
+    assert cache_of(SimpleNamespace(cache=SimpleNamespace(layers=[recurrent]))) is None
+    hybrid = SimpleNamespace(layers=[recurrent, attention])
+    assert cache_of(SimpleNamespace(cache=hybrid)) is hybrid
+
+
 def test_an_output_without_a_cache_has_none():
     assert cache_of(SimpleNamespace(logits=None)) is None
     assert cache_of(Newer()(None)) is None

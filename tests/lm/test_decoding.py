@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -79,7 +80,7 @@ def watched(model, change=None, refuse=lambda arguments: False):
     calls = []
     forward = model.forward
 
-    def run(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **options):
+    def run(input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **options):
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         calls.append(arguments)
         if refuse(arguments):
@@ -88,7 +89,6 @@ def watched(model, change=None, refuse=lambda arguments: False):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **options,
         )
@@ -96,6 +96,7 @@ def watched(model, change=None, refuse=lambda arguments: False):
             output.logits = change(output.logits, (attention_mask == 0).sum(1))
         return output
 
+    run.__signature__ = inspect.signature(forward)  # which names the cache
     model.forward = run
     return calls
 

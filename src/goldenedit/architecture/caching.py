@@ -14,6 +14,11 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def cache_of(output: Any) -> Any:
-    """Return the cache in a model's output; None if it has none."""
+    """Return the cache in a model's output; None if it has none, or one of recurrent states alone, as Mamba has.
+
+    Recurrent states take padding for text, so what they give in a batch is not what they give alone.
+    """
     cache = getattr(output, "cache", None)
-    return getattr(output, "past_key_values", None) if cache is None else cache
+    cache = getattr(output, "past_key_values", None) if cache is None else cache
+    layers = getattr(cache, "layers", None)
+    return None if layers and not any(hasattr(layer, "keys") for layer in layers) else cache
