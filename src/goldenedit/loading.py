@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +17,25 @@ if TYPE_CHECKING:
 def load_model(
     name: str, revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder."""
+    """Load a model and its tokenizer by the name of a packaged model, a name on the Hub, or a folder.
+
+    Raises:
+        OSError: There is no such model, or the Hub cannot be reached.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, pinned = model_source(name), {} if revision is None else {"revision": revision}
-    model = AutoModelForCausalLM.from_pretrained(source, **pinned, **options)
-    return model, AutoTokenizer.from_pretrained(source, **pinned)
+    with _telling_where(name):
+        model = AutoModelForCausalLM.from_pretrained(source, **pinned, **options)
+        return model, AutoTokenizer.from_pretrained(source, **pinned)
 
 
 def load_config(name: str) -> PretrainedConfig:
     """Load the config of a model alone, by the name of a packaged model, a name on the Hub, or a folder."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model_source(name))
+    with _telling_where(name):
+        return AutoConfig.from_pretrained(model_source(name))
 
 
 def base_of(base_model: BaseModel, model: str | None = None) -> tuple[str, str | None]:
@@ -53,6 +62,24 @@ def load_together(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
     return model, tokenizer, processes.is_first
+
+
+@contextmanager
+def _telling_where(name: str) -> Iterator[None]:
+    """Say in an error of the Hub that there is no packaged model and no folder of this name either."""
+    from goldenedit.packaged import PACKAGED_MODELS
+
+    try:
+        yield
+    except OSError as error:
+        if name in PACKAGED_MODELS or Path(name).exists():
+            raise
+        close = difflib.get_close_matches(name, PACKAGED_MODELS, 1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        packaged = ", ".join(sorted(PACKAGED_MODELS))
+        raise OSError(
+            f"There is no folder {name!r} and no packaged model of this name ({packaged}).{meant} The Hub: {error}"
+        ) from error
 
 
 def model_source(name: str) -> str:
