@@ -38,7 +38,7 @@ _TEXTS = (
 _NUMBERS = (0, 1, -1, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, 5e-324, float("inf"), float("nan"))
 _VALUES: tuple[Any, ...] = (*_TEXTS, *_NUMBERS, None, True, False, [], {}, [[]], [None], {"": None})
 
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def mutate(rng: random.Random, folder: Path) -> bool:

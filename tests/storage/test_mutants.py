@@ -45,7 +45,7 @@ def twice_damaged(right: Path, other: Path, folder: Path, number: int, seed: str
     for kind in kinds:
         try:
             harmless &= DAMAGES[kind](rng, folder, other)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
             harmless = False  # the first one left nothing that the second could change
     return " and ".join(kinds), harmless
 
