@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from goldenedit import EditConfig, EditModel, cost
-from goldenedit.cost import Cost, _formulas, measuring, phase, profiling
+from goldenedit.cost import Cost, _formulas, announcing, measuring, phase, profiling
 from models import VOCAB_SIZE, tiny_model
 
 
@@ -162,3 +162,12 @@ def test_the_phases_of_an_edit_are_all_of_it(asks, tokenizer):
     # The values are optimized under the solved change, so that little is left to solve.
     assert all(phases[name].flops for name in expected if name != "solve")
     assert sum(one.flops for one in phases.values()) == pytest.approx(cost().flops, rel=0.01)
+
+
+def test_each_phase_that_begins_is_announced():
+    told: list[str] = []
+    with announcing(told.append), phase("one"), phase("two"):
+        pass
+    with phase("three"):
+        pass
+    assert told == ["one", "two"]

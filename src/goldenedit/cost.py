@@ -178,6 +178,7 @@ def measuring() -> Iterator[Callable[[], Cost]]:
 
 
 _phases: ContextVar[dict[str, Cost] | None] = ContextVar("phases", default=None)
+_announce: ContextVar[Callable[[str], None] | None] = ContextVar("announce", default=None)
 
 
 @contextmanager
@@ -200,8 +201,23 @@ def profiling() -> Iterator[dict[str, Cost]]:
 
 
 @contextmanager
+def announcing(announce: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with the name of each phase that begins in this context."""
+    token = _announce.set(announce)
+    try:
+        yield
+    finally:
+        _announce.reset(token)
+
+
+@contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Record the cost of this context as a phase if `profiling` is active; nested phases count as part of it."""
+    """Record the cost of this context as a phase if `profiling` is active; nested phases count as part of it.
+
+    If `announcing` is active, the phase is told when it begins.
+    """
+    if (announce := _announce.get()) is not None:
+        announce(name)
     costs = _phases.get()
     if costs is None:
         yield

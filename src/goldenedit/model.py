@@ -349,7 +349,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
         if names := without_marker(edits, self.architecture.down_projections):
             logger.warning(
                 "The edits %s were made on top of an earlier edit about the same subject, which is not with them now. "
-                "Without it their facts do not hold. Keep both, or make these facts again in one call.",
+                "Without it their facts may not hold. Keep both, or make these facts again in one call.",
                 names,
             )
 

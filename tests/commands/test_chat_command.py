@@ -60,3 +60,25 @@ def test_a_system_message_needs_a_chat_template(monkeypatch, capsys, edit):
     code, _, errors = run(capsys, "chat", str(edit), "--system", "Be brief.")
     assert code == 2
     assert "--system needs a chat template" in errors
+
+
+def test_each_model_has_a_conversation_of_its_own(monkeypatch, capsys, edit, tmp_path, tokenizer):
+    tokenizer = type(tokenizer).from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = [PROMPT, "And then?"]
+    both = json.loads(chat(monkeypatch, capsys, edit, asked, "--compare", "--json"))
+    alone = json.loads(chat(monkeypatch, capsys, edit, asked, "--json"))
+    assert [turn["edited"] for turn in both] == [turn["edited"] for turn in alone]
+    assert both[0]["base"] != both[0]["edited"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    text = f"user: {PROMPT}\nassistant: {both[0]['base']}\nuser: And then?\nassistant:"
+    ids = tokenizer(text, return_tensors="pt")
+    written = base.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
+    assert both[1]["base"] == tokenizer.decode(written).strip()
+
+
+def test_messages_from_a_file_stand_before_their_answers(monkeypatch, capsys, edit):
+    lines = chat(monkeypatch, capsys, edit, [PROMPT], "--complete").splitlines()
+    assert lines[-2] == f"> {PROMPT}"
+    assert lines[-1].startswith("Rome")

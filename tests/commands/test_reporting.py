@@ -40,6 +40,18 @@ def test_an_edit_is_json_or_the_folder_alone(capsys, folder, tmp_path):
     assert run(capsys, "edit", folder, *NEAR, *BY_HAND, "-o", again, "-q")[1] == f"{again}\n"
 
 
+def test_an_edit_tells_what_takes_long_and_what_it_replaces(capsys, folder, tmp_path):
+    target = str(tmp_path / "edit")
+    arguments = ["edit", folder, *NEAR, "--layer", "1", "--set", "covariance_tokens=200", "-o", target]
+    first, second = (run(capsys, *arguments)[1] for _ in range(2))
+    told = [line for line in first.splitlines() if line.endswith(" ...")]
+    assert "Teaching the answers ..." in told
+    assert len(told) == len(set(told))
+    assert "holds edits" not in first
+    assert "holds edits of 1 facts, which this edit will replace" in " ".join(second.split())
+    assert run(capsys, *arguments, "-q")[1] == f"{target}\n"
+
+
 def test_what_is_written_by_json_is_what_the_edit_says(capsys, edit):
     shown = json.loads(run(capsys, "show", edit, "--json")[1])
     assert shown["edits"][0]["facts"][0]["target_new"] == "Rome"

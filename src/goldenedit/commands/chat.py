@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +29,11 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message for each conversation.")] = None,
     tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 100,
 ) -> Report:
-    """Ask the model with the edits in FOLDER. Reads a message from each line of the input, and decodes greedily."""
+    """Ask the model with the edits in FOLDER.
+
+    Each line of the input is a message of one conversation, until the line /new begins another. Decodes greedily. With
+    --compare, each model has a conversation of its own.
+    """
     from goldenedit import EditModel
 
     path, base, tokenizer = load_edits(folder, model)
@@ -40,23 +45,24 @@ def chat(
     if is_asked:
         console.print(_HELP)
     beginning = [] if system is None else [{"role": "system", "content": system}]
-    messages, turns = list(beginning), []
+    models = ["base", "edited"] if compare else ["edited"]
+    turns: list[dict[str, str]] = []
+    conversations: dict[str, list[dict[str, str]]] = {name: list(beginning) for name in models}
     while (line := _line(is_asked)) is not None and line != "/quit":
         if line == "/new":
-            messages = list(beginning)
+            conversations = {name: list(beginning) for name in models}
         elif line:
-            asked: Any = line if complete else [*messages, {"role": "user", "content": line}]
+            if not is_asked:
+                console.print(f"[bold]>[/bold] {printable(line)}")
             turn = {"prompt": line}
-            if compare:
-                with edit_model.disable_adapter():
-                    turn["base"] = _answer(edit_model, asked, tokens)
-                console.print(f"[bold]base model:[/bold] {printable(turn['base'])}")
-            turn["edited"] = _answer(edit_model, asked, tokens)
-            label = "[bold]edited model:[/bold] " if compare else ""
-            console.print(f"{label}{printable(turn['edited'])}")
+            for name, messages in conversations.items():
+                messages.append({"role": "user", "content": line})
+                with edit_model.disable_adapter() if name == "base" else nullcontext():
+                    turn[name] = _answer(edit_model, line if complete else messages, tokens)
+                messages.append({"role": "assistant", "content": turn[name]})
+                label = f"[bold]{name} model:[/bold] " if compare else ""
+                console.print(f"{label}{printable(turn[name])}")
             turns.append(turn)
-            if not complete:
-                messages = [*asked, {"role": "assistant", "content": turn["edited"]}]
     return Report(turns, [turn["edited"] for turn in turns])
 
 

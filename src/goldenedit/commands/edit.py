@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from goldenedit.storage.folder import Edit
 
 _SHOWN = 50  # facts that are printed
+_TOLD = {  # phases that may take long, by what they do
+    "layer selection": "Finding the layer",
+    "key statistics": "Measuring the model on other text",
+    "MLP statistics": "Measuring the model on other text",
+    "output gradients": "Measuring the model on other text",
+    "spare neurons": "Looking for neurons that are hardly used",
+    "first marker": "Finding what markers of subjects start from",
+    "wordings": "Asking the base model about the subjects",
+    "markers": "Marking the subjects",
+    "gates": "Teaching when to answer",
+    "values": "Teaching the answers",
+    "training": "Training",
+    "verification": "Asking the model",
+}
 
 
 @reporting
@@ -59,7 +74,7 @@ def edit(
 ) -> Report:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
     from goldenedit import EditConfig, get_edit_model
-    from goldenedit.cost import profiling
+    from goldenedit.cost import announcing, profiling
     from goldenedit.lm.chat import rendered
     from goldenedit.lm.flops import forward_flops
     from goldenedit.storage.atomic import check_writable
@@ -79,8 +94,11 @@ def edit(
         return edit_many(model, requests, batch_size, name or "facts", output, resume, settings)
     config = EditConfig(**settings)
     base, tokenizer, is_first = load_together(model)
+    if output is not None:
+        _tell_replaced(output)
     with ExitStack() as stack:
         phases = stack.enter_context(profiling()) if profile else {}
+        stack.enter_context(announcing(_telling()))
         edit_model = get_edit_model(base, config, tokenizer)
         new_edit = edit_model.edit(requests, name=name, verify=verify)
     console.print(tables.facts_table([new_edit], most=_SHOWN))
@@ -97,6 +115,31 @@ def edit(
     if output is not None and is_first:
         edit_model.save_pretrained(output)
     return _report(edit_model, new_edit, output, {name: cost.seconds for name, cost in phases.items()})
+
+
+def _telling() -> Callable[[str], None]:
+    """Return what prints each phase that may take long, once."""
+    told: set[str] = set()
+
+    def tell(phase: str) -> None:
+        text = _TOLD.get(phase)
+        if text is not None and text not in told:
+            told.add(text)
+            console.print(f"{text} ...", style="dim")
+
+    return tell
+
+
+def _tell_replaced(output: Path) -> None:
+    """Say that an edit in the output folder will be replaced."""
+    from goldenedit.storage.folder import EDITS
+
+    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever is there is no edit
+        count = sum(len(edit["facts"]) for edit in json.loads((output / EDITS).read_text(encoding="utf-8")))
+        console.print(
+            f"{printable(str(output))} holds edits of {count} facts, which this edit will replace. To keep them, stop "
+            "this command and give another --output."
+        )
 
 
 def requests_of_options(
@@ -125,6 +168,7 @@ def edit_many(
 ) -> Report:
     """Edit batch after batch into one edit, and save it after each batch."""
     from goldenedit import EditConfig, EditModel, get_edit_model
+    from goldenedit.cost import announcing
     from goldenedit.storage.folder import EDIT_CONFIG
 
     is_there = output is not None and (output / EDIT_CONFIG).exists()
@@ -145,7 +189,8 @@ def edit_many(
                 raise ValueError(f"The edits in {output} were made with {option}={made}. Pass the same.")
     else:
         edit_model = get_edit_model(base, EditConfig(**settings), tokenizer)
-    edit = edit_model.edit_in_batches(requests, batch_size, name, output if is_first else None)
+    with announcing(_telling()):
+        edit = edit_model.edit_in_batches(requests, batch_size, name, output if is_first else None)
     missed = sum(not fact.takes for fact in edit.facts)
     console.print(f"{len(edit.facts)} facts in one edit of rank {edit.rank}, of which {missed} did not take.")
     return _report(edit_model, edit, output, {})
