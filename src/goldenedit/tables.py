@@ -27,6 +27,7 @@ _LEGEND = (
 _LEGEND_OF_NEGATION = 'negation ("not"): saying the new answer is an error; base: the share that says the old one.'
 _LEGEND_OF_COMPARISON = "In brackets 95% intervals over facts. random: a random change of the same size. KL in nats."
 _MISSED = 5  # facts that are named
+_ASKED = ("rephrase", "question", "chat", "second_turn", "prefix")  # forms in which a fact should hold
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
 
 
@@ -165,7 +166,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 def failures(evaluation: Evaluation) -> Iterator[str]:
     """Yield lines on the facts that the edited model does not say; nothing if it says all.
 
-    Each fact counts once: asked by its prompt or, if it has messages or this form was left out, in a chat.
+    Each fact counts once: asked by its prompt or, if it has messages or this form was left out, in a chat. Then those
+    follow that it says so, but not where they are asked in another form.
     """
     edited = [text for text in evaluation.texts if text.kind in ("completion", "chat") and text.answers]
     prompts = list({text.fact: text for text in reversed(edited)}.values())[::-1]  # the edited prompt comes first
@@ -176,6 +178,16 @@ def failures(evaluation: Evaluation) -> Iterator[str]:
         yield f"  {text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
     if len(missed) > _MISSED:
         yield f"  and {len(missed) - _MISSED} more"
+    known = {text.fact for text in missed}
+    other = [text for text in evaluation.texts if text.kind in _ASKED and text.answers and not text.holds]
+    elsewhere = list({text.fact: text for text in reversed(other) if text.fact not in known}.values())[::-1]
+    if elsewhere:
+        yield f"It does not say {len(elsewhere)} of the others where they are asked in another form:"
+    for text in elsewhere[:_MISSED]:
+        form = text.kind.replace("_", " ")
+        yield f"  {form}: {text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
+    if len(elsewhere) > _MISSED:
+        yield f"  and {len(elsewhere) - _MISSED} more"
 
 
 def comparison_table(names: Sequence[str], evaluations: Sequence[Evaluation]) -> Table:
