@@ -202,7 +202,8 @@ def test_an_edit_is_the_same_however_the_model_runs(run, tokenizer, tmp_path, mo
     (scores, delta, after), (own_scores, own_delta, own_after) = found
     assert own_scores == pytest.approx(scores, rel=1e-3)
     assert (own_delta - delta).abs().max() <= 1e-4 * delta.abs().max()
-    assert (own_after - after).abs().max() <= 1e-4 * after.abs().max()
+    # Rounding of another kernel for attention grows in the steps of the optimization, on some processors more.
+    assert (own_after - after).abs().max() <= 1e-3 * after.abs().max()
 
 
 def test_compiled_code_sees_edits_come_and_go(tokenizer):
