@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from goldenedit import platforms
 from goldenedit.cache import cache_dir
 from goldenedit.files import naming
@@ -127,7 +129,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
     try:
         with naming(folder):
             yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"The weights cannot be written to {folder} ({error}). Set GOLDENEDIT_CACHE to a writable folder with 2 GB "
             "of free space."

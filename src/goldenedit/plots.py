@@ -14,7 +14,9 @@ from goldenedit.layer_scores import LayerSelection
 _COLORS = {"other layers": "tab:blue", "golden layer": "goldenrod", "outliers": "lightgrey"}
 
 
-def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str = "", kappa: float = 1.0) -> None:
+def plot_selections(
+    selections: Sequence[LayerSelection], path: str | Path, title: str = "", kappa: float = 1.0
+) -> None:
     """Save bar charts of the scores of layer selectors, one below the other.
 
     The golden layer is gold, and the layers that are edited have a mark.
@@ -51,7 +53,7 @@ def plot_selections(selections: Sequence[LayerSelection], path: Path, title: str
     _save(figure, path)
 
 
-def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
+def plot_heat_map(summary: Mapping[str, Any], path: str | Path) -> None:
     """Save S of a benchmark's edits as a heat map, with a row for each dataset and editor and a column for each layer.
 
     A star marks the best layer of each row, and a ring the golden layer of the proxy facts.
@@ -77,7 +79,7 @@ def plot_heat_map(summary: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
+def plot_scores_against_s(summary: Mapping[str, Any], path: str | Path) -> None:
     """Save scatter plots of selectors' scores against S by brute force: one point per layer, one color per dataset.
 
     Raises:
@@ -108,9 +110,9 @@ def plot_scores_against_s(summary: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: str | Path) -> None:
     """Write a figure in the format that the file's name ends with, PNG by default."""
-    buffer = io.BytesIO()
+    path, buffer = Path(path), io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=150)
     write_atomically(path, buffer.getvalue())
 
