@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from goldenedit.storage.fingerprint import WeightHashes, fingerprint, same_weights, weight_hashes
+from goldenedit.storage.fingerprint import WeightHashes, fingerprint, same_weights, weight_hashes, weights_state
 from models import tiny_model
 
 
@@ -172,3 +172,12 @@ def test_between_float32_and_bfloat16_the_fingerprint_decides_alone():
 def test_weights_without_a_hash_of_signs_are_known_by_their_fingerprint_alone(old):
     assert same_weights(old, WeightHashes("1", "5", "float32"))
     assert not same_weights(old, WeightHashes("2", "5", "float32"))
+
+
+def test_weights_that_are_not_numbers_have_not_changed_when_they_are_looked_at_again():
+    model = tiny_model("llama")
+    model.lm_head.weight.data[:] = float("nan")
+    before = weights_state(model)
+    assert weights_state(model) == before
+    model.lm_head.weight.data[:] = 0.0
+    assert weights_state(model) != before

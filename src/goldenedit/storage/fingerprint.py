@@ -114,7 +114,8 @@ def weights_state(model: nn.Module) -> list[int]:
         if parameter.is_floating_point() and not is_composite(parameter):
             flat = parameter.detach().reshape(-1)
             values.setdefault(parameter.device, []).append(flat[:: max(len(flat) // _GLANCES, 1)].float())
-    return state + [hash(tuple(torch.cat(of_device).tolist())) for of_device in values.values()]
+    # Of bytes, because NaN does not equal itself.
+    return state + [hash(torch.cat(of_device).cpu().numpy().tobytes()) for of_device in values.values()]
 
 
 def _update(data: bytes, *digests: hashlib._Hash) -> None:
