@@ -43,14 +43,17 @@ def show(
     ] = None,
 ) -> Report:
     """Show what the edits in FOLDER change, and whether the listed facts explain it."""
-    from goldenedit.audit_suspects import read_names
     from goldenedit.storage.folder import folder_size
     from goldenedit.storage.hub import find_adapter
     from goldenedit.storage.reading import is_plain_adapter, read_edit_folder
 
     if suspects is not None and not replay:
         raise typer.BadParameter("--suspects replays the edits, so it does not go with --no-replay.")
-    names = [] if suspects is None else read_names(suspects)
+    names: list[str] = []
+    if suspects is not None:
+        from goldenedit.audit_suspects import read_names  # which imports PEFT, for seconds
+
+        names = read_names(suspects)
     path = find_adapter(folder)
     size = folder_size(path)
     if names and is_plain_adapter(path):
