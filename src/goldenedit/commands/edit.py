@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -132,10 +131,10 @@ def _telling() -> Callable[[str], None]:
 
 def _tell_replaced(output: Path) -> None:
     """Say that an edit in the output folder will be replaced."""
-    from goldenedit.storage.folder import EDITS
+    from goldenedit.storage.reading import read_edit_folder
 
-    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever is there is no edit
-        count = sum(len(edit["facts"]) for edit in json.loads((output / EDITS).read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError):  # whatever is there is no edit
+        count = sum(len(edit.facts) for edit in read_edit_folder(output).edits)
         console.print(
             f"{printable(str(output))} holds edits of {count} facts, which this edit will replace. To keep them, stop "
             "this command and give another --output."
