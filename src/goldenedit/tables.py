@@ -9,13 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from goldenedit.audit import EditAudit
     from goldenedit.audit_suspects import Suspect
     from goldenedit.cost import Cost
     from goldenedit.editors import Editor
     from goldenedit.evaluation.evaluate import Evaluation
+    from goldenedit.evaluation.report import Text
     from goldenedit.layer_scores import LayerSelection, Selector
     from goldenedit.storage.folder import Edit
 
@@ -169,25 +170,33 @@ def failures(evaluation: Evaluation) -> Iterator[str]:
     Each fact counts once: asked by its prompt or, if it has messages or this form was left out, in a chat. Then those
     follow that it says so, but not where they are asked in another form.
     """
-    edited = [text for text in evaluation.texts if text.kind in ("completion", "chat") and text.answers]
-    prompts = list({text.fact: text for text in reversed(edited)}.values())[::-1]  # the edited prompt comes first
+    asked = [text for text in evaluation.texts if text.answers]
+    # The edited prompt comes before the chat.
+    prompts = _first_of_facts(text for text in asked if text.kind in ("completion", "chat"))
     missed = [text for text in prompts if not text.holds]
     if missed:
         yield f"The edited model does not say {len(missed)} of {len(prompts)} facts:"
-    for text in missed[:_MISSED]:
-        yield f"  {text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
-    if len(missed) > _MISSED:
-        yield f"  and {len(missed) - _MISSED} more"
+        yield from _named(missed, with_form=False)
     known = {text.fact for text in missed}
-    other = [text for text in evaluation.texts if text.kind in _ASKED and text.answers and not text.holds]
-    elsewhere = list({text.fact: text for text in reversed(other) if text.fact not in known}.values())[::-1]
+    others = (text for text in asked if text.kind in _ASKED and text.fact not in known)
+    elsewhere = _first_of_facts(text for text in others if not text.holds)
     if elsewhere:
         yield f"It does not say {len(elsewhere)} of the others where they are asked in another form:"
-    for text in elsewhere[:_MISSED]:
-        form = text.kind.replace("_", " ")
-        yield f"  {form}: {text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
-    if len(elsewhere) > _MISSED:
-        yield f"  and {len(elsewhere) - _MISSED} more"
+        yield from _named(elsewhere, with_form=True)
+
+
+def _first_of_facts(texts: Iterable[Text]) -> list[Text]:
+    """Return the first text of each fact, in the order of their last ones."""
+    return list({text.fact: text for text in reversed(list(texts))}.values())[::-1]
+
+
+def _named(texts: Sequence[Text], with_form: bool) -> Iterator[str]:
+    """Yield a line on each of the first texts, and how many more there are."""
+    for text in texts[:_MISSED]:
+        form = f"{text.kind.replace('_', ' ')}: " if with_form else ""
+        yield f"  {form}{text.question!r}: expected {text.answers[0]!r}, got {text.edited!r}"
+    if len(texts) > _MISSED:
+        yield f"  and {len(texts) - _MISSED} more"
 
 
 def comparison_table(names: Sequence[str], evaluations: Sequence[Evaluation]) -> Table:
