@@ -251,12 +251,17 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
+def token_embeddings(model: nn.Module) -> Any:
+    """Return the module that embeds a model's tokens; None if the model has no one vocabulary, as those of images."""
+    with suppress(AttributeError, NotImplementedError):  # no model of transformers, or none of text alone
+        return model.get_input_embeddings()  # type: ignore[operator]
+    return None
+
+
 @contextmanager
 def _knowing_tokens(model: nn.Module) -> Iterator[None]:
     """Raise ValueError inside this context where the model reads a token that it has no embedding of."""
-    embeddings = None
-    with suppress(AttributeError, NotImplementedError):  # no model of transformers, or none of text alone
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = token_embeddings(model)
     if not isinstance(embeddings, nn.Embedding):
         yield
         return

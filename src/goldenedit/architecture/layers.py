@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.experts import FusedExperts, expert_matrices, find_experts, is_fused
-from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument, inputs_at
+from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument, inputs_at, token_embeddings
 from goldenedit.architecture.quantized import is_composite
 from goldenedit.devices import execution_device, input_device, onloaded_parameter
 from goldenedit.editors import LowRankDelta
@@ -345,9 +345,7 @@ def probe_ids(model: nn.Module) -> Tensor:
     Raises:
         UnsupportedArchitectureError: The model does not take token ids of a single vocabulary.
     """
-    embeddings: Any = None
-    with suppress(NotImplementedError):  # several vocabularies, or images
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = token_embeddings(model)
     if not hasattr(embeddings, "weight"):
         raise UnsupportedArchitectureError(f"{type(model).__name__} does not take token ids of a single vocabulary.")
     # From the middle of the vocabulary: special tokens sit at its ends.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from transformers import PreTrainedTokenizerBase
 
+from goldenedit.architecture.hooks import token_embeddings
 from goldenedit.editing.keys import subject_keys
 from goldenedit.editing.values import NotFiniteError
 from goldenedit.lm import LanguageModel
@@ -84,12 +85,11 @@ def check_tokens(
     tokens = {
         fact.text: encode_request(tokenizer, fact, fact.target_new, max_length=longest).input_ids for fact in facts
     }
-    with suppress(NotImplementedError):  # a model without embeddings of tokens
-        known = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
-        for text, ids in (tokens or {_TEXT: tokenizer(_TEXT)["input_ids"]}).items():
-            highest = max(ids, default=0)
-            if known is not None and highest >= known:
-                raise ValueError(
-                    f"The tokenizer writes {text!r} with token {highest}, but the model has embeddings of {known} "
-                    "tokens. Pass the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
-                )
+    known = getattr(token_embeddings(model), "num_embeddings", None)
+    for text, ids in (tokens or {_TEXT: tokenizer(_TEXT)["input_ids"]}).items():
+        highest = max(ids, default=0)
+        if known is not None and highest >= known:
+            raise ValueError(
+                f"The tokenizer writes {text!r} with token {highest}, but the model has embeddings of {known} "
+                "tokens. Pass the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
+            )
