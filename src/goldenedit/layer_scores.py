@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from goldenedit import html
 from goldenedit.cost import Cost
 from goldenedit.registry import Registry
 
+_DRAWS, _RARE = 1000, 0.05
 HUB_LAYER = "hub:"  # prefix of the name of a repository with golden layers
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,8 +27,8 @@ class Selector:
     Attributes:
         name: The value of `EditConfig.layer` that selects it.
         function: Takes `(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig)` and returns the scores
-            of all layers, `(num_layers,)`, with NaN for layers without a score. With `is_scored=False` it returns a
-            list of layers.
+            of all layers, `(num_layers,)`, with NaN for layers without a score; or `(facts, num_layers)`, scores of
+            each fact, whose sum over facts is the score. With `is_scored=False` it returns a list of layers.
         paper: Paper and section.
         scores_of: Name of the selector whose cached scores it shares. By default it shares none.
         fence: Whether layers with outlier scores are never chosen (see `EditConfig.tukey_kappa`).
@@ -95,6 +97,7 @@ class LayerSelection:
         cost: Seconds and floating-point operations of the computation of the scores. Key statistics do not count,
             because edits need them too.
         forward_equivalents: Number of plain forwards with the same cost in operations, per fact with its new answer.
+        by_fact: Scores of each fact, whose sum is the score of a layer; None if the selector gives none.
     """
 
     selector: str
@@ -103,6 +106,7 @@ class LayerSelection:
     facts: int = 0
     cost: Cost = field(default_factory=Cost)
     forward_equivalents: float = 0.0
+    by_fact: list[list[float | None]] | None = field(default=None, repr=False, compare=False)
 
     def score_tensor(self) -> Tensor:
         """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
@@ -128,9 +132,30 @@ class LayerSelection:
         record = SELECTORS.find(self.selector)
         return kappa if record is not None and record.fence else math.inf
 
+    def within_noise(self, kappa: float = 1.0) -> list[int] | None:
+        """Return the layers that other facts of the same kind might have chosen; None without scores of each fact.
+
+        The golden layer is chosen again on facts that are drawn with replacement, 1,000 times. Layers that are chosen
+        in at least 5% of these draws are within the noise.
+
+        Args:
+            kappa: `EditConfig.tukey_kappa`.
+        """
+        if self.by_fact is None:
+            return None
+        by_fact = torch.stack([score_tensor(of_fact) for of_fact in self.by_fact])
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randint(len(by_fact), (_DRAWS, len(by_fact)), generator=generator)
+        fence = self._fence(kappa)
+        chosen = Counter(golden_layer(by_fact[draw].sum(0), fence) for draw in draws)
+        golden = self.golden(kappa)
+        return sorted(layer for layer, count in chosen.items() if count >= _RARE * _DRAWS or layer == golden)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the selection as JSON values."""
-        return asdict(self)
+        """Return the selection as JSON values, without the scores of each fact."""
+        values = asdict(self)
+        del values["by_fact"]
+        return values
 
     def __str__(self) -> str:
         """Return what was chosen, from how much, and at which cost."""
@@ -139,7 +164,16 @@ class LayerSelection:
         golden = self.golden() if len(self.layers) > 1 else None  # one layer is the golden one, whatever the fence
         highest = "" if golden is None else f", whose golden layer is {golden}"
         cost = f"; {self.facts} facts, {self.cost.seconds:.1f} s" if self.facts else ""
-        return f"Layer{plural} {layers}, chosen by {self.selector}{highest}{cost}"
+        return f"Layer{plural} {layers}, chosen by {self.selector}{highest}{self.noise}{cost}"
+
+    @property
+    def noise(self) -> str:
+        """Which layers are within the noise, in words; empty without scores of each fact."""
+        if (near := self.within_noise()) is None or (golden := self.golden()) is None:
+            return ""
+        if near == [golden]:
+            return " (other facts would choose it too)"
+        return f" (any of {in_words(near)} is within the noise)"
 
     def _repr_html_(self) -> str:
         """Return the scores as bars, for notebooks; the golden layer and those to edit are emphasized."""
@@ -161,6 +195,29 @@ class LayerSelection:
     def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:
         """Read a selection from the record that `to_dict` returned."""
         return cls(**{**record, "cost": Cost(**record["cost"])})
+
+
+def in_words(places: Sequence[int], names: Sequence[int] | None = None) -> str:
+    """Return ascending numbers in words.
+
+    Args:
+        places: The numbers.
+        names: What the numbers are called, by number; themselves by default.
+
+    Example:
+        ```python
+        >>> in_words([2, 3, 4, 8])
+        '2 to 4, 8'
+        ```
+    """
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    ends = [[place if names is None else names[place] for place in (run[0], run[-1])] for run in runs]
+    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in ends)
 
 
 def _bar(score: float, low: float, high: float) -> html.Bar | str:

@@ -53,61 +53,86 @@ def plot_selections(
     _save(figure, path)
 
 
-def plot_heat_map(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Save S of a benchmark's edits as a heat map, with a row for each dataset and editor and a column for each layer.
+def plot_golden_layers(summary: Mapping[str, Any], dataset: str, path: str | Path) -> None:
+    """Save the curves of all editors on one dataset: success and harm by layer, the plateau, and selectors' choices.
 
-    A star marks the best layer of each row, and a ring the golden layer of the proxy facts.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    curves = summary["curves"]
-    figure = _figure(10, 1.5 + 0.4 * len(curves))
-    axes = figure.subplots()
-    layers = sorted({layer for curve in curves for layer in curve["layers"]})
-    by_layer = [dict(zip(curve["layers"], curve["scores"], strict=True)) for curve in curves]
-    rows = [[scores.get(layer, float("nan")) for layer in layers] for scores in by_layer]
-    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.set_yticks(range(len(curves)), [f"{curve['dataset']}, {curve['method']}" for curve in curves])
-    axes.set_xticks(range(len(layers)), layers)
-    for row, curve in enumerate(curves):
-        axes.plot(layers.index(curve["best"]), row, "*", color="white")
-        if "golden" in curve and curve["golden"]["layer"] in layers:
-            axes.plot(layers.index(curve["golden"]["layer"]), row, "o", color="gold", fillstyle="none", markersize=12)
-    axes.set(xlabel="layer", title=f"S of {summary['model']} by edited layer")
-    figure.colorbar(image)
-    _save(figure, path)
-
-
-def plot_scores_against_s(summary: Mapping[str, Any], path: str | Path) -> None:
-    """Save scatter plots of selectors' scores against S by brute force: one point per layer, one color per dataset.
+    Args:
+        summary: A summary of `goldenedit.benchmark.report.summarize`.
+        dataset: One of its datasets.
+        path: File of the chart, in the format that its name ends with.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    method = summary["curves"][0]["method"]
-    curves = [curve for curve in summary["curves"] if curve["method"] == method]
-    scored = [
-        selection
-        for selection in summary["selections"]
-        if selection["scores"] is not None and selection["proxy"] == curves[0]["dataset"]
-    ]
-    figure = _figure(12, 3 * ((len(scored) + 3) // 4))
-    panels = figure.subplots((len(scored) + 3) // 4, 4, squeeze=False).flatten()
-    for axes in panels[len(scored) :]:
-        axes.set_visible(False)
-    for axes, selection in zip(panels, scored, strict=False):
-        for curve in curves:
-            points = [
-                (selection["scores"][layer], score)
-                for layer, score in zip(curve["layers"], curve["scores"], strict=True)
-                if selection["scores"][layer] is not None
-            ]
-            axes.scatter(*zip(*points, strict=True), s=8, label=curve["dataset"])
-        axes.set_title(selection["selector"], fontsize=8)
-        axes.set_ylabel("S")
-    panels[0].legend(fontsize=6)
+    seen = [one for one in summary["seen"] if one["dataset"] == dataset and "kl" in one]
+    figure = _figure(9, 3.2 * max(1, len(seen)))
+    for row, (of_editor, pair) in enumerate(
+        zip(seen, figure.subplots(max(1, len(seen)), 2, squeeze=False), strict=True)
+    ):
+        method, layers = of_editor["method"], of_editor["layers"]
+        curve = next(
+            one
+            for one in summary["curves"]
+            if (one["dataset"], one["method"], one["criterion"]) == (dataset, method, "seen")
+        )
+        success, harm = pair
+        for name, label, color in (
+            ("says", "says the fact", "C0"),
+            ("unchanged", "other prompts unchanged", "C2"),
+        ):
+            _band(success, layers, of_editor[name], of_editor[f"{name}_intervals"], label, color)
+        _band(success, layers, curve["scores"], curve["intervals"], "harmonic mean of both", "C3")
+        _band(harm, layers, of_editor["kl"], of_editor["kl_intervals"], "KL on plain text, nats a token", "C1")
+        success.set(ylim=(0, 1.02), ylabel=f"{method} (n = {of_editor['n']})")
+        harm.set(yscale="log")
+        for axes in pair:
+            _shade(axes, curve["plateau"], layers)
+            axes.set(xlim=(layers[0] - 0.5, layers[-1] + 0.5))
+        _mark_choices(success, summary, dataset, method)
+        if row == 0:
+            success.set_title(
+                f"{summary['model']}, {dataset}; shaded: layers that cannot be told from the best", fontsize=8
+            )
+            success.legend(fontsize=6, loc="lower left")
+            harm.legend(fontsize=6, loc="upper left")
+        if row == len(seen) - 1:
+            success.set(xlabel="layer")
+            harm.set(xlabel="layer")
     _save(figure, path)
+
+
+def _band(
+    axes: Any,
+    layers: Sequence[int],
+    values: Sequence[float],
+    intervals: Sequence[Sequence[float]],
+    label: str,
+    color: str,
+) -> None:
+    axes.plot(layers, values, ".-", color=color, label=label)
+    low, high = zip(*intervals, strict=True)
+    axes.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def _shade(axes: Any, plateau: Sequence[int], layers: Sequence[int]) -> None:
+    """Shade the layers of a plateau, each up to the middle between it and its neighbors."""
+    for layer in plateau:
+        place = layers.index(layer)
+        left = (layers[place - 1] + layer) / 2 if place else layer - 0.5
+        right = (layers[place + 1] + layer) / 2 if place + 1 < len(layers) else layer + 0.5
+        axes.axvspan(left, right, color="gold", alpha=0.25, linewidth=0)
+
+
+def _mark_choices(axes: Any, summary: Mapping[str, Any], dataset: str, method: str) -> None:
+    """Mark what selectors chose that read the packaged facts; names of one layer stand above each other."""
+    names: dict[int, list[str]] = {}
+    for selection in summary["selections"]:
+        is_own = not selection["methods"] or method in selection["methods"]
+        if selection["proxy"] == "packaged" and is_own and ", " not in selection["selector"]:
+            names.setdefault(selection["layer"], []).append(selection["selector"])
+    for layer, of_layer in names.items():
+        axes.axvline(layer, color="gray", linewidth=0.6, linestyle=":")
+        axes.text(layer, 1.0, " " + ", ".join(of_layer), rotation=90, fontsize=5, va="top", ha="right")
 
 
 def _save(figure: Any, path: str | Path) -> None:

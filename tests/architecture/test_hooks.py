@@ -10,6 +10,7 @@ from goldenedit.architecture import read_architecture
 from goldenedit.architecture.hooks import (
     adding,
     adding_delta,
+    adding_delta_by_row,
     evaluating,
     first_tensor,
     hidden_argument,
@@ -52,6 +53,23 @@ def test_logits_are_read_where_the_head_is_not_known(ids):
     rows, positions = torch.tensor([1, 2]), torch.tensor([4, 5])
     with reading_logits(model, rows, positions) as logits_of:
         torch.testing.assert_close(logits_of(model(input_ids=ids)), whole[rows, positions])
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+@torch.no_grad()
+def test_each_row_has_a_change_of_its_own(is_flat):
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(5, 4)
+    inputs = torch.randn(3, 7, 5, generator=generator)
+    first, second = [(torch.randn(2, 5, generator=generator), torch.randn(4, 2, generator=generator)) for _ in range(2)]
+    before = linear(inputs)
+    with adding_delta_by_row(linear, [first, None, second]):
+        found = linear(inputs.flatten(0, 1)).view(3, 7, 4) if is_flat else linear(inputs)
+    for row, factors in ((0, first), (2, second)):
+        with adding_delta(linear, *factors):
+            torch.testing.assert_close(found[row], linear(inputs)[row])
+    assert torch.equal(found[1], before[1])
+    assert hook_count(linear) == 0
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from goldenedit.benchmark import golden_layers
 from goldenedit.benchmark.golden_layers import PACKAGED, Setting, measure_model, usable_facts
 from goldenedit.benchmark.report import render, summarize
 from goldenedit.cli import app
+from goldenedit.cost import Cost
 from goldenedit.layer_selection import brute_force
 from models import NUM_LAYERS, tiny_model
 
@@ -35,12 +36,7 @@ ZSRE = [
 ]
 OPTIONS = {"contexts": 2, "steps": 2, "covariance_tokens": 300, "proxy_size": 6}
 ARGUMENTS = [
-    "--test",
-    "3",
-    "--proxy",
-    "1",
-    "--chunk",
-    "2",
+    *("--method", "r-rome", "--test", "3", "--chunk", "2"),
     *(x for k, v in OPTIONS.items() for x in ("--set", f"{k}={v}")),
 ]
 
@@ -61,16 +57,16 @@ def folder(tmp_path, tokenizer):
 
 @pytest.fixture
 def model(tokenizer, monkeypatch):
-    # A random model prefers no answer: the packaged facts are few, and known.
-    few = golden_layers.proxy_facts()[:6]
-    monkeypatch.setattr(golden_layers, "proxy_facts", lambda: few)
+    # A random model prefers no answer.
     monkeypatch.setattr(golden_layers, "known_facts", lambda lm, requests: range(len(requests)))
     return EditModel(tiny_model("llama"), EditConfig(layer=0), tokenizer)
 
 
 def setting(zsre, **changes) -> Setting:
-    plain = Setting({"zsre": zsre}, ("r-rome", "memit"), test=3, proxy=2, dataset_proxy=2, chunk=2, traced=2)
-    return replace(plain, options=OPTIONS, **changes)
+    plain = Setting(
+        {"zsre": zsre}, {"r-rome": None, "ft-m": 2}, test=3, dataset_proxy=2, chunk=2, traced=2, options=OPTIONS
+    )
+    return replace(plain, **changes)
 
 
 def test_everything_is_measured_and_facts_of_selectors_are_not_those_of_the_test(model, zsre, tmp_path, monkeypatch):
@@ -83,17 +79,25 @@ def test_everything_is_measured_and_facts_of_selectors_are_not_those_of_the_test
 
     monkeypatch.setattr(golden_layers, "find_layers", spy)
     found = measure_model(model, "tiny", setting(zsre), tmp_path / "out")
-    assert set(found.curves) == {(name, method) for name in (PACKAGED, "zsre") for method in ("r-rome", "memit")}
-    for (name, _), curve in found.curves.items():
+    assert {key: curve.facts for key, curve in found.curves.items()} == {("zsre", "r-rome"): 3, ("zsre", "ft-m"): 2}
+    for curve in found.curves.values():
         assert sorted(curve.outcomes) == list(range(NUM_LAYERS))
-        assert curve.facts == (2 if name == PACKAGED else 3)
         assert curve.cost.flops > 0
-    names = {name for proxy, name in found.selections if proxy == PACKAGED}
-    assert {"lga sequence", "lga answer, no filter", "auto", "selectivity", "causal_tracing", "middle"} <= names
+        assert all(outcome.sight is not None for outcomes in curve.outcomes.values() for outcome in outcomes)
+    names = {choice.name for choice in found.choices if choice.proxy == PACKAGED}
+    assert {"lga sequence", "lga answer, no filter", "lga sequence, cosine", "auto", "causal_tracing"} <= names
     assert "published" not in names  # nothing is, for this model
     own = seen["lga", "sequence", True]
     assert [fact.subject for fact in own] == ["Rome", "the brown fox"]
     assert seen["auto", "sequence", True] == own
+
+
+def test_selectors_of_an_editor_are_tested_on_its_edits(model, zsre, tmp_path):
+    found = measure_model(model, "tiny", setting(zsre), tmp_path / "out")
+    (auto,) = (choice for choice in found.choices if choice.name == "auto" and choice.proxy == PACKAGED)
+    depths = {choice.methods: choice.selection.layers for choice in found.choices if choice.name == "published depth"}
+    assert auto.methods == ("r-rome",)
+    assert depths == {("r-rome",): [0], ("ft-m",): [2]}  # of 3 layers, at 5 and 21 of 32
 
 
 def test_a_run_that_was_stopped_goes_on(model, zsre, tmp_path, monkeypatch):
@@ -101,13 +105,67 @@ def test_a_run_that_was_stopped_goes_on(model, zsre, tmp_path, monkeypatch):
     lines = (tmp_path / "whole" / "cells-0.jsonl").read_text().splitlines()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cells-0.jsonl").write_text("\n".join(lines[:5]) + "\n")
-    calls, plain = [], brute_force._Layer.cell
-    monkeypatch.setattr(brute_force._Layer, "cell", lambda *given: calls.append(1) or plain(*given))
+    calls, plain = [], brute_force._Layer.edits
+    monkeypatch.setattr(brute_force._Layer, "edits", lambda *given: calls.append(1) or plain(*given))
     again = measure_model(model, "tiny", setting(zsre), tmp_path / "out")
     assert len(calls) == len(lines) - 5
     assert {key: curve.outcomes for key, curve in again.curves.items()} == {
         key: curve.outcomes for key, curve in whole.curves.items()
     }
+
+
+def test_the_plan_is_told_before_edits_are_made(model, zsre, tmp_path):
+    told = []
+    measure_model(model, "tiny", setting(zsre), tmp_path, told.append)
+    (plan,) = told
+    assert "3 facts by r-rome, 2 facts by ft-m, of zsre, at 3 of 3 layers (0, 1, 2)" in plan
+    assert "minutes" in plan
+
+
+def test_a_grid_has_the_layers_that_selectors_choose(model, zsre, tmp_path):
+    found = measure_model(model, "tiny", setting(zsre, grid=2), tmp_path)
+    chosen = {layer for choice in found.choices for layer in choice.selection.layers}
+    for curve in found.curves.values():
+        assert set(curve.outcomes) == {0, 2} | chosen
+
+
+@pytest.mark.parametrize(("seconds", "facts"), [(1.0, 3), (3.0, 2)])
+def test_a_budget_is_kept_with_fewer_facts(seconds, facts, model, zsre, tmp_path, monkeypatch):
+    rounds, now = golden_layers._Rounds, [0.0]
+    monkeypatch.setattr(golden_layers, "_FEWEST", 1)
+    monkeypatch.setattr(golden_layers, "monotonic", lambda: now[0])
+    plain = rounds._sweep
+
+    def sweep(self, dataset, chosen, methods, layers, about=""):
+        now[0] += seconds * len(chosen) * len(methods) * len(layers)
+        cells = plain(self, dataset, chosen, methods, layers, about)
+        return {key: replace(cell, cost=Cost(seconds * len(chosen), cell.cost.flops)) for key, cell in cells.items()}
+
+    monkeypatch.setattr(rounds, "_sweep", sweep)
+    found = measure_model(model, "tiny", setting(zsre, methods={"r-rome": None}, budget=0.5), tmp_path)
+    assert found.curves["zsre", "r-rome"].facts == facts
+    assert now[0] <= 60 * 0.5
+
+
+def test_what_a_slow_round_leaves_no_time_for_is_told(model, zsre, tmp_path, monkeypatch):
+    rounds, now, told = golden_layers._Rounds, [0.0], []
+    monkeypatch.setattr(golden_layers, "monotonic", lambda: now[0])
+    plain = rounds._sweep
+
+    def sweep(self, *given):
+        now[0] += 50.0 * (len(given) == 5)
+        return plain(self, *given)
+
+    monkeypatch.setattr(rounds, "_sweep", sweep)
+    monkeypatch.setattr(rounds, "_needed", lambda self: 0.0)
+    found = measure_model(model, "tiny", setting(zsre, methods={"r-rome": None}, budget=0.5), tmp_path, told.append)
+    assert found.curves["zsre", "r-rome"].facts == 2
+    assert "facts 2 to 3 of zsre by r-rome are left out" in told[-1]
+
+
+def test_a_budget_for_nothing_is_refused(model, zsre, tmp_path):
+    with pytest.raises(ValueError, match="A budget of 1e-06 minutes is too small"):
+        measure_model(model, "tiny", setting(zsre, budget=1e-6), tmp_path)
 
 
 GOOD = EditRequest("Paris is in", "Paris", "Rome", locality=(("Berlin is", "a city"),))
@@ -160,7 +218,11 @@ def test_facts_that_do_not_do_are_told_before_anything_runs(model, tmp_path, rec
         ({"datasets": {PACKAGED: "facts.json"}}, "'packaged'"),
         ({"options": {"layer_pattern": "window"}}, "layer_pattern"),
         ({"options": {"stepz": 3}}, "stepz"),
-        ({"methods": ("mend",)}, "mend"),
+        ({"methods": {"mend": None}}, "mend"),
+        ({"methods": {}}, "an editor"),
+        ({"methods": {"memit": 0}}, "at least one fact"),
+        ({"grid": 1}, "at least 2 layers, got 1"),
+        ({"budget": 0}, "positive number of minutes, got 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(changes, message):
@@ -176,7 +238,7 @@ def test_a_model_whose_middle_layer_has_no_mlp_is_measured(model, zsre, tmp_path
     )
     found = measure_model(model, "tiny", setting(zsre), tmp_path)
     summary = summarize(found)
-    assert all(selection.layers[0] in without for selection in found.selections.values())
+    assert all(choice.selection.layers[0] in without for choice in found.choices)
     assert "| 2 |" in render([summary])
 
 
@@ -188,11 +250,10 @@ def test_the_command_writes_cells_summary_figures_and_report(folder, zsre, tmp_p
     assert sorted(path.name for path in output.iterdir()) == [
         "cells-0.jsonl",
         "report.md",
-        "tiny-layers.png",
-        "tiny-selectors.png",
+        "tiny-questions.png",
         "tiny.summary.json",
     ]
-    assert "| questions | r-rome | 3 |" in (output / "report.md").read_text()
+    assert "| questions | r-rome | seen | 3 |" in (output / "report.md").read_text()
 
 
 def test_two_processes_find_what_one_finds(folder, zsre, tmp_path):
@@ -213,3 +274,10 @@ def test_two_processes_find_what_one_finds(folder, zsre, tmp_path):
         assert first["scores"] == pytest.approx(second["scores"], rel=1e-6)
     for first, second in zip(one["selections"], other["selections"], strict=True):
         assert first["layer"] == second["layer"]
+
+
+def test_an_editor_may_have_a_number_of_facts_of_its_own(folder, zsre, tmp_path):
+    command = ["benchmark", "golden-layers", folder, "--data", zsre, *ARGUMENTS[2:], "-o", str(tmp_path / "out")]
+    wrong = CliRunner().invoke(app, [*command, "--method", "r-rome=few"])
+    assert wrong.exit_code == 2
+    assert "r-rome=32" in wrong.output.replace("\n", "")

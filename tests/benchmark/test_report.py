@@ -1,4 +1,4 @@
-"""Regret, rank correlation and the best layer for each fact, on curves made by hand."""
+"""What the summary and the report say of curves made by hand."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import json
 
 import pytest
 
-from goldenedit.benchmark.golden_layers import PACKAGED, Curve, Measurement
-from goldenedit.benchmark.report import rank_correlation, render, summarize
+from goldenedit.benchmark.golden_layers import PACKAGED, Choice, Curve, Measurement
+from goldenedit.benchmark.report import render, summarize
 from goldenedit.cost import Cost
 from goldenedit.evaluation.scores import FactMatches
 from goldenedit.layer_selection import LayerSelection, Outcome
+from goldenedit.layer_selection.cells import Sight
 
 
-def outcome(rewrite: float, locality: float) -> Outcome:
-    return Outcome(FactMatches(rewrite, [rewrite], locality=[locality]))
+def outcome(share: float) -> Outcome:
+    sight = Sight({"chat": share}, {"unrelated": share}, kl=1 - share, agreement=share, fluency=4 * share)
+    return Outcome(FactMatches(share, [share], locality=[share]), sight=sight)
 
 
-def curve(*layers: list[float], layers_at: tuple[int, ...] = (0, 1, 2)) -> Curve:
-    """A curve whose facts have these shares of all their tokens at each layer, so that S is their mean."""
-    found = {at: [outcome(share, share) for share in shares] for at, shares in zip(layers_at, layers, strict=True)}
+def curve(*layers: list[float]) -> Curve:
+    """A curve whose facts have these shares at each layer, so that every score is their mean."""
+    found = {at: [outcome(share) for share in shares] for at, shares in enumerate(layers)}
     return Curve(found, Cost(6.0, 600), 60.0)
 
 
@@ -29,100 +31,88 @@ def selection(name: str, layer: int, scores: list[float | None] | None = None, c
 
 @pytest.fixture
 def measured() -> Measurement:
-    """Proxy facts say layer 1; the test facts of `a` have layer 2, those of `b` layer 1 as the best."""
+    """The test facts of `a` have layer 2, those of `b` layer 1 as the best."""
     return Measurement(
         "tiny",
         3,
         {
-            (PACKAGED, "r-rome"): curve([0.2, 0.4], [0.8, 1.0], [0.5, 0.5]),
-            ("a", "r-rome"): curve([0.4, 0.4], [0.5, 0.3], [0.2, 0.8]),
-            ("b", "r-rome"): curve([0.1, 0.1], [1.0, 1.0], [0.5, 0.5]),
+            ("a", "locft"): curve([0.4, 0.4], [0.5, 0.3], [0.2, 0.8]),
+            ("b", "locft"): curve([0.1, 0.1], [1.0, 1.0], [0.5, 0.5]),
+            ("b", "memit"): curve([0.1, 0.1], [0.2, 0.2], [0.5, 0.5]),
         },
-        {
-            (PACKAGED, "lga sequence"): selection("lga", 1, [0.1, 0.3, 0.2]),
-            ("a", "lga sequence"): selection("lga", 2, [0.1, 0.2, 0.3]),
-            ("b", "lga sequence"): selection("lga", 0, [0.3, 0.2, 0.1]),
-            (PACKAGED, "auto"): selection("auto", 1, [0.1, None, 0.2], cost=2.0),
-            (PACKAGED, "causal_tracing"): selection("causal_tracing", 0, [3.0, 2.0, 1.0]),
-            (PACKAGED, "middle"): LayerSelection("middle", None, [1]),
-        },
+        [
+            Choice("lga sequence", PACKAGED, selection("lga", 1, [0.1, 0.3, 0.2])),
+            Choice("lga sequence", "a", selection("lga", 2, [0.1, 0.2, 0.3])),
+            Choice("auto", PACKAGED, selection("auto", 1, [0.1, None, 0.2], cost=2.0), ("memit",)),
+            Choice("causal_tracing", PACKAGED, selection("causal_tracing", 0, [3.0, 2.0, 1.0])),
+            Choice("middle", PACKAGED, LayerSelection("middle", None, [1])),
+        ],
     )
 
 
 def results_of(summary, selector: str, proxy: str = PACKAGED):
     (found,) = (one for one in summary["selections"] if one["selector"] == selector and one["proxy"] == proxy)
-    return {one["dataset"]: one for one in found["tests"]}
+    return {(one["dataset"], one["method"], one["criterion"]): one for one in found["tests"]}
 
 
 def test_regret_is_what_is_lost_against_the_best_layer_of_the_test_facts(measured):
+    lga = results_of(summarize(measured), "lga sequence")
+    assert lga["a", "locft", "S"]["regret"] == pytest.approx(1 - 0.4 / 0.5)
+    assert lga["b", "locft", "S"]["regret"] == 0
+    assert lga["a", "locft", "S"]["above_chance"] == pytest.approx(0.2 - 0.5)
+    assert lga["b", "locft", "seen"]["is_in_plateau"]
+    assert not lga["b", "memit", "seen"]["is_in_plateau"]
+
+
+def test_a_selector_is_tested_where_its_facts_are_not_of_another_dataset_and_on_its_editors(measured):
     summary = summarize(measured)
-    lga = results_of(summary, "lga sequence")
-    assert lga["a"]["regret"] == pytest.approx(1 - 0.4 / 0.5)
-    assert lga["b"]["regret"] == 0
-    assert lga["a"]["interval"][0] <= lga["a"]["regret"] <= lga["a"]["interval"][1]
-    brute = results_of(summary, "brute force of r-rome")
-    assert brute["a"]["regret"] == lga["a"]["regret"]
-    assert brute["b"]["rank_correlation"] == pytest.approx(1.0)
-    chance = {one["dataset"]: one["regret"] for one in summary["random"]}
-    assert chance["a"] == pytest.approx(1 - (0.4 + 0.4 + 0.5) / 3 / 0.5)
+    assert {dataset for dataset, _, _ in results_of(summary, "lga sequence", "a")} == {"a"}
+    assert {method for _, method, _ in results_of(summary, "auto")} == {"memit"}
 
 
-def test_a_selector_that_saw_a_datasets_facts_is_tested_on_that_dataset_alone(measured):
-    summary = summarize(measured)
-    assert list(results_of(summary, "lga sequence", "a")) == ["a"]
-    assert results_of(summary, "lga sequence", "a")["a"]["regret"] == 0
-
-
-def test_the_golden_layer_is_that_of_the_proxy_facts_and_each_fact_has_its_own_best(measured):
-    curves = {one["dataset"]: one for one in summarize(measured)["curves"]}
-    assert curves["a"]["golden"]["layer"] == curves["b"]["golden"]["layer"] == 1
-    assert curves["a"]["golden"]["score"] == pytest.approx(0.4)
-    assert curves["a"]["best"] == 2
-    assert curves["a"]["per_sample"]["score"] == pytest.approx((0.5 + 0.8) / 2)
-    assert "golden" not in curves[PACKAGED]
-
-
-def test_the_held_out_best_layer_has_no_luck(measured):
-    """The better layer of either fact of `a` is the worse one of the other: luck is all there is."""
-    curves = {one["dataset"]: one for one in summarize(measured)["curves"]}
-    assert curves["a"]["held_out_best"] == pytest.approx(0.25)
-    assert curves["b"]["held_out_best"] == pytest.approx(1.0)
+def test_curves_have_intervals_plateau_and_what_chance_loses(measured):
+    curves = {(one["dataset"], one["method"], one["criterion"]): one for one in summarize(measured)["curves"]}
+    of_a = curves["a", "locft", "S"]
+    assert of_a["best"] == 2
+    assert of_a["chance"]["lost"] == pytest.approx(0.5)
+    assert of_a["any_layer"] == pytest.approx(1 - (0.4 + 0.4 + 0.5) / 3 / 0.5)
+    assert of_a["per_fact"]["score"] == pytest.approx((0.5 + 0.8) / 2)
+    assert curves["b", "locft", "knowedit"]["plateau"] == [1]
+    assert set(of_a["per_fact_by"]) == {"seen", "knowedit"}
 
 
 def test_selectors_are_ranked_by_the_layers_they_score(measured):
     summary = summarize(measured)
-    assert results_of(summary, "auto")["b"]["rank_correlation"] == pytest.approx(1.0)  # of layers 0 and 2
-    assert results_of(summary, "causal_tracing")["b"]["rank_correlation"] == pytest.approx(-0.5)
-    assert results_of(summary, "middle")["b"]["rank_correlation"] is None
+    assert results_of(summary, "causal_tracing")["b", "locft", "S"]["rank_correlation"] == pytest.approx(-0.5)
+    assert results_of(summary, "auto")["b", "memit", "S"]["rank_correlation"] is None  # of two layers
+    assert results_of(summary, "middle")["b", "locft", "S"]["rank_correlation"] is None
+
+
+def test_a_layer_that_was_not_edited_has_no_regret(measured):
+    measured.choices.append(Choice("late", PACKAGED, LayerSelection("late", None, [9])))
+    summary = summarize(measured)
+    assert "regret" not in results_of(summary, "late")["a", "locft", "S"]
+    assert "| late |" not in render([summary])
 
 
 def test_the_report_says_what_the_summary_says(measured):
     summary = json.loads(json.dumps(summarize(measured)))
-    report = render([summary], {"tiny": ["tiny-layers.png"]})
+    report = render([summary], {"tiny": ["tiny-a.png"]})
     assert report.startswith("# Golden layers\n")
     for row in (
-        "| lga sequence | 1 | 0.100 |",
-        "| best layer of the other test facts |  | 0.250 |",  # half of a, nothing of b
-        "| lga sequence, own | 2, 0 | 0.450 |",  # nothing of a, nine tenths of b
-        "| a | r-rome | 2 | 1: 0.400 | 0.300 to 0.500 | 2: 0.500 | 0.2",
-        "| auto | b | r-rome | 100.0 | +90.0 | 100.0 | +90.0 |",
-        "| brute force, r-rome | 60 | 3.00 | 1 | 1 |",
-        "| lga sequence | 0.2 | 0.050 | 300 | 60 |",
-        "| 2 | 0.500 | 0.500 | 0.500 |",
-        "![tiny-layers.png](tiny-layers.png)",
+        "| a | locft | S | 2 | 2 | 0.500 (0.200 to 0.800) | 0 to 2 | 0.500",
+        "| b | locft | seen | 2 | 1 | 1.000 (1.000 to 1.000) | 1 | 0.000 (0.000 to 0.000) | 0.467 |",
+        "| 1 | 0.400 (0.300 to 0.500) | 0.400 (0.300 to 0.500) | 0.600 (0.500 to 0.700) |",
+        "| lga sequence | packaged | 1 | 0.100 | 0.200",  # a fifth of a, nothing of b
+        "| **by chance** |  |  | 0.250 | 0.500 |",
+        "| a | locft | 2 | 3 | 6 | 3.0 | 60 |",
+        "![tiny-a.png](tiny-a.png)",
     ):
         assert row in report
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ([1, 2, 3], [10, 20, 30], 1.0),
-        ([1, 2, 3], [3, 2, 1], -1.0),
-        ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
-        ([1, 1, 2], [1, 1, 5], 1.0),
-        ([1, 1, 1], [1, 2, 3], None),
-    ],
-)
-def test_rank_correlation_is_spearmans(first, second, expected):
-    assert rank_correlation(first, second) == (None if expected is None else pytest.approx(expected))
+def test_outcomes_without_what_a_user_sees_are_reported_by_scores_of_papers():
+    plain = {at: [Outcome(FactMatches(share, locality=[share]))] for at, share in enumerate([0.2, 0.4, 0.6])}
+    summary = summarize(Measurement("tiny", 3, {("a", "ft-m"): Curve(plain, Cost(1.0, 1), 1.0)}, []))
+    assert {one["criterion"] for one in summary["curves"]} == {"knowedit", "S"}
+    assert "says it" not in render([summary])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from goldenedit import EditConfig
 from goldenedit.architecture import read_architecture
-from goldenedit.editing.training import Training, answer_gradients, answer_nll, answer_rows, train
+from goldenedit.editing.learn import TextStatistics, learn_each, learn_facts
+from goldenedit.editing.training import Training, answer_gradients, answer_nll, answer_rows, train, train_each
 from goldenedit.editors import LowRankDelta
 from goldenedit.editors.finetune import DenseChange, LowRankChange
 from goldenedit.lm import LanguageModel
@@ -194,6 +196,44 @@ def test_a_penalty_takes_back_what_the_answers_do_not_need(tokenizer):
 
 def delta_of(change: DenseChange) -> LowRankDelta:
     return LowRankDelta.from_dense(change.weight.detach())[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_facts_that_are_trained_side_by_side_are_trained_as_if_alone(name, layer, tokenizer):
+    lm = LanguageModel(tiny_model(name), tokenizer)
+    d_out, d_in = lm.architecture.shape(lm.model, layer)
+    requests = [*REQUESTS, EditRequest("Paris is in", "Paris", "London")]
+    losses = answer_nll(lm, answer_rows(lm, requests, "masked"), "masked")
+    options = replace(MASKED, stop_loss=losses.median().item())  # the facts stop at different steps
+    together = [{layer: DenseChange(d_in, d_out)} for _ in requests]
+    steps = train_each(lm, requests, together, options, batch_size=2)
+    assert len(set(steps)) > 1
+    for request, of_request, count in zip(requests, together, steps, strict=True):
+        alone = {layer: DenseChange(d_in, d_out)}
+        assert train(lm, [request], alone, options) == count
+        torch.testing.assert_close(of_request[layer].weight, alone[layer].weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ft-m", "locft", "lora", "crispedit"])
+def test_edits_that_are_learned_side_by_side_are_those_of_one_after_the_other(method, tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    config = EditConfig(method, layer=1, covariance_tokens=300, contexts=2, finetune_steps=5)
+    text = TextStatistics.read_by(lm, config)
+    path = lm.architecture.down_projections[1]
+    for request, found in zip(REQUESTS, learn_each(lm, REQUESTS, config, text), strict=True):
+        alone = learn_facts(lm, [request], config, {}, text)
+        expected = alone.deltas[path].B @ alone.deltas[path].A
+        torch.testing.assert_close(found.deltas[path].B @ found.deltas[path].A, expected, rtol=1e-3, atol=1e-5)
+        assert found.steps == alone.steps
+        assert found.probability_before == pytest.approx(alone.probability_before)
+
+
+def test_a_loss_that_is_not_finite_is_told_of_facts_side_by_side(tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    changes = [{1: DenseChange(MLP_WIDTH, WIDTH)} for _ in REQUESTS]
+    with pytest.raises(ValueError, match=r"not finite at step 1\. Lower EditConfig\.finetune_lr"):
+        train_each(lm, REQUESTS, changes, replace(MASKED, lr=float("inf")))
 
 
 def test_weights_gradients_and_hooks_are_as_before(tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -31,6 +32,22 @@ SHARING = [
     ("Paris is", "city"),
     ("Paris is", "in the"),
 ]
+
+
+def test_pairs_of_different_owners_share_no_row(tokenizer):
+    lm = LanguageModel(tiny_model("llama"), tokenizer)
+    rows = []
+
+    @contextmanager
+    def within(owners):
+        rows.extend(owners)
+        yield
+
+    together = likelihoods(lm, [*SHARING, *SHARING], owners=[0] * 6 + [1] * 6, within=within)
+    assert rows.count(0) == rows.count(1) == 2  # one of them begins with all the others
+    alone = likelihoods(lm, SHARING)
+    for one, other in zip(together, [*alone, *alone], strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-4)
 
 
 def naive(model, tokenizer, prompt: str, answer: str) -> tuple[float, float, float]:

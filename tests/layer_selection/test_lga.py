@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from goldenedit.architecture import read_architecture
+from goldenedit.layer_scores import LayerSelection
 from goldenedit.layer_selection import golden_layer, lga_scores, tukey_filter
+from goldenedit.layer_selection.lga import gradient_products
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import greedy_answer
 from goldenedit.lm.tokens import encode
@@ -62,6 +65,25 @@ def plain_scores(model: nn.Module, tokenizer, facts: list[EditRequest], loss: st
 
 def close(scores: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(((scores - expected).abs() <= 1e-4 * expected.abs()).all())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@both_losses
+def test_products_are_those_of_each_facts_gradients(name, loss, tokenizer):
+    model = tiny_model(name).double()
+    products = gradient_products(LanguageModel(model, tokenizer), FACTS, loss, batch_size=2, with_norms=True)
+    paths = read_architecture(model).mlp_linears
+    weights = [model.get_submodule(path).weight for layer in paths for path in paths[layer]]
+    for fact, found in zip(FACTS, products, strict=True):
+        old, new = (
+            gradients(model, weights, tokenizer, fact.text, answer, loss)
+            for answer in (fact.target_true, fact.target_new)
+        )
+        per_layer = len(weights) // NUM_LAYERS
+        for layer in range(NUM_LAYERS):
+            at = slice(layer * per_layer, (layer + 1) * per_layer)
+            a, b = (torch.cat([g.flatten() for g in side[at]]) for side in (old, new))
+            torch.testing.assert_close(found[layer], torch.stack([a @ b, a @ a, b @ b]), rtol=1e-4, atol=0)
 
 
 @every_architecture
@@ -195,3 +217,28 @@ def test_equal_scores_all_pass_and_the_first_is_golden():
 
 def test_a_single_layer_is_golden():
     assert golden_layer(torch.tensor([math.nan, -3.0])) == 1
+
+
+def of_facts(*by_fact: list[float]) -> LayerSelection:
+    totals = torch.tensor(by_fact).sum(0).tolist()
+    return LayerSelection("lga", totals, [max(range(len(totals)), key=totals.__getitem__)], by_fact=list(by_fact))
+
+
+def test_layers_that_other_facts_might_have_chosen_are_within_the_noise():
+    torn = of_facts(*[[1.0, 0.0, 0.2, 0.1], [0.0, 0.9, 0.2, 0.1]] * 10)
+    assert torn.within_noise(math.inf) == [0, 1]
+    assert str(replace(torn, selector="causal_tracing")).startswith(
+        "Layer 0, chosen by causal_tracing (any of 0 to 1 is within the noise)"
+    )
+
+
+def test_a_layer_that_all_facts_choose_is_told_so():
+    sure = of_facts(*[[0.0, 1.0, 0.9]] * 20)
+    assert sure.within_noise(math.inf) == [1]
+    assert "(other facts would choose it too)" in str(replace(sure, selector="causal_tracing"))
+
+
+def test_a_selection_without_scores_of_facts_says_nothing_of_noise():
+    plain = LayerSelection("causal_tracing", [1.0, 2.0], [1])
+    assert plain.within_noise() is None
+    assert str(plain) == "Layer 1, chosen by causal_tracing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.util import find_spec
@@ -196,6 +196,29 @@ def adding_delta(module: nn.Module, A: Tensor, B: Tensor) -> Iterator[None]:
     def add(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
         return output + x @ A.to(x).T @ B.to(x).T
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def adding_delta_by_row(module: nn.Module, factors: Sequence[tuple[Tensor, Tensor] | None]) -> Iterator[None]:
+    """Run a linear map as if each row of the batch had a change `B @ A` of its own; None for a row without one."""
+    rows: dict[tuple[int, int], list[int]] = {}  # rows with the same factors share a product
+    for row, pair in enumerate(factors):
+        if pair is not None:
+            rows.setdefault((id(pair[0]), id(pair[1])), []).append(row)
+    groups = [(*factors[members[0]], members) for members in rows.values()]  # type: ignore[misc]
+
+    def add(linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0].reshape(len(factors), -1, args[0].shape[-1])  # some models pass the tokens of all rows as one list
+        changed = output.reshape(len(factors), -1, output.shape[-1]).clone()
+        for A, B, members in groups:
+            changed[members] += x[members] @ A.to(x).T @ B.to(x).T
+        return changed.view(output.shape)
 
     handle = module.register_forward_hook(add)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from goldenedit.architecture.experts import FusedExperts, expert_matrices, find_experts, is_fused
-from goldenedit.architecture.hooks import Call, adding_delta, evaluating, hidden_argument, inputs_at, token_embeddings
+from goldenedit.architecture.hooks import (
+    Call,
+    adding_delta,
+    adding_delta_by_row,
+    evaluating,
+    hidden_argument,
+    inputs_at,
+    token_embeddings,
+)
 from goldenedit.architecture.quantized import is_composite
 from goldenedit.devices import execution_device, input_device, onloaded_parameter
 from goldenedit.editors import LowRankDelta
@@ -92,6 +100,26 @@ class Architecture:
                     stack.enter_context(self.adding_delta(model, layer, delta.A, delta.B))
                 else:
                     stack.enter_context(adding_delta(model.get_submodule(path), delta.A, delta.B))
+            yield
+
+    def takes_rows(self, paths: Iterable[str]) -> bool:
+        """Return whether each row of a batch can have deltas of its own at these paths: not those of fused experts."""
+        return not any(
+            path == self.down_projections[layer] for path in paths if (layer := self.layer_of(path)) in self.experts
+        )
+
+    @contextmanager
+    def adding_deltas_by_row(self, model: nn.Module, deltas: Sequence[Mapping[str, LowRankDelta]]) -> Iterator[None]:
+        """Add to each row of a batch the deltas of its own inside a context, without writing to the weights.
+
+        Args:
+            deltas: By row, deltas by path, none of fused experts (see `takes_rows`).
+        """
+        paths = {path for of_row in deltas for path in of_row}
+        with ExitStack() as stack:
+            for path in paths:
+                factors = [(of_row[path].A, of_row[path].B) if path in of_row else None for of_row in deltas]
+                stack.enter_context(adding_delta_by_row(model.get_submodule(path), factors))
             yield
 
     def attention_output(self, model: nn.Module, index: int) -> nn.Module:

@@ -1,41 +1,53 @@
-"""How close is the golden layer to the best layer? All selectors are compared with brute force on test facts.
+"""Is there a golden layer, and who finds it? Edits of test facts at every layer, and what all selectors choose.
 
-For each model, dataset and editor, test facts are edited at every layer. The *regret* of a selector is the loss of its
-layer against the best one, `1 - S(chosen) / S(best)`. Editors that are made for batches insert test facts as batches.
-Selectors see only proxy facts: those of the packaged set, some of which are also edited at every layer, and, for LGA
-and `auto`, other facts of the dataset.
+For each model, dataset and editor, test facts are edited alone at each layer of a grid and at each layer that a
+selector chooses. What a selector's layer loses against the best one is its *regret*. Selectors never see the test
+facts: they read the packaged facts, or, in the rows with a dataset as their proxy, other facts of this dataset.
 
-The results are JSON files: cells, which are stored at once so that an interrupted run continues, and a summary for each
-model.
+Cells, of one editor at one layer on some facts, are stored at once as lines of JSON, so that an interrupted run goes on
+where it stopped. Facts are measured in rounds, all layers and editors of some facts before the next ones, so that a
+budget of minutes can end the run after any round.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from goldenedit.architecture.layers import Architecture
+import torch
+
 from goldenedit.config import LGA_LOSSES, EditConfig
-from goldenedit.cost import Cost
+from goldenedit.cost import Cost, measuring
 from goldenedit.evaluation.counterfact import known_facts
-from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, sweep
-from goldenedit.layer_selection.brute_force import is_comparable, tells_locality
+from goldenedit.layer_scores import golden_layer, score_tensor
+from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, proxy_set, sweep
+from goldenedit.layer_selection.brute_force import tells_locality
 from goldenedit.layer_selection.cells import Cell
+from goldenedit.layer_selection.lga import gradient_products
+from goldenedit.layer_selection.published import published_depth
+from goldenedit.layer_selection.trials import is_comparable
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.flops import forward_flops
 from goldenedit.lm.tokens import context_length, encode
 from goldenedit.model import EditModel
 from goldenedit.parallel import processes_of
-from goldenedit.requests import EditRequest, load_requests, proxy_facts
+from goldenedit.requests import EditRequest, load_requests
+
+logger = logging.getLogger(__name__)
 
 PACKAGED = "packaged"
 _CHOSEN_BY_BENCHMARK = {"method", "layer", "layer_pattern", "pattern_layers", "proxy", "lga_loss", "tukey_kappa"}
 _BLOCK = 64  # facts that are measured together
+_TIMED = 2  # facts that tell what a cell costs
+_FEWEST = 8  # facts: with fewer, layers are left out to keep a budget
+_FEWEST_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -43,14 +55,15 @@ class Setting:
     """The setting of a benchmark.
 
     Attributes:
-        datasets: Sources of the test facts by name: files, or datasets of the Hub.
-        methods: Editors.
+        datasets: Test facts by name: a file, a dataset of the Hub, or the facts themselves.
+        methods: Editors, each with the number of facts to edit; None for `test`.
         test: Number of test facts of each dataset, from its start.
-        proxy: Number of packaged facts that brute force edits to find the golden layer.
         dataset_proxy: Number of proxy facts of each dataset, from its end, for LGA and `auto`.
         traced: Number of packaged facts for causal tracing.
-        chunk: Facts per cell. Their values are optimized in one batch.
+        chunk: Facts of a round.
+        grid: Number of layers, evenly spaced, to edit beside those that selectors choose; None for all layers.
         neighbors: Number of neighborhood prompts of each fact.
+        budget: Minutes that the edits may take; None for as many as they need.
         options: Further options of `EditConfig`.
         format: Format of the test facts, for `load_requests`.
         skip_bad: Whether to leave out test facts that cannot be read.
@@ -60,21 +73,29 @@ class Setting:
             benchmark itself.
     """
 
-    datasets: Mapping[str, str]
-    methods: Sequence[str] = ("r-rome",)
-    test: int = 20
-    proxy: int = 10
+    datasets: Mapping[str, str | Sequence[EditRequest]]
+    methods: Mapping[str, int | None] = field(default_factory=lambda: {"r-rome": None})
+    test: int = 64
     dataset_proxy: int = 50
     traced: int = 25
-    chunk: int = 10
+    chunk: int = 16
+    grid: int | None = None
     neighbors: int = 5
+    budget: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     format: str = "auto"
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.test, self.proxy, self.chunk, self.traced) < 1:
-            raise ValueError("The benchmark needs at least one fact of each kind. Raise test, proxy, chunk and traced.")
+        counts = [count for count in self.methods.values() if count is not None]
+        if min(self.test, self.chunk, self.traced, *counts) < 1:
+            raise ValueError("The benchmark needs at least one fact of each kind. Raise test, chunk and traced.")
+        if not self.methods:
+            raise ValueError("The benchmark needs an editor. Name one in methods.")
+        if self.grid is not None and self.grid < 2:
+            raise ValueError(f"grid must be at least 2 layers, got {self.grid}. Use None for all layers.")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget must be a positive number of minutes, got {self.budget}.")
         if PACKAGED in self.datasets:
             raise ValueError(f"{PACKAGED!r} is the name of the packaged proxy set. Give the dataset another name.")
         if reserved := sorted(_CHOSEN_BY_BENCHMARK & set(self.options)):
@@ -86,10 +107,14 @@ class Setting:
         """Return the config of an editor."""
         return EditConfig.from_dict({**self.options, "method": method})
 
+    def facts_of(self, method: str) -> int:
+        """Return the number of test facts of each dataset that an editor edits."""
+        return min(self.test, self.methods[method] or self.test)
+
 
 @dataclass(frozen=True)
 class Curve:
-    """Brute force of one editor on the facts of one dataset: the outcomes of all facts by layer, and the cost."""
+    """One editor on the facts of one dataset: the outcomes of all facts by layer, and the cost."""
 
     outcomes: dict[int, list[Outcome]]
     cost: Cost
@@ -102,20 +127,37 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a selector chose.
+
+    Attributes:
+        name: Its name in the report.
+        proxy: The dataset of its proxy facts.
+        selection: The layer, with scores and cost.
+        methods: Editors that it chose for; empty for all.
+    """
+
+    name: str
+    proxy: str
+    selection: LayerSelection
+    methods: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Measurement:
     """All results on one model.
 
     Attributes:
         model: Its name in the report.
         num_layers: Number of its decoder layers.
-        curves: By dataset and editor. The packaged proxy facts are the dataset `PACKAGED`.
-        selections: By the dataset of the proxy facts, and the selector's name.
+        curves: By dataset and editor.
+        choices: What the selectors chose.
     """
 
     model: str
     num_layers: int
     curves: dict[tuple[str, str], Curve]
-    selections: dict[tuple[str, str], LayerSelection]
+    choices: list[Choice]
 
 
 def measure_model(
@@ -123,6 +165,7 @@ def measure_model(
     name: str,
     setting: Setting,
     output: Path,
+    say: Callable[[str], Any] = logger.info,
 ) -> Measurement:
     """Run the benchmark on one model, in this process or in all that hold the model.
 
@@ -131,32 +174,38 @@ def measure_model(
         name: Name of the model in the report.
         setting: Datasets, editors and numbers of facts.
         output: Folder of the cells.
+        say: Called with the plan before the edits are made, and with what was left out to keep the budget.
 
     Raises:
-        ValueError: No fact of a dataset can be used, or a dataset mixes two kinds of facts.
+        ValueError: No fact of a dataset can be used, a dataset mixes two kinds of facts, or the budget is too small.
     """
-    splits = {PACKAGED: usable_facts(model, proxy_facts(), setting.proxy)}
+    started = monotonic()
+    splits: dict[str, list[EditRequest]] = {}
     proxies: dict[str, list[EditRequest]] = {}
     for dataset, source in setting.datasets.items():
-        facts = load_requests(source, setting.format, skip_bad=setting.skip_bad)
-        requests = [rendered(model.tokenizer, request) for request in facts]
+        is_file = isinstance(source, str)
+        facts = load_requests(source, setting.format, skip_bad=setting.skip_bad) if is_file else source
+        requests = [rendered(model.tokenizer, request) for request in facts]  # type: ignore[arg-type]
         splits[dataset] = usable_facts(model, requests, setting.test)
         tested = {fact.text for fact in splits[dataset]}
         others = [request for request in reversed(requests) if request.text not in tested]
         if seen := usable_facts(model, others, setting.dataset_proxy):
             proxies[dataset] = seen
-    for dataset, facts in splits.items():
-        if not facts:
+    for dataset, tests in splits.items():
+        if not tests:
             raise ValueError(
                 f"No fact of {dataset!r} can be used. Facts need locality, or paraphrases, neighbors and an old answer "
                 "that the model prefers."
             )
-        if len({is_comparable(fact) for fact in facts}) > 1:
+        if len({is_comparable(fact) for fact in tests}) > 1:
             raise ValueError(
                 f"Facts of {dataset!r} are of two kinds, with neighbors and with locality. Make two datasets of them."
             )
-    curves = _sweep_all(model, name, setting, splits, output)
-    return Measurement(name, model.architecture.num_layers, curves, _select_all(model, setting, proxies))
+    choices = _choose_all(model, setting, proxies)
+    rounds = _Rounds(model, name, setting, splits, output, {layer for one in choices for layer in one.selection.layers})
+    rounds.plan(started, say)
+    rounds.run(say)
+    return Measurement(name, model.architecture.num_layers, rounds.curves(), choices)
 
 
 def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
@@ -201,68 +250,201 @@ def _fits(model: EditModel, request: EditRequest) -> bool:
     return True
 
 
-def _sweep_all(
-    model: EditModel,
-    name: str,
-    setting: Setting,
-    splits: Mapping[str, Sequence[EditRequest]],
-    output: Path,
-) -> dict[tuple[str, str], Curve]:
-    """Edit the facts of every split at every layer. Cells that are stored in the folder are reused."""
-    base, config = model.get_base_model(), setting.config(setting.methods[0])
-    store = CellStore(output / f"cells-{processes_of(base).index}.jsonl", output.glob("cells-*.jsonl"))
-    layers = sorted(model.architecture.down_projections)
-    curves = {}
-    for dataset, facts in splits.items():
-        plain = forward_flops(model.lm, facts)
-        cells: list[Cell] = []
-        for start in range(0, len(facts), setting.chunk):
-            about = {"model": name, "dataset": dataset, "facts": f"{start} to {start + setting.chunk}"}
-            options = SweepOptions(setting.methods, layers, in_batches=True, neighbors=setting.neighbors, about=about)
-            cells += sweep(model.lm, facts[start : start + setting.chunk], config, store, options).values()
-        for method in setting.methods:
-            of_method = [cell for cell in cells if cell.method == method]
+class _Rounds:
+    """The edits of all facts, in rounds of some facts at all layers.
+
+    Args:
+        chosen: Layers that selectors chose, which are edited whatever the grid is.
+    """
+
+    def __init__(
+        self,
+        model: EditModel,
+        name: str,
+        setting: Setting,
+        splits: Mapping[str, Sequence[EditRequest]],
+        output: Path,
+        chosen: set[int],
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.setting = setting
+        self.splits = splits
+        self.processes = processes_of(model.get_base_model())
+        self.store = CellStore(output / f"cells-{self.processes.index}.jsonl", output.glob("cells-*.jsonl"))
+        self.every = sorted(model.architecture.down_projections)
+        self.chosen = chosen & set(self.every)
+        self.layers = self._grid(setting.grid or len(self.every))
+        self.counts = {method: setting.facts_of(method) for method in setting.methods}
+        self.seconds: dict[tuple[str, str], float] = {}  # of one fact at one layer, by dataset and editor
+        self.deadline = math.inf
+        self._cells: dict[tuple[str, str], list[Cell]] = {}
+        self._measured: dict[tuple[str, str], list[EditRequest]] = {}
+
+    def _grid(self, count: int) -> list[int]:
+        """Return layers that are evenly spaced, and those that selectors chose."""
+        step = max(1, math.ceil(len(self.every) / count))
+        return sorted({*self.every[::step], *self.chosen})
+
+    def plan(self, started: float, say: Callable[[str], Any]) -> None:
+        """Measure what a cell costs, tell what the run will take, and fit it into the budget.
+
+        Args:
+            started: When the run began.
+
+        Raises:
+            ValueError: The budget does not suffice for a few facts at a few layers.
+        """
+        middle = self.layers[len(self.layers) // 2]
+        for dataset, facts in self.splits.items():
+            for method in self.setting.methods:
+                with suppress(ValueError):  # an editor that cannot edit this layer costs about as much as the others
+                    cells = self._sweep(dataset, facts[:_TIMED], [method], [middle])
+                    self.seconds[dataset, method] = cells[method, middle].cost.seconds / len(facts[:_TIMED])
+        if self.setting.budget is not None:
+            self.deadline = started + 60 * self.setting.budget
+            self._fit(self.setting.budget, self._left())
+        about = ", ".join(f"{count} facts by {method}" for method, count in self.counts.items())
+        say(
+            f"{self.name}: {about}, of {', '.join(self.splits)}, at {len(self.layers)} of {len(self.every)} layers "
+            f"({', '.join(map(str, self.layers))}). If nothing is stored of an earlier run, this takes about "
+            f"{self._needed() / 60:.0f} minutes."
+        )
+
+    def _left(self) -> float:
+        """Return the seconds that are left, the same in all processes."""
+        return min(self.processes.gather(self.deadline - monotonic()))
+
+    def _needed(self) -> float:
+        """Return the seconds that all cells take."""
+        return sum(
+            seconds * len(self.layers) * min(self.counts[method], len(self.splits[dataset]))
+            for (dataset, method), seconds in self.seconds.items()
+        ) / max(1, self.processes.count)
+
+    def _fit(self, budget: float, left: float) -> None:
+        """Take fewer facts, and where these would be too few, fewer layers."""
+        grid = len(self.layers)
+        while self._needed() > left:
+            most = max(self.counts.values())
+            if most > min(_FEWEST, self.setting.test):
+                self.counts = {method: min(count, most - 1) for method, count in self.counts.items()}
+            elif grid > _FEWEST_LAYERS:
+                grid //= 2
+                self.layers = self._grid(max(grid, _FEWEST_LAYERS))
+            else:
+                least = budget + (self._needed() - left) / 60
+                raise ValueError(
+                    f"A budget of {budget:g} minutes is too small: {most} facts at {len(self.layers)} layers take "
+                    f"about {math.ceil(least)}. Raise it, or name fewer editors and datasets."
+                )
+
+    def run(self, say: Callable[[str], Any]) -> None:
+        """Make all edits, or those that the budget has time for."""
+        chunk = self.setting.chunk
+        for start in range(0, max(self.counts.values()), chunk):
+            for dataset, facts in self.splits.items():
+                ends: dict[int, list[str]] = {}  # editors by the end of their facts
+                for method, count in self.counts.items():
+                    if (end := min(start + chunk, count, len(facts))) > start:
+                        ends.setdefault(end, []).append(method)
+                for end, methods in ends.items():
+                    needed = sum(self.seconds.get((dataset, method), 0.0) for method in methods)
+                    if needed * len(self.layers) * (end - start) / self.processes.count > self._left():
+                        left_out = f"facts {start} to {end} of {dataset} by {', '.join(methods)}"
+                        say(f"The budget is spent: {left_out} are left out.")
+                        continue
+                    cells = self._sweep(dataset, facts[start:end], methods, self.layers, f"{start} to {end}")
+                    for method in methods:
+                        self._measured.setdefault((dataset, method), []).extend(facts[start:end])
+                        of_method = [cell for cell in cells.values() if cell.method == method]
+                        self._cells.setdefault((dataset, method), []).extend(of_method)
+
+    def _sweep(
+        self, dataset: str, facts: Sequence[EditRequest], methods: Sequence[str], layers: Sequence[int], about: str = ""
+    ) -> dict[tuple[str, int], Cell]:
+        told = {"model": self.name, "dataset": dataset, "facts": about}
+        options = SweepOptions(methods, layers, neighbors=self.setting.neighbors, sees=True, about=told)
+        return sweep(self.model.lm, facts, self.setting.config(next(iter(self.setting.methods))), self.store, options)
+
+    def curves(self) -> dict[tuple[str, str], Curve]:
+        """Return the outcomes by dataset and editor, at the layers where all facts were edited."""
+        found = {}
+        for (dataset, method), cells in self._cells.items():
+            facts = self._measured[dataset, method]
             outcomes = {
-                layer: [outcome for cell in of_method if cell.layer == layer for outcome in cell.outcomes]
-                for layer in layers
+                layer: [outcome for cell in cells if cell.layer == layer for outcome in cell.outcomes]
+                for layer in self.layers
             }
             outcomes = {layer: of_facts for layer, of_facts in outcomes.items() if len(of_facts) == len(facts)}
-            if not outcomes:
-                continue
-            cost = sum((cell.cost for cell in of_method), Cost())
-            curves[dataset, method] = Curve(outcomes, cost, cost.flops / plain)
-    return curves
+            if outcomes:
+                cost = sum((cell.cost for cell in cells), Cost())
+                found[dataset, method] = Curve(outcomes, cost, cost.flops / forward_flops(self.model.lm, facts))
+        return found
 
 
-def _select_all(
-    model: EditModel, setting: Setting, proxies: Mapping[str, list[EditRequest]]
-) -> dict[tuple[str, str], LayerSelection]:
-    """Run all selectors on the packaged proxy facts, and LGA and `auto` also on the proxy facts of each dataset.
+def _choose_all(model: EditModel, setting: Setting, proxies: Mapping[str, list[EditRequest]]) -> list[Choice]:
+    """Run all selectors on the packaged proxy facts, and LGA and `auto` also on the proxy facts of each dataset."""
+    choices: list[Choice] = []
+    methods = list(setting.methods)
 
-    Selectors that depend on the editor run for the first one.
-    """
-    selections: dict[tuple[str, str], LayerSelection] = {}
-
-    def run(dataset: str, name: str, architecture: Architecture, **options: Any) -> None:
-        config = replace(setting.config(setting.methods[0]), **options)
-        lm = LanguageModel(model.lm.model, model.tokenizer, architecture, model.lm.weights, model.lm.beside)
-        selections[dataset, name] = find_layers(lm, config)
+    def run(name: str, dataset: str = PACKAGED, method: str = methods[0], is_own: bool = False, **options: Any) -> None:
+        config = replace(setting.config(method), layer_pattern="golden", proxy=proxies.get(dataset), **options)
+        choices.append(Choice(name, dataset, find_layers(model.lm, config), (method,) if is_own else ()))
 
     whole = model.architecture
-    down = replace(whole, mlp_linears={layer: (path,) for layer, path in whole.down_projections.items()})
     for loss in LGA_LOSSES:
-        for part, architecture in (("", whole), (", down projection", down)):
-            for fence, kappa in (("", 1.0), (", no filter", math.inf)):
-                run(PACKAGED, f"lga {loss}{part}{fence}", architecture, layer="lga", lga_loss=loss, tukey_kappa=kappa)
-        for dataset, facts in proxies.items():
-            run(dataset, f"lga {loss}", whole, layer="lga", lga_loss=loss, proxy=facts)
-    run(PACKAGED, "auto", whole, layer="auto")
-    for dataset, facts in proxies.items():
-        run(dataset, "auto", whole, layer="auto", proxy=facts)
-    run(PACKAGED, "selectivity", whole, layer="selectivity")
-    run(PACKAGED, "causal_tracing", whole, layer="causal_tracing", proxy_size=setting.traced)
+        run(f"lga {loss}", layer="lga", lga_loss=loss)
+        run(f"lga {loss}, no filter", layer="lga", lga_loss=loss, tukey_kappa=math.inf)
+        for dataset in proxies:
+            run(f"lga {loss}", dataset, layer="lga", lga_loss=loss)
+        choices += _lga_variants(model, setting, loss)
+    for method in methods:
+        if method == methods[0] or setting.config(method).editor.learns == "values":
+            own = len(methods) > 1 and setting.config(method).editor.learns == "values"
+            run("auto", method=method, is_own=own, layer="auto")
+            for dataset in proxies:
+                run("auto", dataset, method, own, layer="auto")
+    run("selectivity", layer="selectivity")
+    run("causal_tracing", layer="causal_tracing", proxy_size=setting.traced)
     layers = sorted(whole.down_projections)
-    selections[PACKAGED, "middle"] = LayerSelection("middle", None, [layers[len(layers) // 2]])
-    with suppress(ValueError):  # no layer is published for most models
-        run(PACKAGED, "published", whole, layer="published")
-    return selections
+    choices.append(Choice("middle", PACKAGED, LayerSelection("middle", None, [layers[len(layers) // 2]])))
+    for method in methods:
+        with suppress(ValueError):  # no layer is published for most models
+            run("published", method=method, is_own=True, layer="published")
+        if (depth := published_depth(setting.config(method).editor.published)) is not None:
+            at = min(layers, key=lambda layer: abs(layer - depth * whole.num_layers))
+            choices.append(
+                Choice("published depth", PACKAGED, LayerSelection("published depth", None, [at]), (method,))
+            )
+    return choices
+
+
+def _lga_variants(model: EditModel, setting: Setting, loss: str) -> list[Choice]:
+    """Return what corrected forms of LGA choose: of the down projection alone, by cosines, and without its trend."""
+    config = replace(setting.config(next(iter(setting.methods))), layer="lga")
+    facts = [rendered(model.tokenizer, fact) for fact in proxy_set(config)]
+    whole = model.architecture
+    alone = replace(whole, mlp_linears={layer: (path,) for layer, path in whole.down_projections.items()})
+    lm = LanguageModel(model.lm.model, model.tokenizer, alone, model.lm.weights, model.lm.beside)
+    found = []
+    with measuring() as spent:
+        products = gradient_products(lm, facts, loss, with_norms=True)  # type: ignore[arg-type]
+    dots, norms = products[..., 0], (products[..., 1] * products[..., 2]).sqrt()
+    total = dots.sum(0)
+    depth = torch.arange(len(total), dtype=total.dtype)
+    known = ~total.isnan()
+    line = torch.stack([depth, torch.ones_like(depth)], 1)
+    trend = line @ torch.linalg.lstsq(line[known], total[known, None].abs().clamp(min=1e-30).log()).solution
+    variants = {
+        "down projection": total,
+        "cosine": (dots / norms.clamp(min=1e-30)).sum(0),
+        "norms": total / norms.sum(0),
+        "without its trend over depth": total / trend[:, 0].exp(),
+    }
+    for name, scores in variants.items():
+        listed = [None if score != score else score for score in scores.tolist()]
+        layer = golden_layer(score_tensor(listed), 1.0)
+        chosen = LayerSelection("lga", listed, [layer], len(facts), spent())
+        found.append(Choice(f"lga {loss}, {name}", PACKAGED, chosen))
+    return found

@@ -38,8 +38,11 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
         with processes.together():  # each process waits for the others at its end
             base, tokenizer = load(name)
             base.to(state.device)
-            config = EditConfig(layer="random", target_modules=setting.config(setting.methods[0]).target_modules)
-            measurement = measure_model(EditModel(base, config, tokenizer), short_name, setting, output)
+            config = EditConfig(
+                layer="random", target_modules=setting.config(next(iter(setting.methods))).target_modules
+            )
+            wrapped = EditModel(base, config, tokenizer)
+            measurement = measure_model(wrapped, short_name, setting, output, console.print)
             del base  # frees its memory before the next model is loaded
             if state.is_main_process:
                 text = json.dumps(summarize(measurement), indent=1) + "\n"
@@ -53,11 +56,11 @@ def write_report(output: Path) -> None:
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*.summary.json"))]
     figures: dict[str, list[str]] = {}
     if find_spec("matplotlib") is not None:
-        from goldenedit.plots import plot_heat_map, plot_scores_against_s
+        from goldenedit.plots import plot_golden_layers
 
         for summary in summaries:
-            name = summary["model"]
-            figures[name] = [f"{name}-layers.png", f"{name}-selectors.png"]
-            plot_heat_map(summary, output / figures[name][0])
-            plot_scores_against_s(summary, output / figures[name][1])
+            for dataset in dict.fromkeys(curve["dataset"] for curve in summary["curves"]):
+                name = f"{summary['model']}-{dataset}.png"
+                plot_golden_layers(summary, dataset, output / name)
+                figures.setdefault(summary["model"], []).append(name)
     write_atomically(output / "report.md", render(summaries, figures).encode())

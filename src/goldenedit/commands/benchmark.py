@@ -28,29 +28,39 @@ def golden_layers(
     ],
     format: FactsFormat = "auto",
     skip_bad: SkipBad = False,
-    method: Annotated[list[str], typer.Option(help="An editor. Can be repeated.")] = ["r-rome"],  # noqa: B006
-    test: Annotated[int | None, typer.Option(help="The number of test facts from each dataset; 20 by default.")] = None,
-    proxy: Annotated[
-        int | None, typer.Option(help="The number of packaged proxy facts to edit at every layer; 10 by default.")
-    ] = None,
+    method: Annotated[
+        list[str],
+        typer.Option(
+            help="An editor, as `name`, or as `name=count` to edit only so many facts of each set. Can be repeated."
+        ),
+    ] = ["gated", "locft"],  # noqa: B006
+    test: Annotated[int | None, typer.Option(help="The number of test facts from each set; 64 by default.")] = None,
     chunk: Annotated[
-        int | None, typer.Option(help="The number of facts between two saves of progress; 10 by default.")
+        int, typer.Option(help="The number of facts of a round, which are edited at all layers before the next ones.")
+    ] = 16,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="The number of evenly spaced layers to edit, beside those of selectors; all by default."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="The minutes that the run may take. Fewer facts, and then fewer layers, are edited to keep it."
+        ),
     ] = None,
     options: Annotated[
         list[str], typer.Option("--set", help="An option of EditConfig, as name=value. Can be repeated.")
     ] = [],  # noqa: B006
-    small: Annotated[
-        bool, typer.Option(help="A quick run: 4 test and 4 proxy facts, 3 contexts, an early stop.")
-    ] = False,
+    small: Annotated[bool, typer.Option(help="A quick run: 4 test facts, 3 contexts, an early stop.")] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder for results, figures and the report.")
     ] = Path("golden-layers"),
 ) -> Report:
-    """Compare every layer selector with brute force: regret, rank correlation and cost, as JSON lines and a report.
+    """Edit test facts at every layer, and compare what every layer selector chooses, as JSON lines and a report.
 
-    A stopped run resumes where it stopped. `accelerate launch -m goldenedit benchmark golden-layers ...` splits the
-    layers among GPUs; on a machine without GPUs, `torchrun --nproc_per_node 2 -m goldenedit ...` splits them among
-    processes.
+    What the run will take is told before the edits are made. A stopped run resumes where it stopped. `accelerate launch
+    -m goldenedit benchmark golden-layers ...` splits the layers among GPUs; on a machine without GPUs, `torchrun
+    --nproc_per_node 2 -m goldenedit ...` splits them among processes.
     """
     from goldenedit.benchmark.golden_layers import Setting
     from goldenedit.benchmark.run import run_golden_layers
@@ -65,9 +75,19 @@ def golden_layers(
         if name in sources:
             raise typer.BadParameter(f"two sources have the name {name!r}. Name them, as name=source.")
         sources[name] = source
-    few = 4 if small else 10
-    sizes = {"test": test or (4 if small else 20), "proxy": proxy or few, "chunk": chunk or few}
-    setting = Setting(sources, method, options=constants, format=format, skip_bad=skip_bad, **sizes)
+    methods = dict(map(_editor_and_count, method))
+    count = test or (4 if small else 64)
+    setting = Setting(
+        sources,
+        methods,
+        count,
+        chunk=chunk,
+        grid=layers,
+        budget=budget,
+        options=constants,
+        format=format,
+        skip_bad=skip_bad,
+    )
     run_golden_layers(models, load_model, setting, output, console)
     return Report({"output": str(output)}, [output])
 
@@ -76,3 +96,11 @@ def name_of_data(text: str) -> tuple[str, str]:
     """Parse `name=source`, or a source alone, and return the name and the source."""
     name, _, source = text.partition("=")
     return (name, source) if source and not Path(text).exists() else (Path(text).stem, text)
+
+
+def _editor_and_count(text: str) -> tuple[str, int | None]:
+    """Parse `name` or `name=count`."""
+    name, _, count = text.partition("=")
+    if count and not (count.isdecimal() and int(count)):
+        raise typer.BadParameter(f"{text!r} has no number of facts behind the =. Write, for example, {name}=32.")
+    return name, int(count) if count else None

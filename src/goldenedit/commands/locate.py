@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,10 +75,9 @@ def locate(
         selections.append(wrapped.layer_selection)
         if push is not None:
             records.append(wrapped.golden_layers())
-    if selector != "all" and selections[0].scores is not None:
-        console.print(tables.layer_chart(selections[0], kappa))
-    console.print(tables.selections_table(selections))
-    result: dict[str, object] = {"selections": [selection.to_dict() for selection in selections]}
+    _tell(selections, kappa)
+    found = [{**selection.to_dict(), "within_noise": selection.within_noise(kappa)} for selection in selections]
+    result: dict[str, object] = {"selections": found}
     if plot is not None and is_first:
         from goldenedit.plots import plot_selections
 
@@ -91,3 +91,12 @@ def locate(
         console.print(f"Shared in {printable(str(result['url']))}")
     layers = {selection.selector: ",".join(map(str, selection.layers)) for selection in selections}
     return Report(result, [f"{name}\t{chosen}" if selector == "all" else chosen for name, chosen in layers.items()])
+
+
+def _tell(selections: Sequence[LayerSelection], kappa: float) -> None:
+    """Print what selectors found: the scores of a single one as bars, the layers and costs, and each in words."""
+    if len(selections) == 1 and selections[0].scores is not None:
+        console.print(tables.layer_chart(selections[0], kappa))
+    console.print(tables.selections_table(selections))
+    for selection in selections:
+        console.print(printable(f"{selection}."))

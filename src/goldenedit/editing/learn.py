@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from goldenedit.architecture.layers import weight_size
 from goldenedit.config import EditConfig
 from goldenedit.editing.prepared import Changes, check_shape, stored
 from goldenedit.editing.rows import can_be_asked
-from goldenedit.editing.training import Training, answer_gradients, train
+from goldenedit.editing.training import Change, Training, answer_gradients, train, train_each
 from goldenedit.editors import GradientProblem, KeyStatistics, LowRankDelta, TrainingProblem
 from goldenedit.editors.moments import RunningMoments
 from goldenedit.editors.options import BatchTrainingOptions
-from goldenedit.evaluation.likelihood import likelihoods
+from goldenedit.evaluation.likelihood import Likelihood, likelihoods
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.requests import EditRequest
@@ -73,6 +74,51 @@ def learn_facts(
         learned, steps, state = _from_gradients(lm, requests, config, remembered)
     else:
         learned, steps, state = _by_training(lm, requests, config, text, earlier, active)
+    return _as_changes(lm, config, learned, before, steps, state)
+
+
+@outside_inference_mode()
+def learn_each(
+    lm: LanguageModel, requests: Sequence[EditRequest], config: EditConfig, text: TextStatistics, batch_size: int = 16
+) -> list[Changes]:
+    """Return the changes of requests that are each edited alone, as `learn_facts` makes them for one after the other.
+
+    Requests that are trained share forwards.
+
+    Args:
+        text: What the editor reads of other text, see `TextStatistics.read_by`.
+        batch_size: Requests that are trained side by side.
+
+    Raises:
+        ValueError: A request cannot be served, or a loss is not finite.
+    """
+    if config.editor.learns == "gradients" or not lm.architecture.takes_rows(
+        lm.architecture.down_projections[layer] for layer in config.target_layers
+    ):
+        return [learn_facts(lm, [request], config, {}, text) for request in requests]
+    before = likelihoods(lm, [(request.text, request.target_new) for request in requests])
+    trained, training = [], None
+    for _ in requests:
+        changes, options = _untrained(lm, config, text, ())
+        trained.append(changes)
+        training = training or _training(config, options)
+    assert training is not None
+    steps = train_each(lm, requests, trained, training, batch_size)
+    return [
+        _as_changes(lm, config, {layer: change.change() for layer, change in changes.items()}, [likelihood], count, {})
+        for changes, likelihood, count in zip(trained, before, steps, strict=True)
+    ]
+
+
+def _as_changes(
+    lm: LanguageModel,
+    config: EditConfig,
+    learned: Mapping[int, LowRankDelta | Tensor],
+    before: Sequence[Likelihood],
+    steps: int,
+    state: dict[str, Tensor],
+) -> Changes:
+    """Return what was learned as it is stored."""
     deltas, errors = {}, []
     for layer, change in learned.items():
         check_shape(lm, change, config, layer)
@@ -80,7 +126,7 @@ def learn_facts(
         deltas[lm.architecture.down_projections[layer]] = delta
         errors.append(error)
     probabilities = [math.exp(-likelihood.nll) for likelihood in before]
-    return Changes(deltas, probabilities, [steps] * len(requests), state, max(errors))
+    return Changes(deltas, probabilities, [steps] * len(before), state, max(errors))
 
 
 def _from_gradients(
@@ -117,8 +163,24 @@ def _by_training(
     earlier: Sequence[EditRequest],
     active: Collection[Mapping[str, LowRankDelta]],
 ) -> _Learned:
+    changes, options = _untrained(lm, config, text, active)
+    training = _training(config, options)
+    rehearsed: list[EditRequest] = []
+    if isinstance(options, BatchTrainingOptions):
+        training = replace(training, batch=options.finetune_batch, rehearsal=options.finetune_rehearsal or 0.0)
+        most = math.ceil(training.rehearsal * len(requests)) * training.epochs
+        drawn = random.Random(len(earlier)).sample(earlier, min(most, len(earlier)))
+        rehearsed = [rendered(lm.tokenizer, request) for request in drawn if can_be_asked(lm, request)]
+    steps = train(lm, requests, changes, training, earlier=rehearsed)
+    return {layer: change.change() for layer, change in changes.items()}, steps, {}
+
+
+def _untrained(
+    lm: LanguageModel, config: EditConfig, text: TextStatistics, active: Collection[Mapping[str, LowRankDelta]]
+) -> tuple[dict[int, Change], Any]:
+    """Return the changes that the editor trains, by layer, and its options in the units of the model."""
     generator = torch.Generator().manual_seed(config.seed)
-    changes = {}
+    changes, options = {}, None
     for layer in config.target_layers:
         d_out, d_in = lm.architecture.shape(lm.model, layer)
         path = lm.architecture.down_projections[layer]
@@ -132,21 +194,16 @@ def _by_training(
         )
         if config.editor.reads_statistics:
             problem = replace(problem, statistics=text.keys[layer])
-        problem = replace(problem, options=config.resolve(problem))
-        changes[layer] = config.editor.function(problem)
-    options = problem.options
-    training = Training(
+        options = config.resolve(problem)
+        changes[layer] = config.editor.function(replace(problem, options=options))
+    return changes, options
+
+
+def _training(config: EditConfig, options: Any) -> Training:
+    return Training(
         loss=config.editor.loss,
         epochs=options.finetune_steps,
         lr=options.finetune_lr,
         stop_loss=options.finetune_stop_loss,
         seed=config.seed,
     )
-    rehearsed: list[EditRequest] = []
-    if isinstance(options, BatchTrainingOptions):
-        training = replace(training, batch=options.finetune_batch, rehearsal=options.finetune_rehearsal or 0.0)
-        most = math.ceil(training.rehearsal * len(requests)) * training.epochs
-        drawn = random.Random(len(earlier)).sample(earlier, min(most, len(earlier)))
-        rehearsed = [rendered(lm.tokenizer, request) for request in drawn if can_be_asked(lm, request)]
-    steps = train(lm, requests, changes, training, earlier=rehearsed)
-    return {layer: change.change() for layer, change in changes.items()}, steps, {}

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from goldenedit.architecture.hooks import evaluating, hidden_argument, reading_logits
+from goldenedit.architecture.replay import Batch, Replayer, capture
 from goldenedit.devices import execution_device
+from goldenedit.editors.delta import LowRankDelta
 from goldenedit.editors.record import AnswerLoss
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import end_token
@@ -60,6 +62,9 @@ class Change(Protocol):
     def constrain(self) -> None:
         """Project the parameters onto the allowed set, after each step."""
 
+    def change(self) -> LowRankDelta | Tensor:
+        """Return the change of the matrix, `(d_out, d_in)` or its factors."""
+
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return what is added to the module's output, `(..., d_out)`."""
 
@@ -95,13 +100,8 @@ def train(
     rows = answer_rows(lm, requests, options.loss)
     learned = answer_rows(lm, earlier, options.loss) if options.rehearsal else []
     generator = torch.Generator().manual_seed(options.seed)
-    steps = 0
     modules = {lm.architecture.down_projection(lm.model, layer): change for layer, change in changes.items()}
-    for module, change in modules.items():
-        change.to(execution_device(module))
-    parameters = [parameter for change in changes.values() for parameter in change.parameters()]
-    penalties = [change.penalty for change in changes.values() if isinstance(change, Penalized)]
-    optimizer = torch.optim.Adam(parameters, lr=options.lr)
+    trained = _Trained(lm, changes, options.lr)
     with (
         evaluating(lm.model),
         torch.enable_grad(),
@@ -113,26 +113,124 @@ def train(
             drawn = _drawn(learned, math.ceil(options.rehearsal * len(rows)), generator)
             of_pass = [*rows, *drawn]
             for batch in _batches(len(of_pass), options.batch, generator):
-                losses, gradients = _losses(lm, [of_pass[index] for index in batch], options, parameters, batch_size)
+                drawn_rows = [of_pass[index] for index in batch]
+                losses, gradients = _losses(lm, drawn_rows, options, trained.parameters, batch_size)
                 if not math.isfinite(sum(losses)):
-                    raise ValueError(f"The training loss is not finite at step {steps}. Lower EditConfig.finetune_lr.")
+                    raise ValueError(
+                        f"The training loss is not finite at step {trained.steps}. Lower EditConfig.finetune_lr."
+                    )
                 total += sum(loss for index, loss in zip(batch, losses, strict=True) if index < len(rows))
-                if not gradients and not penalties:
-                    continue
-                optimizer.zero_grad()
-                for parameter, gradient in zip(parameters, gradients, strict=False):
-                    parameter.grad = gradient
-                for penalty in penalties:
-                    penalty().backward()
-                optimizer.step()
-                for change in changes.values():
-                    change.constrain()
-                steps += 1
+                trained.step(gradients)
             # Penalties take back what the answers do not need, in the passes that are left.
-            if total / len(rows) < options.stop_loss and not penalties:
+            if total / len(rows) < options.stop_loss and not trained.penalties:
                 break
             bar.update()
+    return trained.steps
+
+
+def train_each(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    changes: Sequence[Mapping[int, Change]],
+    options: Training,
+    batch_size: int = 16,
+) -> list[int]:
+    """Train the changes of requests that are each edited alone, and return the steps taken for each.
+
+    The result is that of `train` for one request after the other, but the requests of a batch share its forwards.
+
+    Args:
+        changes: By request, the change of each layer's down projection. All have the same layers.
+        options: Loss, learning rate and stopping rule. There is nothing to shuffle or rehearse.
+        batch_size: Requests that are trained side by side.
+
+    Raises:
+        ValueError: A request cannot be tokenized, the model has no token that ends an answer, or a loss is not finite.
+    """
+    rows = answer_rows(lm, requests, options.loss)
+    steps = [0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+    with (
+        evaluating(lm.model),
+        torch.enable_grad(),
+        tqdm(total=len(rows), desc="Training", unit="fact", disable=len(rows) == 1, leave=False) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            for index, count in _train_side_by_side(lm, rows, changes, members, options):
+                steps[index] = count
+                bar.update()
     return steps
+
+
+def _train_side_by_side(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    changes: Sequence[Mapping[int, Change]],
+    members: Sequence[int],
+    options: Training,
+) -> Iterator[tuple[int, int]]:
+    """Train the changes of some requests, and yield the number of steps of each request when it is finished."""
+    trained = {index: _Trained(lm, changes[index], options.lr) for index in members}
+    modules = {layer: lm.architecture.down_projection(lm.model, layer) for layer in changes[members[0]]}
+    with torch.no_grad():  # layers before the changes run only once
+        first = min(modules)
+        batch = _answers(lm, [rows[index] for index in members], options.loss)
+        whole = capture(lm.model, lm.architecture, first, batch, {}, use_cache=False)
+        replay = Replayer(lm.model, lm.architecture, first, whole_rows=True)
+        replay.check(whole.select(torch.arange(min(2, len(members)), device=whole.hidden.device)))
+    active = list(members)
+    for _ in range(options.epochs):
+        with _added_by_row({modules[layer]: [changes[index][layer] for index in active] for layer in modules}):
+            chosen = torch.tensor([members.index(index) for index in active], device=whole.hidden.device)
+            losses = _mean_nll(replay(whole.select(chosen)), [rows[index] for index in active])
+        if not losses.isfinite().all():
+            steps = max(one.steps for one in trained.values())
+            raise ValueError(f"The training loss is not finite at step {steps}. Lower EditConfig.finetune_lr.")
+        is_learned = [loss < options.stop_loss for loss in losses.tolist()]
+        learning = [trained[index] for index, known in zip(active, is_learned, strict=True) if not known]
+        parameters = [parameter for one in learning for parameter in one.parameters]
+        total = losses[[not known for known in is_learned]].sum()
+        gradients = iter(torch.autograd.grad(total, parameters) if parameters else ())
+        going_on = []
+        for index, known in zip(active, is_learned, strict=True):
+            of_index = () if known else [next(gradients) for _ in trained[index].parameters]
+            if trained[index].step(of_index):
+                going_on.append(index)
+            else:
+                yield index, trained[index].steps
+        active = going_on
+        if not active:
+            return
+    yield from ((index, trained[index].steps) for index in active)
+
+
+class _Trained:
+    """The changes of one edit, their optimizer, and the number of its steps."""
+
+    def __init__(self, lm: LanguageModel, changes: Mapping[int, Change], lr: float) -> None:
+        for layer, change in changes.items():
+            change.to(execution_device(lm.architecture.down_projection(lm.model, layer)))
+        self.changes = list(changes.values())
+        self.parameters = [parameter for change in self.changes for parameter in change.parameters()]
+        self.penalties = [change.penalty for change in self.changes if isinstance(change, Penalized)]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.steps = 0
+
+    def step(self, gradients: Sequence[Tensor]) -> bool:
+        """Take a step, along the penalties alone without gradients. Return False, and do nothing, without both."""
+        if not gradients and not self.penalties:
+            return False
+        self.optimizer.zero_grad()
+        for parameter, gradient in zip(self.parameters, gradients, strict=False):
+            parameter.grad = gradient
+        for penalty in self.penalties:
+            penalty().backward()
+        self.optimizer.step()
+        for change in self.changes:
+            change.constrain()
+        self.steps += 1
+        return True
 
 
 def _drawn(rows: Sequence[Row], count: int, generator: torch.Generator) -> list[Row]:
@@ -197,18 +295,27 @@ def _ended(row: Row, end: int) -> Row:
 
 def answer_nll(lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss) -> Tensor:
     """Return the NLL of each row's answer, mean over its tokens, `(B,)`."""
-    device = lm.device
-    batch = pad(rows, lm.padding_id, device)
-    positions = batch.read_positions
-    if loss == "last":  # the prompt's last token is the one before the answer's first
-        positions = torch.tensor([row.target[0] - 1 for row in rows], device=device)[batch.read_rows]
-    with reading_logits(lm.model, batch.read_rows, positions) as logits_of:
+    batch = _answers(lm, rows, loss)
+    with reading_logits(lm.model, batch.read_rows, batch.read_positions) as logits_of:
         output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        logits = logits_of(output).float()
+        return _mean_nll(logits_of(output), rows)
+
+
+def _answers(lm: LanguageModel, rows: Sequence[Row], loss: AnswerLoss) -> Batch:
+    """Return a batch of rows that reads where the tokens of their answers are predicted."""
+    batch = pad(rows, lm.padding_id, lm.device)
+    if loss == "last":  # the prompt's last token is the one before the answer's first
+        starts = torch.tensor([row.target[0] - 1 for row in rows], device=lm.device)
+        batch = replace(batch, read_positions=starts[batch.read_rows])
+    return batch
+
+
+def _mean_nll(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Return the mean NLL over the tokens of each row's answer, `(B,)`, from the logits that predict them."""
     targets = torch.tensor([token for row in rows for token in row.target_ids], device=logits.device)
-    token_nll = nn.functional.cross_entropy(logits, targets, reduction="none")
-    owners = batch.read_rows.to(logits.device)
-    lengths = torch.bincount(owners, minlength=len(rows))
+    token_nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    lengths = torch.tensor([len(row.target) for row in rows], device=logits.device)
+    owners = torch.arange(len(rows), device=logits.device).repeat_interleave(lengths)
     return token_nll.new_zeros(len(rows)).index_add(0, owners, token_nll) / lengths
 
 
@@ -279,4 +386,23 @@ def _added(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, change in changes.items():
             stack.callback(module.register_forward_hook(hook(change), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _added_by_row(changes: Mapping[nn.Module, Sequence[Change]]) -> Iterator[None]:
+    """Add to each row of a batch the outputs of its own change of each module."""
+
+    def hook(of_rows: Sequence[Change]) -> Callable[..., Tensor]:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            inputs = hidden_argument(args, kwargs).float()
+            by_row = inputs.reshape(len(of_rows), -1, inputs.shape[-1])  # some models pass all tokens as one list
+            added = torch.stack([change(of_row) for change, of_row in zip(of_rows, by_row, strict=True)])
+            return output + added.view(output.shape).to(output.dtype)
+
+        return add
+
+    with ExitStack() as stack:
+        for module, of_rows in changes.items():
+            stack.callback(module.register_forward_hook(hook(of_rows), with_kwargs=True).remove)
         yield

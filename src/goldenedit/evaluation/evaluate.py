@@ -130,7 +130,7 @@ def observe(
         generation: Whether to generate texts as well.
         neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
     """
-    pairs = _pairs(requests, neighbors)
+    pairs = pairs_of(requests, neighbors)
     by_pair = likelihoods(lm, pairs)
     return Observed(dict(zip(pairs, by_pair, strict=True)), _generated(lm, requests) if generation else {})
 
@@ -151,7 +151,7 @@ def observe_with_and_without(
         generation: Whether to generate texts as well.
         neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
     """
-    pairs = _pairs(requests, neighbors)
+    pairs = pairs_of(requests, neighbors)
     edited, base = likelihoods_with_and_without(lm, pairs, start, without_edits)
     edited_texts: dict[str, str] = {}
     base_texts: dict[str, str] = {}
@@ -165,7 +165,7 @@ def observe_with_and_without(
     )
 
 
-def _pairs(requests: Sequence[EditRequest], neighbors: int | None) -> list[Pair]:
+def pairs_of(requests: Sequence[EditRequest], neighbors: int | None) -> list[Pair]:
     """Return all pairs of prompt and answer that the scores of facts need."""
     pairs: dict[Pair, None] = {}
     for request in requests:

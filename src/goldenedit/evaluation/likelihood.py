@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +44,8 @@ def likelihoods(
     lm: LanguageModel,
     pairs: Sequence[tuple[str, str]],
     batch_size: int = 64,
+    owners: Sequence[int] | None = None,
+    within: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
 ) -> list[Likelihood]:
     """Return the likelihood of each `(prompt, answer)` pair, computed in batches of similar length.
 
@@ -52,15 +54,20 @@ def likelihoods(
 
     Args:
         batch_size: Rows per forward.
+        owners: Who asks for each pair. Pairs of different owners share no row.
+        within: Returns a context for a forward over rows of these owners, for models that differ by row.
 
     Raises:
         ValueError: An answer has no tokens after its prompt, or a pair does not fit in the model's context.
     """
     by_pair: dict[int, Likelihood] = {}
     with evaluating(lm.model):
-        for reading in _readings(lm, pairs, batch_size):
+        for reading in _readings(lm, pairs, batch_size, owners):
             batch = reading.batch
-            with reading_logits(lm.model, batch.read_rows, batch.read_positions) as logits_of:
+            with (
+                nullcontext() if within is None else within(reading.owners),
+                reading_logits(lm.model, batch.read_rows, batch.read_positions) as logits_of,
+            ):
                 output = lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 by_pair |= reading.likelihoods(logits_of(output))
     return [by_pair[index] for index in range(len(pairs))]
@@ -106,10 +113,12 @@ class _Reading:
     Attributes:
         batch: The rows, and the positions where logits are read.
         answers: By index of a pair, the indices of its logits among those that are read, and the answer's tokens.
+        owners: Who asks for the pairs of each row.
     """
 
     batch: Batch
     answers: dict[int, tuple[list[int], tuple[int, ...]]]
+    owners: Sequence[int]
 
     def likelihoods(self, logits: Tensor) -> dict[int, Likelihood]:
         """Return the likelihood of each pair by its index, from the logits `(M, V)`."""
@@ -128,12 +137,15 @@ class _Reading:
         return by_pair
 
 
-def _readings(lm: LanguageModel, pairs: Sequence[tuple[str, str]], batch_size: int) -> Iterator[_Reading]:
+def _readings(
+    lm: LanguageModel, pairs: Sequence[tuple[str, str]], batch_size: int, owners: Sequence[int] | None = None
+) -> Iterator[_Reading]:
     """Yield batches of rows that cover all pairs, in ascending order of length."""
+    owners = [0] * len(pairs) if owners is None else owners
     rows = [encode(lm.tokenizer, prompt, answer, max_length=lm.max_length) for prompt, answer in pairs]
     inputs = [row.input_ids[: row.reads[-1] + 1] for row in rows]
     members: dict[int, list[int]] = defaultdict(list)
-    for index, host in enumerate(_hosts(inputs)):
+    for index, host in enumerate(_hosts([(owner, *ids) for owner, ids in zip(owners, inputs, strict=True)])):
         members[host].append(index)
     order = sorted(members, key=lambda host: len(inputs[host]))
     device = lm.device
@@ -149,7 +161,11 @@ def _readings(lm: LanguageModel, pairs: Sequence[tuple[str, str]], batch_size: i
             index: ([places[row, position] for position in rows[index].reads], tuple(rows[index].target_ids))
             for row, index in pair_rows
         }
-        yield _Reading(replace(padded, read_rows=read_rows, read_positions=read_positions), answers)
+        yield _Reading(
+            replace(padded, read_rows=read_rows, read_positions=read_positions),
+            answers,
+            [owners[host] for host in hosts],
+        )
 
 
 def _hosts(sequences: Sequence[tuple[int, ...]]) -> list[int]:

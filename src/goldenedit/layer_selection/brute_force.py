@@ -8,7 +8,7 @@ change that the editor of the cell makes of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -23,14 +23,12 @@ from goldenedit.cache import cache_dir, going_on_without
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.editing.gates import known_neurons
-from goldenedit.editing.learn import TextStatistics, learn_facts
-from goldenedit.editing.prepared import check_editable, prepare_facts
-from goldenedit.editors.delta import LowRankDelta
+from goldenedit.editing.learn import TextStatistics, learn_each, learn_facts
+from goldenedit.editing.prepared import Changes, check_editable, prepare_facts
 from goldenedit.editors.statistics import KeyStatistics, UnreadStatistics
-from goldenedit.evaluation.counterfact import likelihoods_of_fact
-from goldenedit.evaluation.evaluate import Observed, matches_of, observe
 from goldenedit.layer_scores import selector
-from goldenedit.layer_selection.cells import Cell, CellStore, Outcome, edit_score
+from goldenedit.layer_selection.cells import Cell, CellStore, edit_score
+from goldenedit.layer_selection.trials import Trial, Trials, is_comparable
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.covariance import source_name
 from goldenedit.parallel import Processes, failing_together
@@ -44,8 +42,7 @@ _IRRELEVANT = (
     *("lga_loss", "tukey_kappa", "batch_size", "max_perplexity_ratio", "max_text_kl"),
 )
 _NEIGHBORS = 5
-_VERSION = 3  # of the content of cells and the way they are measured
-_Deltas = Callable[[list[int]], dict[str, LowRankDelta]]
+_VERSION = 4  # of the content of cells and the way they are measured
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ class SweepOptions:
         in_batches: Whether editors that are made for batches insert all facts in one batch. Other editors, and all by
             default, insert each fact alone.
         neighbors: Number of neighborhood prompts of each fact, from the first on; None for all.
+        sees: Whether to measure what a user sees, beside the scores of papers.
         about: Information for readers of the stored cells.
     """
 
@@ -65,6 +63,7 @@ class SweepOptions:
     layers: Sequence[int] | None = None
     in_batches: bool = False
     neighbors: int | None = None
+    sees: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,24 +105,33 @@ def sweep(
     missing = [cell for cell in keys if cell not in cells]
     if not missing:
         return cells
-    before = observe(lm, facts, neighbors=options.neighbors)
+    trials = Trials(lm, facts, options.neighbors, options.sees)
     edited = sorted({layer for _, layer in missing})
     statistics = _statistics(lm, [configs[cell] for cell in missing], edited)
 
     def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
-        measured: dict[tuple[str, int], Cell] = {}
-        edits = _Layer(lm, facts, statistics, before, options)
+        made: dict[str, tuple[list[Trial], Cost]] = {}
+        edits = _Layer(lm, facts, statistics, options)
         failure: str | None = None  # a text, which can be sent to other processes
         for method in methods:
             if (method, layer) not in missing:
                 continue
             try:
-                cell = edits.cell(configs[method, layer])
+                made[method] = edits.edits(configs[method, layer])
             except ValueError as error:
                 # Some editors cannot edit every layer, for example AlphaEdit without a null space.
                 logger.warning("Layer %d is skipped for %s: %s", layer, method, error)
                 failure = str(error)
-                continue
+        every = [trial for several, _ in made.values() for trial in several]
+        with measuring() as cost:
+            outcomes = iter(trials.outcomes(every, layer) if every else ())
+        measured: dict[tuple[str, int], Cell] = {}
+        for method, (several, of_edits) in made.items():
+            of_facts = {
+                fact: outcome for trial in several for fact, outcome in zip(trial.facts, next(outcomes), strict=True)
+            }
+            share = Cost(cost().seconds / len(made), cost().flops // len(made))
+            cell = Cell(method, layer, [of_facts[fact] for fact in range(len(facts))], of_edits + share)
             store.add(keys[method, layer], cell, options.about)
             measured[method, layer] = cell
             progress.update()
@@ -185,78 +193,56 @@ def _key(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig, op
         module=lm.architecture.down_projections[layer],
         constants=edit_constants(config),
         neighbors=options.neighbors,
+        sees=options.sees,
         together=options.in_batches and config.editor.inserts_batches,
     )
 
 
 class _Layer:
-    """The edits of one layer. Editors that insert the same values share them."""
+    """The edits of one layer."""
 
     def __init__(
         self,
         lm: LanguageModel,
         facts: Sequence[EditRequest],
         statistics: Mapping[int, KeyStatistics],
-        before: Observed,
         options: SweepOptions,
     ) -> None:
         self.lm = lm
         self.facts = facts
         self.statistics = statistics
-        self.before = before
         self.options = options
 
-    def cell(self, config: EditConfig) -> Cell:
-        """Make and measure the edits of a cell."""
-        (layer,) = config.target_layers
+    def edits(self, config: EditConfig) -> tuple[list[Trial], Cost]:
+        """Make the edits of a cell, and return them with their cost."""
         check_editable(self.lm, config, config.target_layers)
-        deltas_of, values_cost = self._inserting(config) if config.editor.learns == "values" else self._learning(config)
         every_fact = list(range(len(self.facts)))
         in_one_batch = self.options.in_batches and config.editor.inserts_batches
-        outcomes = []
+        calls = [every_fact] if in_one_batch else [[index] for index in every_fact]
         with measuring() as cost:
-            for chosen in [every_fact] if in_one_batch else [[index] for index in every_fact]:
-                batch = [self.facts[index] for index in chosen]
-                with self.lm.architecture.adding_deltas(self.lm.model, deltas_of(chosen)):
-                    after = observe(self.lm, batch, neighbors=self.options.neighbors)
-                outcomes += [_outcome(fact, after, self.before, self.options.neighbors) for fact in batch]
-        return Cell(config.method, layer, outcomes, values_cost + cost())
+            make = self._inserted if config.editor.learns == "values" else self._learned
+            changes = make(config, calls)
+            trials = [Trial(facts, one.deltas) for facts, one in zip(calls, changes, strict=True)]
+        return trials, cost()
 
-    def _inserting(self, config: EditConfig) -> tuple[_Deltas, Cost]:
-        """Return a function from indices of facts to the deltas of their edit, and the cost of the values."""
+    def _inserted(self, config: EditConfig, calls: Sequence[Sequence[int]]) -> list[Changes]:
         (layer,) = config.target_layers
         statistics = {layer: self.statistics[layer] if config.editor.reads_statistics else UnreadStatistics()}
-        together = self.options.in_batches and config.editor.inserts_batches
-        contexts = self.lm.contexts(config)
-        with measuring() as cost:
-            gradients = self.lm.output_gradients(config, [layer])
-            prepared = prepare_facts(self.lm, self.facts, config, contexts, together, statistics, gradients)
-        return lambda chosen: prepared.changes(config, statistics, chosen=chosen).deltas, cost()
+        contexts, gradients = self.lm.contexts(config), self.lm.output_gradients(config, [layer])
+        together = len(calls) < len(self.facts)
+        prepared = prepare_facts(self.lm, self.facts, config, contexts, together, statistics, gradients)
+        return [prepared.changes(config, statistics, chosen=facts) for facts in calls]
 
-    def _learning(self, config: EditConfig) -> tuple[_Deltas, Cost]:
-        """Return the same for editors that learn; their cost is that of each edit."""
+    def _learned(self, config: EditConfig, calls: Sequence[Sequence[int]]) -> list[Changes]:
         text = TextStatistics(self.statistics, self.lm.output_gradients(config, config.target_layers))
-
-        def deltas_of(chosen: list[int]) -> dict[str, LowRankDelta]:
-            facts = [self.facts[index] for index in chosen]
-            return learn_facts(self.lm, facts, config, {}, text).deltas
-
-        return deltas_of, Cost()
-
-
-def is_comparable(fact: EditRequest) -> bool:
-    """Return whether a fact has an old answer, paraphrases and neighbors to compare its answers on."""
-    return fact.target_true is not None and bool(fact.paraphrases) and bool(fact.neighborhood)
+        if len(calls) == len(self.facts):
+            return learn_each(self.lm, self.facts, config, text)
+        return [learn_facts(self.lm, [self.facts[fact] for fact in facts], config, {}, text) for facts in calls]
 
 
 def tells_locality(fact: EditRequest) -> bool:
     """Return whether a fact has prompts that measure what an edit must not change."""
     return is_comparable(fact) or bool(fact.locality)
-
-
-def _outcome(fact: EditRequest, after: Observed, before: Observed, neighbors: int | None) -> Outcome:
-    likelihoods = likelihoods_of_fact(fact, after.likelihoods, neighbors) if is_comparable(fact) else None
-    return Outcome(matches_of(fact, after.likelihoods, before.likelihoods), likelihoods)
 
 
 @selector("sweep", depends_on=("edit",))

@@ -25,16 +25,37 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a user sees of an edit of one fact.
+
+    Attributes:
+        says: Share of texts that are answered with the new answer, by form.
+        unchanged: Share of other prompts whose continuation is, token for token, that of the base model, by kind.
+        kl: KL divergence from the base model on plain text, in nats a token.
+        agreement: Share of tokens of plain text for which the first choice is that of the base model.
+        fluency: Entropy of the n-grams of the edited prompt with its continuation, in bits.
+    """
+
+    says: Mapping[str, float]
+    unchanged: Mapping[str, float]
+    kl: float
+    agreement: float
+    fluency: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The outcome of an edit for one fact, in the families of scores that it has prompts for.
 
     Attributes:
         matches: Token match, which every fact has.
         likelihoods: NLLs of new and old answer, if the fact has paraphrases and neighbors to compare them on.
+        sight: What a user sees, if it was measured.
     """
 
     matches: FactMatches
     likelihoods: FactLikelihoods | None = None
+    sight: Sight | None = None
 
     @property
     def score(self) -> float:
@@ -76,7 +97,11 @@ class Cell:
     def from_dict(cls, record: Mapping[str, Any]) -> Cell:
         """Read a cell from the record that `dataclasses.asdict` wrote."""
         outcomes = [
-            Outcome(FactMatches(**outcome["matches"]), outcome["likelihoods"] and _likelihoods(outcome["likelihoods"]))
+            Outcome(
+                FactMatches(**outcome["matches"]),
+                outcome["likelihoods"] and _likelihoods(outcome["likelihoods"]),
+                outcome.get("sight") and Sight(**outcome["sight"]),
+            )
             for outcome in record["outcomes"]
         ]
         return cls(record["method"], record["layer"], outcomes, Cost(**record["cost"]))

@@ -43,10 +43,9 @@ from goldenedit.parallel import Processes, failing_together
 from goldenedit.requests import EditRequest
 
 Loss = Literal["sequence", "answer"]
+Sides = Sequence[tuple[int, int]]  # of pairs of gradients: 0 with the old answer, 1 with the new
 
 
-@failing_together
-@outside_inference_mode()
 def lga_scores(
     lm: LanguageModel,
     facts: Sequence[EditRequest],
@@ -55,6 +54,22 @@ def lga_scores(
 ) -> Tensor:
     """Return the LGA score of each layer, `(num_layers,)` float64, NaN for layers without an MLP.
 
+    It is the sum over facts of the dot products of `gradient_products`, which has the arguments and errors.
+    """
+    return gradient_products(lm, facts, loss, batch_size)[..., 0].sum(0)
+
+
+@failing_together
+@outside_inference_mode()
+def gradient_products(
+    lm: LanguageModel,
+    facts: Sequence[EditRequest],
+    loss: Loss = "sequence",
+    batch_size: int = 4,
+    with_norms: bool = False,
+) -> Tensor:
+    """Return for each fact and layer the dot product of the gradients `g` with the old answer and `g'` with the new.
+
     Under `accelerate launch` or torchrun the processes share the facts (see `goldenedit.parallel`).
 
     Args:
@@ -62,6 +77,11 @@ def lga_scores(
         loss: Mean cross entropy over all tokens of the sequence, or over the answer's tokens.
         batch_size: Facts per forward and backward, two rows each. Larger batches need more memory and are hardly
             faster.
+        with_norms: Whether to return the squares of both norms as well.
+
+    Returns:
+        `(facts, num_layers, 1)` float64, or 3 with the norms: `g . g'`, `||g||^2`, `||g'||^2`. NaN for layers without
+        an MLP.
 
     Raises:
         ValueError: There are no facts, a fact cannot be tokenized, or a gradient is not finite.
@@ -70,36 +90,37 @@ def lga_scores(
         raise ValueError("LGA got no facts. Pass at least one.")
     processes = lm.processes
     pairs = _encode_pairs(lm, facts, processes)
-    pairs.sort(key=lambda pair: len(pair[0].input_ids))
-    scores = torch.full((lm.architecture.num_layers,), torch.nan, dtype=torch.float64)
-    scores[list(lm.architecture.mlp_linears)] = 0.0
+    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0].input_ids))
+    sides = ((0, 1), (0, 0), (1, 1)) if with_norms else ((0, 1),)
+    products = torch.full((len(facts), lm.architecture.num_layers, len(sides)), torch.nan, dtype=torch.float64)
+    products[:, list(lm.architecture.mlp_linears)] = 0.0
     linears = {
         lm.model.get_submodule(path): layer
         for layer, paths in lm.architecture.mlp_linears.items()
         for path in ((lm.architecture.experts[layer].site,) if layer in lm.architecture.experts else paths)
     }
     starts = processes.share(range(0, len(pairs), batch_size))
-    num_facts = sum(len(pairs[start : start + batch_size]) for start in starts)
+    num_facts = sum(len(order[start : start + batch_size]) for start in starts)
     with evaluating(lm.model), tqdm(total=num_facts, desc="Layer gradients", unit="fact", leave=False) as progress:
         for start in starts:
-            group = pairs[start : start + batch_size]
-            rows = [row for pair in group for row in pair]
-            for layer, dot in _gradient_dots(lm, linears, rows, loss):
-                scores[layer] += dot
+            group = order[start : start + batch_size]
+            rows = [row for index in group for row in pairs[index]]
+            for layer, of_pairs in _gradient_products(lm, linears, rows, loss, sides):
+                products[group, layer] += of_pairs
             progress.update(len(group))
-    scores = processes.total(scores)
-    if scores.isinf().any() or scores[list(lm.architecture.mlp_linears)].isnan().any():
+    products = processes.total(products)
+    if products.isinf().any() or products[:, list(lm.architecture.mlp_linears)].isnan().any():
         raise ValueError("A gradient of LGA is not finite. Load the model in float32 or bfloat16.")
-    return scores
+    return products
 
 
-@selector("lga", paper="arXiv 2602.20207", fence=True, depends_on=("lga_loss",), is_shared=True)
+@selector("lga", paper="arXiv 2602.20207", fence=True, depends_on=("lga_loss",), is_shared=True, version=2)
 def lga(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> Tensor:
-    """Return how well the gradients of old and new answer agree in each layer.
+    """Return how well the gradients of old and new answer of each fact agree in each layer, `(facts, num_layers)`.
 
     See `lga_scores`.
     """
-    return lga_scores(lm, facts, config.lga_loss)  # type: ignore[arg-type]
+    return gradient_products(lm, facts, config.lga_loss)[..., 0]  # type: ignore[arg-type]
 
 
 def _encode_pairs(lm: LanguageModel, facts: Sequence[EditRequest], processes: Processes) -> list[tuple[Row, Row]]:
@@ -114,25 +135,26 @@ def _encode_pairs(lm: LanguageModel, facts: Sequence[EditRequest], processes: Pr
     return pairs
 
 
-def _gradient_dots(
-    lm: LanguageModel,
-    linears: dict[nn.Module, int],
-    rows: list[Row],
-    loss: Loss,
-) -> list[tuple[int, float]]:
-    """Return the layer of each linear map with the summed dot products of gradients; rows `2i`, `2i + 1` are a pair."""
+def _gradient_products(
+    lm: LanguageModel, linears: dict[nn.Module, int], rows: list[Row], loss: Loss, sides: Sides
+) -> list[tuple[int, Tensor]]:
+    """Return the layer of each linear map with the dot products of its gradients, `(pairs, len(sides))`.
+
+    Rows `2i` and `2i + 1` are a pair.
+    """
     batch = pad(rows, lm.padding_id, lm.device)
     mask = batch.attention_mask.bool()
-    dots: list[tuple[int, float]] = []
+    products: list[tuple[int, Tensor]] = []
     experts = {str(layer): module for module, layer in linears.items() if layer in lm.architecture.experts}
 
     def add_dot(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
         layer = linears[module]
         if layer in lm.architecture.experts:
             call = record.calls[str(layer)]
-            dots.append((layer, _expert_dot(lm.architecture.experts[layer], lm.model, call, gradient, mask)))
+            experts_of_layer = lm.architecture.experts[layer]
+            products.append((layer, _expert_products(experts_of_layer, lm.model, call, gradient, mask, sides)))
         else:
-            dots.append((layer, _ghost_dot(inputs, gradient, mask)))
+            products.append((layer, _ghost_products(inputs, gradient, mask, sides)))
 
     if loss == "answer":
         read_rows, read_positions = batch.read_rows, batch.read_positions
@@ -150,31 +172,40 @@ def _gradient_dots(
         )
         weights = 1.0 / torch.bincount(read_rows, minlength=len(rows))[read_rows].to(token_loss)
         torch.autograd.grad((token_loss * weights).sum(), roots, allow_unused=True)
-    return dots
+    return products
 
 
-def _ghost_dot(inputs: Tensor, gradients: Tensor, mask: Tensor) -> float:
-    """Return `sum over pairs, t, s of (delta_t . delta'_s)(x_t . x'_s)`, where rows `2i` and `2i + 1` are a pair."""
+def _ghost_products(inputs: Tensor, gradients: Tensor, mask: Tensor, sides: Sides) -> Tensor:
+    """Return `sum over t, s of (delta_t . delta'_s)(x_t . x'_s)` of each pair, where rows `2i` and `2i + 1` are a pair.
+
+    Args:
+        sides: Which two rows of a pair each product is of.
+    """
     count, length = mask.shape
     mask = mask.to(inputs.device)[..., None]
     x = inputs.view(count, length, -1).float() * mask
     delta = gradients.view(count, length, -1).float() * mask
-    dots = (delta[::2] @ delta[1::2].mT) * (x[::2] @ x[1::2].mT)
-    return dots.double().sum().item()
+    dots = [(delta[a::2] @ delta[b::2].mT) * (x[a::2] @ x[b::2].mT) for a, b in sides]
+    return torch.stack([dot.double().sum((1, 2)) for dot in dots], 1).cpu()
 
 
-def _expert_dot(experts: FusedExperts, model: nn.Module, call: Call, gradient: Tensor, mask: Tensor) -> float:
-    """Return the sum over pairs of the dot products of the gradients of all fused parameters of a layer."""
+def _expert_products(
+    experts: FusedExperts, model: nn.Module, call: Call, gradient: Tensor, mask: Tensor, sides: Sides
+) -> Tensor:
+    """Return the dot products of the gradients of all fused parameters of a layer, of each pair."""
     output_gradients = gradient.reshape(-1, gradient.shape[-1])
     tokens = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    dot = 0.0
+    products = torch.zeros(len(mask) // 2, len(sides), dtype=torch.float64)
     for first in range(0, len(mask), 2):
-        old, new = (
+        of_rows = [
             experts.gradients(model, call, of_row, output_gradients[of_row.to(output_gradients.device)])
             for of_row in (tokens[row][mask[row]] for row in (first, first + 1))
-        )
-        for a, b in zip(
-            old, new, strict=True
-        ):  # one expert at a time, because all gradients are as large as the weights
-            dot += sum((x.float() * y.float()).sum(dtype=torch.float64).item() for x, y in zip(a, b, strict=True))
-    return dot
+        ]
+        # One expert at a time, because all gradients are as large as the weights.
+        for of_expert in zip(*of_rows, strict=True):
+            for column, (a, b) in enumerate(sides):
+                products[first // 2, column] += sum(
+                    (x.float() * y.float()).sum(dtype=torch.float64).item()
+                    for x, y in zip(of_expert[a], of_expert[b], strict=True)
+                )
+    return products

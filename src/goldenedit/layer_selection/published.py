@@ -38,6 +38,15 @@ PUBLISHED_LAYERS: dict[str, dict[str, list[int]]] = {
 }
 
 
+def published_depth(kind: str | None) -> float | None:
+    """Return the depth of the layer that a kind of editor (`Editor.published`) edits in Llama-3-8B, as a share of 1.
+
+    Of several layers it is that of the last one. None if none is published.
+    """
+    layers = PUBLISHED_LAYERS["meta-llama-3-8b"].get(kind or "")
+    return None if layers is None else layers[-1] / 32
+
+
 @selector("published", depends_on=("method",), is_scored=False, needs_facts=False)
 def published_layers(lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig) -> list[int]:
     """Return the layers that published work edits in this model with this kind of editor.

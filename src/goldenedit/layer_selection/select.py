@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +119,23 @@ def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerS
         scores, cost = scores
     elif selector.is_shared:
         cost = replace(cost, flops=sum(lm.processes.gather(cost.flops)))
+    by_fact = (
+        scores if isinstance(scores, Tensor) and scores.shape == (len(facts), lm.architecture.num_layers) else None
+    )
+    if by_fact is not None:
+        scores = by_fact.sum(0)
     if not isinstance(scores, Tensor) or scores.shape != (lm.architecture.num_layers,):
         result = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"The layer selector {selector.name!r} returned {result}. Return a tensor of shape "
-            f"({lm.architecture.num_layers},) with a score for each layer."
+            f"({lm.architecture.num_layers},) with a score for each layer, or with one for each of the "
+            f"{len(facts)} facts and each layer."
         )
     forwards = cost.flops / forward_flops(lm, facts) if facts else 0.0
-    selection = LayerSelection(selector.name, _as_list(scores, lm.architecture), [], len(facts), cost, forwards)
-    keep(path, json.dumps(selection.to_dict()).encode())
+    of_facts = None if by_fact is None else [_as_list(of_fact, lm.architecture) for of_fact in by_fact]
+    scored = _as_list(scores, lm.architecture)
+    selection = LayerSelection(selector.name, scored, [], len(facts), cost, forwards, of_facts)
+    keep(path, json.dumps(asdict(selection)).encode())
     return selection
 
 
