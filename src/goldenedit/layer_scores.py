@@ -98,6 +98,7 @@ class LayerSelection:
             because edits need them too.
         forward_equivalents: Number of plain forwards with the same cost in operations, per fact with its new answer.
         by_fact: Scores of each fact, whose sum is the score of a layer; None if the selector gives none.
+        plateau: Layers that are within the noise, as somebody shared them; None if they are not known.
     """
 
     selector: str
@@ -107,6 +108,7 @@ class LayerSelection:
     cost: Cost = field(default_factory=Cost)
     forward_equivalents: float = 0.0
     by_fact: list[list[float | None]] | None = field(default=None, repr=False, compare=False)
+    plateau: list[int] | None = None
 
     def score_tensor(self) -> Tensor:
         """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
@@ -133,7 +135,7 @@ class LayerSelection:
         return kappa if record is not None and record.fence else math.inf
 
     def within_noise(self, kappa: float = 1.0) -> list[int] | None:
-        """Return the layers that other facts of the same kind might have chosen; None without scores of each fact.
+        """Return the layers that other facts of the same kind might have chosen; None if it is not known.
 
         The golden layer is chosen again on facts that are drawn with replacement, 1,000 times. Layers that are chosen
         in at least 5% of these draws are within the noise.
@@ -142,7 +144,7 @@ class LayerSelection:
             kappa: `EditConfig.tukey_kappa`.
         """
         if self.by_fact is None:
-            return None
+            return self.plateau
         by_fact = torch.stack([score_tensor(of_fact) for of_fact in self.by_fact])
         generator = torch.Generator().manual_seed(0)
         draws = torch.randint(len(by_fact), (_DRAWS, len(by_fact)), generator=generator)
@@ -168,7 +170,7 @@ class LayerSelection:
 
     @property
     def noise(self) -> str:
-        """Which layers are within the noise, in words; empty without scores of each fact."""
+        """Which layers are within the noise, in words; empty if it is not known."""
         if (near := self.within_noise()) is None or (golden := self.golden()) is None:
             return ""
         if near == [golden]:

@@ -216,6 +216,7 @@ class SharingMixin:
             seconds=selection.cost.seconds,
             forward_equivalents=selection.forward_equivalents,
             versions=library_versions(),
+            plateau=selection.within_noise(self.edit_config.tukey_kappa),
             signs=base_info.signs,
             dtype=base_info.dtype,
         )

@@ -18,6 +18,7 @@ from goldenedit.benchmark.report import render, summarize
 from goldenedit.cli import app
 from goldenedit.cost import Cost
 from goldenedit.layer_selection import brute_force
+from goldenedit.storage.atlas import read_golden_layers
 from models import NUM_LAYERS, tiny_model
 
 ZSRE = [
@@ -249,11 +250,17 @@ def test_the_command_writes_cells_summary_figures_and_report(folder, zsre, tmp_p
     assert result.exit_code == 0
     assert sorted(path.name for path in output.iterdir()) == [
         "cells-0.jsonl",
+        "golden_layers.json",
         "report.md",
         "tiny-questions.png",
         "tiny.summary.json",
     ]
     assert "| questions | r-rome | seen | 3 |" in (output / "report.md").read_text()
+    (record,) = read_golden_layers(output / "golden_layers.json")
+    assert (record.method, record.selector, record.facts) == ("r-rome", "sweep", 3)
+    assert set(record.layers) <= set(record.plateau)
+    for score, (low, high) in zip(record.scores, record.intervals, strict=True):
+        assert low - 1e-9 <= score <= high + 1e-9
 
 
 def test_two_processes_find_what_one_finds(folder, zsre, tmp_path):

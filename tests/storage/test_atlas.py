@@ -81,6 +81,8 @@ texts = st.text(max_size=20)
         method=texts,
         revision=st.none() | texts,
         proxy_hash=st.none() | texts,
+        plateau=st.none() | st.lists(st.integers(0, 99), min_size=1, max_size=5),
+        intervals=st.none() | st.lists(st.none() | st.just([0.25, 0.5]), max_size=5),
         signs=st.none() | texts,
         dtype=st.none() | texts,
         facts=st.integers(0, 10**6),
@@ -147,6 +149,8 @@ def test_another_format_version_is_named(path, version):
     [
         *(("layers", value) for value in (None, [], 3, "3", [1.5], [-1], [True], ["3"], [[3]], [None], {"3": 1})),
         *(("scores", value) for value in (3, "text", {}, ["x"], [[1.0]], [math.nan], [math.inf], [10**400])),
+        *(("plateau", value) for value in ([], 3, [1.5], [-1])),
+        *(("intervals", value) for value in (3, [0.5], [[0.5]], [[0.1, "x"]], [[0.1, math.inf]])),
         *((name, value) for name in ("model", "fingerprint", "selector", "method") for value in (None, 3, ["x"])),
         *(("revision", 3), ("architecture", None), ("proxy_hash", []), ("facts", "many"), ("seconds", "long")),
         *(("forward_equivalents", None), ("versions", 3), ("versions", {"a": 1})),

@@ -7,7 +7,7 @@ the mean over facts, and a criterion the harmonic or the plain mean over its par
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -117,6 +117,13 @@ class LayerCurve:
     criterion: Criterion
     layers: Sequence[int]
     parts: Tensor
+
+    @classmethod
+    def of(cls, criterion: Criterion, outcomes: Mapping[int, Sequence[Outcome]]) -> LayerCurve | None:
+        """Return the curve of outcomes by layer; None if they lack what the criterion needs."""
+        layers = sorted(outcomes)
+        parts = torch.stack([criterion.of(outcomes[layer]) for layer in layers])
+        return None if parts.isnan().all() else cls(criterion, layers, parts)
 
     @property
     def facts(self) -> int:

@@ -47,13 +47,8 @@ def summarize(measurement: Measurement) -> Summary:
 
 
 def _by_criterion(curve: Curve) -> dict[str, LayerCurve]:
-    layers = sorted(curve.outcomes)
-    found = {}
-    for name, criterion in CRITERIA.items():
-        parts = torch.stack([criterion.of(curve.outcomes[layer]) for layer in layers])
-        if not parts.isnan().all():
-            found[name] = LayerCurve(criterion, layers, parts)
-    return found
+    found = {name: LayerCurve.of(criterion, curve.outcomes) for name, criterion in CRITERIA.items()}
+    return {name: of_criterion for name, of_criterion in found.items() if of_criterion is not None}
 
 
 def _curve(dataset: str, method: str, name: str, curve: LayerCurve, of_key: Mapping[str, LayerCurve]) -> Summary:

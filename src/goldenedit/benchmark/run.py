@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from goldenedit.benchmark.golden_layers import Setting, measure_model
+from goldenedit.benchmark.criteria import CRITERIA, LayerCurve
+from goldenedit.benchmark.golden_layers import Measurement, Setting, measure_model
 from goldenedit.benchmark.report import render, summarize
 from goldenedit.config import EditConfig
+from goldenedit.cost import Cost
 from goldenedit.files import write_atomically
 from goldenedit.model import EditModel
 from goldenedit.parallel import join_processes
 from goldenedit.platforms import file_name, same_file
+from goldenedit.storage.atlas import (
+    GOLDEN_LAYERS,
+    GoldenLayers,
+    dump_golden_layers,
+    read_golden_layers,
+    with_record,
+)
+from goldenedit.versions import library_versions
 
 Loader = Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -47,8 +58,54 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
             if state.is_main_process:
                 text = json.dumps(summarize(measurement), indent=1) + "\n"
                 write_atomically(output / f"{short_name}.summary.json", text.encode())
+                records = golden_records(wrapped, measurement)
+                with_new = reduce(with_record, records, _stored_records(output / GOLDEN_LAYERS))
+                write_atomically(output / GOLDEN_LAYERS, dump_golden_layers(with_new).encode())
                 write_report(output)
                 console.print(f"Wrote the report to {output / 'report.md'}")
+
+
+def golden_records(model: EditModel, measurement: Measurement) -> list[GoldenLayers]:
+    """Return the best layer of each editor by what a user sees, with the layers that cannot be told from it, to share.
+
+    The facts of all datasets count. Of editors at several datasets, only layers that were edited on all of them do.
+    """
+    base, records = model.base_info, []
+    for method in dict.fromkeys(method for _, method in measurement.curves):
+        curves = [curve for (_, of), curve in measurement.curves.items() if of == method]
+        layers = sorted(set.intersection(*(set(curve.outcomes) for curve in curves)))
+        outcomes = {layer: [one for curve in curves for one in curve.outcomes[layer]] for layer in layers}
+        joined = LayerCurve.of(CRITERIA["seen"], outcomes)
+        if not layers or joined is None:
+            continue
+        by_layer = dict(zip(layers, zip(joined.scores.tolist(), joined.intervals(), strict=True), strict=True))
+        found = [by_layer.get(layer) for layer in range(measurement.num_layers)]
+        cost = sum((curve.cost for curve in curves), Cost())
+        records.append(
+            GoldenLayers(
+                model=base.name_or_path,
+                fingerprint=base.fingerprint,
+                selector="sweep",
+                layers=[joined.best],
+                scores=[None if known is None else known[0] for known in found],
+                method=method,
+                revision=base.revision,
+                architecture=base.architecture,
+                facts=joined.facts,
+                seconds=cost.seconds,
+                forward_equivalents=sum(curve.forward_equivalents for curve in curves),
+                versions=library_versions(),
+                signs=base.signs,
+                dtype=base.dtype,
+                plateau=joined.plateau(),
+                intervals=[None if known is None else list(known[1]) for known in found],
+            )
+        )
+    return records
+
+
+def _stored_records(path: Path) -> list[GoldenLayers]:
+    return read_golden_layers(path) if path.is_file() else []
 
 
 def write_report(output: Path) -> None:

@@ -87,7 +87,15 @@ def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
     records = read_golden_layers(find_golden_layers(repo_id, revision=revision or None))
     record = record_for(records, weights, method, repo_id)
     cost = Cost(record.seconds)
-    return LayerSelection(record.selector, record.scores, record.layers, record.facts, cost, record.forward_equivalents)
+    return LayerSelection(
+        record.selector,
+        record.scores,
+        record.layers,
+        record.facts,
+        cost,
+        record.forward_equivalents,
+        plateau=record.plateau,
+    )
 
 
 def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerSelection:

@@ -39,6 +39,8 @@ class GoldenLayers:
         versions: Versions of the libraries that computed the scores.
         signs: Hash of the signs of the weights, see `same_weights`.
         dtype: Precision of the weights, see `same_weights`.
+        plateau: Layers that are within the noise of the golden one; None if it is not known.
+        intervals: 95% interval of each layer's score, None for layers without one; None if they are not known.
     """
 
     model: str
@@ -56,6 +58,8 @@ class GoldenLayers:
     versions: dict[str, str] = field(default_factory=dict)
     signs: str | None = None
     dtype: str | None = None
+    plateau: list[int] | None = None
+    intervals: list[list[float] | None] | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> GoldenLayers:
@@ -73,6 +77,8 @@ class GoldenLayers:
             _is_number: ("facts", "seconds", "forward_equivalents"),
             _are_layers: ("layers",),
             _are_scores: ("scores",),
+            _are_layers_or_none: ("plateau",),
+            _are_intervals: ("intervals",),
             _are_versions: ("versions",),
         }
         for is_valid, names in checks.items():
@@ -91,6 +97,19 @@ def _are_layers(layers: Any) -> bool:
         isinstance(layers, list)
         and bool(layers)
         and all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
+    )
+
+
+def _are_layers_or_none(layers: Any) -> bool:
+    return layers is None or _are_layers(layers)
+
+
+def _are_intervals(intervals: Any) -> bool:
+    if not isinstance(intervals, list):
+        return intervals is None
+    return all(
+        bounds is None or (isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds)))
+        for bounds in intervals
     )
 
 
