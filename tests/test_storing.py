@@ -49,7 +49,7 @@ def test_saving_into_a_project_keeps_its_readme(model, tmp_path, caplog):
     (tmp_path / "README.md").write_bytes(b"# My project\r\n")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == b"# My project\r\n"
-    assert f"{tmp_path / 'README.md'} is yours" in caplog.text
+    assert f"{tmp_path / 'README.md'} was written" in caplog.text
     assert len(read_edit_folder(tmp_path).edits) == 2
 
 

@@ -118,7 +118,7 @@ class StoringMixin:
         else:
             write_edit_folder(folder, content, custom_card, is_rendered=False)
             logger.warning(
-                "%s is yours, or was changed by hand, so it stays as it is. To get a card, move it and save again.",
+                "%s was written or changed by hand, so it stays as it is. To get a card, move it and save again.",
                 folder / CARD,
             )
 
