@@ -438,7 +438,7 @@ def is_owned(name: str) -> bool:
 def test_every_verb_is_owned_or_refused_or_known_to_be_harmless():
     decided = {name for name in VERBS if is_owned(name)} | REFUSED.keys() | HARMLESS
     assert VERBS - decided == set()
-    assert HARMLESS <= VERBS
+    assert {"uses_shared_state"} >= HARMLESS - VERBS  # PEFT 0.20 lacks it
     assert not any(is_owned(name) for name in HARMLESS | REFUSED.keys())
     assert not HARMLESS & REFUSED.keys()
 
