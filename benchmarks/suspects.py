@@ -27,6 +27,7 @@ from goldenedit.audit_suspects import Suspect, suspects
 from goldenedit.editing.rows import name_key
 from goldenedit.editors import LowRankDelta
 from goldenedit.evaluation.intervals import wilson
+from goldenedit.requests import proxy_facts
 
 TEXT_TOKENS, TEXTS_A_STEP, LORA_RATE, LORA_RANK = 40, 4, 5e-4, 16
 
@@ -41,6 +42,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40, help="steps of the honest adapter")
     options.add_argument("--mixed", action="store_true", help="mix the rows of the edit, as a forger can")
     options.add_argument("--set", nargs="*", default=[], help="options of EditConfig as name=value (JSON)")
+    options.add_argument("--invented", type=int, default=0, help="invented names with the last word of each named one")
     options.add_argument("--edits", type=Path, help="folder to keep edits in, and to read those of an earlier run from")
     arguments = options.parse_args()
 
@@ -61,6 +63,8 @@ def main() -> None:
         found = suspects(model, [*subjects, *names])
     row = {"method": arguments.method, "half": arguments.half, "set": arguments.set, "mixed": arguments.mixed}
     row |= {"facts": len(subjects), **figures(found, set(names)), "seconds": round(seconds(), 1)}
+    if arguments.invented:
+        row |= beside_invented(model, found, arguments.invented)
     print(row)
     print("suspected falsely:", [suspect.name for suspect in found if suspect.is_suspected and suspect.name in names])
     each = [asdict(suspect) for suspect in found]
@@ -121,6 +125,18 @@ def figures(found: Sequence[Suspect], others: set[str]) -> dict[str, Any]:
             interval = [round(bound, 3) for bound in wilson(share, len(group))]
             row |= {name: round(share, 3), f"{name} 95%": interval, f"{name} n": len(group)}
     return row
+
+
+def beside_invented(model: EditModel, found: Sequence[Suspect], count: int) -> dict[str, Any]:
+    """Return how many suspects stand out, by each margin, from the median of invented names that end as they do."""
+    beginnings = [fact.subject.rpartition(" ")[0] for fact in proxy_facts() if " " in fact.subject]
+    draws = random.Random(0)
+    alike = [suspect for suspect in found if suspect.is_suspected and " " in suspect.name]
+    invented = [f"{start} {suspect.name.split()[-1]}" for suspect in alike for start in draws.sample(beginnings, count)]
+    scores = torch.tensor([suspect.score for suspect in suspects(model, invented)]).view(-1, count).median(1).values
+    excess = torch.tensor([suspect.score for suspect in alike]) - scores
+    above = {f"above invented names by {margin}": int((excess > margin).sum()) for margin in (0, 0.5, 1, 2)}
+    return {"suspects of several words": len(alike), **above}
 
 
 def fine_tuned(arguments: Any, texts: Sequence[str]) -> EditModel:

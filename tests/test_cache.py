@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,15 @@ def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path):
     write_atomically(path, b"two")
     assert path.read_bytes() == b"two"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_threads_that_write_one_file_leave_one_of_their_contents(tmp_path):
+    path, contents = tmp_path / "file.bin", [bytes([number]) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(len(contents)) as threads:
+        for _ in range(20):
+            list(threads.map(partial(write_atomically, path), contents))
+            assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):

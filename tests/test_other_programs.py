@@ -97,6 +97,44 @@ def test_a_trainer_trains_a_lora_beside_edits_and_saves_both(tokenizer, tmp_path
     assert_near(logits(loaded), logits(model.eval()))
 
 
+@pytest.mark.parametrize("trained", ["all weights", "a LoRA beside an edit"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # the second has tied weights
+def test_a_training_that_goes_on_from_a_checkpoint_ends_as_one_that_was_not_interrupted(
+    name, trained, tokenizer, tmp_path
+):
+    def model() -> EditModel:
+        if trained == "all weights":
+            return _edited(tokenizer, base=tiny_model(name))
+        torch.manual_seed(0)
+        lora = get_peft_model(tiny_model(name), LoraConfig(target_modules=["q_proj"]))
+        return _edited(tokenizer, TOWER, base=lora)
+
+    whole, resumed = model(), model()
+    before = logits(whole)
+    _trainer(whole, tokenizer, tmp_path, save_steps=1).train()
+    _trainer(resumed, tokenizer, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert differ(logits(whole.eval()), before)
+    assert_near(logits(resumed.eval()), logits(whole))
+
+
+def test_of_a_model_with_nothing_to_train_its_training_mode_says_so(edited, caplog):
+    caplog.clear()
+    edited.eval()
+    assert caplog.messages == []
+    edited.train()
+    assert ["LoRA" in message for message in caplog.messages] == [True]
+
+
+def test_a_state_dict_names_a_tied_weight_once_and_loads_with_both_names(tokenizer):
+    model, other = (_edited(tokenizer, base=tiny_model("gemma3", seed)) for seed in (0, 1))
+    state = model.state_dict()
+    assert len({weight.data_ptr() for weight in state.values()}) == len(state)
+    torch.nn.ModuleList([other]).load_state_dict({f"0.{name}": weight for name, weight in state.items()})
+    assert torch.equal(logits(other), logits(model))
+    assert other.lm_head.weight is other.get_input_embeddings().weight
+    other.load_state_dict({**state, "model.lm_head.weight": model.lm_head.weight})
+
+
 def test_weights_that_were_trained_are_the_base_of_the_next_edit(tokenizer, tmp_path):
     model = _edited(tokenizer)
     untrained = model.base_info.fingerprint

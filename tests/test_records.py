@@ -95,6 +95,14 @@ def test_lines_in_a_file_that_says_it_is_one_json_are_read(tmp_path):
         load_requests(path)
 
 
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.json"])
+def test_half_of_a_character_is_named_by_file_and_place(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("\n".join(map(json.dumps, [{"text": "whole \U0001f600"}, {"text": ["half \ud83d"]}])))
+    with pytest.raises(ValueError, match=rf"{name}, line 2: 'half .*ud83d' was cut in the middle"):
+        list(read_records(path))
+
+
 def test_long_files_are_read_as_far_as_they_are_asked_for(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('"first"\n{damaged\n')

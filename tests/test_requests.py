@@ -222,6 +222,24 @@ def test_a_line_of_json_may_hold_a_unicode_line_separator(tmp_path):
     assert load_requests(tmp_path / "facts.jsonl") == [EditRequest.from_dict(record)]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: "Rome \ud83d"} for name in ("target_new", "target_true", "relation", "question")),
+        {"prompt": "{} \udc00 is in"},
+        {"prompt": "{} is in", "subject": "The Eiffel \udc00Tower"},
+        {"prompts": ["{} \ud83d is in"]},
+        {"locality": [("Berlin is in", "\ud83d")]},
+        {"aliases": [["Rome", "\ud83d"]]},
+        {"prompt": None, "messages": [{"role": "user", "content": "Where is {}? \ud83d"}]},
+    ],
+    ids=lambda change: list(change)[-1],
+)
+def test_a_text_with_half_of_a_character_is_refused_before_it_is_edited(change):
+    with pytest.raises(ValueError, match=rf"EditRequest.{list(change)[-1]}: .*cut in the middle of a character"):
+        EditRequest(**FACT | change)
+
+
 @pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
 @pytest.mark.parametrize(
     "content",
@@ -248,6 +266,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         [],
         FACT | {"target_true": {"a": 3}},
         {"requested_rewrite": None},
+        FACT | {"question": "Where? \ud83d"},
     ],
 )
 @pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])

@@ -45,6 +45,23 @@ def test_saving_keeps_a_card_that_was_changed_by_hand_and_replaces_one_that_was_
     assert card.read_text() == rendered
 
 
+def test_saving_into_a_project_keeps_its_readme(model, tmp_path, caplog):
+    (tmp_path / "README.md").write_bytes(b"# My project\r\n")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"# My project\r\n"
+    assert f"{tmp_path / 'README.md'} was written" in caplog.text
+    assert len(read_edit_folder(tmp_path).edits) == 2
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"], ids=repr)
+@pytest.mark.parametrize("verb", ["save_pretrained", "save_merged"])
+def test_a_path_that_is_none_is_refused_and_nothing_is_saved(model, tmp_path, monkeypatch, verb, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not the path of a folder"):
+        getattr(model, verb)(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_edits_of_other_weights_are_refused_with_what_differs(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     more = tiny_model("llama")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 
 from goldenedit import platforms
 
@@ -20,13 +21,25 @@ def write_atomically(path: Path, data: bytes) -> None:
         OSError: The file cannot be written. The old one is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}.partial")  # threads write the cache, too
     try:
         with naming(path):
             partial.write_bytes(data)
         platforms.HERE.patiently(partial.replace, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def folder_at(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder to write to.
+
+    Raises:
+        ValueError: It is empty, which would be the folder that the program runs in, or no path can be so.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is not the path of a folder. Name one; '.' is the one that this program runs in.")
+    return Path(text)
 
 
 @contextmanager

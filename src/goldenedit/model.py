@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, Self
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
@@ -568,13 +568,48 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     forward.__signature__ = _FORWARD  # type: ignore[attr-defined]
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, as for any module; edits and the weights under them stay as they are."""
+        if mode and not any(weight.requires_grad for weight in self.parameters()):
+            logger.warning(
+                "There is nothing to train: edits, and the weights under them, are frozen. Train before editing, or "
+                "wrap a PeftModel with a LoRA adapter of yours and train that."
+            )
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights of the model and of its edits, each of them once.
+
+        A tied weight has its first name alone, because safetensors, with which a Trainer writes checkpoints, refuses
+        two names of one tensor.
+        """
+        state = super().state_dict(*args, **kwargs)
+        for name in self._tied_names():
+            state.pop(kwargs.get("prefix", "") + name, None)
+        return state
+
+    def _tied_names(self) -> dict[str, str]:
+        """Return the other names of tied weights, with the first name of each."""
+        first = {id(weight): name for name, weight in self.named_parameters()}
+        return {
+            name: first[id(weight)]
+            for name, weight in self.named_parameters(remove_duplicate=False)
+            if name != first[id(weight)]
+        }
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, first in self._tied_names().items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + first])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights by the names that they have in this model with these edits.
 
         Raises:
             RuntimeError: Weights are missing or left over: they are of a model with other edits.
         """
-        if strict and (names := state_dict.keys() ^ self.state_dict().keys()):
+        if strict and (names := (state_dict.keys() ^ self.state_dict().keys()) - self._tied_names().keys()):
             raise RuntimeError(
                 f"The state dict is not of this model with the edits {list(self.edits)}: {len(names)} names differ, "
                 f"such as {min(names)!r}. Save edits with save_pretrained(), and load them with "

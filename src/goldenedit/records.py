@@ -7,12 +7,14 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _BOM = codecs.BOM_UTF8  # some editors write it at the start of UTF-8 files
 _BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\x1f\x8b")  # .xlsx and .zip, .xls, .parquet, .gz
+_HALF = re.compile("[\ud800-\udfff]")
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv")
 _SUFFIXES = (".json", *_LINES, *_TABLES)
@@ -108,7 +110,25 @@ def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
     for record in readable_records(path, plain_text):
         if isinstance(record.content, ValueError):
             raise ValueError(f"{path}, {record.place}: {record.content}") from record.content
+        if (broken := broken_text(record.content)) is not None:
+            raise ValueError(f"{path}, {record.place}: {cut(broken)}")
         yield record
+
+
+def broken_text(content: object) -> str | None:
+    """Return the first text, in lists and objects too, with half of a character, which no tokenizer or file takes.
+
+    JSON can hold it, as one of the two escapes of an emoji.
+    """
+    if isinstance(content, str):
+        return content if _HALF.search(content) else None
+    parts = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
+    return next((broken for part in parts if (broken := broken_text(part)) is not None), None)
+
+
+def cut(text: str) -> str:
+    """Return what to say of a text with half of a character."""
+    return f"{text!r} was cut in the middle of a character. Add the other half, or remove this one."
 
 
 def readable_records(path: Path, plain_text: bool = False) -> Iterator[Record]:

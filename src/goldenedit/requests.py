@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from goldenedit.formats import Pair, format_named
 from goldenedit.formats.fields import shortened
 from goldenedit.formats.reading import read_facts, read_record
-from goldenedit.records import records_of
+from goldenedit.records import broken_text, cut, records_of
 from goldenedit.subjects import Message as Message
 from goldenedit.subjects import (
     filled,
@@ -119,6 +119,7 @@ class EditRequest:
             raise ValueError(
                 f"EditRequest.question must be a non-empty string or None, got {shortened(self.question)}."
             )
+        self._check_characters()
         self._freeze_texts()
         self._freeze_aliases()
         self._check_messages()
@@ -137,6 +138,11 @@ class EditRequest:
         if self.prompt is None and self.messages is None and isinstance(self.prompts, list | tuple) and self.prompts:
             object.__setattr__(self, "prompt", self.prompts[0])
             object.__setattr__(self, "prompts", tuple(self.prompts[1:]))
+
+    def _check_characters(self) -> None:
+        for name, value in vars(self).items():
+            if (broken := broken_text(value)) is not None:
+                raise ValueError(f"EditRequest.{name}: {cut(broken)}")
 
     def _check_prompts(self) -> None:
         for prompt in self.prompts:

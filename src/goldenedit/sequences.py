@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import tqdm
 
+from goldenedit.files import folder_at
 from goldenedit.requests import EditRequest, Facts, as_requests, distinct
 from goldenedit.storage.atomic import check_writable
 from goldenedit.storage.folder import Edit
@@ -70,7 +70,7 @@ class SequencesMixin:
         if not every:
             raise ValueError("edit_in_batches() needs at least one request.")
         if save_directory is not None:
-            check_writable(Path(save_directory))
+            check_writable(folder_at(save_directory))
         known = {_key(fact.request) for fact in self.edits[into].facts} if into in self.edits else set()
         left = [request for request in every if _key(request) not in known]
         if len(left) < len(every):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit import platforms
 from goldenedit.adapters import Adapters
 from goldenedit.config import EditConfig
-from goldenedit.files import naming
+from goldenedit.files import folder_at, naming
 from goldenedit.layer_scores import HUB_LAYER, LayerSelection
 from goldenedit.storage.atlas import GoldenLayers
 from goldenedit.storage.atomic import check_new
@@ -140,7 +140,7 @@ class SharingMixin:
             FileExistsError: There are files in the folder.
             ValueError: No edit is active, or an edited weight is quantized or offloaded.
         """
-        folder = Path(os.path.realpath(save_directory))
+        folder = Path(os.path.realpath(folder_at(save_directory)))
         content = self._content(self.active_adapters)
         check_new(folder)
         is_new = not folder.exists()

@@ -20,6 +20,7 @@ from goldenedit.cost import phase
 from goldenedit.editing.calls import facts_lost_together, warn_of_facts_lost_together
 from goldenedit.editing.gates import moved
 from goldenedit.editors import EDITORS, LowRankDelta
+from goldenedit.files import folder_at
 from goldenedit.lm import LanguageModel
 from goldenedit.storage.card import own_card, render_card
 from goldenedit.storage.folder import (
@@ -87,15 +88,15 @@ class StoringMixin:
         """Save the active edits as one LoRA adapter with a sidecar and a model card.
 
         An edit that is in the folder already is replaced as a whole, or kept as a whole if saving fails. The next load
-        or save completes a save that was killed. Other files in the folder stay, and so does a model card that was
-        changed by hand.
+        or save completes a save that was killed. Other files in the folder stay, and so does a README.md that was
+        written or changed by hand.
 
         Args:
             save_directory: The folder.
             selected_adapters: Name or names of the edits to save; by default the active ones.
 
         Raises:
-            ValueError: There is nothing to save.
+            ValueError: There is nothing to save, or no folder is named.
         """
         content = self._content(self.active_adapters if selected_adapters is None else selected_adapters)
         names = [edit.name for edit in content.edits]
@@ -110,14 +111,14 @@ class StoringMixin:
                 rank,
                 pays,
             )
-        folder = Path(save_directory)
+        folder = folder_at(save_directory)
         custom_card = own_card(folder)
         if custom_card is None:
             write_edit_folder(folder, content, render_card(content))
         else:
             write_edit_folder(folder, content, custom_card, is_rendered=False)
             logger.warning(
-                "%s was changed by hand, so it stays as it is. To get a new card, delete it and save again.",
+                "%s was written or changed by hand, so it stays as it is. To get a card, move it and save again.",
                 folder / CARD,
             )
 

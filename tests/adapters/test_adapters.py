@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conformance_checks import FACTS
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
@@ -85,6 +86,7 @@ def test_the_last_one_leaves_a_plain_model(edited):
     assert not any("lora" in name for name, _ in edited.get_base_model().named_parameters())
 
 
+@pytest.mark.skipif("laguna" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, reason="this transformers is older")
 def test_what_peft_has_no_place_for_is_refused_and_leaves_no_trace(tokenizer):
     base = zoo_model("laguna")
     before = copy.deepcopy(base.state_dict())
@@ -438,7 +440,7 @@ def is_owned(name: str) -> bool:
 def test_every_verb_is_owned_or_refused_or_known_to_be_harmless():
     decided = {name for name in VERBS if is_owned(name)} | REFUSED.keys() | HARMLESS
     assert VERBS - decided == set()
-    assert HARMLESS <= VERBS
+    assert {"uses_shared_state"} >= HARMLESS - VERBS  # PEFT 0.20 lacks it
     assert not any(is_owned(name) for name in HARMLESS | REFUSED.keys())
     assert not HARMLESS & REFUSED.keys()
 

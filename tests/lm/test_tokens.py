@@ -193,6 +193,9 @@ def test_a_row_that_is_too_long_raises_with_both_lengths(tokenizer):
     assert len(encode(tokenizer, text, "Rome", 16, max_length=6).input_ids) == 6
     with pytest.raises(ValueError, match=r"have 6 tokens, but the model takes 5\. Shorten"):
         encode(tokenizer, text, "Rome", 16, max_length=5)
+    with pytest.raises(ValueError, match="the model takes 5") as error:
+        encode(tokenizer, "Rome " * 1000, "Rome", 16, max_length=5)
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [("The Eiff", "el Tower"), ("Th", "e Tower"), ("The Ei", "ffel Tower")])

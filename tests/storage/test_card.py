@@ -401,8 +401,18 @@ def test_a_rendered_card_of_an_older_version_does_not_count_as_changed(tmp_path)
         assert own_card(tmp_path) == changed
 
 
-def test_a_damaged_folder_has_no_card_to_keep(tmp_path):
+def test_the_card_of_a_damaged_folder_is_kept_if_it_was_not_rendered(tmp_path):
     write_edit_folder(tmp_path, edit_folder(), CARD_BY_HAND, is_rendered=False)
     (tmp_path / EDIT_CONFIG).write_text("{")
+    assert own_card(tmp_path) == CARD_BY_HAND
+    (tmp_path / CARD).write_text(render_card(edit_folder()))
     assert own_card(tmp_path) is None
     assert own_card(tmp_path / "nothing") is None
+
+
+def test_a_text_of_a_folder_that_is_no_edit_is_kept_byte_by_byte_or_named(tmp_path):
+    (tmp_path / CARD).write_bytes("# Mon modèle\r\n".encode())
+    assert own_card(tmp_path) == "# Mon modèle\r\n"
+    (tmp_path / CARD).write_bytes("# Mon modèle\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{tmp_path / CARD} is no text in UTF-8"):
+        own_card(tmp_path)

@@ -11,11 +11,13 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contents import change_tensors, resign
 from mutants import mutate
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -25,7 +27,7 @@ from watched import watching
 
 from goldenedit import EditModel, get_edit_model
 from goldenedit.storage.card import render_card
-from goldenedit.storage.folder import EDIT_FILES
+from goldenedit.storage.folder import ADAPTER_WEIGHTS, EDIT_FILES, EDITS
 from goldenedit.storage.reading import read_edit_folder
 from models import tiny_model, tiny_tokenizer
 from tiny_edits import MERKEL, TOWER, fast_config, logits
@@ -83,6 +85,20 @@ def mutant_verdict(folder: Path, is_signed: bool, right: Path, base: Callable[[]
     return _compared(loaded, folder, base)
 
 
+def pair_verdict(
+    kinds: str, folder: Path, right: Path, base: Callable[[], PreTrainedModel], tokenizer: Any
+) -> tuple[str, str]:
+    """Return what came of a folder with two damages.
+
+    An author who signs a folder with a file of another edit has made another edit: it must load as stock PEFT loads it.
+    """
+    outcome, message = verdict(folder, right, base, tokenizer)
+    _, anothers, after = kinds.partition("another edit's")
+    if outcome == WRONG and anothers and "signed:" in after:
+        return mutant_verdict(folder, True, right, base)
+    return outcome, message
+
+
 def _compared(loaded: EditModel, folder: Path, base: Callable[[], PreTrainedModel]) -> tuple[str, str]:
     """Compare a loaded model with what stock PEFT makes of its folder."""
     with warnings.catch_warnings():
@@ -92,7 +108,8 @@ def _compared(loaded: EditModel, folder: Path, base: Callable[[], PreTrainedMode
         except Exception as error:
             return ONLY_HERE, f"{type(error).__name__}: {error}"
     ours = logits(loaded)
-    near = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item(), equal_nan=True)
+    largest = theirs.nan_to_num(0, 0, 0).abs().max().item()  # factors may be so large that logits overflow
+    near = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * largest, equal_nan=True)
     return (LIKE_PEFT, "") if near else (UNLIKE_PEFT, str((ours - theirs).abs().max()))
 
 
@@ -111,9 +128,31 @@ def gated(tmp_path_factory) -> Any:
 @pytest.mark.parametrize("number", range(40))
 def test_a_folder_that_is_damaged_twice_is_refused_by_name_or_loads_right(plain, tokenizer, tmp_path, number):
     kinds, harmless = twice_damaged(*plain, tmp_path / "edit", number, "test")
-    outcome, message = verdict(tmp_path / "edit", plain[0], lambda: tiny_model("llama"), tokenizer)
-    assert outcome not in BAD, f"{kinds}: {message}"
+    outcome, message = pair_verdict(kinds, tmp_path / "edit", plain[0], lambda: tiny_model("llama"), tokenizer)
+    assert outcome not in (*BAD, *WRONG_MUTANT), f"{kinds}: {message}"
     assert outcome == RIGHT or not harmless, f"{kinds}: {message}"
+
+
+def test_a_file_of_another_edit_that_is_signed_is_another_edit_and_unsigned_is_refused(plain, tokenizer, tmp_path):
+    base = partial(tiny_model, "llama")
+    folder = tmp_path / "edit"
+    shutil.copytree(plain[0], folder)
+    shutil.copy(plain[1] / EDITS, folder / EDITS)
+    kinds = "swapped with another edit's"
+    assert pair_verdict(kinds, folder, plain[0], base, tokenizer)[0] == REFUSED
+    resign(folder)
+    assert pair_verdict(kinds, folder, plain[0], base, tokenizer)[0] == WRONG
+    assert pair_verdict(f"{kinds} and signed: truncated", folder, plain[0], base, tokenizer) == (LIKE_PEFT, "")
+
+
+def test_factors_so_large_that_logits_overflow_load_as_stock_peft_loads_them(plain, tmp_path):
+    folder = tmp_path / "edit"
+    shutil.copytree(plain[0], folder)
+    change_tensors(folder / ADAPTER_WEIGHTS, lambda tensors: [value.mul_(1e30) for value in tensors.values()])
+    resign(folder)
+    loaded = EditModel.from_pretrained(tiny_model("llama"), folder, tokenizer=tiny_tokenizer())
+    assert not logits(loaded).isfinite().all()
+    assert mutant_verdict(folder, True, plain[0], lambda: tiny_model("llama")) == (LIKE_PEFT, "")
 
 
 @pytest.mark.parametrize("which", ["plain", "gated"])

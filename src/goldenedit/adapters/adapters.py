@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from goldenedit.adapters import layers as peft_layers
 from goldenedit.adapters import ownership
 from goldenedit.adapters.factors import hash_of, insert
-from goldenedit.adapters.layers import base_of, tuner_layers
+from goldenedit.adapters.layers import base_of, has_parts, tuner_layers
 from goldenedit.adapters.merging import Merge, merge_for_good, merged, merges_in
 from goldenedit.adapters.ownership import configs_in, has_others, mark_of, marks_in, name_of
 from goldenedit.editors import LowRankDelta
@@ -340,7 +340,8 @@ class Adapters:
         """
         if key in self.configs:
             raise ValueError(f"There is an adapter {key!r} already: load this one under another adapter_name.")
-        ownership.check_writes_nothing(PeftConfig.from_pretrained(str(folder)), folder)
+        config = PeftConfig.from_pretrained(str(folder))
+        ownership.check_writes_nothing(config, folder)
         with self._keeping_trainable(loading=True) as others:
             try:
                 if isinstance(self.model, PeftModel):
@@ -348,6 +349,8 @@ class Adapters:
                 else:
                     self.model = PeftModel.from_pretrained(self.base, str(folder), key)
                 ownership.check_lora(self.model)
+                if not has_parts(self.base, key):  # an older PEFT adds an adapter of nothing to those that it has
+                    raise RuntimeError(f"it is for {config.target_modules}, and the model has no such module")
             except BaseException as error:
                 ownership.delete(self.base, key)
                 self._restore_given()

@@ -35,6 +35,14 @@ def retrained_modules(base: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
+def has_parts(base: nn.Module, key: str) -> bool:
+    """Return whether an adapter changes or replaces any module."""
+    layers, replaced = tuner_layers(base).values(), retrained_modules(base).values()
+    return any(key in layer.lora_A or key in layer.lora_embedding_A for layer in layers) or any(
+        key in wrapper.modules_to_save for wrapper in replaced
+    )
+
+
 def switch(base: nn.Module, keys: Sequence[str]) -> None:
     """Switch on exactly these adapters, without gradients.
 

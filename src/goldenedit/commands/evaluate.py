@@ -178,6 +178,6 @@ def _write_card(edit_model: EditModel, path: Path) -> None:
 
     edit_model.save_pretrained(path)
     if own_card(path) is not None:
-        console.print(f"{CARD} was changed by hand, so it stays as it is. The scores are in edit_config.json.")
+        console.print(f"{CARD} was written or changed by hand, so it stays. The scores are in edit_config.json.")
     else:
         console.print(f"Wrote the scores into {printable(str(path / CARD))}")

@@ -83,8 +83,8 @@ def changes_of_batch(
     for (first, *_), delta, steps in zip(prepared.subjects, prepared.values.delta, prepared.values.steps, strict=True):
         if spare is None and steps and not delta.any():
             logger.warning(
-                "The edit of %r at layer %s changes nothing: no later layer attends to the subject's value. Edit an "
-                "earlier layer (EditConfig.layer).",
+                "The edit of %r at layer %s changes nothing: no later layer attends to the subject's value, or options "
+                "hold it in its place. Edit an earlier layer (EditConfig.layer), or lower kl_factor and weight_decay.",
                 requests[first].subject,
                 config.target_layers,
             )

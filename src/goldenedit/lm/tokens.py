@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from goldenedit.architecture.replay import Batch
+from goldenedit.formats.fields import shortened
 from goldenedit.requests import Answer, ChatText, EditRequest
 from goldenedit.writing import joint_of
 
@@ -96,7 +97,8 @@ def encode(
         ids, spans = _apart(tokenizer, prompt, text, ids)
     if max_length is not None and len(ids) > max_length:
         raise TooLongError(
-            f"{prompt!r} and its answer have {len(ids)} tokens, but the model takes {max_length}. Shorten them."
+            f"{shortened(prompt)} and its answer have {len(ids)} tokens, but the model takes {max_length}. Shorten "
+            "them."
         )
     subject = -1
     if subject_end is not None:

@@ -88,18 +88,22 @@ def render_card(
 
 
 def own_card(folder: Path) -> str | None:
-    """Return the card of an edit folder if someone wrote or changed it by hand.
+    """Return the card of a folder if someone wrote it or changed it by hand, be the folder an edit's or not.
 
-    The result is None if the card is as rendered, or if there is no card or no valid `edit_config.json`.
+    Raises:
+        EditFolderError: The card is no text in UTF-8.
     """
     try:
         has_digest, digest = saved_card_digest(folder)
     except EditFolderError:
-        return None
+        has_digest, digest = False, None
     path = folder / CARD
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_bytes().decode()  # with its line ends
+    except UnicodeDecodeError as error:
+        raise EditFolderError(f"{path} is no text in UTF-8 ({error}). Save it as UTF-8, or move it.") from error
     is_rendered = card_digest(text) == digest if has_digest else _OLD_CARD.fullmatch(text) is not None
     return None if is_rendered else text
 
