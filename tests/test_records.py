@@ -112,3 +112,10 @@ def test_long_files_are_read_as_far_as_they_are_asked_for(tmp_path):
 def test_reading_imports_neither_torch_nor_transformers():
     code = "import sys, goldenedit.records, goldenedit.requests; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_the_texts_of_a_table_are_those_of_its_column(suffix, separator, tmp_path):
+    path = tmp_path / f"texts{suffix}"
+    path.write_text(f"id{separator}text\n1{separator}The sky is blue.\n2{separator}So is the sea.\n")
+    assert list(dataset_texts(str(path))) == ["The sky is blue.", "So is the sea."]

@@ -102,7 +102,7 @@ def read_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
 
     Args:
         path: The file.
-        plain_text: Whether files with other suffixes than those of JSON are plain text.
+        plain_text: Whether files with other suffixes than those of JSON and tables are plain text.
 
     Raises:
         ValueError: The file is not valid; the message names the file and the line.
@@ -140,7 +140,7 @@ def readable_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
     suffix = path.suffix.lower()
     if suffix in _LINES:
         yield from _json_lines(_lines(path))
-    elif plain_text and suffix != ".json":
+    elif plain_text and suffix not in (".json", *_TABLES):
         yield from _lines(path)
     elif suffix in _TABLES:
         yield from _rows(path)

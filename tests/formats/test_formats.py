@@ -108,6 +108,15 @@ def test_the_flat_form_has_one_or_several_unrelated_prompts(change, locality):
     assert (request.target_true, request.paraphrases, request.question) == ("Paris", (FLAT["rephrase_prompt"],), None)
 
 
+@pytest.mark.parametrize("kind", ["locality", "portability"])
+@pytest.mark.parametrize("answer", [{}, None, ""])
+def test_a_prompt_without_its_answer_is_told(kind, answer):
+    record = {name: value for name, value in FLAT.items() if not name.startswith("locality")}
+    record |= {f"{kind}_prompt": "The Louvre is in"} | ({} if answer == {} else {f"{kind}_ground_truth": answer})
+    with pytest.raises(ValueError, match=f"{kind}_prompt has no {kind}_ground_truth"):
+        EditRequest.from_dict(record)
+
+
 def test_the_flat_form_may_have_fields_of_a_request_too():
     own = {
         "aliases": ["Roma"],

@@ -48,6 +48,8 @@ def _pairs(field: Field, kind: str) -> list[Answered]:
     prompts = field[f"{kind}_prompt"]
     if prompts.is_missing:
         return []
+    if field[f"{kind}_ground_truth"].is_missing:
+        raise ValueError(f"{kind}_prompt has no {kind}_ground_truth. Add the answer, or remove the prompt.")
     return Field({"prompt": prompts.content, "ground_truth": field[f"{kind}_ground_truth"].content}, kind).pairs()
 
 

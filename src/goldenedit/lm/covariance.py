@@ -256,7 +256,7 @@ def sampled_texts(lm: TokenizedModel, tokens: int, seed: int, processes: Process
 
 
 def dataset_texts(name: str) -> Iterable[str]:
-    """Yield the texts of a `.txt` file (one text per line), a `.json` or `.jsonl` file, or a dataset on the Hub.
+    """Yield the texts of a `.txt` file (one text per line), a JSON or CSV file, or a dataset on the Hub.
 
     The text of a record is its field `text` or, without that, its longest string.
 
