@@ -7,9 +7,45 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from goldenedit import html
+from goldenedit.evaluation.forms import Asked, asked_forms
 from goldenedit.evaluation.report import Text, shown
+from goldenedit.evaluation.seen import fits, has_ended
+from goldenedit.evaluation.verdicts import answer_of, contains
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.decoding import greedy
+from goldenedit.requests import EditRequest
 
 _SHOWN = 20  # texts in `str()`
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says where it is asked for a fact.
+
+    Attributes:
+        question: What it was asked, without the wrapping of a chat.
+        expected: The new answer.
+        written: Its answer, to the end of the first sentence.
+        holds: Whether this says the new answer.
+    """
+
+    question: str
+    expected: str
+    written: str
+    holds: bool
+
+
+def said_in_chat(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Said]:
+    """Ask a model for each fact once, as a user's message in its chat template: one short greedy text for each.
+
+    Facts that a chat cannot ask for are left out: all of them if there is no chat template.
+    """
+    asked: list[Asked] = [text for text in asked_forms(lm.tokenizer, requests, ["chat"]) if fits(lm, text.prompt)]
+    answers = [answer_of(text.text) for text in greedy(lm, [text.prompt for text in asked], ends=has_ended)]
+    return [
+        Said(text.question, text.answers[0], answer, contains(answer, text.answers, text.old))
+        for text, answer in zip(asked, answers, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
