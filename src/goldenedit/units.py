@@ -29,6 +29,19 @@ def flops_of(count: float) -> str:
     return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
+def count_of(count: int, noun: str) -> str:
+    """Return a number of things.
+
+    Example:
+        ```python
+        >>> from goldenedit.units import count_of
+        >>> count_of(1, "fact"), count_of(2, "fact")
+        ('1 fact', '2 facts')
+        ```
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def time_of(seconds: float) -> str:
     """Return an estimate of a time for people.
 

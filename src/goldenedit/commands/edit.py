@@ -14,6 +14,7 @@ from goldenedit import tables
 from goldenedit.commands.options import FactsFormat, Layer, Model, Output, Set, SkipBad, settings_of
 from goldenedit.commands.terminal import Report, console, load_together, parse_layer, reporting, telling
 from goldenedit.tables import printable
+from goldenedit.units import count_of
 
 if TYPE_CHECKING:
     from goldenedit import EditModel, EditRequest
@@ -193,7 +194,7 @@ def ask_in_chat(edit_model: EditModel, facts: Sequence[EditedFact]) -> dict[str,
     if not said:
         return None
     missed = [answer for answer in said if not answer.holds]
-    of_all = f"{len(said)} of the {len(taken)} facts" if len(said) < len(taken) else f"{len(said)} facts"
+    of_all = f"{len(said)} of the {len(taken)} facts" if len(said) < len(taken) else count_of(len(said), "fact")
     if missed:
         console.print(f"Asked in a chat for {of_all}, the model does not say {len(missed)}:", style="yellow")
         for answer in missed[:_NAMED]:
