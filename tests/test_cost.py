@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from goldenedit import EditConfig, EditModel, cost
-from goldenedit.cost import Cost, _formulas, announcing, measuring, phase, profiling
+from goldenedit.cost import Cost, _formulas, announcing, measuring, phase, product_speed, profiling
 from models import VOCAB_SIZE, tiny_model
 
 
@@ -171,3 +171,8 @@ def test_each_phase_that_begins_is_announced():
     with phase("three"):
         pass
     assert told == ["one", "two"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_speed_of_a_product_needs_no_memory_for_the_widest_of_maps(dtype):
+    assert product_speed(1 << 30, 1, dtype) > 0

@@ -4,7 +4,10 @@ import pytest
 from safetensors import SafetensorError
 
 from goldenedit import packaged
-from goldenedit.packaged import is_installed, packaged_model
+from goldenedit.loading import base_of, load_model
+from goldenedit.packaged import PACKAGED_MODELS, is_installed, packaged_model, packaged_name
+from goldenedit.storage.fingerprint import weight_hashes
+from goldenedit.storage.folder import BaseModel
 
 
 def test_an_unknown_name_is_an_error_that_lists_those_there_are():
@@ -32,3 +35,21 @@ def test_a_model_that_another_process_converted_meanwhile_is_used(tmp_path):
         (tmp_path / name / "config.json").write_text(name)
     packaged._put(tmp_path / "finished", tmp_path / "target")
     assert (tmp_path / "target" / "config.json").read_text() == "target"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", PACKAGED_MODELS)
+def test_a_packaged_model_is_known_by_its_weights(name):
+    if not is_installed(name):
+        pytest.skip("not installed")
+    model, _ = load_model(name)
+    assert packaged_name(weight_hashes(model).fingerprint) == name
+
+
+def test_edits_of_a_packaged_model_find_it_on_another_machine(tmp_path):
+    fingerprint = PACKAGED_MODELS["smollm2"].fingerprint
+    assert base_of(BaseModel("/cache/of/someone/models/smollm2", fingerprint)) == ("smollm2", None)
+    assert base_of(BaseModel(str(tmp_path), fingerprint)) == (str(tmp_path), None)
+    assert base_of(BaseModel("org/model", fingerprint, "a1")) == ("org/model", "a1")
+    assert base_of(BaseModel("/nowhere", "0" * 32)) == ("/nowhere", None)
+    assert base_of(BaseModel("/nowhere", fingerprint), "mine") == ("mine", None)

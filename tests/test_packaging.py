@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
@@ -77,3 +81,19 @@ def test_help_needs_no_extra(monkeypatch):
     for name in ("matplotlib", "gradio", "gguf", "lm_eval"):
         monkeypatch.setitem(sys.modules, name, None)
     assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+
+
+def test_the_extension_of_hf_is_this_command_line(tmp_path):
+    """`hf extensions install` puts `hf-goldenedit` into an environment, and `hf goldenedit` runs it from there."""
+    extensions = pytest.importorskip("huggingface_hub.cli.extensions")
+    hf, ours = (shutil.which(name, path=str(Path(sys.executable).parent)) for name in ("hf", "hf-goldenedit"))
+    if hf is None or ours is None:
+        pytest.skip("not installed in this environment")
+    manifest = extensions.ExtensionManifest(
+        "org", "hf-goldenedit", "org/hf-goldenedit", "goldenedit", ours, "python", datetime.now(UTC)
+    )
+    manifest.save(tmp_path / ".local/share/hf/extensions/hf-goldenedit")
+    home = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run([hf, "goldenedit", "--version"], env=os.environ | home, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert f"goldenedit {goldenedit.__version__}" in told.stdout

@@ -287,6 +287,23 @@ def test_the_command_prints_the_plan(capsys, tmp_path, tokenizer):
     assert "Weights in float32" in output
     assert re.search(r"values .* [kM]B .* [MG]FLOP", output)
     assert "fits into" in output
+    assert "less than a minute" in " ".join(output.split())
+
+
+def test_the_time_is_that_of_the_operations_at_the_speed_of_a_product(llama3, monkeypatch):
+    asked = []
+
+    def speed(*arguments):
+        asked.append(arguments)
+        return 1e9
+
+    monkeypatch.setattr("goldenedit.plans.product_speed", speed)
+    planned = plan_of(llama3, EditConfig())
+    assert planned.seconds() == planned.flops / 1e9
+    assert asked == [(4096, 14336, torch.bfloat16)]
+    quantized = replace(planned, shape=replace(planned.shape, weights={"uint8": 4 * GB, "float32": GB}))
+    quantized.seconds()
+    assert asked[1][2] == torch.bfloat16
 
 
 def test_the_command_names_what_would_make_it_fit(capsys, tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_where_it_is_missing_show_shows_the_edit(saved, tokenizer, tmp_path):
 def test_where_it_is_missing_its_names_are_refused_with_the_group_to_look_for():
     with pytest.raises(ValueError, match=r"Unknown \w+ 'ridge-insert'.*entry point 'goldenedit\.editors'"):
         EditConfig(method="ridge-insert")
-    with pytest.raises(ValueError, match=r"Unknown layer 'leverage'.*goldenedit\.layer_selectors"):
+    with pytest.raises(ValueError, match=r"Unknown layer selector 'leverage'.*goldenedit\.layer_selectors"):
         EditConfig(layer="leverage")
 
 

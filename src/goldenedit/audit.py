@@ -45,6 +45,7 @@ from goldenedit.audit_neurons import (
     unexplained_neurons,
 )
 from goldenedit.config import EditConfig
+from goldenedit.cost import phase
 from goldenedit.editing.prepared import subject_keys, subject_texts
 from goldenedit.editors import Problem
 from goldenedit.evaluation.likelihood import likelihoods
@@ -159,7 +160,10 @@ def _unexplained_shares(
     try:
         if not _can_be_repeated(model, edit, config):
             return {}
-        with _only(model, previous):  # as when the edit was made: rewritten neurons change keys of their own layer
+        with (
+            phase("audit"),
+            _only(model, previous),
+        ):  # as when the edit was made: rewritten neurons change keys of their own layer
             if layers:
                 return unexplained_neurons(model, edit, config, previous, layers)
             rows = _rows(model, edit, config, previous)

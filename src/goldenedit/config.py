@@ -26,7 +26,7 @@ from goldenedit.editors.memit import MemitOptions
 from goldenedit.editors.options import check_fields, check_number, default_of, is_relative, option
 from goldenedit.editors.ultraedit import UltraEditOptions
 from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
-from goldenedit.registry import Registry, UnknownNameError, is_plain
+from goldenedit.registry import Registry, UnknownNameError, is_plain, meant
 from goldenedit.requests import EditRequest, as_requests
 
 Config = TypeVar("Config")
@@ -320,8 +320,8 @@ class EditConfig(
         self.options = {name: _plain(value) for name, value in self.options.items()}
         if self.method not in EDITORS:
             raise UnknownNameError(
-                f"Unknown method {self.method!r} in EditConfig. Use one of {EDITORS.names()}, or install the package "
-                f"that has it (entry point {EDITORS.group!r})."
+                f"Unknown method {self.method!r} in EditConfig.{meant(self.method, EDITORS.names())} Use one of "
+                f"{EDITORS.names()}, or install the package that has it (entry point {EDITORS.group!r})."
             )
         self.editor.check_options(self.options)
         if isinstance(self, self.editor.options):  # built-in options are stored as keywords only
@@ -351,8 +351,9 @@ class EditConfig(
             is_shared = self.layer.startswith(HUB_LAYER) and self.layer != HUB_LAYER
             if not is_shared and self.layer not in SELECTORS:
                 raise UnknownNameError(
-                    f"Unknown layer {self.layer!r} in EditConfig. Use one of {SELECTORS.names()}, 'hub:repo', a number "
-                    f"or a list of numbers, or install the package that has it (entry point {SELECTORS.group!r})."
+                    f"Unknown layer selector {self.layer!r} in EditConfig.{meant(self.layer, SELECTORS.names())} Use "
+                    f"one of {SELECTORS.names()}, 'hub:repo', a layer number or a list of numbers, or install the "
+                    f"package that has it (entry point {SELECTORS.group!r})."
                 )
             if self.target_layer is not None:
                 self.target_layer = _layer_numbers(self.target_layer, "target_layer")
@@ -568,7 +569,9 @@ def _plain(value: Any) -> Any:
 def _check_choice(name: str, value: str, choices: Sequence[str], alternative: str | None = None) -> None:
     if value not in choices:
         more = f", or {alternative}" if alternative else ""
-        raise ValueError(f"Unknown {name} {value!r} in EditConfig. Use one of {list(choices)}{more}.")
+        raise ValueError(
+            f"Unknown {name} {value!r} in EditConfig.{meant(value, choices)} Use one of {list(choices)}{more}."
+        )
 
 
 def _check_texts(name: str, value: Any) -> None:

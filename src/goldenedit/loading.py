@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from goldenedit.registry import meant
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,15 @@ def load_config(name: str) -> PretrainedConfig:
 
 
 def base_of(base_model: BaseModel, model: str | None = None) -> tuple[str, str | None]:
-    """Return the name and revision of the base model for edits: the recorded one, or `model` if it is not None."""
+    """Return the name and revision of the base model for edits: the recorded one, or `model` if it is not None.
+
+    A packaged model that was loaded from the cache of another machine has its own name.
+    """
+    from goldenedit.packaged import packaged_name
+    from goldenedit.storage.hub import is_on_hub
+
+    if model is None and not Path(base_model.name_or_path).exists():
+        model = packaged_name(base_model.fingerprint) if not is_on_hub(base_model) else None
     return (base_model.name_or_path, base_model.revision) if model is None else (model, None)
 
 
@@ -74,11 +83,10 @@ def _telling_where(name: str) -> Iterator[None]:
     except OSError as error:
         if name in PACKAGED_MODELS or Path(name).exists():
             raise
-        close = difflib.get_close_matches(name, PACKAGED_MODELS, 1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
         packaged = ", ".join(sorted(PACKAGED_MODELS))
         raise OSError(
-            f"There is no folder {name!r} and no packaged model of this name ({packaged}).{meant} The Hub: {error}"
+            f"There is no folder {name!r} and no packaged model of this name ({packaged})."
+            f"{meant(name, PACKAGED_MODELS)} The Hub: {error}"
         ) from error
 
 

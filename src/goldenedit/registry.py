@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import logging
 import pkgutil
 import re
+from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -95,8 +97,8 @@ class Registry(Generic[Record]):
                 )
         if name not in self._records:
             raise UnknownNameError(
-                f"Unknown {self.kind} {name!r}. Use one of {self.names()}, or install the package that has it "
-                f"(entry point {self.group!r})."
+                f"Unknown {self.kind} {name!r}.{meant(name, self.names())} Use one of {self.names()}, or install the "
+                f"package that has it (entry point {self.group!r})."
             )
         return self._records[name]
 
@@ -148,6 +150,20 @@ class Registry(Generic[Record]):
         for entry in importlib.metadata.entry_points(group=self.group):
             declared.setdefault(entry.name, {}).setdefault(entry.value, entry)
         return {name: list(entries.values()) for name, entries in declared.items()}
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """Return a sentence, with a space before it, on the known name that a misspelled one is closest to; or nothing.
+
+    Example:
+        ```python
+        >>> from goldenedit.registry import meant
+        >>> meant("memmit", ["rome", "memit"]), meant("x", ["rome"])
+        (" Did you mean 'memit'?", '')
+        ```
+    """
+    close = difflib.get_close_matches(str(name), list(known), 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def is_plain(name: str) -> bool:

@@ -126,8 +126,8 @@ class EditRequest:
         self._respell_subject()
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
             raise ValueError(
-                f"The new answer for {self.subject!r} equals the old one, {self.target_new!r}. Change target_new, or "
-                "omit target_true."
+                f"The new answer for {self.subject!r} equals the old one, {self.target_new!r}. Change the new "
+                "answer, or leave out the old one."
             )
         self._mark_answers()
         self._fill_subject()

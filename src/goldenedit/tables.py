@@ -22,13 +22,42 @@ if TYPE_CHECKING:
 
 
 _LEGEND = (
-    "Shares of facts, or of prompts. prompt: the base model with the fact in its prompt. random: a random change of "
-    "the same size. KL in nats. n: facts, prompts or tokens. 95%: over facts, on plain text over texts."
+    "Shares from 0.00 (none) to 1.00 (all), of n facts or of n prompts. 95%: their interval. base: the unedited model; "
+    "told: the same with the fact in its prompt; random: a random change of the same size. KL: how far the "
+    "probabilities of the next word are from the unedited model's, in nats; 0 is no difference, above 0.05 the model "
+    "writes differently."
 )
-_LEGEND_OF_NEGATION = 'negation ("not"): saying the new answer is an error; base: the share that says the old one.'
-_LEGEND_OF_COMPARISON = "In brackets 95% intervals over facts. random: a random change of the same size. KL in nats."
+_LEGEND_OF_NEGATION = 'With "not", saying the new answer is an error; base: the share that says the old one.'
+_LEGEND_OF_COMPARISON = (
+    "Shares from 0.00 (none) to 1.00 (all), in brackets their 95% intervals. random: under a random change of the same "
+    "size. KL: how far the probabilities of the next word are from the unedited model's, in nats; 0 is no difference."
+)
+LEGEND_OF_CHANGES = (
+    "fingerprint: a hash of the base model's weights; edits do not load onto others. key covariance: the text that "
+    "tells the editor which other words to leave alone. rank: the directions in which a "
+    "matrix changes, which the file has one row and one column for: few for a few facts, at most the width of the "
+    "matrix (vLLM loads up to 512). norm: the size of the change."
+)
+_LEGEND_OF_FACTS = "before, after: the probability of the new answer, in the base model and with the edit."
+_LEGEND_OF_AUDIT = (
+    "size: the norm of the change, relative to that of the matrix. unexplained: the share of the change that the "
+    "listed facts do not account for."
+)
+_LEGEND_OF_SCORES = {  # what is asked, in the words of the papers
+    "efficacy": "the edited prompts",
+    "rewrite": "the edited prompts",
+    "paraphrase": "the same in other words",
+    "rephrase": "the same in other words",
+    "neighborhood": "prompts about other subjects",
+    "locality": "other prompts, which should not change",
+    "portability": "prompts whose answer follows from the fact",
+    "score": "S, the harmonic mean of efficacy, paraphrase and neighborhood",
+    "paraphrase accuracy": "tokens of the new answer that are the first choice, in other words",
+}
+_PATH = 36  # characters of the path of a module
 _MISSED = 5  # facts that are named
 _ASKED = ("rephrase", "question", "chat", "second_turn", "prefix")  # forms in which a fact should hold
+_VERDICTS = {"exact": "and nothing else", "judge": "by the judge"}
 _KEPT = "\n\t\u200c\u200d"  # line ends, tabs, and the joiners of scripts and emoji
 
 
@@ -95,13 +124,17 @@ def facts_table(edits: Sequence[Edit], most: int | None = None) -> Table:
     if left_out:
         facts = sorted(facts, key=lambda named: named[1].takes)[:most]
     table = Table("edit", "prompt", "new answer", "before", "after", "")
+    legend = [_LEGEND_OF_FACTS]
+    if any(fact.weakest_note for _, fact in facts):
+        legend.append("weakest: that of its least likely token.")
     for name, fact in facts:
         row = (name, fact.request.shown, fact.request.target_new)
         probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}{fact.weakest_note}")
         style, mark = (None, "") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
         table.add_row(*map(printable, row), *probabilities, mark, style=style)
     if left_out:
-        table.caption = f"and {left_out} more"
+        legend.insert(0, f"and {left_out} more.")
+    table.caption, table.caption_justify = " ".join(legend), "left"
     return table
 
 
@@ -109,7 +142,8 @@ def seen_table(evaluation: Evaluation) -> Table:
     """Return what a user sees: how often the model says the answers, and what else changed."""
     legend = f"{_LEGEND} {_LEGEND_OF_NEGATION}" if "negation" in evaluation.says else _LEGEND
     table = Table(box=None, padding=(0, 2, 0, 0), caption=legend, caption_justify="left")
-    for column in ("", "edited", "95%", "base", "prompt", "random", "n"):
+    table.add_column()
+    for column in ("edited", "95%", "base", "told", "random", "n"):
         table.add_column(column, no_wrap=True)
     for row in (*_rows_of_forms(evaluation), *_rows_of_others(evaluation)):
         table.add_row(*row)
@@ -118,34 +152,41 @@ def seen_table(evaluation: Evaluation) -> Table:
 
 def _rows_of_forms(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     if evaluation.says:
-        yield ("[bold]says the new answer[/bold]",)
+        yield ("[bold]says the new answer, asked by[/bold]",)
     for form, scores in evaluation.says.items():
         base, informed = evaluation.base_seen.says.get(form), evaluation.in_prompt.get(form)
         for name in ("contains", "exact", "judge"):
             if (share := getattr(scores, name)) is None:
                 continue
-            label = f" {form.replace('_', ' ')}" if name == "contains" else f"   {name}"
+            label = f" {_label(form)}" if name == "contains" else f"   {_VERDICTS[name]}"
             others = ["" if other is None else f"{getattr(other, name).value:.2f}" for other in (base, informed)]
             yield label, f"{share.value:.2f}", _range(share.interval), *others, "", str(scores.n)
 
 
 def _rows_of_others(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     if evaluation.unchanged:
-        yield ("[bold]the rest is unchanged[/bold]",)
+        yield ("[bold]writes as the base model, after[/bold]",)
     for kind, same in evaluation.unchanged.items():
         control = "" if same.control is None else f"{same.control.value:.2f}"
-        yield f" {kind}", f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n)
-        for label, share in (("key word kept", same.keyword), ("says new answer", same.says_new)):
+        yield f" {_label(kind)}", f"{same.same.value:.2f}", _range(same.same.interval), "1.00", "", control, str(same.n)
+        for label, share in (("keeps the key word", same.keyword), ("says the new answer", same.says_new)):
             if share is not None:
                 yield f"   {label}", f"{share.value:.2f}", _range(share.interval), "", "", "", str(share.facts)
         yield "   KL", f"{same.kl:.2g}", "", "0", "", "", str(same.n)
     if (text := evaluation.text) is not None:
         intervals = {name: _range(bounds, ".2g") for name, bounds in text.intervals.items()}
         control = "" if text.control is None else f"{text.control:.2g}"
-        yield " plain text: KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens)
-        yield "   of worst text", f"{text.worst:.2g}", "", "0", "", "", ""
+        yield ("[bold]on plain text[/bold]",)
+        yield " KL", f"{text.kl:.2g}", intervals.get("kl", ""), "0", "", control, str(text.tokens)
+        yield " KL of the text that changed most", f"{text.worst:.2g}", "", "0", "", "", ""
         agreement = f"{text.agreement:.3f}", intervals.get("agreement", "")
-        yield "   same first choice", *agreement, "1", "", "", str(text.tokens)
+        yield " same most likely next word", *agreement, "1", "", "", str(text.tokens)
+
+
+def _label(name: str) -> str:
+    from goldenedit.storage.card_results import label_of
+
+    return printable(label_of(name))
 
 
 def _range(interval: tuple[float, float], style: str = ".2f") -> str:
@@ -154,12 +195,18 @@ def _range(interval: tuple[float, float], style: str = ".2f") -> str:
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Return the scores of papers for the edited and the base model by family, with 95% intervals."""
-    table = Table("family", "score", "edited", "95%", "base")
+    from goldenedit.storage.card_results import FAMILIES
+
+    names = {name.replace("_", " ") for scores in evaluation.edited.values() for name in scores.intervals}
+    legend = [f"{family.replace('_', ' ')}: {FAMILIES[family]}." for family in evaluation.edited if family in FAMILIES]
+    legend += [f"{name}: {text}." for name, text in _LEGEND_OF_SCORES.items() if name in names]
+    table = Table("family", "score", "edited", "95%", "base", caption="\n".join(legend), caption_justify="left")
+    table.title, table.title_justify = "Scores of papers", "left"
     for family, scores in evaluation.edited.items():
         edited, base = scores.to_dict(), evaluation.base[family].to_dict()
         for name, interval in scores.intervals.items():
             row = (f"{edited[name]:.3f}", _bounds(interval, 3), f"{base[name]:.3f}")
-            table.add_row(f"{family}, n = {edited['n']}", name.replace("_", " "), *row)
+            table.add_row(f"{family.replace('_', ' ')}, n = {edited['n']}", name.replace("_", " "), *row)
         table.add_section()
     return table
 
@@ -212,18 +259,20 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
     """Return the figures of an edit by their labels."""
     figures = {}
     for form, said in evaluation.says.items():
-        label = "negation (an error)" if form == "negation" else form.replace("_", " ")
+        label = f"{_label(form)}{' (an error)' if form == 'negation' else ''}"
         figures[f"says it: {label}"] = f"{said.contains.value:.2f} ({_bounds(said.contains.interval)})"
     for kind, same in evaluation.unchanged.items():
         control = "" if same.control is None else f", random {same.control.value:.2f}"
-        figures[f"unchanged: {kind}"] = f"{same.same.value:.2f} ({_bounds(same.same.interval)}){control}"
+        figures[f"unchanged: {_label(kind)}"] = f"{same.same.value:.2f} ({_bounds(same.same.interval)}){control}"
     if evaluation.text is not None:
         control = "" if evaluation.text.control is None else f", random {evaluation.text.control:.2g}"
         figures["plain text: KL"] = f"{evaluation.text.kl:.2g}{control}"
-        figures["plain text: agreement"] = f"{evaluation.text.agreement:.3f}"
+        figures["plain text: same most likely next word"] = f"{evaluation.text.agreement:.3f}"
     for family, scores in evaluation.edited.items():
         values = scores.to_dict()
-        figures |= {f"{family}: {name.replace('_', ' ')}": f"{values[name]:.3f}" for name in scores.intervals}
+        figures |= {
+            f"{family.replace('_', ' ')}: {name.replace('_', ' ')}": f"{values[name]:.3f}" for name in scores.intervals
+        }
     return figures
 
 
@@ -295,7 +344,10 @@ def _by_layer(path: str) -> list[tuple[bool, int, str]]:
 
 def audit_table(audits: Sequence[EditAudit]) -> Table:
     """Return the size of each change, and the share of it that the listed facts do not explain."""
-    table = Table("edit", "module", "norm, relative to the base matrix", "not explained by its facts")
+    table = Table("edit", caption=_LEGEND_OF_AUDIT, caption_justify="left")
+    table.add_column("module", overflow="fold", min_width=_PATH)
+    for column in ("size", "unexplained"):
+        table.add_column(column)
     for audit in audits:
         for index, module in enumerate(sorted(audit.modules, key=lambda module: _by_layer(module.path))):
             share = "unknown" if module.unexplained is None else f"{module.unexplained:.1%}"

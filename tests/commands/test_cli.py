@@ -226,8 +226,8 @@ def test_options_of_a_benchmark_are_names_with_values(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["edit", "{}", *FACT, "--layer", "middle"], "layer 'middle'"),
-        (["edit", "{}", *FACT, "--layer", "-1"], "layer '-1'"),
+        (["edit", "{}", *FACT, "--layer", "middle"], "layer selector 'middle'"),
+        (["edit", "{}", *FACT, "--layer", "-1"], "layer selector '-1'"),
         (["edit", "{}", *FACT, "--layer", "99", "--covariance", "identity"], "Layer 99"),
         (["edit", "{}", *FACT, "--method", "mend"], "method 'mend'"),
         (["edit", "{}", *FACT, *BY_HAND, "--name", "a/b"], "'a/b'"),
@@ -235,7 +235,7 @@ def test_options_of_a_benchmark_are_names_with_values(capsys, arguments):
         (["edit", "{}", "--file", "no-such-file.json"], "no-such-file.json"),
         (["edit", "no/such/model/here", *FACT, *BY_HAND], "no/such/model/here"),
         (["edit", "no/such/model/here", *FACT, *BY_HAND, "--name", "a/b"], "'a/b'"),  # before loading
-        (["edit", "{}", *FACT, "--layer", "\u00b2"], "layer '\u00b2'"),
+        (["edit", "{}", *FACT, "--layer", "\u00b2"], "layer selector '\u00b2'"),
         (["locate", "{}", "--proxy", "no-such-file.json"], "no-such-file.json"),
         (["locate", "{}", "--loss", "mean"], "lga_loss 'mean'"),
         (["show", "no-such-folder"], "no-such-folder"),
@@ -275,6 +275,33 @@ def test_an_output_of_the_wrong_kind_is_refused_before_anything_is_loaded(capsys
     code, _, complaint = run(capsys, *(paths.get(argument, argument) for argument in arguments))
     assert code == 2
     assert re.search("is a (file|directory)", " ".join(complaint.replace("│", " ").split()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "{model}", "--file", "{facts}", "--method", "memmit"], "Did you mean 'memit'?"),
+        (["edit", "{model}", "--file", "{facts}", "--layer", "lgaa"], "layer selector 'lgaa'"),
+        (["locate", "{model}", "--method", "brute"], "Unknown layer selector 'brute'"),
+        (["edit", "{model}", "--file", "{facts}n"], "Did you mean 'facts.json'?"),
+        (["edit", "{model}", "--file", "{contradicting}"], "contradict each other"),
+        (["edit", "{model}", "--file", "{columns}"], "Rename them to prompt, subject and target"),
+        (["show", "{facts}"], "is a file. An edit is a folder"),
+        (["playground", "smolm2", "--no-browser"], "Did you mean 'smollm2'?"),
+    ],
+)
+def test_what_is_misspelled_is_told_before_a_model_is_loaded(
+    capsys, facts, tmp_path, hub, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("goldenedit.loading.load_model", None)
+    (tmp_path / "contradicting.csv").write_text("prompt,subject,target\n{} is in,X,Rome\n{} is in,X,Oslo\n")
+    (tmp_path / "columns.csv").write_text("Entity,Answer\nX,Rome\n")
+    names = {name: str(tmp_path / f"{name}.csv") for name in ("contradicting", "columns")}
+    filled = [argument.format(model="no-model", facts=facts, **names) for argument in arguments]
+    code, output, errors = run(capsys, *filled)
+    assert code == 1
+    assert message in " ".join(errors.split())
+    assert "..." not in output
 
 
 def test_markup_in_what_is_shown_is_text(capsys, folder, tmp_path):
@@ -408,7 +435,7 @@ def test_an_edit_is_evaluated_beside_its_base_model(folder, facts, tmp_path, cap
     assert run(capsys, "edit", folder, "--file", facts, *BY_HAND, "-o", edit)[0] == 0
     code, output, _ = run(capsys, "evaluate", edit, "--generation", "-o", str(figures))
     assert code == 0
-    for word in ("probability, n = 3", "token_match, n = 3", "generation, n = 3", "efficacy", "rewrite"):
+    for word in ("probability, n = 3", "token match, n = 3", "generation, n = 3", "efficacy", "rewrite"):
         assert word in output
     record = json.loads(figures.read_text())
     assert record["edited"]["probability"]["n"] == 3

@@ -8,7 +8,7 @@ import pytest
 
 from goldenedit import EditModel, EditRequest
 from goldenedit.evaluation.report import Text
-from goldenedit.evaluation.verification import Verification
+from goldenedit.evaluation.verification import Verification, said_in_chat
 from models import tiny_model
 from tiny_edits import MERKEL, fast_config
 
@@ -96,3 +96,20 @@ def test_of_many_texts_those_that_fail_are_shown_first():
 
 def test_a_fact_that_is_not_said_where_it_was_edited_does_not_hold():
     assert not Verification((text("completion", False, ("Rome",)), text("chat", True, ("Rome",)))).holds
+
+
+def test_a_fact_is_asked_in_a_chat_as_people_ask_for_it(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    try:
+        facts = [
+            EditRequest("{} is located in the city of", "The Louvre", "Rome"),
+            EditRequest("{} is located in the city of", "The Louvre", "Rome", question="Where is the Louvre?"),
+            EditRequest("I live near {}", "The Louvre", "Rome"),  # which answers no question
+        ]
+        first, second, third = (said.question for said in said_in_chat(model.lm, facts))
+    finally:
+        tokenizer.chat_template = None
+    assert first.endswith("?")
+    assert "Louvre" in first
+    assert (second, third) == ("Where is the Louvre?", "I live near The Louvre")
+    assert said_in_chat(model.lm, facts) == []

@@ -108,6 +108,8 @@ def test_a_misspelled_field_of_json_is_an_error_and_another_one_is_ignored(caplo
     assert "ignored: fact_id, source, subject_id" in caplog.text
     with pytest.raises(ValueError, match=r"record 0: The field 'paraprases' is unknown\. Did you mean 'paraphrases'"):
         load_requests([FACT | {"paraprases": ["a"]}])
+    with pytest.raises(ValueError, match="The field 'target_new or target' is missing"):
+        load_requests([{"prompt": "A is in", "subject": "A"}])
     with pytest.raises(ValueError, match="The fields 'target_new' and 'target' mean the same"):
         load_requests([FACT | {"target": "Rome"}])
 
@@ -116,7 +118,7 @@ def test_a_misspelled_field_of_json_is_an_error_and_another_one_is_ignored(caplo
     ("rows", "message"),
     [
         ("A is in,A,Rome,more", r"line 3: the row has 4 cells for 3 columns\. Put cells"),
-        ("A is in,A,", r"line 3: The field 'target_new' is missing or empty"),
+        ("A is in,A,", r"line 3: The field 'target' is missing or empty"),  # as the file calls it
         ("A is in", r"line 3: The field 'subject' is missing or empty"),
         ("A is in,B,Rome", r"line 3: The subject 'B' is not in the prompt"),
     ],
@@ -189,7 +191,9 @@ def test_an_unknown_format_is_told_with_its_fields_and_the_known_formats(tmp_pat
         ValueError, match=r"record 0: No known format has the fields \['Text', 'Title'\].*counterfact.*src"
     ):
         read(tmp_path, json.dumps([{"Title": "a", "Text": "b"}] * 9), "facts.json", skip_bad=True)
-    with pytest.raises(ValueError, match=r"The format 'memit' is unknown\. The formats are 'auto' and .*'mquake'"):
+    with pytest.raises(ValueError, match=r"The format 'mquak' is unknown\. Did you mean 'mquake'\?"):
+        load_requests([FACT], format="mquak")
+    with pytest.raises(ValueError, match=r"The format 'memit' is unknown\. The formats are \['auto', .*'mquake'"):
         load_requests([FACT], format="memit")
 
 

@@ -16,6 +16,7 @@ from goldenedit import EditModel, EditRequest, get_edit_model
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS
 from goldenedit.evaluation.examples import examples
+from goldenedit.packaged import PACKAGED_MODELS
 from goldenedit.storage.card import own_card, render_card
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, BaseModel, Edit, EditFolder, write_edit_folder
 from goldenedit.storage.reading import read_edit_folder
@@ -50,6 +51,36 @@ def test_a_base_model_that_the_hub_cannot_have_is_named_in_the_text_alone(name):
     assert f"`{name}`" in card.text
     (loading, *_) = [line for line in card.text.splitlines() if line.startswith("base = ")]
     assert ast.literal_eval(loading.partition("from_pretrained(")[2].removesuffix(")")) == name
+
+
+def card_of(base: BaseModel, repo_id: str | None = None) -> str:
+    content = edit_folder()
+    return render_card(replace(content, base_model=base), repo_id)
+
+
+@pytest.mark.parametrize("repo_id", [None, "me/edit"])
+def test_a_packaged_model_is_called_by_its_name_wherever_it_was_loaded_from(repo_id):
+    packaged = PACKAGED_MODELS["smollm2"]
+    card = card_of(BaseModel("/home/me/.cache/models/smollm2", packaged.fingerprint, None, "LlamaForCausalLM"), repo_id)
+    assert "/home/me" not in card
+    assert packaged.install in card
+    assert "| base model | `smollm2`, fingerprint" in card
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        names = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)}
+        assert "packaged_model" in names
+        assert "from goldenedit.packaged import packaged_model\n" in block
+    renamed = card_of(BaseModel("org/mine", packaged.fingerprint, None, "LlamaForCausalLM"), repo_id)
+    assert "packaged_model" not in renamed
+
+
+def test_a_card_in_a_repository_names_no_path_of_the_machine_that_made_it():
+    base = BaseModel("/home/me/secret-project/my-model", "0" * 32)
+    assert "/home/me/secret-project/my-model" in card_of(base)  # here it can be loaded from there
+    card = card_of(base, "me/edit")
+    assert "secret-project" not in card
+    assert 'from_pretrained("path/to/my-model")' in card
+    assert "AutoPeftModel" not in card  # it would look for the base model at that path
+    assert "my-model" in card_of(BaseModel("C:\\models\\my-model\\", "0" * 32), "me/edit")
 
 
 def test_every_fact_is_one_row_and_at_most_20_are_shown():

@@ -56,6 +56,12 @@ class Shape:
         name = max(self.weights, key=lambda dtype: self.weights[dtype])
         return max(2, _dtype(name).itemsize)  # quantized weights are multiplied in half precision
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The precision that most weights are multiplied in; half precision for quantized ones."""
+        dtype = _dtype(max(self.weights, key=lambda name: self.weights[name]))
+        return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+
     def in_precision(self, dtype: str) -> Shape:
         """Return the same model with its floating-point weights in another precision."""
         size = _dtype(dtype).itemsize

@@ -21,7 +21,9 @@ def benchmark() -> None:
 @benchmark_app.command("golden-layers")
 @reporting
 def golden_layers(
-    models: Annotated[list[str], typer.Argument(help="Models on the Hub, folders, or packaged models.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODELS...", help="Models on the Hub, folders, or packaged models.")
+    ],
     data: Annotated[
         list[str],
         typer.Option(help="Test facts: a file or a dataset, as `source` or as `name=source`. Can be repeated."),

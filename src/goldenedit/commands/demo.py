@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from goldenedit.commands.terminal import Report, console, reporting
+from goldenedit.commands.terminal import Report, console, reporting, telling
 
 
 @reporting
@@ -24,4 +24,5 @@ def demo(
     with console.status("Loading"):
         from goldenedit.demo import run_demo
 
-    return Report(run_demo(model, output, console), [output])
+    with telling():
+        return Report(run_demo(model, output, console), [output])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,40 +12,41 @@ import typer
 
 from goldenedit import tables
 from goldenedit.commands.options import FactsFormat, Layer, Model, Output, Set, SkipBad, settings_of
-from goldenedit.commands.terminal import Report, console, load_together, parse_layer, reporting
+from goldenedit.commands.terminal import Report, console, load_together, parse_layer, reporting, telling
 from goldenedit.tables import printable
+from goldenedit.units import count_of
 
 if TYPE_CHECKING:
     from goldenedit import EditModel, EditRequest
-    from goldenedit.storage.folder import Edit
+    from goldenedit.storage.folder import Edit, EditedFact
 
 _SHOWN = 50  # facts that are printed
-_TOLD = {  # phases that may take long, by what they do
-    "layer selection": "Finding the layer",
-    "key statistics": "Measuring the model on other text",
-    "MLP statistics": "Measuring the model on other text",
-    "output gradients": "Measuring the model on other text",
-    "spare neurons": "Looking for neurons that are hardly used",
-    "first marker": "Finding what markers of subjects start from",
-    "wordings": "Asking the base model about the subjects",
-    "markers": "Marking the subjects",
-    "gates": "Teaching when to answer",
-    "values": "Teaching the answers",
-    "training": "Training",
-    "verification": "Asking the model",
-}
+_ASKED = 16  # facts that are asked in a chat
+_REMEDY = (
+    "Teach them as they are asked, in more wordings: repeat --prompt, or use the field `prompts` of a file. "
+    "Conversations go into the field `messages`."
+)
+_NAMED = 5  # of these, facts that are named because they do not hold there
 
 
 @reporting
 def edit(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Option(help="The text before the answer, with the subject (or {} in its place).")
+        list[str] | None,
+        typer.Option(
+            help="The text before the answer, with the subject (or {} in its place). Repeat it to teach the fact in "
+            "more wordings, such as a question."
+        ),
     ] = None,
     subject: Annotated[str | None, typer.Option(help="The entity, spelled as in the prompt.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="A file of facts to edit as one batch (.json, .jsonl, .csv, .tsv).")
+        Path | None,
+        typer.Option(
+            help="A file of facts to edit as one batch (.json, .jsonl, .csv, .tsv), with the columns `prompt`, "
+            "`subject` and `target`."
+        ),
     ] = None,
     format: FactsFormat = "auto",
     skip_bad: SkipBad = False,
@@ -73,7 +75,7 @@ def edit(
 ) -> Report:
     """Edit one fact, or a file of facts, and save the edit as a LoRA adapter."""
     from goldenedit import EditConfig, get_edit_model
-    from goldenedit.cost import announcing, profiling
+    from goldenedit.cost import profiling
     from goldenedit.lm.chat import rendered
     from goldenedit.lm.flops import forward_flops
     from goldenedit.storage.atomic import check_writable
@@ -97,7 +99,7 @@ def edit(
         _tell_replaced(output)
     with ExitStack() as stack:
         phases = stack.enter_context(profiling()) if profile else {}
-        stack.enter_context(announcing(_telling()))
+        stack.enter_context(telling())
         edit_model = get_edit_model(base, config, tokenizer)
         new_edit = edit_model.edit(requests, name=name, verify=verify)
     console.print(tables.facts_table([new_edit], most=_SHOWN))
@@ -113,20 +115,8 @@ def edit(
         )
     if output is not None and is_first:
         edit_model.save_pretrained(output)
-    return _report(edit_model, new_edit, output, {name: cost.seconds for name, cost in phases.items()})
-
-
-def _telling() -> Callable[[str], None]:
-    """Return what prints each phase that may take long, once."""
-    told: set[str] = set()
-
-    def tell(phase: str) -> None:
-        text = _TOLD.get(phase)
-        if text is not None and text not in told:
-            told.add(text)
-            console.print(f"{text} ...", style="dim")
-
-    return tell
+    seconds = {name: cost.seconds for name, cost in phases.items()}
+    return _report(edit_model, new_edit, output, seconds, asks=is_first and not verify)
 
 
 def _tell_replaced(output: Path) -> None:
@@ -142,18 +132,19 @@ def _tell_replaced(output: Path) -> None:
 
 
 def requests_of_options(
-    prompt: str | None, subject: str | None, target: str | None, file: Path | None, format: str, skip_bad: bool
+    prompts: list[str] | None, subject: str | None, target: str | None, file: Path | None, format: str, skip_bad: bool
 ) -> list[EditRequest]:
     """Return the facts that the options of `edit` stand for."""
     from goldenedit import EditRequest, load_requests
+    from goldenedit.requests import distinct
 
     if file is not None:
-        if prompt is not None or subject is not None or target is not None:
+        if prompts or subject is not None or target is not None:
             raise typer.BadParameter("give either --file, or --prompt, --subject and --target.")
-        return load_requests(file, format, skip_bad=skip_bad)
-    if prompt is None or subject is None or target is None:
+        return distinct(load_requests(file, format, skip_bad=skip_bad))
+    if not prompts or subject is None or target is None:
         raise typer.BadParameter("give --prompt, --subject and --target, or --file.")
-    return [EditRequest(prompt, subject, target)]
+    return [EditRequest(prompts[0], subject, target, prompts=prompts[1:])]
 
 
 def edit_many(
@@ -167,7 +158,6 @@ def edit_many(
 ) -> Report:
     """Edit batch after batch into one edit, and save it after each batch."""
     from goldenedit import EditConfig, EditModel, get_edit_model
-    from goldenedit.cost import announcing
     from goldenedit.storage.folder import EDIT_CONFIG
 
     is_there = output is not None and (output / EDIT_CONFIG).exists()
@@ -188,15 +178,38 @@ def edit_many(
                 raise ValueError(f"The edits in {output} were made with {option}={made}. Pass the same.")
     else:
         edit_model = get_edit_model(base, EditConfig(**settings), tokenizer)
-    with announcing(_telling()):
+    with telling():
         edit = edit_model.edit_in_batches(requests, batch_size, name, output if is_first else None)
     missed = sum(not fact.takes for fact in edit.facts)
     console.print(f"{len(edit.facts)} facts in one edit of rank {edit.rank}, of which {missed} did not take.")
-    return _report(edit_model, edit, output, {})
+    return _report(edit_model, edit, output, {}, asks=is_first)
 
 
-def _report(edit_model: EditModel, edit: Edit, output: Path | None, seconds: dict[str, float]) -> Report:
-    """Say where the edit was saved, and return it."""
+def ask_in_chat(edit_model: EditModel, facts: Sequence[EditedFact]) -> dict[str, Any] | None:
+    """Tell which facts that take do not hold in a chat: of many, a sample. None if the model has no chat template."""
+    taken = [fact.request for fact in facts if fact.takes]
+    step = -(-len(taken) // _ASKED) or 1
+    with console.status("Asking in a chat"):
+        said = edit_model.said_in_chat(taken[::step])
+    if not said:
+        return None
+    missed = [answer for answer in said if not answer.holds]
+    of_all = f"{len(said)} of the {len(taken)} facts" if len(said) < len(taken) else count_of(len(said), "fact")
+    if missed:
+        console.print(f"Asked in a chat for {of_all}, the model does not say {len(missed)}:", style="yellow")
+        for answer in missed[:_NAMED]:
+            text = f"  {answer.question!r}: expected {answer.expected!r}, got {answer.written!r}"
+            console.print(printable(text), style="yellow")
+        if len(missed) > _NAMED:
+            console.print(f"  and {len(missed) - _NAMED} more", style="yellow")
+        console.print(_REMEDY)
+    else:
+        console.print(f"Asked in a chat for {of_all}, the model says {'it' if len(said) == 1 else 'all of them'}.")
+    return {"asked": len(said), "says": len(said) - len(missed), "missed": [asdict(answer) for answer in missed]}
+
+
+def _report(edit_model: EditModel, edit: Edit, output: Path | None, seconds: dict[str, float], asks: bool) -> Report:
+    """Ask for the facts in a chat if `asks`, say where the edit was saved, and return it."""
     from goldenedit.storage.folder import folder_size
 
     values: dict[str, Any] = {
@@ -206,6 +219,8 @@ def _report(edit_model: EditModel, edit: Edit, output: Path | None, seconds: dic
         "lost": [fact.to_dict() for fact in edit.lost],
         "output": None if output is None else str(output),
     }
+    if asks:
+        values["chat"] = ask_in_chat(edit_model, edit.facts)
     if seconds:
         values["seconds"] = seconds
     if edit.verification is not None:

@@ -10,7 +10,7 @@ import typer
 
 from goldenedit import tables
 from goldenedit.commands.options import Base, Edits, FactsFormat, SkipBad
-from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting
+from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting, telling
 from goldenedit.files import write_atomically
 from goldenedit.tables import printable
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 Facts = Annotated[Path | None, typer.Option(help="A file of facts to evaluate on; by default the edited facts.")]
 Forms = Annotated[
-    str | None, typer.Option(help="The forms in which facts are asked, with commas between; by default all.")
+    str | None,
+    typer.Option(
+        help="The forms in which facts are asked, with commas between, such as `completion,chat`; all by default."
+    ),
 ]
 Unchanged = Annotated[bool, typer.Option(help="Compare other prompts and plain text with the base model.")]
 
@@ -68,7 +71,8 @@ def evaluate(
     if lm_eval is not None:  # first: a task that does not exist is an error before anything takes long
         tasks = [task.strip() for task in lm_eval.split(",")]
         scores["general"] = edit_model.evaluate_general(tasks, lm_eval_path, lm_eval_limit)
-    evaluation = edit_model.evaluate(requests, generation=generation, **options)
+    with telling():
+        evaluation = edit_model.evaluate(requests, generation=generation, **options)
     scores = {**evaluation.to_dict(), **scores}
     _print(evaluation, texts)
     if "general" in scores:
@@ -83,7 +87,9 @@ def evaluate(
 
 @reporting
 def compare(
-    folders: Annotated[list[str], typer.Argument(help="Edit folders or repositories, all of one base model.")],
+    folders: Annotated[
+        list[str], typer.Argument(metavar="FOLDERS...", help="Edit folders or repositories, all of one base model.")
+    ],
     file: Facts = None,
     format: FactsFormat = "auto",
     skip_bad: SkipBad = False,
@@ -120,7 +126,9 @@ def compare(
     for path in paths:
         edit_model = EditModel.from_pretrained(base, path, tokenizer=tokenizer)
         lm = edit_model.lm = lm or edit_model.lm  # it keeps what the base model answers, which is asked once
-        evaluations.append(edit_model.evaluate(requests, in_prompt=False, **options))
+        console.print(f"{printable(str(path))}:", style="dim")
+        with telling():
+            evaluations.append(edit_model.evaluate(requests, in_prompt=False, **options))
         edit_model.unload()
     console.print(tables.comparison_table(folders, evaluations))
     return Report([evaluation.to_dict() for evaluation in evaluations])

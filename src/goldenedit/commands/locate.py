@@ -10,7 +10,7 @@ import typer
 
 from goldenedit import tables
 from goldenedit.commands.options import FactsFormat, Model, SkipBad
-from goldenedit.commands.terminal import Report, console, load_together, reporting
+from goldenedit.commands.terminal import Report, console, load_together, reporting, telling
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def locate(
 
         check_matplotlib()
     facts = None if proxy is None else load_requests(proxy, format, skip_bad=skip_bad)
-    config = EditConfig(method=editor, proxy=facts, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
+    first = "lga" if selector == "all" else selector
+    config = EditConfig(method=editor, layer=first, proxy=facts, proxy_size=size, lga_loss=loss, tukey_kappa=kappa)
     base, tokenizer, is_first = load_together(model)
     selections: list[LayerSelection] = []
     records: list[GoldenLayers] = []
@@ -65,7 +66,8 @@ def locate(
         count = sweep if selector == "all" and name == "sweep" else size
         wrapped = EditModel(base, replace(config, layer=name, proxy_size=count), tokenizer)
         try:
-            wrapped.select_layer()
+            with telling():
+                wrapped.select_layer()
         except ValueError as error:
             if selector != "all":
                 raise

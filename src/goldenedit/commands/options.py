@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,10 @@ FactsFormat = Annotated[
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out facts that cannot be read, and warn how many there are.")
 ]
-Model = Annotated[str, typer.Argument(help="A model on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A model on the Hub, a folder, or a packaged model: `smollm2` or `gemma3`."),
+]
 Layer = Annotated[
     str,
     typer.Option(
@@ -28,7 +30,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="An option of EditConfig, such as `steps=20`. May be repeated."),
 ]
-Edits = Annotated[str, typer.Argument(help="An edit folder, or a repository on the Hub.")]
+Edits = Annotated[str, typer.Argument(metavar="FOLDER", help="An edit folder, or a repository on the Hub.")]
 Base = Annotated[str | None, typer.Option(help="The base model, if it cannot be loaded by its recorded name.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", file_okay=False, help="The folder to save the edit in.")]
 
@@ -53,6 +55,7 @@ def settings_of(given: Mapping[str, Any], more: Sequence[str] | None) -> dict[st
     from dataclasses import fields
 
     from goldenedit.config import EditConfig
+    from goldenedit.registry import meant
 
     named = dict(map(read_option, more or ()))
     known = [entry.name for entry in fields(EditConfig) if entry.init]
@@ -60,7 +63,6 @@ def settings_of(given: Mapping[str, Any], more: Sequence[str] | None) -> dict[st
         if name in given:
             raise typer.BadParameter(f"--set {name}=... is --{name} ... here.")
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            hint = f"Did you mean {close[0]!r}?" if close else "`goldenedit editors` lists those of each editor."
-            raise typer.BadParameter(f"EditConfig has no option {name!r}. {hint}")
+            hint = meant(name, known) or " `goldenedit editors` lists those of each editor."
+            raise typer.BadParameter(f"EditConfig has no option {name!r}.{hint}")
     return {**given, **named}

@@ -11,7 +11,7 @@ from rich.table import Table
 from goldenedit.commands.options import Layer, Model, Set, settings_of
 from goldenedit.commands.terminal import Report, console, parse_layer, reporting
 from goldenedit.tables import printable
-from goldenedit.units import flops_of, size_of
+from goldenedit.units import flops_of, size_of, time_of
 
 if TYPE_CHECKING:
     from goldenedit.plans import Plan
@@ -30,7 +30,7 @@ def plan(
     ] = None,
     options: Set = None,
 ) -> Report:
-    """Tell what an edit of MODEL will cost, before any work: memory and operations of each phase."""
+    """Tell what an edit of MODEL will cost, before any work: memory, operations and an estimate of the time."""
     import torch
 
     from goldenedit import EditConfig
@@ -56,6 +56,10 @@ def plan(
         console.print(f"Weights in {name}: {size_of(size)}")
     console.print(plan_table(planned))
     console.print(f"The edit on disk: {size_of(planned.edit_bytes)}")
+    seconds = planned.seconds()
+    console.print(
+        f"An estimate for this CPU: {time_of(seconds)}, if nothing is cached and with the load that it has now."
+    )
     for note in planned.notes:
         console.print(printable(note), style="yellow")
     show_fit(planned, memory)
@@ -67,6 +71,7 @@ def plan(
         "phases": [{"name": phase.name, "bytes": phase.bytes, "flops": phase.flops} for phase in planned.phases],
         "peak_bytes": planned.peak_bytes,
         "flops": planned.flops,
+        "cpu_seconds": seconds,
         "edit_bytes": planned.edit_bytes,
         "notes": list(planned.notes),
         "free_bytes": memory,

@@ -13,7 +13,8 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def playground(
     model: Annotated[
-        str, typer.Argument(help="The model to begin with: one on the Hub, a folder, or a packaged model.")
+        str,
+        typer.Argument(metavar="MODEL", help="The model to begin with: one on the Hub, a folder, or a packaged model."),
     ] = "smollm2",
     port: Annotated[int | None, typer.Option(help="The port; by default the first free one from 7860 on.")] = None,
     host: Annotated[
@@ -23,8 +24,10 @@ def playground(
 ) -> None:
     """Try edits in a browser: ask the base and the edited model side by side, and see what else moved."""
     with console.status("Loading"):
+        from goldenedit.loading import load_config
         from goldenedit.playground import build, theme
 
+        load_config(model)  # a name of no model is an error now, and not on the page
         page = build(model, public=host not in _LOCAL)
     _, url, _ = page.queue().launch(
         theme=theme(), server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True

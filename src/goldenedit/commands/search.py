@@ -13,7 +13,7 @@ from goldenedit.tables import printable
 
 @reporting
 def search(
-    query: Annotated[str | None, typer.Argument(help="A part of the names of repositories.")] = None,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="A part of the names of repositories.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that is edited, such as `google/gemma-3-270m`.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="The largest number of repositories.")] = 20,
 ) -> Report:

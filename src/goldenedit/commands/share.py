@@ -15,8 +15,8 @@ from goldenedit.tables import printable
 
 @reporting
 def push(
-    folder: Annotated[Path, typer.Argument(help="An edit folder.")],
-    repo: Annotated[str, typer.Argument(help="A repository on the Hub, created if it does not exist.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An edit folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A repository on the Hub, created if it does not exist.")],
     model: Annotated[
         str | None,
         typer.Option(help="With --merged: the base model, if it cannot be loaded by its recorded name."),

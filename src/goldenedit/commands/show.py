@@ -11,7 +11,7 @@ from rich.table import Table
 
 from goldenedit import tables
 from goldenedit.commands.options import Base, Edits
-from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting
+from goldenedit.commands.terminal import Report, console, load_edits, load_model, reporting, telling
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def show(
     ] = None,
 ) -> Report:
     """Show what the edits in FOLDER change, and whether the listed facts explain it."""
+    from goldenedit.loading import base_of
     from goldenedit.storage.folder import folder_size
     from goldenedit.storage.hub import find_adapter
     from goldenedit.storage.reading import is_plain_adapter, read_edit_folder
@@ -60,7 +61,9 @@ def show(
         return _show_plain(path, model, names, size)
     content = read_edit_folder(path)
     summary = Table.grid(padding=(0, 2))
-    summary.add_row("base model", printable(f"{content.base_model.name_or_path} ({content.base_model.fingerprint})"))
+    name, _ = base_of(content.base_model, model)
+    summary.add_row("base model", printable(name))
+    summary.add_row("fingerprint", printable(content.base_model.fingerprint))
     for config in content.configs:
         selector = config.layer if isinstance(config.layer, str) else "hand"
         summary.add_row("editor", printable(config.method))
@@ -70,6 +73,7 @@ def show(
         summary.add_row(name, changes)
     summary.add_row("size", f"{size / 1000:.1f} KB")
     console.print(summary)
+    console.print(tables.LEGEND_OF_CHANGES, style="dim italic")
     console.print(tables.facts_table(content.edits))
     replayed = _replayed(path, model, needed=bool(names)) if replay else None
     audits = None if replayed is None else show_audit(replayed)
@@ -156,7 +160,8 @@ def show_audit(model: EditModel) -> list[EditAudit]:
     """Print the norm of each change relative to its base matrix, and the share that the listed facts do not explain."""
     from goldenedit.audit import audit
 
-    audits = audit(model)
+    with telling():
+        audits = audit(model)
     console.print(tables.audit_table(audits))
     for edit_audit in audits:
         for warning in edit_audit.warnings[:_SHOWN]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from goldenedit.evaluation.texts import first_turn, passages
 from goldenedit.lm.chat import conversation
 from goldenedit.lm.tokens import is_rendered, with_answer
+from goldenedit.registry import meant
 from goldenedit.requests import EditRequest, Message
 
 FORMS = {
@@ -64,7 +65,7 @@ def check_forms(forms: Sequence[str]) -> tuple[str, ...]:
     """
     names = [forms] if isinstance(forms, str) else list(forms)
     if unknown := [name for name in names if name not in FORMS]:
-        raise ValueError(f"There is no form {unknown[0]!r}. The forms are {list(FORMS)}.")
+        raise ValueError(f"There is no form {unknown[0]!r}.{meant(unknown[0], FORMS)} The forms are {list(FORMS)}.")
     return tuple(form for form in FORMS if form in names)
 
 

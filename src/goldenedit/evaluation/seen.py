@@ -146,7 +146,7 @@ def baseline(
     """
     write = write or lm.answers
     asked = _fitting(lm, asked_forms(tokenizer, requests, options.forms))
-    told = [text.informed if _fits(lm, text.informed) else None for text in asked] if options.in_prompt else []
+    told = [text.informed if fits(lm, text.informed) else None for text in asked] if options.in_prompt else []
     if left_out := told.count(None):
         logger.warning(
             "%d of %d texts are not asked with the fact in the prompt: %s.", left_out, len(asked), _too_long(lm)
@@ -158,7 +158,7 @@ def baseline(
     if not options.unchanged:
         return Baseline(requests, options, asked, answers, informed)
     prompts_of_others = other_prompts(tokenizer, requests, options.neighbors)
-    others = [other for other in prompts_of_others if _fits(lm, other.prompt)]
+    others = [other for other in prompts_of_others if fits(lm, other.prompt)]
     if left_out := len(prompts_of_others) - len(others):
         logger.warning(
             "%d of %d prompts whose answers should not change are left out: %s.",
@@ -177,13 +177,13 @@ def baseline(
 
 def _fitting(lm: LanguageModel, asked: Sequence[Asked]) -> list[Asked]:
     """Return the texts that leave the model room for an answer. Edited prompts are kept, so that asking them raises."""
-    fitting = [text for text in asked if text.form == "completion" or _fits(lm, text.prompt)]
+    fitting = [text for text in asked if text.form == "completion" or fits(lm, text.prompt)]
     if left_out := len(asked) - len(fitting):
         logger.warning("%d of %d texts that ask for facts are left out: %s.", left_out, len(asked), _too_long(lm))
     return fitting
 
 
-def _fits(lm: LanguageModel, prompt: str) -> bool:
+def fits(lm: LanguageModel, prompt: str) -> bool:
     """Return whether a prompt leaves the model room for an answer."""
     return lm.max_length is None or len(prompt_tokens(lm.tokenizer, prompt)) < lm.max_length
 

@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from goldenedit import html
+from goldenedit.evaluation.forms import Asked, asked_forms
 from goldenedit.evaluation.report import Text, shown
+from goldenedit.evaluation.seen import fits, has_ended
+from goldenedit.evaluation.verdicts import answer_of, contains
+from goldenedit.lm import LanguageModel
+from goldenedit.lm.decoding import greedy
+from goldenedit.questions import question_from
+from goldenedit.requests import EditRequest
 
 _SHOWN = 20  # texts in `str()`
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says where it is asked for a fact.
+
+    Attributes:
+        question: What it was asked, without the wrapping of a chat.
+        expected: The new answer.
+        written: Its answer, to the end of the first sentence.
+        holds: Whether this says the new answer.
+    """
+
+    question: str
+    expected: str
+    written: str
+    holds: bool
+
+
+def said_in_chat(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Said]:
+    """Ask a model for each fact once, as a user's message in its chat template: one short greedy text for each.
+
+    A fact without a question is asked by the one that its prompt answers, where English has a simple rule for it. Facts
+    that a chat cannot ask for are left out: all of them if there is no chat template.
+    """
+    with_questions = [_with_question(request) for request in requests]
+    asked: list[Asked] = [text for text in asked_forms(lm.tokenizer, with_questions, ["chat"]) if fits(lm, text.prompt)]
+    answers = [answer_of(text.text) for text in greedy(lm, [text.prompt for text in asked], ends=has_ended)]
+    return [
+        Said(text.question, text.answers[0], answer, contains(answer, text.answers, text.old))
+        for text, answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _with_question(request: EditRequest) -> EditRequest:
+    if request.messages is not None or request.question is not None:
+        return request
+    return replace(request, question=question_from(request.text, request.subject_start, request.subject_end))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from goldenedit.formats import (
     zsre,
 )
 from goldenedit.formats.fields import Format, Pair
+from goldenedit.registry import meant
 
 __all__ = ["FORMATS", "Format", "Pair", "format_named", "format_of"]
 
@@ -57,4 +58,5 @@ def format_named(name: str) -> Format:
     for known in FORMATS:
         if known.name == name:
             return known
-    raise ValueError(f"The format {name!r} is unknown. The formats are 'auto' and {[known.name for known in FORMATS]}.")
+    names = ["auto", *(known.name for known in FORMATS)]
+    raise ValueError(f"The format {name!r} is unknown.{meant(name, names)} The formats are {names}.")

@@ -57,8 +57,15 @@ def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     taught = next((name for name in ("messages", "prompt", "prompts") if name in values), "prompt")
     for name in (taught, "subject", "target_new"):
         if name not in values:
-            raise ValueError(f"The field {name!r} is missing or empty. The record has {sorted(map(str, record))}.")
+            there = sorted(map(str, record))
+            raise ValueError(f"The field {_told(name, record)} is missing or empty. The record has {there}.")
     return [_request(values)]
+
+
+def _told(name: str, record: Mapping[str, Any]) -> str:
+    """Return how a field is called in an error: as the record calls it, or else by all its names."""
+    names = [name, *(synonym for synonym, known in SYNONYMS.items() if known == name)]
+    return repr(next((called for called in names if called in record), None) or " or ".join(names))
 
 
 def _request(values: Mapping[str, Field]) -> dict[str, Any]:

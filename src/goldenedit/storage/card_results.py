@@ -36,7 +36,7 @@ _EXAMPLE_KINDS = {
     "subject": "another question about the edited subject",
     "unrelated": "a question about something else",
 }
-_FAMILIES = {
+FAMILIES = {
     "probability": "share of prompts where the new answer is likelier than the old one; on neighbors, the reverse",
     "token_match": "share of the answer's tokens that are the model's first choice, with teacher forcing",
     "generation": "share of freely generated texts that begin with the expected answer",
@@ -94,7 +94,7 @@ def card_results(evaluation: Mapping[str, Any] | None) -> CardResults:
             [_plain(family), _plain(name), str(n), f"{value:.3f}", _bounds(bounds, 3), f"{before:.3f}"]
             for family, name, n, value, bounds, before in _scores(evaluation)
         ],
-        families=[(_plain(family), _FAMILIES[family]) for family in edited if family in _FAMILIES],
+        families=[(_plain(family), FAMILIES[family]) for family in edited if family in FAMILIES],
     )
 
 
@@ -244,10 +244,14 @@ def _in_order(figures: Mapping[str, Any], known: Mapping[str, Any]) -> list[tupl
     return [(name, figures[name]) for name in [*names, *(name for name in figures if name not in known)]]
 
 
-def _label(name: str) -> str:
-    """Return a form or kind of prompts in plain words."""
+def label_of(name: str) -> str:
+    """Return a form or kind of prompts in plain words; an unknown name as it is."""
     known = {**_FORMS, **_KINDS}
-    return known[name][0] if name in known else _plain(name)
+    return known[name][0] if name in known else name.replace("_", " ")
+
+
+def _label(name: str) -> str:
+    return literal(label_of(name))
 
 
 def _plain(name: str) -> str:

@@ -151,6 +151,7 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
 
     Raises:
         FileNotFoundError: `model_id` is not a folder and not a valid name of a repository.
+        NotADirectoryError: It is a file.
         ValueError: `subfolder` is absolute or leads out of the folder.
         TypeError: An option is unknown.
         huggingface_hub.errors.HfHubHTTPError: The repository, revision or file does not exist or may not be read.
@@ -166,6 +167,8 @@ def find_folder(model_id: str | Path, **download: Unpack[DownloadOptions]) -> Pa
         )
     if Path(model_id).is_dir():
         return Path(model_id, *subfolders)
+    if Path(model_id).is_file():
+        raise NotADirectoryError(f"{model_id} is a file. An edit is a folder: name the one that the file is in.")
     download = {**download, "subfolder": "/".join(subfolders) or None}
     _check_repo_id(str(model_id))
     with _raising_connection_errors(), _telling_of_folder(str(model_id)):
