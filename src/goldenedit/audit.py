@@ -160,10 +160,8 @@ def _unexplained_shares(
     try:
         if not _can_be_repeated(model, edit, config):
             return {}
-        with (
-            phase("audit"),
-            _only(model, previous),
-        ):  # as when the edit was made: rewritten neurons change keys of their own layer
+        # As when the edit was made: rewritten neurons change keys of their own layer.
+        with phase("audit"), _only(model, previous):
             if layers:
                 return unexplained_neurons(model, edit, config, previous, layers)
             rows = _rows(model, edit, config, previous)

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 _LEGEND = (
     "Shares from 0.00 (none) to 1.00 (all), of n facts or of n prompts. 95%: their interval. base: the unedited model; "
     "told: the same with the fact in its prompt; random: a random change of the same size. KL: how far the "
-    "probabilities of the next word are from the unedited model's, in nats; 0 is no difference, above 0.05 the model "
-    "writes differently."
+    "probabilities of the next word are from the unedited model's, in nats; 0 is no difference."
 )
 _LEGEND_OF_NEGATION = 'With "not", saying the new answer is an error; base: the share that says the old one.'
 _LEGEND_OF_COMPARISON = (
