@@ -172,23 +172,26 @@ def test_a_budget_for_nothing_is_refused(model, zsre, tmp_path):
 GOOD = EditRequest("Paris is in", "Paris", "Rome", locality=(("Berlin is", "a city"),))
 
 
-def test_facts_are_usable_where_scores_say_something_of_them(model, monkeypatch):
+def test_facts_that_fit_are_usable_and_known_ones_where_answers_are_compared(model, monkeypatch):
     silent = EditRequest("Rome is in", "Rome", "Paris", neighborhood=("Paris is in",))
     unreadable = EditRequest("Berlin is in" + 150 * " the city", "Berlin", "Paris", locality=GOOD.locality)
     unknown = EditRequest("Rome is a", "Rome", "fox", "city", paraphrases=("Rome, a",), neighborhood=("Paris is a",))
     twice = EditRequest("Paris is in", "Paris", "Berlin", locality=GOOD.locality)
     monkeypatch.setattr(golden_layers, "known_facts", lambda lm, requests: [])
-    assert usable_facts(model, [GOOD, silent, unreadable, unknown, twice], 9) == [GOOD]
+    assert usable_facts(model, [GOOD, silent, unreadable, unknown, twice], 9) == [GOOD, silent]
     monkeypatch.setattr(golden_layers, "known_facts", lambda lm, requests: range(len(requests)))
     monkeypatch.setattr(golden_layers, "_BLOCK", 2)
-    assert usable_facts(model, [unknown, silent, GOOD, twice], 9) == [unknown, GOOD]
+    assert usable_facts(model, [unknown, silent, GOOD, twice], 9) == [unknown, silent, GOOD]
     assert usable_facts(model, [unknown, GOOD], 1) == [unknown]
 
 
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"prompt": "Paris is in", "subject": "Paris", "target_new": "Rome"}], "No fact of 'zsre' can be used"),
+        (
+            [{"prompt": "Paris is in" + 150 * " the city", "subject": "Paris", "target_new": "Rome"}],
+            "No fact of 'zsre' can be used",
+        ),
         (
             [
                 GOOD.to_dict(),

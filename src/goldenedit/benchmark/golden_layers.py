@@ -27,7 +27,6 @@ from goldenedit.cost import Cost, measuring
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.layer_scores import golden_layer, score_tensor
 from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, proxy_set, sweep
-from goldenedit.layer_selection.brute_force import tells_locality
 from goldenedit.layer_selection.cells import Cell
 from goldenedit.layer_selection.lga import gradient_products
 from goldenedit.layer_selection.published import published_depth
@@ -194,8 +193,8 @@ def measure_model(
     for dataset, tests in splits.items():
         if not tests:
             raise ValueError(
-                f"No fact of {dataset!r} can be used. Facts need locality, or paraphrases, neighbors and an old answer "
-                "that the model prefers."
+                f"No fact of {dataset!r} can be used: none fits into the model's context, or, where there are "
+                "neighbors, the model prefers none of the old answers."
             )
         if len({is_comparable(fact) for fact in tests}) > 1:
             raise ValueError(
@@ -211,8 +210,8 @@ def measure_model(
 def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
     """Return the first `count` facts that can be scored, each prompt once.
 
-    Such facts can be tokenized and have prompts whose answers must stay. If new and old answer are compared on
-    neighbors, the model must prefer the old one (see `known_facts`).
+    Such facts can be tokenized. If new and old answer are compared on neighbors, the model must prefer the old one
+    (see `known_facts`).
     """
     usable: list[EditRequest] = []
     seen: set[tuple[str, str]] = set()
@@ -220,7 +219,7 @@ def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) 
         fitting = []
         for request in requests[start : start + _BLOCK]:
             prompt = (request.text, request.subject)
-            if prompt not in seen and tells_locality(request) and _fits(model, request):
+            if prompt not in seen and _fits(model, request):
                 fitting.append(request)
             seen.add(prompt)
         compared = [request for request in fitting if is_comparable(request)]
