@@ -99,6 +99,7 @@ class LayerSelection:
         forward_equivalents: Number of plain forwards with the same cost in operations, per fact with its new answer.
         by_fact: Scores of each fact, whose sum is the score of a layer; None if the selector gives none.
         plateau: Layers that are within the noise, as somebody shared them; None if they are not known.
+        kappa: `EditConfig.tukey_kappa`, with which the layers were selected.
     """
 
     selector: str
@@ -109,54 +110,52 @@ class LayerSelection:
     forward_equivalents: float = 0.0
     by_fact: list[list[float | None]] | None = field(default=None, repr=False, compare=False)
     plateau: list[int] | None = None
+    kappa: float = field(default=1.0, repr=False, compare=False)
 
     def score_tensor(self) -> Tensor:
         """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
         return score_tensor(self.scores)
 
-    def golden(self, kappa: float = 1.0) -> int | None:
+    def golden(self, kappa: float | None = None) -> int | None:
         """Return the layer with the highest score that may be chosen; None without finite scores.
 
         Editors that work at several layers place them by it (`EditConfig.layer_pattern`).
 
         Args:
-            kappa: `EditConfig.tukey_kappa`, with which the layers were selected.
+            kappa: `EditConfig.tukey_kappa`; by default the one with which the layers were selected.
         """
         scores = self.score_tensor()
         return golden_layer(scores, self._fence(kappa)) if scores.isfinite().any() else None
 
-    def within_fence(self, kappa: float) -> Tensor:
+    def within_fence(self, kappa: float | None = None) -> Tensor:
         """Return which layers may be chosen: for LGA those that pass the Tukey filter, else those with a score."""
         return tukey_filter(self.score_tensor(), self._fence(kappa))
 
-    def _fence(self, kappa: float) -> float:
+    def _fence(self, kappa: float | None) -> float:
         """Return the width of the fence of this selector; infinity if it has none."""
-        record = SELECTORS.find(self.selector)
+        record, kappa = SELECTORS.find(self.selector), self.kappa if kappa is None else kappa
         return kappa if record is not None and record.fence else math.inf
 
-    def within_noise(self, kappa: float = 1.0) -> list[int] | None:
+    def within_noise(self) -> list[int] | None:
         """Return the layers that other facts of the same kind might have chosen; None if it is not known.
 
         The golden layer is chosen again on facts that are drawn with replacement, 1,000 times. Layers that are chosen
         in at least 5% of these draws are within the noise.
-
-        Args:
-            kappa: `EditConfig.tukey_kappa`.
         """
         if self.by_fact is None:
             return self.plateau
         by_fact = torch.stack([score_tensor(of_fact) for of_fact in self.by_fact])
         generator = torch.Generator().manual_seed(0)
         draws = torch.randint(len(by_fact), (_DRAWS, len(by_fact)), generator=generator)
-        fence = self._fence(kappa)
+        fence = self._fence(None)
         chosen = Counter(golden_layer(by_fact[draw].sum(0), fence) for draw in draws)
-        golden = self.golden(kappa)
+        golden = self.golden()
         return sorted(layer for layer, count in chosen.items() if count >= _RARE * _DRAWS or layer == golden)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the selection as JSON values, without the scores of each fact."""
+        """Return the selection as JSON values, without the scores of each fact and `kappa`."""
         values = asdict(self)
-        del values["by_fact"]
+        del values["by_fact"], values["kappa"]
         return values
 
     def __str__(self) -> str:
@@ -184,7 +183,7 @@ class LayerSelection:
         scores = self.score_tensor()
         low, high = 0.0, 1.0
         if (golden := self.golden()) is not None:  # outliers would make all other bars short
-            inside = scores[self.within_fence(1.0) & scores.isfinite()]
+            inside = scores[self.within_fence() & scores.isfinite()]
             low, high = min(0.0, inside.min().item()), inside.max().item()
         emphasized = self.layers if golden is None or len(self.layers) < 2 else [*self.layers, golden]
         rows = [

@@ -63,12 +63,13 @@ def plot_golden_layers(summary: Mapping[str, Any], dataset: str, path: str | Pat
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        ValueError: What a user sees was not measured on the dataset.
     """
     seen = [one for one in summary["seen"] if one["dataset"] == dataset and "kl" in one]
-    figure = _figure(9, 3.2 * max(1, len(seen)))
-    for row, (of_editor, pair) in enumerate(
-        zip(seen, figure.subplots(max(1, len(seen)), 2, squeeze=False), strict=True)
-    ):
+    if not seen:
+        raise ValueError(f"The summary has nothing of what a user sees on {dataset!r}. Measure it first.")
+    figure = _figure(9, 3.2 * len(seen))
+    for row, (of_editor, pair) in enumerate(zip(seen, figure.subplots(len(seen), 2, squeeze=False), strict=True)):
         method, layers = of_editor["method"], of_editor["layers"]
         curve = next(
             one

@@ -216,7 +216,7 @@ class SharingMixin:
             seconds=selection.cost.seconds,
             forward_equivalents=selection.forward_equivalents,
             versions=library_versions(),
-            plateau=selection.within_noise(self.edit_config.tukey_kappa),
+            plateau=selection.within_noise(),
             signs=base_info.signs,
             dtype=base_info.dtype,
         )

@@ -83,8 +83,8 @@ def test_what_is_lost_is_relative_to_the_best_layer_on_the_same_facts():
 
 def test_each_fact_at_the_layer_that_is_best_for_the_others_has_no_luck():
     """The better layer of either fact is the worse one of the other: luck is all there is."""
-    assert curve([0.4, 0.4], [0.5, 0.3], [0.2, 0.8]).held_out()[0] == pytest.approx(1 - 0.25 / 0.5)
-    assert curve([0.1, 0.1, 0.2], [0.9, 0.8, 0.9]).held_out()[0] == 0
+    assert curve([0.4, 0.4], [0.5, 0.3], [0.2, 0.8]).held_out[0] == pytest.approx(1 - 0.25 / 0.5)
+    assert curve([0.1, 0.1, 0.2], [0.9, 0.8, 0.9]).held_out[0] == 0
 
 
 def test_each_fact_at_its_best_layer():
@@ -95,8 +95,20 @@ def test_a_layer_for_each_fact_is_judged_by_what_did_not_choose_it():
     by = curve([0.9, 0.1], [0.1, 0.9])  # the first layer for the first fact, the second for the second
     same = curve([0.6, 0.2], [0.2, 0.6])
     other = curve([0.2, 0.6], [0.6, 0.2])
-    assert same.chosen_by(by)[0] == pytest.approx(1 - 0.6 / 0.4)  # a gain
+    assert same.chosen_by(by)[0] == pytest.approx(1 - 0.6 / 0.4)  # a gain over the first layer, which is as good as any
     assert other.chosen_by(by)[0] == pytest.approx(1 - 0.2 / 0.4)
+
+
+def test_of_equally_good_layers_a_fact_has_the_one_that_is_best_for_all():
+    by = curve([0.5, 0.0, 0.0], [0.5, 0.9, 0.9])
+    judged = curve([0.0, 0.5, 0.5], [0.5, 0.5, 0.5])
+    assert judged.chosen_by(by)[0] == 0
+
+
+def test_where_nothing_is_right_nothing_is_lost():
+    found = curve([0.0, 0.0], [0.0, 0.0])
+    assert found.lost_at(1) == (0.0, (0.0, 0.0))
+    assert found.held_out == (0.0, (0.0, 0.0))
 
 
 def test_the_plateau_has_the_layers_that_other_facts_could_make_the_best():

@@ -86,7 +86,13 @@ def test_everything_is_measured_and_facts_of_selectors_are_not_those_of_the_test
         assert curve.cost.flops > 0
         assert all(outcome.sight is not None for outcomes in curve.outcomes.values() for outcome in outcomes)
     names = {choice.name for choice in found.choices if choice.proxy == PACKAGED}
-    assert {"lga sequence", "lga answer, no filter", "lga sequence, cosine", "auto", "causal_tracing"} <= names
+    assert {
+        "lga sequence",
+        "lga answer, no filter",
+        "lga sequence, down projection, cosine",
+        "auto",
+        "causal_tracing",
+    } <= names
     assert "published" not in names  # nothing is, for this model
     own = seen["lga", "sequence", True]
     assert [fact.subject for fact in own] == ["Rome", "the brown fox"]
@@ -95,9 +101,9 @@ def test_everything_is_measured_and_facts_of_selectors_are_not_those_of_the_test
 
 def test_selectors_of_an_editor_are_tested_on_its_edits(model, zsre, tmp_path):
     found = measure_model(model, "tiny", setting(zsre), tmp_path / "out")
-    (auto,) = (choice for choice in found.choices if choice.name == "auto" and choice.proxy == PACKAGED)
+    autos = [choice.methods for choice in found.choices if choice.name == "auto" and choice.proxy == PACKAGED]
     depths = {choice.methods: choice.selection.layers for choice in found.choices if choice.name == "published depth"}
-    assert auto.methods == ("r-rome",)
+    assert autos == [("r-rome",), ("ft-m",)]
     assert depths == {("r-rome",): [0], ("ft-m",): [2]}  # of 3 layers, at 5 and 21 of 32
 
 
@@ -130,38 +136,62 @@ def test_a_grid_has_the_layers_that_selectors_choose(model, zsre, tmp_path):
         assert set(curve.outcomes) == {0, 2} | chosen
 
 
-@pytest.mark.parametrize(("seconds", "facts"), [(1.0, 3), (3.0, 2)])
-def test_a_budget_is_kept_with_fewer_facts(seconds, facts, model, zsre, tmp_path, monkeypatch):
-    rounds, now = golden_layers._Rounds, [0.0]
-    monkeypatch.setattr(golden_layers, "_FEWEST", 1)
-    monkeypatch.setattr(golden_layers, "monotonic", lambda: now[0])
+@pytest.fixture
+def clock(monkeypatch):
+    """Edits of a fact at a layer take a second by this clock, or as many as are set in it."""
+    rounds, clock = golden_layers._Rounds, {"now": 0.0, "seconds": 1.0}
+    monkeypatch.setattr(golden_layers, "monotonic", lambda: clock["now"])
     plain = rounds._sweep
 
-    def sweep(self, dataset, chosen, methods, layers, about=""):
-        now[0] += seconds * len(chosen) * len(methods) * len(layers)
-        cells = plain(self, dataset, chosen, methods, layers, about)
-        return {key: replace(cell, cost=Cost(seconds * len(chosen), cell.cost.flops)) for key, cell in cells.items()}
+    def sweep(self, dataset, facts, methods, layers, about="", say=None):
+        before = len(self.store.cells)
+        cells = plain(self, dataset, facts, methods, layers, about, say)
+        clock["now"] += clock["seconds"] * len(facts) * (len(self.store.cells) - before)
+        return {key: replace(cell, cost=Cost(1.0 * len(facts), cell.cost.flops)) for key, cell in cells.items()}
 
     monkeypatch.setattr(rounds, "_sweep", sweep)
-    found = measure_model(model, "tiny", setting(zsre, methods={"r-rome": None}, budget=0.5), tmp_path)
+    return clock
+
+
+ALONE = {"r-rome": None}
+
+
+@pytest.mark.parametrize(("seconds", "facts"), [(9, 3), (8, 2)])  # 3 for a fact
+def test_a_budget_is_kept_with_fewer_facts(seconds, facts, model, zsre, tmp_path, clock):
+    found = measure_model(model, "tiny", setting(zsre, methods=ALONE, budget=seconds / 60), tmp_path)
     assert found.curves["zsre", "r-rome"].facts == facts
-    assert now[0] <= 60 * 0.5
+    assert clock["now"] <= seconds
 
 
-def test_what_a_slow_round_leaves_no_time_for_is_told(model, zsre, tmp_path, monkeypatch):
-    rounds, now, told = golden_layers._Rounds, [0.0], []
-    monkeypatch.setattr(golden_layers, "monotonic", lambda: now[0])
-    plain = rounds._sweep
+def test_a_budget_is_for_what_is_not_stored(model, zsre, tmp_path, clock):
+    measure_model(model, "tiny", setting(zsre, methods=ALONE, budget=8 / 60), tmp_path)
+    spent = clock["now"]
+    found = measure_model(model, "tiny", setting(zsre, methods=ALONE, budget=3 / 60), tmp_path)
+    assert found.curves["zsre", "r-rome"].facts == 3
+    assert clock["now"] - spent == 3  # the third fact at three layers, and nothing twice
 
-    def sweep(self, *given):
-        now[0] += 50.0 * (len(given) == 5)
-        return plain(self, *given)
 
-    monkeypatch.setattr(rounds, "_sweep", sweep)
-    monkeypatch.setattr(rounds, "_needed", lambda self: 0.0)
-    found = measure_model(model, "tiny", setting(zsre, methods={"r-rome": None}, budget=0.5), tmp_path, told.append)
+def test_what_a_slow_round_leaves_no_time_for_is_told(model, zsre, tmp_path, clock):
+    told = []
+    clock["seconds"] = 3.0
+    found = measure_model(model, "tiny", setting(zsre, methods=ALONE, budget=25 / 60), tmp_path, told.append)
     assert found.curves["zsre", "r-rome"].facts == 2
     assert "facts 2 to 3 of zsre by r-rome are left out" in told[-1]
+
+
+def test_an_editor_that_fails_everywhere_is_told_and_the_others_are_measured(model, zsre, tmp_path, monkeypatch):
+    plain, told = brute_force._Layer.edits, []
+
+    def edits(self, config):
+        if config.method == "ft-m":
+            raise ValueError("no step")
+        return plain(self, config)
+
+    monkeypatch.setattr(brute_force._Layer, "edits", edits)
+    found = measure_model(model, "tiny", setting(zsre), tmp_path, told.append)
+    assert set(found.curves) == {("zsre", "r-rome")}
+    assert found.curves["zsre", "r-rome"].facts == 3
+    assert any("ft-m cannot edit facts 0 to 2 of zsre: no step" in text for text in told)
 
 
 def test_a_budget_for_nothing_is_refused(model, zsre, tmp_path):
@@ -227,6 +257,7 @@ def test_facts_that_do_not_do_are_told_before_anything_runs(model, tmp_path, rec
         ({"methods": {"memit": 0}}, "at least one fact"),
         ({"grid": 1}, "at least 2 layers, got 1"),
         ({"budget": 0}, "positive number of minutes, got 0"),
+        ({"neighbors": -1}, "neighbors=-1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(changes, message):
@@ -291,3 +322,6 @@ def test_an_editor_may_have_a_number_of_facts_of_its_own(folder, zsre, tmp_path)
     wrong = CliRunner().invoke(app, [*command, "--method", "r-rome=few"])
     assert wrong.exit_code == 2
     assert "r-rome=32" in wrong.output.replace("\n", "")
+    twice = CliRunner().invoke(app, [*command, "--method", "r-rome", "--method", "r-rome=2"])
+    assert twice.exit_code == 2
+    assert "twice" in twice.output

@@ -8,6 +8,7 @@ import pytest
 
 from goldenedit.benchmark.golden_layers import PACKAGED, Choice, Curve, Measurement
 from goldenedit.benchmark.report import render, summarize
+from goldenedit.benchmark.run import write_report
 from goldenedit.cost import Cost
 from goldenedit.evaluation.scores import FactMatches
 from goldenedit.layer_selection import LayerSelection, Outcome
@@ -47,6 +48,7 @@ def measured() -> Measurement:
             Choice("causal_tracing", PACKAGED, selection("causal_tracing", 0, [3.0, 2.0, 1.0])),
             Choice("middle", PACKAGED, LayerSelection("middle", None, [1])),
         ],
+        [0, 1, 2],
     )
 
 
@@ -113,6 +115,17 @@ def test_the_report_says_what_the_summary_says(measured):
 
 def test_outcomes_without_what_a_user_sees_are_reported_by_scores_of_papers():
     plain = {at: [Outcome(FactMatches(share, locality=[share]))] for at, share in enumerate([0.2, 0.4, 0.6])}
-    summary = summarize(Measurement("tiny", 3, {("a", "ft-m"): Curve(plain, Cost(1.0, 1), 1.0)}, []))
+    summary = summarize(Measurement("tiny", 3, {("a", "ft-m"): Curve(plain, Cost(1.0, 1), 1.0)}, [], [0, 1, 2]))
     assert {one["criterion"] for one in summary["curves"]} == {"knowedit", "S"}
     assert "says it" not in render([summary])
+
+
+def test_a_summary_of_another_version_is_left_out_and_told(measured, tmp_path, caplog):
+    (tmp_path / "old.summary.json").write_text(json.dumps({"model": "old", "curves": []}))
+    (tmp_path / "tiny.summary.json").write_text(json.dumps(summarize(measured)))
+    write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "## tiny" in report
+    assert "## old" not in report
+    assert "old.summary.json is of another version" in caplog.text
+    assert (tmp_path / "tiny-a.png").is_file()

@@ -159,9 +159,6 @@ def test_s_is_of_the_family_that_all_facts_have():
     matched = Outcome(FactMatches(1.0, [0.75], locality=[0.5]))
     assert edit_score([both]) == pytest.approx(3 / (1 + 1 / 0.5 + 1))
     assert edit_score([both, matched]) == pytest.approx(3 / (1 / 0.75 + 1 / 0.5 + 1 / 0.5))
-    assert both.score == pytest.approx((1 + 0.5 + 1) / 3)
-    assert matched.score == pytest.approx((1 + 0.75 + 0.5) / 3)
-    assert Outcome(FactMatches(0.5)).score == 0.5
 
 
 def test_a_cell_is_read_as_it_was_written(model, store):
@@ -257,3 +254,11 @@ def test_options_of_an_editor_are_its_own_among_other_editors(model, store, monk
     assert cells["rome", 1] == run(model, store, config=replace(CONFIG, method="rome"), layers=[1])["rome", 1]
     stronger = run(model, store, config=replace(config, options={"strength": 1.0}), layers=[1])
     assert stronger["mine", 1].outcomes != cells["mine", 1].outcomes
+
+
+def test_layers_whose_cells_are_not_stored_are_told(model, store):
+    options = SweepOptions(layers=range(NUM_LAYERS))
+    assert brute_force.missing_layers(model.lm, FACTS, CONFIG, store, options) == list(range(NUM_LAYERS))
+    run(model, store, layers=[1])
+    assert brute_force.missing_layers(model.lm, FACTS, CONFIG, store, options) == [0, 2]
+    assert brute_force.missing_layers(model.lm, FACTS[:2], CONFIG, store, options) == [0, 1, 2]

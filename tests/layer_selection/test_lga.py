@@ -221,21 +221,27 @@ def test_a_single_layer_is_golden():
 
 def of_facts(*by_fact: list[float]) -> LayerSelection:
     totals = torch.tensor(by_fact).sum(0).tolist()
-    return LayerSelection("lga", totals, [max(range(len(totals)), key=totals.__getitem__)], by_fact=list(by_fact))
+    best = max(range(len(totals)), key=totals.__getitem__)
+    return LayerSelection("lga", totals, [best], by_fact=list(by_fact), kappa=math.inf)
 
 
 def test_layers_that_other_facts_might_have_chosen_are_within_the_noise():
     torn = of_facts(*[[1.0, 0.0, 0.2, 0.1], [0.0, 0.9, 0.2, 0.1]] * 10)
-    assert torn.within_noise(math.inf) == [0, 1]
-    assert str(replace(torn, selector="causal_tracing")).startswith(
-        "Layer 0, chosen by causal_tracing (any of 0 to 1 is within the noise)"
-    )
+    assert torn.within_noise() == [0, 1]
+    assert str(torn) == "Layer 0, chosen by lga (any of 0 to 1 is within the noise)"
 
 
 def test_a_layer_that_all_facts_choose_is_told_so():
     sure = of_facts(*[[0.0, 1.0, 0.9]] * 20)
-    assert sure.within_noise(math.inf) == [1]
-    assert "(other facts would choose it too)" in str(replace(sure, selector="causal_tracing"))
+    assert sure.within_noise() == [1]
+    assert str(sure) == "Layer 1, chosen by lga (other facts would choose it too)"
+
+
+def test_the_noise_is_of_the_fence_that_chose_the_layer():
+    by_fact = [[1.0, 1.1, 1.2, 1.1, 9.0]] * 20
+    inside, everywhere = (replace(of_facts(*by_fact), kappa=kappa) for kappa in (1.0, math.inf))
+    assert inside.within_noise() == [2]
+    assert everywhere.within_noise() == [4]
 
 
 def test_a_selection_without_scores_of_facts_says_nothing_of_noise():

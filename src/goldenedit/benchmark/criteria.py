@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import torch
@@ -18,6 +19,7 @@ from goldenedit.evaluation.scores import probability_scores, token_match_scores
 from goldenedit.layer_selection import Outcome
 
 RESAMPLES = 1000
+_ZERO = 1e-9  # harmonic means with a part that is zero are below this
 Interval = tuple[float, float]
 
 
@@ -140,34 +142,35 @@ class LayerCurve:
         """The layer with the highest score."""
         return self.layers[int(self.scores.argmax())]
 
+    @cached_property
     def resampled(self) -> Tensor:
-        """Return the scores of all layers on facts drawn with replacement, `(resamples, layers)`."""
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(self.facts, (RESAMPLES, self.facts), generator=generator)
-        return torch.stack([self.criterion.score(of_layer[draws]) for of_layer in self.parts], 1)
+        """The scores of all layers on facts drawn with replacement, `(resamples, layers)`."""
+        drawn = draws(self.facts)
+        return torch.stack([self.criterion.score(of_layer[drawn]) for of_layer in self.parts], 1)
 
     def intervals(self) -> list[Interval]:
         """Return the 95% interval of each layer's score."""
-        return [quantiles(of_layer) for of_layer in self.resampled().T]
+        return [quantiles(of_layer) for of_layer in self.resampled.T]
 
     def plateau(self) -> list[int]:
         """Return the layers that cannot be told from the best one.
 
         The 95% interval of the difference from it, over the same facts, reaches 0.
         """
-        drawn = self.resampled()
-        lost = drawn - drawn[:, [self.layers.index(self.best)]]
+        lost = self.resampled - self.resampled[:, [self.layers.index(self.best)]]
         return [layer for layer, of_layer in zip(self.layers, lost.T, strict=True) if quantiles(of_layer)[1] >= 0]
 
     def lost_at(self, layer: int) -> tuple[float, Interval]:
-        """Return what is lost at a layer relative to the best one, `1 - score / best score`, and its interval."""
-        place, best = self.layers.index(layer), self.layers.index(self.best)
-        scores, drawn = self.scores, self.resampled()
-        lost = 1 - drawn[:, place] / drawn[:, best].clamp(min=1e-12)
-        return (1 - scores[place] / scores[best]).item(), quantiles(lost)
+        """Return what is lost at a layer relative to the best one, `1 - score / best score`, and its interval.
 
+        The interval is that of the difference between these two layers. That the best one was chosen on the same facts
+        is what `held_out` tells.
+        """
+        return self._lost(self.parts[self.layers.index(layer)], self.best)
+
+    @cached_property
     def held_out(self) -> tuple[float, Interval]:
-        """Return what is lost if each fact is edited at the layer that is best for the others, and its interval.
+        """What is lost if each fact is edited at the layer that is best for the others, and its interval.
 
         This is what choosing the best layer costs by chance: no selector that reads other facts can be expected to lose
         less. The interval is over the facts, whose layers stay as they are.
@@ -177,35 +180,42 @@ class LayerCurve:
             self.criterion.score(self.parts[:, every != fact]).argmax() if self.facts > 1 else self.scores.argmax()
             for fact in every
         ]
-        parts = self.parts[torch.stack(chosen), every]
-        return self._lost(parts)
+        return self._lost(self.parts[torch.stack(chosen), every], self.best)
 
     def per_fact(self) -> tuple[float, Interval]:
         """Return the score if each fact is edited at its own best layer, and its interval. Luck is part of it."""
-        parts = self.parts[self.criterion.of_facts(self.parts).nan_to_num(-1).argmax(0), torch.arange(self.facts)]
-        return self._scored(parts)
+        parts = self.parts[self._own_layers(), torch.arange(self.facts)]
+        return self.criterion.score(parts).item(), quantiles(self.criterion.score(parts[draws(self.facts)]))
 
     def chosen_by(self, other: LayerCurve) -> tuple[float, Interval]:
         """Return what is lost if each fact is edited at its own best layer by another criterion, and its interval.
 
-        A layer of its own for each fact is worth something only if this is less than what the best fixed layer by the
-        other criterion loses: below zero, the fact's own layer is better than the best fixed one.
+        It is relative to the best fixed layer by that criterion. Below 0, a layer of its own for each fact is better.
         """
-        chosen = other.criterion.of_facts(other.parts).nan_to_num(-1).argmax(0)
-        return self._lost(self.parts[chosen, torch.arange(self.facts)])
+        return self._lost(self.parts[other._own_layers(), torch.arange(self.facts)], other.best)
 
-    def _scored(self, parts: Tensor) -> tuple[float, Interval]:
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(self.facts, (RESAMPLES, self.facts), generator=generator)
-        return self.criterion.score(parts).item(), quantiles(self.criterion.score(parts[draws]))
+    def _own_layers(self) -> Tensor:
+        """Return the place of the best layer of each fact; of equally good ones, the one that is best for all facts."""
+        ties = 1e-6 * self.scores.nan_to_num(0)[:, None]
+        return (self.criterion.of_facts(self.parts).nan_to_num(-1) + ties).argmax(0)
 
-    def _lost(self, parts: Tensor) -> tuple[float, Interval]:
-        """Return what facts with these parts lose relative to the best layer, and its interval."""
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(self.facts, (RESAMPLES, self.facts), generator=generator)
-        best = self.parts[self.layers.index(self.best)]
-        lost = 1 - self.criterion.score(parts[draws]) / self.criterion.score(best[draws]).clamp(min=1e-12)
-        return (1 - self.criterion.score(parts) / self.criterion.score(best)).item(), quantiles(lost)
+    def _lost(self, parts: Tensor, layer: int) -> tuple[float, Interval]:
+        """Return what facts with these parts lose relative to a layer, and its interval."""
+        at_layer, drawn = self.parts[self.layers.index(layer)], draws(self.facts)
+        return (
+            _loss(self.criterion.score(parts), self.criterion.score(at_layer)).item(),
+            quantiles(_loss(self.criterion.score(parts[drawn]), self.criterion.score(at_layer[drawn]))),
+        )
+
+
+def _loss(scores: Tensor, best: Tensor) -> Tensor:
+    """Return `1 - scores / best`; 0 where the best score is 0, so that nothing can be lost."""
+    return torch.where(best > _ZERO, 1 - scores / best.clamp(min=_ZERO), 0.0)
+
+
+def draws(facts: int) -> Tensor:
+    """Return indices of facts that are drawn with replacement, `(resamples, facts)`, always the same."""
+    return torch.randint(facts, (RESAMPLES, facts), generator=torch.Generator().manual_seed(0))
 
 
 def quantiles(values: Tensor) -> Interval:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from goldenedit.cost import Cost, measuring
 from goldenedit.evaluation.counterfact import known_facts
 from goldenedit.layer_scores import golden_layer, score_tensor
 from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, proxy_set, sweep
+from goldenedit.layer_selection.brute_force import missing_layers, read_statistics
 from goldenedit.layer_selection.cells import Cell
 from goldenedit.layer_selection.lga import gradient_products
 from goldenedit.layer_selection.published import published_depth
@@ -45,7 +46,6 @@ PACKAGED = "packaged"
 _CHOSEN_BY_BENCHMARK = {"method", "layer", "layer_pattern", "pattern_layers", "proxy", "lga_loss", "tukey_kappa"}
 _BLOCK = 64  # facts that are measured together
 _TIMED = 2  # facts that tell what a cell costs
-_FEWEST = 8  # facts: with fewer, layers are left out to keep a budget
 _FEWEST_LAYERS = 4
 
 
@@ -62,7 +62,7 @@ class Setting:
         chunk: Facts of a round.
         grid: Number of layers, evenly spaced, to edit beside those that selectors choose; None for all layers.
         neighbors: Number of neighborhood prompts of each fact.
-        budget: Minutes that the edits may take; None for as many as they need.
+        budget: Minutes that selectors and edits of each model may take; None for as many as they need.
         options: Further options of `EditConfig`.
         format: Format of the test facts, for `load_requests`.
         skip_bad: Whether to leave out test facts that cannot be read.
@@ -87,8 +87,13 @@ class Setting:
 
     def __post_init__(self) -> None:
         counts = [count for count in self.methods.values() if count is not None]
-        if min(self.test, self.chunk, self.traced, *counts) < 1:
-            raise ValueError("The benchmark needs at least one fact of each kind. Raise test, chunk and traced.")
+        least = min(self.test, self.chunk, self.traced, *counts)
+        if least < 1 or min(self.dataset_proxy, self.neighbors) < 0:
+            raise ValueError(
+                f"The benchmark needs at least one fact of each kind, got test={self.test}, chunk={self.chunk}, "
+                f"traced={self.traced}, dataset_proxy={self.dataset_proxy}, neighbors={self.neighbors}, "
+                f"methods={dict(self.methods)}. Raise them."
+            )
         if not self.methods:
             raise ValueError("The benchmark needs an editor. Name one in methods.")
         if self.grid is not None and self.grid < 2:
@@ -151,12 +156,14 @@ class Measurement:
         num_layers: Number of its decoder layers.
         curves: By dataset and editor.
         choices: What the selectors chose.
+        grid: The layers that were edited whatever the selectors chose.
     """
 
     model: str
     num_layers: int
     curves: dict[tuple[str, str], Curve]
     choices: list[Choice]
+    grid: Sequence[int]
 
 
 def measure_model(
@@ -204,7 +211,7 @@ def measure_model(
     rounds = _Rounds(model, name, setting, splits, output, {layer for one in choices for layer in one.selection.layers})
     rounds.plan(started, say)
     rounds.run(say)
-    return Measurement(name, model.architecture.num_layers, rounds.curves(), choices)
+    return Measurement(name, model.architecture.num_layers, rounds.curves(), choices, rounds.grid)
 
 
 def usable_facts(model: EditModel, requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
@@ -249,6 +256,16 @@ def _fits(model: EditModel, request: EditRequest) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Facts of a dataset that some editors edit at all layers."""
+
+    dataset: str
+    start: int
+    end: int
+    methods: tuple[str, ...]
+
+
 class _Rounds:
     """The edits of all facts, in rounds of some facts at all layers.
 
@@ -273,17 +290,32 @@ class _Rounds:
         self.store = CellStore(output / f"cells-{self.processes.index}.jsonl", output.glob("cells-*.jsonl"))
         self.every = sorted(model.architecture.down_projections)
         self.chosen = chosen & set(self.every)
-        self.layers = self._grid(setting.grid or len(self.every))
-        self.counts = {method: setting.facts_of(method) for method in setting.methods}
+        self.grid = self._grid(setting.grid or len(self.every))
+        self.rounds = list(self._rounds())
         self.seconds: dict[tuple[str, str], float] = {}  # of one fact at one layer, by dataset and editor
         self.deadline = math.inf
         self._cells: dict[tuple[str, str], list[Cell]] = {}
         self._measured: dict[tuple[str, str], list[EditRequest]] = {}
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers of the grid, and those that selectors chose."""
+        return sorted({*self.grid, *self.chosen})
+
     def _grid(self, count: int) -> list[int]:
-        """Return layers that are evenly spaced, and those that selectors chose."""
-        step = max(1, math.ceil(len(self.every) / count))
-        return sorted({*self.every[::step], *self.chosen})
+        """Return layers that are evenly spaced."""
+        return self.every[:: max(1, math.ceil(len(self.every) / count))]
+
+    def _rounds(self) -> Iterator[_Round]:
+        """Yield all rounds. Their ends do not depend on the budget, so that cells of an earlier run are found again."""
+        chunk = self.setting.chunk
+        for start in range(0, self.setting.test, chunk):
+            for dataset, facts in self.splits.items():
+                ends: dict[int, list[str]] = {}  # editors by the end of their facts
+                for method in self.setting.methods:
+                    if (end := min(start + chunk, self.setting.facts_of(method), len(facts))) > start:
+                        ends.setdefault(end, []).append(method)
+                yield from (_Round(dataset, start, end, tuple(methods)) for end, methods in ends.items())
 
     def plan(self, started: float, say: Callable[[str], Any]) -> None:
         """Measure what a cell costs, tell what the run will take, and fit it into the budget.
@@ -292,79 +324,109 @@ class _Rounds:
             started: When the run began.
 
         Raises:
-            ValueError: The budget does not suffice for a few facts at a few layers.
+            ValueError: The budget does not suffice for one round at a few layers.
         """
-        middle = self.layers[len(self.layers) // 2]
+        methods, layers = list(self.setting.methods), self.layers
+        middle = layers[len(layers) // 2]
+        configs = [replace(self.setting.config(method), layer=layer) for method in methods for layer in layers]
+        read_statistics(self.model.lm, configs, layers)  # once for all rounds, so they are no cost of a round
         for dataset, facts in self.splits.items():
-            for method in self.setting.methods:
-                with suppress(ValueError):  # an editor that cannot edit this layer costs about as much as the others
+            for method in methods:
+                with suppress(ValueError):  # an editor that cannot edit this layer is not counted
                     cells = self._sweep(dataset, facts[:_TIMED], [method], [middle])
                     self.seconds[dataset, method] = cells[method, middle].cost.seconds / len(facts[:_TIMED])
+        left_out = 0
         if self.setting.budget is not None:
             self.deadline = started + 60 * self.setting.budget
-            self._fit(self.setting.budget, self._left())
-        about = ", ".join(f"{count} facts by {method}" for method, count in self.counts.items())
+            left_out = self._fit(self.setting.budget, self._left())
+        facts_by_method = {
+            method: max((one.end for one in self.rounds if method in one.methods), default=0)
+            for method in self.setting.methods
+        }
+        about = ", ".join(f"{count} facts by {method}" for method, count in facts_by_method.items())
         say(
             f"{self.name}: {about}, of {', '.join(self.splits)}, at {len(self.layers)} of {len(self.every)} layers "
-            f"({', '.join(map(str, self.layers))}). If nothing is stored of an earlier run, this takes about "
-            f"{self._needed() / 60:.0f} minutes."
+            f"({', '.join(map(str, self.layers))}). This takes about {self._needed(self.rounds) / 60:.0f} minutes."
         )
+        if left_out:
+            say(f"To keep the budget, {left_out} of {left_out + len(self.rounds)} rounds of facts are left out.")
 
     def _left(self) -> float:
         """Return the seconds that are left, the same in all processes."""
         return min(self.processes.gather(self.deadline - monotonic()))
 
-    def _needed(self) -> float:
-        """Return the seconds that all cells take."""
-        return sum(
-            seconds * len(self.layers) * min(self.counts[method], len(self.splits[dataset]))
-            for (dataset, method), seconds in self.seconds.items()
-        ) / max(1, self.processes.count)
-
-    def _fit(self, budget: float, left: float) -> None:
-        """Take fewer facts, and where these would be too few, fewer layers."""
-        grid = len(self.layers)
-        while self._needed() > left:
-            most = max(self.counts.values())
-            if most > min(_FEWEST, self.setting.test):
-                self.counts = {method: min(count, most - 1) for method, count in self.counts.items()}
-            elif grid > _FEWEST_LAYERS:
-                grid //= 2
-                self.layers = self._grid(max(grid, _FEWEST_LAYERS))
-            else:
-                least = budget + (self._needed() - left) / 60
-                raise ValueError(
-                    f"A budget of {budget:g} minutes is too small: {most} facts at {len(self.layers)} layers take "
-                    f"about {math.ceil(least)}. Raise it, or name fewer editors and datasets."
+    def _needed(self, rounds: Sequence[_Round]) -> float:
+        """Return the seconds that the cells take which are not stored."""
+        total = 0.0
+        for one in rounds:
+            facts = self.splits[one.dataset][one.start : one.end]
+            for method in one.methods:
+                missing = missing_layers(
+                    self.model.lm, facts, self.setting.config(method), self.store, self._options(method)
                 )
+                per_process = math.ceil(len(missing) / self.processes.count)
+                total += self.seconds.get((one.dataset, method), 0.0) * len(facts) * per_process
+        return total
+
+    def _fit(self, budget: float, left: float) -> int:
+        """Leave out the last rounds, and where one is too long, layers. Return the number of rounds left out."""
+        every = len(self.rounds)
+        while (needed := self._needed(self.rounds)) > left:
+            if len(self.rounds) > 1:
+                self.rounds.pop()
+            elif len(self.grid) > _FEWEST_LAYERS:
+                self.grid = self._grid(max(len(self.grid) // 2, _FEWEST_LAYERS))
+            else:
+                raise ValueError(
+                    f"A budget of {budget:g} minutes is too small: {self.rounds[0].end} facts at {len(self.layers)} "
+                    f"layers take about {math.ceil(budget + (needed - left) / 60)}. Raise it, or lower chunk, or name "
+                    "fewer editors."
+                )
+        return every - len(self.rounds)
 
     def run(self, say: Callable[[str], Any]) -> None:
         """Make all edits, or those that the budget has time for."""
-        chunk = self.setting.chunk
-        for start in range(0, max(self.counts.values()), chunk):
-            for dataset, facts in self.splits.items():
-                ends: dict[int, list[str]] = {}  # editors by the end of their facts
-                for method, count in self.counts.items():
-                    if (end := min(start + chunk, count, len(facts))) > start:
-                        ends.setdefault(end, []).append(method)
-                for end, methods in ends.items():
-                    needed = sum(self.seconds.get((dataset, method), 0.0) for method in methods)
-                    if needed * len(self.layers) * (end - start) / self.processes.count > self._left():
-                        left_out = f"facts {start} to {end} of {dataset} by {', '.join(methods)}"
-                        say(f"The budget is spent: {left_out} are left out.")
-                        continue
-                    cells = self._sweep(dataset, facts[start:end], methods, self.layers, f"{start} to {end}")
-                    for method in methods:
-                        self._measured.setdefault((dataset, method), []).extend(facts[start:end])
-                        of_method = [cell for cell in cells.values() if cell.method == method]
-                        self._cells.setdefault((dataset, method), []).extend(of_method)
+        for one in self.rounds:
+            needed = self._needed([one])
+            if needed > self._left():
+                what = f"facts {one.start} to {one.end} of {one.dataset} by {', '.join(one.methods)}"
+                say(f"The budget is spent: {what} are left out.")
+                continue
+            began = monotonic()
+            facts = self.splits[one.dataset][one.start : one.end]
+            cells = self._sweep(one.dataset, facts, one.methods, self.layers, f"{one.start} to {one.end}", say)
+            for method in one.methods:
+                self._measured.setdefault((one.dataset, method), []).extend(facts)
+                of_method = [cell for cell in cells.values() if cell.method == method]
+                self._cells.setdefault((one.dataset, method), []).extend(of_method)
+            if needed:  # what rounds take tells more than two facts did
+                slower = max(self.processes.gather(monotonic() - began)) / needed
+                self.seconds = {key: seconds * slower for key, seconds in self.seconds.items()}
 
     def _sweep(
-        self, dataset: str, facts: Sequence[EditRequest], methods: Sequence[str], layers: Sequence[int], about: str = ""
+        self,
+        dataset: str,
+        facts: Sequence[EditRequest],
+        methods: Sequence[str],
+        layers: Sequence[int],
+        about: str = "",
+        say: Callable[[str], Any] | None = None,
     ) -> dict[tuple[str, int], Cell]:
+        """Edit facts at some layers. An editor that fails at all of them is told, if somebody listens, and left out."""
         told = {"model": self.name, "dataset": dataset, "facts": about}
-        options = SweepOptions(methods, layers, neighbors=self.setting.neighbors, sees=True, about=told)
-        return sweep(self.model.lm, facts, self.setting.config(next(iter(self.setting.methods))), self.store, options)
+        cells: dict[tuple[str, int], Cell] = {}
+        for several in (methods,) if say is None else (methods, *([method] for method in methods)):
+            try:
+                options = replace(self._options(*several), layers=layers, about=told)
+                return cells | sweep(self.model.lm, facts, self.setting.config(several[0]), self.store, options)
+            except ValueError as error:
+                if say is None:
+                    raise
+                say(f"{', '.join(several)} cannot edit facts {about} of {dataset}: {error}")
+        return cells
+
+    def _options(self, *methods: str) -> SweepOptions:
+        return SweepOptions(methods, self.layers, neighbors=self.setting.neighbors, sees=True)
 
     def curves(self) -> dict[tuple[str, str], Curve]:
         """Return the outcomes by dataset and editor, at the layers where all facts were edited."""
@@ -377,7 +439,7 @@ class _Rounds:
             }
             outcomes = {layer: of_facts for layer, of_facts in outcomes.items() if len(of_facts) == len(facts)}
             if outcomes:
-                cost = sum((cell.cost for cell in cells), Cost())
+                cost = sum((cell.cost for cell in cells if cell.layer in outcomes), Cost())
                 found[dataset, method] = Curve(outcomes, cost, cost.flops / forward_flops(self.model.lm, facts))
         return found
 
@@ -398,12 +460,10 @@ def _choose_all(model: EditModel, setting: Setting, proxies: Mapping[str, list[E
         for dataset in proxies:
             run(f"lga {loss}", dataset, layer="lga", lga_loss=loss)
         choices += _lga_variants(model, setting, loss)
-    for method in methods:
-        if method == methods[0] or setting.config(method).editor.learns == "values":
-            own = len(methods) > 1 and setting.config(method).editor.learns == "values"
-            run("auto", method=method, is_own=own, layer="auto")
-            for dataset in proxies:
-                run("auto", dataset, method, own, layer="auto")
+    for method in methods:  # for an editor that learns, it is that of R-ROME
+        run("auto", method=method, is_own=True, layer="auto")
+        for dataset in proxies:
+            run("auto", dataset, method, True, layer="auto")
     run("selectivity", layer="selectivity")
     run("causal_tracing", layer="causal_tracing", proxy_size=setting.traced)
     layers = sorted(whole.down_projections)
@@ -420,7 +480,11 @@ def _choose_all(model: EditModel, setting: Setting, proxies: Mapping[str, list[E
 
 
 def _lga_variants(model: EditModel, setting: Setting, loss: str) -> list[Choice]:
-    """Return what corrected forms of LGA choose: of the down projection alone, by cosines, and without its trend."""
+    """Return what LGA of the down projection alone chooses, as it is and corrected.
+
+    `cosine` is the sum of the facts' cosines, `norms` the sum of dot products over that of the norms, and `without its
+    trend over depth` the sum divided by a line through the logarithms of its size.
+    """
     config = replace(setting.config(next(iter(setting.methods))), layer="lga")
     facts = [rendered(model.tokenizer, fact) for fact in proxy_set(config)]
     whole = model.architecture
@@ -437,9 +501,9 @@ def _lga_variants(model: EditModel, setting: Setting, loss: str) -> list[Choice]
     trend = line @ torch.linalg.lstsq(line[known], total[known, None].abs().clamp(min=1e-30).log()).solution
     variants = {
         "down projection": total,
-        "cosine": (dots / norms.clamp(min=1e-30)).sum(0),
-        "norms": total / norms.sum(0),
-        "without its trend over depth": total / trend[:, 0].exp(),
+        "down projection, cosine": (dots / norms.clamp(min=1e-30)).sum(0),
+        "down projection, norms": total / norms.sum(0),
+        "down projection, without its trend over depth": total / trend[:, 0].exp(),
     }
     for name, scores in variants.items():
         listed = [None if score != score else score for score in scores.tolist()]

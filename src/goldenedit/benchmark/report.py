@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from goldenedit.benchmark.criteria import CRITERIA, LayerCurve, quantiles, rank_correlation
+from goldenedit.benchmark.criteria import CRITERIA, LayerCurve, draws, quantiles, rank_correlation
 from goldenedit.benchmark.golden_layers import PACKAGED, Choice, Curve, Measurement
 from goldenedit.layer_scores import in_words
 from goldenedit.layer_selection import Outcome
 
 Summary = dict[str, Any]
+SUMMARY_VERSION = 2
 _HARMS = ("says", "unchanged", "kl", "agreement", "fluency")
 
 
@@ -23,10 +24,11 @@ def summarize(measurement: Measurement) -> Summary:
         key: _by_criterion(curve) for key, curve in measurement.curves.items()
     }
     return {
+        "version": SUMMARY_VERSION,
         "model": measurement.model,
         "num_layers": measurement.num_layers,
         "curves": [
-            _curve(dataset, method, name, curve, of_key)
+            _curve(dataset, method, name, curve, of_key, measurement.grid)
             for (dataset, method), of_key in curves.items()
             for name, curve in of_key.items()
         ],
@@ -51,12 +53,19 @@ def _by_criterion(curve: Curve) -> dict[str, LayerCurve]:
     return {name: of_criterion for name, of_criterion in found.items() if of_criterion is not None}
 
 
-def _curve(dataset: str, method: str, name: str, curve: LayerCurve, of_key: Mapping[str, LayerCurve]) -> Summary:
+def _curve(
+    dataset: str,
+    method: str,
+    name: str,
+    curve: LayerCurve,
+    of_key: Mapping[str, LayerCurve],
+    grid: Sequence[int],
+) -> Summary:
     """Return a curve over layers, and what is lost at layers that are chosen in different ways."""
-    chance, chance_interval = curve.held_out()
+    chance, chance_interval = curve.held_out
     per_fact, per_fact_interval = curve.per_fact()
     others = {other: curve.chosen_by(of_other) for other, of_other in of_key.items() if other != name}
-    mean = 1 - curve.scores.mean() / curve.scores.max()
+    of_grid = [layer for layer in curve.layers if layer in grid] or curve.layers
     return {
         "dataset": dataset,
         "method": method,
@@ -68,7 +77,7 @@ def _curve(dataset: str, method: str, name: str, curve: LayerCurve, of_key: Mapp
         "best": curve.best,
         "plateau": curve.plateau(),
         "chance": {"lost": chance, "interval": chance_interval},
-        "any_layer": mean.item(),
+        "any_layer": fmean(curve.lost_at(layer)[0] for layer in of_grid),
         "per_fact": {"score": per_fact, "interval": per_fact_interval},
         "per_fact_by": {other: {"lost": lost, "interval": interval} for other, (lost, interval) in others.items()},
     }
@@ -81,11 +90,9 @@ def _seen(dataset: str, method: str, curve: Curve) -> Summary:
         values = [[_of_sight(outcome, name) for outcome in curve.outcomes[layer]] for layer in found["layers"]]
         if any(value is None for of_layer in values for value in of_layer):
             return found
-        drawn = torch.tensor(values, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(curve.facts, (1000, curve.facts), generator=generator)
-        found[name] = drawn.mean(1).tolist()
-        found[f"{name}_intervals"] = [quantiles(of_layer[draws].mean(1)) for of_layer in drawn]
+        of_facts = torch.tensor(values, dtype=torch.float64)
+        found[name] = of_facts.mean(1).tolist()
+        found[f"{name}_intervals"] = [quantiles(of_layer[draws(curve.facts)].mean(1)) for of_layer in of_facts]
     return found
 
 
@@ -108,7 +115,7 @@ def _selection(choice: Choice, curves: Mapping[tuple[str, str], Mapping[str, Lay
             test: Summary = {"dataset": dataset, "method": method, "criterion": name}
             if layer in curve.layers:
                 test["regret"], test["interval"] = curve.lost_at(layer)
-                test["above_chance"] = test["regret"] - curve.held_out()[0]
+                test["above_chance"] = test["regret"] - curve.held_out[0]
                 test["is_in_plateau"] = layer in curve.plateau()
             test["rank_correlation"] = _correlation(choice, curve)
             tests.append(test)
@@ -146,11 +153,12 @@ def render(summaries: Sequence[Summary], figures: Mapping[str, Sequence[str]] | 
     lines = ["# Golden layers", ""]
     lines += [f"- **{name}**: {criterion.help}." for name, criterion in CRITERIA.items()]
     lines += [
-        "- **lost** and **regret**: `1 - score / score of the best layer`, over the same facts.",
+        "- **lost** and **regret**: `1 - score / score of the best layer`, over the same facts. Intervals are "
+        "those of the difference from this layer.",
         "- **plateau**: layers that cannot be told from the best one: the 95% interval of the difference reaches 0.",
         "- **by chance**: what is lost if each fact is edited at the layer that is best for all others.",
-        "- **its own layer**: what is lost if each fact has the layer that is best for it by another criterion. Below "
-        "0, a layer for each fact is better than the best fixed one.",
+        "- **its own layer**: what is lost if each fact has the layer that is best for it by another criterion, "
+        "relative to the best fixed layer by that criterion. Below 0, a layer for each fact is better.",
         "",
     ]
     for summary in summaries:
@@ -225,11 +233,11 @@ def _selector_tables(summary: Summary) -> Iterator[str]:
             if curve["method"] == method
         }
         rows = [row for one in summary["selections"] if (row := _selector_row(one, method, columns)) is not None]
-        rows.sort(key=lambda row: row[0])
+        rows.sort(key=lambda row: (row[0] is None, row[0] or 0.0))
         any_layer = [curve["any_layer"] for curve in summary["curves"] if curve["method"] == method]
         yield f"{method}:"
         yield ""
-        head = ["selector", "facts of", "layer", "mean regret", *(f"{dataset}, {name}" for dataset, name in columns)]
+        head = ["selector", "proxy facts", "layer", "mean regret", *(f"{dataset}, {name}" for dataset, name in columns)]
         by_chance = ["**by chance**", "", "", f"{fmean(chances.values()):.3f}", *(f"{chances[c]:.3f}" for c in columns)]
         at_random = ["any layer, mean", "", "", f"{fmean(any_layer):.3f}", *(f"{lost:.3f}" for lost in any_layer)]
         ends = ["in the plateau", "rank correlation", "seconds"]
@@ -242,7 +250,7 @@ def _selector_tables(summary: Summary) -> Iterator[str]:
 
 def _selector_row(
     selection: Summary, method: str, columns: Sequence[tuple[str, str]]
-) -> tuple[float, list[object]] | None:
+) -> tuple[float | None, list[object]] | None:
     tests = {(one["dataset"], one["criterion"]): one for one in selection["tests"] if one["method"] == method}
     regrets = [one["regret"] for one in tests.values() if "regret" in one]
     if not regrets:
@@ -253,17 +261,18 @@ def _selector_row(
     ]
     inside = [one["is_in_plateau"] for one in tests.values() if "regret" in one]
     ranks = [one["rank_correlation"] for one in tests.values() if one["rank_correlation"] is not None]
+    mean = fmean(regrets) if len(regrets) == len(columns) else None  # means of other columns cannot be compared
     row = [
         selection["selector"],
         selection["proxy"],
         selection["layer"],
-        f"{fmean(regrets):.3f}",
+        "" if mean is None else f"{mean:.3f}",
         *cells,
         f"{sum(inside)} of {len(inside)}",
         f"{fmean(ranks):.2f}" if ranks else "",
         f"{selection['seconds']:.1f}",
     ]
-    return fmean(regrets), row
+    return mean, row
 
 
 def _cost_table(summary: Summary) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import reduce
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldenedit.benchmark.criteria import CRITERIA, LayerCurve
 from goldenedit.benchmark.golden_layers import Measurement, Setting, measure_model
-from goldenedit.benchmark.report import render, summarize
+from goldenedit.benchmark.report import SUMMARY_VERSION, Summary, render, summarize
 from goldenedit.config import EditConfig
 from goldenedit.cost import Cost
 from goldenedit.files import write_atomically
@@ -28,6 +29,8 @@ from goldenedit.storage.atlas import (
     with_record,
 )
 from goldenedit.versions import library_versions
+
+logger = logging.getLogger(__name__)
 
 Loader = Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -49,11 +52,12 @@ def run_golden_layers(models: Sequence[str], load: Loader, setting: Setting, out
         with processes.together():  # each process waits for the others at its end
             base, tokenizer = load(name)
             base.to(state.device)
+            say = console.print if state.is_main_process else logger.debug
             config = EditConfig(
                 layer="random", target_modules=setting.config(next(iter(setting.methods))).target_modules
             )
             wrapped = EditModel(base, config, tokenizer)
-            measurement = measure_model(wrapped, short_name, setting, output, console.print)
+            measurement = measure_model(wrapped, short_name, setting, output, say)
             del base  # frees its memory before the next model is loaded
             if state.is_main_process:
                 text = json.dumps(summarize(measurement), indent=1) + "\n"
@@ -73,10 +77,11 @@ def golden_records(model: EditModel, measurement: Measurement) -> list[GoldenLay
     base, records = model.base_info, []
     for method in dict.fromkeys(method for _, method in measurement.curves):
         curves = [curve for (_, of), curve in measurement.curves.items() if of == method]
-        layers = sorted(set.intersection(*(set(curve.outcomes) for curve in curves)))
+        if not (layers := sorted(set.intersection(*(set(curve.outcomes) for curve in curves)))):
+            continue
         outcomes = {layer: [one for curve in curves for one in curve.outcomes[layer]] for layer in layers}
         joined = LayerCurve.of(CRITERIA["seen"], outcomes)
-        if not layers or joined is None:
+        if joined is None:
             continue
         by_layer = dict(zip(layers, zip(joined.scores.tolist(), joined.intervals(), strict=True), strict=True))
         found = [by_layer.get(layer) for layer in range(measurement.num_layers)]
@@ -110,14 +115,23 @@ def _stored_records(path: Path) -> list[GoldenLayers]:
 
 def write_report(output: Path) -> None:
     """Write a report of all summaries in a folder, with figures if matplotlib is installed."""
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*.summary.json"))]
+    summaries = list(filter(None, map(_read_summary, sorted(output.glob("*.summary.json")))))
     figures: dict[str, list[str]] = {}
     if find_spec("matplotlib") is not None:
         from goldenedit.plots import plot_golden_layers
 
         for summary in summaries:
-            for dataset in dict.fromkeys(curve["dataset"] for curve in summary["curves"]):
+            for dataset in dict.fromkeys(seen["dataset"] for seen in summary["seen"] if "kl" in seen):
                 name = f"{summary['model']}-{dataset}.png"
                 plot_golden_layers(summary, dataset, output / name)
                 figures.setdefault(summary["model"], []).append(name)
     write_atomically(output / "report.md", render(summaries, figures).encode())
+
+
+def _read_summary(path: Path) -> Summary | None:
+    """Return a summary; None, with a warning, for one of another version of the library."""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get("version") != SUMMARY_VERSION:
+        logger.warning("%s is of another version of goldenedit, and is left out of the report. Measure it again.", path)
+        return None
+    return dict(summary)

@@ -47,7 +47,7 @@ def golden_layers(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="The minutes that the run may take. Fewer facts, and then fewer layers, are edited to keep it."
+            help="The minutes that each model may take. Fewer facts, and then fewer layers, are edited to keep it."
         ),
     ] = None,
     options: Annotated[
@@ -77,8 +77,10 @@ def golden_layers(
         if name in sources:
             raise typer.BadParameter(f"two sources have the name {name!r}. Name them, as name=source.")
         sources[name] = source
-    methods = dict(map(_editor_and_count, method))
-    count = test or (4 if small else 64)
+    counts = list(map(_editor_and_count, method))
+    if len(methods := dict(counts)) < len(counts):
+        raise typer.BadParameter(f"--method names an editor twice: {', '.join(method)}. Name each once.")
+    count = (4 if small else 64) if test is None else test
     setting = Setting(
         sources,
         methods,
@@ -102,7 +104,7 @@ def name_of_data(text: str) -> tuple[str, str]:
 
 def _editor_and_count(text: str) -> tuple[str, int | None]:
     """Parse `name` or `name=count`."""
-    name, _, count = text.partition("=")
-    if count and not (count.isdecimal() and int(count)):
+    name, separator, count = text.partition("=")
+    if separator and not (count.isdecimal() and int(count)):
         raise typer.BadParameter(f"{text!r} has no number of facts behind the =. Write, for example, {name}=32.")
     return name, int(count) if count else None

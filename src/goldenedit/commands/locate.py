@@ -78,7 +78,7 @@ def locate(
         if push is not None:
             records.append(wrapped.golden_layers())
     _tell(selections, kappa)
-    found = [{**selection.to_dict(), "within_noise": selection.within_noise(kappa)} for selection in selections]
+    found = [{**selection.to_dict(), "within_noise": selection.within_noise()} for selection in selections]
     result: dict[str, object] = {"selections": found}
     if plot is not None and is_first:
         from goldenedit.plots import plot_selections

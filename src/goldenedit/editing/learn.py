@@ -97,17 +97,16 @@ def learn_each(
     ):
         return [learn_facts(lm, [request], config, {}, text) for request in requests]
     before = likelihoods(lm, [(request.text, request.target_new) for request in requests])
-    trained, training = [], None
-    for _ in requests:
-        changes, options = _untrained(lm, config, text, ())
-        trained.append(changes)
-        training = training or _training(config, options)
-    assert training is not None
-    steps = train_each(lm, requests, trained, training, batch_size)
-    return [
-        _as_changes(lm, config, {layer: change.change() for layer, change in changes.items()}, [likelihood], count, {})
-        for changes, likelihood, count in zip(trained, before, steps, strict=True)
-    ]
+    learned: list[Changes] = []
+    for start in range(0, len(requests), batch_size):  # all entries of a matrix are trained for each request
+        group = requests[start : start + batch_size]
+        untrained = [_untrained(lm, config, text, ()) for _ in group]
+        trained = [changes for changes, _ in untrained]
+        steps = train_each(lm, group, trained, _training(config, untrained[0][1]), batch_size)
+        for changes, likelihood, count in zip(trained, before[start:], steps, strict=False):
+            of_layers = {layer: change.change() for layer, change in changes.items()}
+            learned.append(_as_changes(lm, config, of_layers, [likelihood], count, {}))
+    return learned
 
 
 def _as_changes(

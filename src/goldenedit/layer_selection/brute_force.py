@@ -94,20 +94,15 @@ def sweep(
     options = options or SweepOptions()
     methods = list(options.methods) or [config.method]
     layers = sorted(lm.architecture.down_projections) if options.layers is None else options.layers
-    keys: dict[tuple[str, int], str] = {}
-    configs: dict[tuple[str, int], EditConfig] = {}
-    for layer, method in product(layers, methods):
-        method_options = config.options if method == config.method else {}
-        at_layer = replace(config, layer=layer, target_layer=None, layer_pattern="golden")
-        configs[method, layer] = replace(at_layer, method=method, options=method_options)
-        keys[method, layer] = _key(lm, facts, configs[method, layer], options)
+    configs = {(method, layer): _at(config, method, layer) for layer, method in product(layers, methods)}
+    keys = {cell: _key(lm, facts, of_cell, options) for cell, of_cell in configs.items()}
     cells = _stored_cells(store, keys, lm.processes)
     missing = [cell for cell in keys if cell not in cells]
     if not missing:
         return cells
     trials = Trials(lm, facts, options.neighbors, options.sees)
     edited = sorted({layer for _, layer in missing})
-    statistics = _statistics(lm, [configs[cell] for cell in missing], edited)
+    statistics = read_statistics(lm, [configs[cell] for cell in missing], edited)
 
     def edit_layer(layer: int) -> tuple[dict[tuple[str, int], Cell], str | None]:
         made: dict[str, tuple[list[Trial], Cost]] = {}
@@ -147,8 +142,26 @@ def sweep(
     return cells
 
 
-def _statistics(lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequence[int]) -> Mapping[int, KeyStatistics]:
-    """Return the statistics of layers that editors read; none if no editor reads them."""
+def missing_layers(
+    lm: LanguageModel, facts: Sequence[EditRequest], config: EditConfig, store: CellStore, options: SweepOptions
+) -> list[int]:
+    """Return the layers of `options` at which the config's editor was not measured on these facts, by any process."""
+    layers = options.layers or ()
+    keys = {(config.method, layer): _key(lm, facts, _at(config, config.method, layer), options) for layer in layers}
+    stored = _stored_cells(store, keys, lm.processes)
+    return [layer for layer in layers if (config.method, layer) not in stored]
+
+
+def _at(config: EditConfig, method: str, layer: int) -> EditConfig:
+    """Return the config of a cell. Options by name are those of the config's own editor."""
+    at_layer = replace(config, layer=layer, target_layer=None, layer_pattern="golden")
+    return replace(at_layer, method=method, options=config.options if method == config.method else {})
+
+
+def read_statistics(
+    lm: LanguageModel, configs: Sequence[EditConfig], layers: Sequence[int]
+) -> Mapping[int, KeyStatistics]:
+    """Return the statistics of layers that editors read, from the cache or now; none if no editor reads them."""
     readers = [config for config in configs if config.editor.reads_statistics]
     statistics = lm.streamed_statistics(readers[0], layers) if readers else {}
     for config in readers:  # of all layers in one pass, at the first call; `lm` keeps them

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from goldenedit.cache import going_on_without
@@ -56,17 +55,6 @@ class Outcome:
     matches: FactMatches
     likelihoods: FactLikelihoods | None = None
     sight: Sight | None = None
-
-    @property
-    def score(self) -> float:
-        """Mean of this fact's scores, to find its best layer. The harmonic mean of a single fact would mostly be 0."""
-        if self.likelihoods is not None:
-            scores = probability_scores([self.likelihoods])
-            values = [scores.efficacy, scores.paraphrase, scores.neighborhood]
-        else:
-            matched = token_match_scores([self.matches])
-            values = [matched.rewrite, matched.rephrase, matched.locality]
-        return fmean(value for value in values if value is not None)
 
 
 def edit_score(outcomes: Sequence[Outcome]) -> float:

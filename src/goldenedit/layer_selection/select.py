@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def find_layers(lm: LanguageModel, config: EditConfig) -> LayerSelection:
         return LayerSelection(name, None, sorted(layers), len(facts))
     scored = _scored(lm, config, config.selector)
     chosen = choose(replace(config, layer_scores=scored.scores))
-    return replace(scored, selector=name, layers=[chosen] if isinstance(chosen, int) else chosen)
+    layers = [chosen] if isinstance(chosen, int) else chosen
+    return replace(scored, selector=name, layers=layers, kappa=config.tukey_kappa)
 
 
 def _shared(source: str, weights: Hashed, method: str) -> LayerSelection:
@@ -143,7 +144,7 @@ def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerS
     of_facts = None if by_fact is None else [_as_list(of_fact, lm.architecture) for of_fact in by_fact]
     scored = _as_list(scores, lm.architecture)
     selection = LayerSelection(selector.name, scored, [], len(facts), cost, forwards, of_facts)
-    keep(path, json.dumps(asdict(selection)).encode())
+    keep(path, json.dumps({**selection.to_dict(), "by_fact": of_facts}).encode())
     return selection
 
 
