@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.packaged import packaged_model
 from goldenedit.requests import proxy_facts
-from goldenedit.storage.atlas import dump_golden_layers
+from goldenedit.storage.atlas import dump_golden_layers, read_golden_layers, with_record
 from goldenedit.storage.card import render_card
 from goldenedit.storage.reading import read_edit_folder
 
 HERE = Path(__file__).parent
+SWEPT = HERE.parent / "benchmarks" / "results" / "golden-layers" / "golden_layers.json"  # layers of trial edits
 NAMES = {"smollm2": "example/SmolLM2-135M-Instruct-Q4_1", "gemma3": "example/gemma-3-270m-Q4_K_M"}
 SELECTORS = ("auto", "selectivity", "lga")  # the last is what others read first
 EIFFEL = EditRequest(
@@ -55,6 +57,7 @@ def main() -> None:
         many.evaluate()
         write(many, f"example/25-facts-{name}")
         many.unload()
+    atlas = reduce(with_record, read_golden_layers(SWEPT), atlas)
     (HERE / "golden_layers.json").write_text(dump_golden_layers(atlas), encoding="utf-8")
 
 

@@ -94,11 +94,11 @@ def plot_golden_layers(summary: Mapping[str, Any], dataset: str, path: str | Pat
             success.set_title(
                 f"{summary['model']}, {dataset}; shaded: layers that cannot be told from the best", fontsize=8
             )
-            success.legend(fontsize=6, loc="lower left")
-            harm.legend(fontsize=6, loc="upper left")
         if row == len(seen) - 1:
             success.set(xlabel="layer")
             harm.set(xlabel="layer")
+            lines = [line for axes in pair for line in axes.get_legend_handles_labels()[0]]
+            figure.legend(handles=lines, fontsize=7, loc="outside lower center", ncols=len(lines))
     _save(figure, path)
 
 

@@ -21,7 +21,15 @@ from goldenedit.storage.atomic import check_new
 from goldenedit.storage.card import render_card
 from goldenedit.storage.checkpoint import WEIGHTS, write_checkpoint
 from goldenedit.storage.folder import CARD, EDIT_FILES, BaseModel, EditFolder, write_edit_folder
-from goldenedit.storage.hub import is_on_hub, make_repo, push_folder, push_golden_layers, root_files, terms_of
+from goldenedit.storage.hub import (
+    is_on_hub,
+    make_repo,
+    public_name,
+    push_folder,
+    push_golden_layers,
+    root_files,
+    terms_of,
+)
 from goldenedit.threads import ModelLock, alone
 from goldenedit.versions import library_versions
 
@@ -203,7 +211,7 @@ class SharingMixin:
                 "selector to share layers of your own."
             )
         return GoldenLayers(
-            model=base_info.name_or_path,
+            model=public_name(base_info),
             fingerprint=base_info.fingerprint,
             selector=selection.selector,
             layers=selection.layers,

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import run
 from goldenedit import EditConfig, EditModel, get_edit_model
+from goldenedit.packaged import PACKAGED_MODELS
 from goldenedit.storage.atlas import GOLDEN_LAYERS, GoldenLayersError
 from goldenedit.storage.card import render_card
 from goldenedit.storage.folder import (
@@ -40,7 +41,16 @@ from goldenedit.storage.folder import (
     joined_state,
     write_edit_folder,
 )
-from goldenedit.storage.hub import find_folder, is_on_hub, is_repo_id, make_repo, push_folder, search_edits, terms_of
+from goldenedit.storage.hub import (
+    find_folder,
+    is_on_hub,
+    is_repo_id,
+    make_repo,
+    public_name,
+    push_folder,
+    search_edits,
+    terms_of,
+)
 from goldenedit.storage.reading import read_edit_folder
 from hub import TOKEN, Hub, Repository
 from models import tiny_model
@@ -944,3 +954,16 @@ def test_an_edit_of_a_model_without_a_card_is_shared_without_a_licence(hub):
     HfApi().create_repo("tester/odd")
     HfApi().upload_file(path_or_fileobj=b"---\nlicense: [\n---\n", path_in_repo=CARD, repo_id="tester/odd")
     assert terms_of(BaseModel("tester/odd", "f" * 32)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint", "expected"),
+    [
+        ("org/llama", "0" * 32, "org/llama"),
+        ("/home/me/models/my-llama/", "0" * 32, "my-llama"),
+        ("C:\\models\\my-llama", "0" * 32, "my-llama"),
+        ("/home/me/.cache/models/other", PACKAGED_MODELS["smollm2"].fingerprint, "smollm2"),
+    ],
+)
+def test_others_get_a_name_of_the_base_model_and_no_path_of_this_machine(name, fingerprint, expected):
+    assert public_name(BaseModel(name, fingerprint, None, "LlamaForCausalLM")) == expected

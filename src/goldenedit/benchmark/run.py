@@ -28,6 +28,7 @@ from goldenedit.storage.atlas import (
     read_golden_layers,
     with_record,
 )
+from goldenedit.storage.hub import public_name
 from goldenedit.versions import library_versions
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def golden_records(model: EditModel, measurement: Measurement) -> list[GoldenLay
         cost = sum((curve.cost for curve in curves), Cost())
         records.append(
             GoldenLayers(
-                model=base.name_or_path,
+                model=public_name(base),
                 fingerprint=base.fingerprint,
                 selector="sweep",
                 layers=[joined.best],

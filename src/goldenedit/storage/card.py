@@ -17,7 +17,7 @@ from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
 from goldenedit.packaged import PACKAGED_MODELS, packaged_name
 from goldenedit.storage.card_results import card_results, eval_results
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, BaseModel, EditFolder, EditFolderError, card_digest
-from goldenedit.storage.hub import TAG, is_on_hub
+from goldenedit.storage.hub import TAG, is_on_hub, last_part
 from goldenedit.storage.markdown import code, literal, python_literal
 from goldenedit.storage.reading import saved_card_digest
 
@@ -122,7 +122,7 @@ def _base(base_model: BaseModel, repo_id: str | None) -> dict[str, Any]:
         source = f"packaged_model({python_literal(packaged)})"
         return {**base, "base_shown": packaged, "base_note": note, "is_base_found": False, "base_source": source}
     if repo_id is not None and not is_on_hub(base_model):
-        name = _last_part(base_model.name_or_path)
+        name = last_part(base_model.name_or_path)
         note = f"The base model {code(name)} is not on the Hub: give the path of your copy."
         source = python_literal(f"path/to/{name}")
         return {**base, "base_shown": name, "base_note": note, "is_base_found": False, "base_source": source}
@@ -163,11 +163,7 @@ def _scores(config: EditConfig) -> list[tuple[int, float | None, bool]]:
 
 
 def _short_name(content: EditFolder) -> str:
-    return _last_part(content.base_model.name_or_path)
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    return last_part(content.base_model.name_or_path)
 
 
 def _metadata(content: EditFolder, repo_id: str | None, merged: bool, terms: Mapping[str, Any]) -> ModelCardData:

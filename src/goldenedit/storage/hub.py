@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from goldenedit.packaged import packaged_name
 from goldenedit.storage.atlas import (
     GOLDEN_LAYERS,
     GoldenLayers,
@@ -269,6 +271,18 @@ def is_on_hub(base_model: BaseModel) -> bool:
     """Return whether a base model's name can be the name of a repository on the Hub."""
     name = base_model.name_or_path
     return is_repo_id(name) and name != base_model.architecture  # models without a name are called by their class
+
+
+def public_name(base_model: BaseModel) -> str:
+    """Return a base model's name for others: on the Hub, that of a packaged model, or the last part of a local path."""
+    if is_on_hub(base_model):
+        return base_model.name_or_path
+    return packaged_name(base_model.fingerprint) or last_part(base_model.name_or_path)
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path of any operating system, or of a repository's name."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def is_repo_id(name: str) -> bool:
