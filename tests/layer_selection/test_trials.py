@@ -76,6 +76,13 @@ def test_outcomes_are_those_of_each_edit_alone(name, tokenizer):
                     if other.kind == kind and other.fact in (fact, -1)
                 ]
                 assert share == pytest.approx(fmean(same))
+            for kind, share in sight.kept.items():
+                kept = [
+                    fmean(compared[place].same)
+                    for place, other in enumerate(base.others)
+                    if other.kind == kind and other.fact in (fact, -1)
+                ]
+                assert share == pytest.approx(fmean(kept))
             asked = [text for text in base.asked if text.fact == fact]
             with lm.architecture.adding_deltas(lm.model, edit.deltas):
                 for form, share in sight.says.items():

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Sight:
     Attributes:
         says: Share of texts that are answered with the new answer, by form.
         unchanged: Share of other prompts whose continuation is, token for token, that of the base model, by kind.
+        kept: Share of the tokens of these continuations that are still the first choice, by kind; older cells lack it.
         kl: KL divergence from the base model on plain text, in nats a token.
         agreement: Share of tokens of plain text for which the first choice is that of the base model.
         fluency: Entropy of the n-grams of the edited prompt with its continuation, in bits.
@@ -40,6 +41,7 @@ class Sight:
     kl: float
     agreement: float
     fluency: float
+    kept: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

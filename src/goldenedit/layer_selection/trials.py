@@ -181,8 +181,8 @@ class _Group:
                 found[number][text.fact] = said, after if ends else text.prompt + continuation.text
         return found
 
-    def _compare(self, layer: int) -> list[dict[int, tuple[dict[str, list[bool]], list[Compared]]]]:
-        """Return by edit and fact whether other prompts are answered as before, by kind, and plain texts compared."""
+    def _compare(self, layer: int) -> list[dict[int, tuple[dict[str, list[Compared]], list[Compared]]]]:
+        """Return by edit and fact how the continuations of other prompts, by kind, and plain texts compare."""
         base = self.over.base
         assert base is not None
         lm = self.over.lm
@@ -190,11 +190,10 @@ class _Group:
         rows = [base.rows[place] for place in shared] + list(base.rows[len(base.others) :])
         states = {str(number): lambda trial=trial: self._state(trial) for number, trial in enumerate(self.trials)}
         of_all = compare(lm, rows, layer, nullcontext, states)
-        found: list[dict[int, tuple[dict[str, list[bool]], list[Compared]]]] = []
+        found: list[dict[int, tuple[dict[str, list[Compared]], list[Compared]]]] = []
         for number, trial in enumerate(self.trials):
-            same = [all(one.same) for one in of_all[str(number)][: len(shared)]]
-            texts = of_all[str(number)][len(shared) :]
-            found.append({fact: (defaultdict(list, unrelated=list(same)), texts) for fact in trial.facts})
+            unrelated, texts = of_all[str(number)][: len(shared)], of_all[str(number)][len(shared) :]
+            found.append({fact: (defaultdict(list, unrelated=list(unrelated)), texts) for fact in trial.facts})
         for fact in sorted({fact for trial in self.trials for fact in trial.facts}):
             own = [place for place, other in enumerate(base.others) if other.fact == fact]
             editing = [number for number, trial in enumerate(self.trials) if fact in trial.facts]
@@ -203,7 +202,7 @@ class _Group:
             )
             for number in editing:
                 for place, one in zip(own, of_fact[str(number)], strict=True):
-                    found[number][fact][0][base.others[place].kind].append(all(one.same))
+                    found[number][fact][0][base.others[place].kind].append(one)
         return found
 
 
@@ -225,13 +224,14 @@ def _few(base: Baseline) -> Baseline:
 
 def _sight(
     answered: tuple[Mapping[str, Sequence[bool]], str],
-    same: Mapping[str, Sequence[bool]],
+    others: Mapping[str, Sequence[Compared]],
     texts: Sequence[Compared],
 ) -> Sight:
     said, written = answered
     return Sight(
         says={form: fmean(of_form) for form, of_form in said.items()},
-        unchanged={kind: fmean(of_kind) for kind, of_kind in same.items()},
+        unchanged={kind: fmean(all(one.same) for one in of_kind) for kind, of_kind in others.items()},
+        kept={kind: fmean(fmean(one.same or (1.0,)) for one in of_kind) for kind, of_kind in others.items()},
         kl=fmean(value for text in texts for value in text.kl),
         agreement=fmean(agrees for text in texts for agrees in text.same),
         fluency=ngram_entropy(written),
