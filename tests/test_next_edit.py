@@ -114,7 +114,7 @@ def test_an_array_of_layers_can_be_set(base, tokenizer):
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("layer", "nowhere", "layer 'nowhere'"),
+        ("layer", "nowhere", "layer selector 'nowhere'"),
         ("layer", -1, "layer"),
         ("target_layer", [1, 1], "target_layer"),
         ("method", "magic", "magic"),

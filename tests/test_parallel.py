@@ -25,7 +25,7 @@ from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
 from goldenedit.architecture import read_architecture
 from goldenedit.cli import app
 from goldenedit.editing import values
-from goldenedit.layer_selection import CellStore, SweepOptions, lga_scores, select, sweep
+from goldenedit.layer_selection import CellStore, SweepOptions, edit_score, lga_scores, select, sweep
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.sampling import sample_continuations
 from goldenedit.lm.statistics import second_moments
@@ -134,7 +134,7 @@ def test_a_sweep_has_the_same_cells_each_measured_once(in_two, tokenizer, tmp_pa
     assert one.keys() == alone.keys()
     for cell, outcomes in alone.items():
         for mine, theirs in zip(outcomes, one[cell], strict=True):
-            assert mine.score == pytest.approx(theirs.score, rel=1e-4)
+            assert edit_score([mine]) == pytest.approx(edit_score([theirs]), rel=1e-4)
     assert sorted([first, second]) == [1, NUM_LAYERS - 1]
 
 

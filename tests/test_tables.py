@@ -37,11 +37,11 @@ def printed(content: object) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("control", ["\x1b]0;title\x07", "\x1b[2J", "\r", "\b", "\u202e", "\u2066", "\x9b", "\ud800"])
+@pytest.mark.parametrize("control", ["\x1b]0;title\x07", "\x1b[2J", "\r", "\b", "\u202e", "\u2066", "\x9b"])
 def test_control_characters_of_a_fact_do_not_reach_the_terminal(control):
     fact = EditedFact(EditRequest("The Louvre is in", "The Louvre", f"Rome{control}[red]!"), 0.1, 0.9, 1)
     output = printed(facts_table([Edit("edit_1", [fact], {})]))
-    assert not set(control) & set("\x1b\x07\r\b\u202e\u2066\x9b\ud800") & set(output)
+    assert not set(control) & set("\x1b\x07\r\b\u202e\u2066\x9b") & set(output)
     assert "Rome\ufffd" in output
     assert "[red]!" in output
 
