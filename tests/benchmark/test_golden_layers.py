@@ -143,9 +143,9 @@ def clock(monkeypatch):
     monkeypatch.setattr(golden_layers, "monotonic", lambda: clock["now"])
     plain = rounds._sweep
 
-    def sweep(self, dataset, facts, methods, layers, about="", say=None):
+    def sweep(self, dataset, facts, methods, layers, about=""):
         before = len(self.store.cells)
-        cells = plain(self, dataset, facts, methods, layers, about, say)
+        cells = plain(self, dataset, facts, methods, layers, about)
         clock["now"] += clock["seconds"] * len(facts) * (len(self.store.cells) - before)
         return {key: replace(cell, cost=Cost(1.0 * len(facts), cell.cost.flops)) for key, cell in cells.items()}
 
@@ -188,9 +188,9 @@ def test_an_editor_that_fails_everywhere_is_told_and_the_others_are_measured(mod
         return plain(self, config)
 
     monkeypatch.setattr(brute_force._Layer, "edits", edits)
-    found = measure_model(model, "tiny", setting(zsre), tmp_path, told.append)
-    assert set(found.curves) == {("zsre", "r-rome")}
-    assert found.curves["zsre", "r-rome"].facts == 3
+    several = setting(zsre, methods={"r-rome": None, "ft-m": 2, "lora": None})
+    found = measure_model(model, "tiny", several, tmp_path, told.append)
+    assert {key: curve.facts for key, curve in found.curves.items()} == {("zsre", "r-rome"): 3, ("zsre", "lora"): 3}
     assert any("ft-m cannot edit facts 0 to 2 of zsre: no step" in text for text in told)
 
 

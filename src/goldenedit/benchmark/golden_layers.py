@@ -25,7 +25,7 @@ import torch
 from goldenedit.config import LGA_LOSSES, EditConfig
 from goldenedit.cost import Cost, measuring
 from goldenedit.evaluation.counterfact import known_facts
-from goldenedit.layer_scores import golden_layer, score_tensor
+from goldenedit.layer_scores import golden_layer
 from goldenedit.layer_selection import CellStore, LayerSelection, Outcome, SweepOptions, find_layers, proxy_set, sweep
 from goldenedit.layer_selection.brute_force import missing_layers, read_statistics
 from goldenedit.layer_selection.cells import Cell
@@ -394,7 +394,7 @@ class _Rounds:
                 continue
             began = monotonic()
             facts = self.splits[one.dataset][one.start : one.end]
-            cells = self._sweep(one.dataset, facts, one.methods, self.layers, f"{one.start} to {one.end}", say)
+            cells = self._measure(one, say)
             for method in one.methods:
                 self._measured.setdefault((one.dataset, method), []).extend(facts)
                 of_method = [cell for cell in cells.values() if cell.method == method]
@@ -403,27 +403,25 @@ class _Rounds:
                 slower = max(self.processes.gather(monotonic() - began)) / needed
                 self.seconds = {key: seconds * slower for key, seconds in self.seconds.items()}
 
-    def _sweep(
-        self,
-        dataset: str,
-        facts: Sequence[EditRequest],
-        methods: Sequence[str],
-        layers: Sequence[int],
-        about: str = "",
-        say: Callable[[str], Any] | None = None,
-    ) -> dict[tuple[str, int], Cell]:
-        """Edit facts at some layers. An editor that fails at all of them is told, if somebody listens, and left out."""
-        told = {"model": self.name, "dataset": dataset, "facts": about}
+    def _measure(self, one: _Round, say: Callable[[str], Any]) -> dict[tuple[str, int], Cell]:
+        """Make the edits of a round. An editor that fails at every layer is told, and the others are measured."""
+        facts, about = self.splits[one.dataset][one.start : one.end], f"{one.start} to {one.end}"
+        with suppress(ValueError):  # told below, of each editor
+            return self._sweep(one.dataset, facts, one.methods, self.layers, about)
         cells: dict[tuple[str, int], Cell] = {}
-        for several in (methods,) if say is None else (methods, *([method] for method in methods)):
+        for method in one.methods:
             try:
-                options = replace(self._options(*several), layers=layers, about=told)
-                return cells | sweep(self.model.lm, facts, self.setting.config(several[0]), self.store, options)
+                cells |= self._sweep(one.dataset, facts, [method], self.layers, about)
             except ValueError as error:
-                if say is None:
-                    raise
-                say(f"{', '.join(several)} cannot edit facts {about} of {dataset}: {error}")
+                say(f"{method} cannot edit facts {about} of {one.dataset}: {error}")
         return cells
+
+    def _sweep(
+        self, dataset: str, facts: Sequence[EditRequest], methods: Sequence[str], layers: Sequence[int], about: str = ""
+    ) -> dict[tuple[str, int], Cell]:
+        told = {"model": self.name, "dataset": dataset, "facts": about}
+        options = replace(self._options(*methods), layers=layers, about=told)
+        return sweep(self.model.lm, facts, self.setting.config(methods[0]), self.store, options)
 
     def _options(self, *methods: str) -> SweepOptions:
         return SweepOptions(methods, self.layers, neighbors=self.setting.neighbors, sees=True)
@@ -507,7 +505,7 @@ def _lga_variants(model: EditModel, setting: Setting, loss: str) -> list[Choice]
     }
     for name, scores in variants.items():
         listed = [None if score != score else score for score in scores.tolist()]
-        layer = golden_layer(score_tensor(listed), 1.0)
+        layer = golden_layer(scores)
         chosen = LayerSelection("lga", listed, [layer], len(facts), spent())
         found.append(Choice(f"lga {loss}, {name}", PACKAGED, chosen))
     return found
