@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, applied, constants, load, parser, record, timed
-from torch import Tensor, nn
 
 from goldenedit import EditConfig, EditModel, EditRequest, load_requests, proxy_facts
 from goldenedit.editing.learn import TextStatistics, learn_facts
@@ -182,7 +181,11 @@ def ask_all(model: EditModel, base: Baseline, edits: Sequence[Made]) -> list[tup
     others = [base.others[place].prompt for place in subjects]
 
     def within(count: int) -> Within:
-        return lambda prompts: applied_by_row(model, [edits[prompt // count].deltas for prompt in prompts])
+        def by_row(prompts: Sequence[int]) -> AbstractContextManager[None]:
+            deltas = [edits[prompt // count].deltas for prompt in prompts]
+            return model.architecture.adding_deltas_by_row(model.lm.model, deltas)
+
+        return by_row
 
     options = base.options
     answers = greedy(model.lm, asked * len(edits), options.max_new_tokens, has_ended, within=within(len(asked)))
@@ -195,30 +198,6 @@ def ask_all(model: EditModel, base: Baseline, edits: Sequence[Made]) -> list[tup
         )
         for number in range(len(edits))
     ]
-
-
-@contextmanager
-def applied_by_row(model: EditModel, deltas: Sequence[dict[str, LowRankDelta]]) -> Iterator[None]:
-    """Apply to each row of a batch the deltas of its own edit inside this context."""
-    rows: dict[str, dict[int, tuple[LowRankDelta, list[int]]]] = {}
-    for row, of_row in enumerate(deltas):
-        for path, delta in of_row.items():
-            rows.setdefault(path, {}).setdefault(id(delta), (delta, []))[1].append(row)
-
-    def hook(parts: Sequence[tuple[LowRankDelta, list[int]]]) -> Callable[..., Tensor]:
-        def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            output = output.clone()
-            for delta, members in parts:
-                output[members] += args[0][members] @ delta.A.T @ delta.B.T
-            return output
-
-        return add
-
-    with ExitStack() as stack:
-        for path, parts in rows.items():
-            module = model.lm.model.get_submodule(path)
-            stack.callback(module.register_forward_hook(hook(list(parts.values()))).remove)
-        yield
 
 
 def path_of(folder: Path, method: str) -> Path:

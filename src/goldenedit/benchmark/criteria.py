@@ -15,12 +15,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from goldenedit.evaluation.intervals import Interval
 from goldenedit.evaluation.scores import probability_scores, token_match_scores
 from goldenedit.layer_selection import Outcome
 
 RESAMPLES = 1000
 _ZERO = 1e-9  # harmonic means with a part that is zero are below this
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Trials:
         """Yield edits that can run in one batch: each alone where the changes are of fused experts."""
         for is_shared, several in groupby(trials, lambda trial: self.lm.architecture.takes_rows(trial.deltas)):
             members = list(several)
-            yield from [_Group(self, members)] if is_shared else (_Group(self, [trial]) for trial in members)
+            yield from [_Group(self, members, True)] if is_shared else (_Group(self, [one], False) for one in members)
 
     def _outcome(self, fact: int, after: Observed, seen: Sight | None) -> Outcome:
         request = self.facts[fact]
@@ -102,12 +102,12 @@ class Trials:
 
 
 class _Group:
-    """Edits whose texts run together."""
+    """Edits whose texts run together, each row with the change of its own edit, or the texts of a single edit."""
 
-    def __init__(self, over: Trials, trials: Sequence[Trial]) -> None:
+    def __init__(self, over: Trials, trials: Sequence[Trial], by_row: bool) -> None:
         self.over = over
         self.trials = trials
-        self.by_row = over.lm.architecture.takes_rows(path for trial in trials for path in trial.deltas)
+        self.by_row = by_row
 
     def _state(self, trial: Trial) -> AbstractContextManager[None]:
         return self.over.lm.architecture.adding_deltas(self.over.lm.model, trial.deltas)
