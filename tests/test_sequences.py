@@ -209,7 +209,6 @@ def test_earlier_facts_hold_because_they_are_rehearsed(rehearsal, holds, tokeniz
 def test_a_penalty_bounds_what_many_batches_change_of_other_text(tokenizer):
     """Each batch sees the harm of those before it, and not of itself alone."""
     options = {"method": "crispedit", "covariance": "sampled", "covariance_tokens": 300, "crispedit_share": 1.0}
-    options |= {"finetune_rehearsal": 0.0}
     harms = {}
     for weight in (0.0, 30.0):
         model = model_of(tokenizer, finetune_lr=0.1, crispedit_penalty=weight, **options)

@@ -36,9 +36,9 @@ class Training:
         stop_loss: No step is taken for a batch whose mean loss is below this, and training stops when the mean loss of
             a pass is. With penalties, steps along these go on to the last pass.
         batch: Requests of a step, shuffled before each pass; None for all requests in each step.
-        rehearsal: Earlier requests of a pass, as a share of the number of requests: those whose answers were least
-            likely when they were last seen, shuffled among the requests.
-        seed: Seed of the shuffling.
+        rehearsal: Earlier requests of a pass, as a share of the number of requests. Each pass draws others, shuffled
+            among the requests, so that the cost of a batch does not grow with the number of earlier ones.
+        seed: Seed of the shuffling and the drawing.
     """
 
     loss: AnswerLoss
@@ -91,8 +91,7 @@ def train(
         changes: Change of the down projection of each layer.
         options: Loss, learning rate, batches and stopping rule.
         batch_size: Requests per forward. Each step uses the summed gradients of its batch.
-        earlier: Requests that were trained before, of which the forgotten ones are rehearsed. They do not count for
-            the stopping rule.
+        earlier: Requests that were trained before and are rehearsed. They do not count for the stopping rule.
 
     Raises:
         ValueError: A request cannot be tokenized, the model has no token that ends an answer, or the loss is not
@@ -109,29 +108,18 @@ def train(
         _added(modules),
         tqdm(total=options.epochs, desc="Training", leave=False) as bar,
     ):
-        # Most earlier answers hold, and steps for them would be wasted.
-        last: list[float] = []
-        with torch.no_grad():
-            for start in range(0, len(learned), batch_size):
-                last += answer_nll(lm, learned[start : start + batch_size], options.loss).tolist()
         for _ in range(options.epochs):
             total = 0.0
-            order = sorted(range(len(learned)), key=last.__getitem__, reverse=True)
-            rehearsed = order[: math.ceil(options.rehearsal * len(rows))]
-            of_pass = [*rows, *(learned[index] for index in rehearsed)]
+            drawn = _drawn(learned, math.ceil(options.rehearsal * len(rows)), generator)
+            of_pass = [*rows, *drawn]
             for batch in _batches(len(of_pass), options.batch, generator):
-                losses, gradients = _losses(
-                    lm, [of_pass[index] for index in batch], options, trained.parameters, batch_size
-                )
+                drawn_rows = [of_pass[index] for index in batch]
+                losses, gradients = _losses(lm, drawn_rows, options, trained.parameters, batch_size)
                 if not math.isfinite(sum(losses)):
                     raise ValueError(
                         f"The training loss is not finite at step {trained.steps}. Lower EditConfig.finetune_lr."
                     )
-                for index, loss in zip(batch, losses, strict=True):
-                    if index < len(rows):
-                        total += loss
-                    else:
-                        last[rehearsed[index - len(rows)]] = loss
+                total += sum(loss for index, loss in zip(batch, losses, strict=True) if index < len(rows))
                 trained.step(gradients)
             # Penalties take back what the answers do not need, in the passes that are left.
             if total / len(rows) < options.stop_loss and not trained.penalties:
@@ -243,6 +231,13 @@ class _Trained:
             change.constrain()
         self.steps += 1
         return True
+
+
+def _drawn(rows: Sequence[Row], count: int, generator: torch.Generator) -> list[Row]:
+    """Return that many of some rows, drawn anew for each pass; fewer if there are not as many."""
+    if not rows or not count:
+        return []
+    return [rows[index] for index in torch.randperm(len(rows), generator=generator)[:count].tolist()]
 
 
 def _batches(count: int, size: int | None, generator: torch.Generator) -> Iterator[list[int]]:
