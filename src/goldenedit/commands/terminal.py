@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from goldenedit.storage.connection import failing_at_once
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*arguments: Any, as_json: bool, quiet: bool, **options: Any) -> None:
-        with _printing(as_json, quiet):
+        with _printing(as_json, quiet), failing_at_once():
             report = command(*arguments, **options)
         if os.environ.get("RANK", "0") != "0":
             return  # another process of a launcher than the first
