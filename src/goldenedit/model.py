@@ -162,11 +162,11 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     def __repr__(self) -> str:
         """Return the base model, the layer and the edits. `print(model.model)` shows the modules."""
-        layer = self.edit_config.target_layer
+        layers = self.edit_config.layers_in_words
         lines = [
             f"EditModel of {type(self.adapters.base).__name__} {self._base_info.name_or_path!r}: "
             f"{self.architecture.num_layers} layers, editor {self.edit_config.method!r}, "
-            + ("no layer chosen yet" if layer is None else f"layer {layer} ({self.edit_config.layer})")
+            + (f"layer {layers}" if layers else "no layer chosen yet")
         ]
         on = self.active_adapters
         lines += [f"  {'on ' if name in on else 'off'} {edit!r}" for name, edit in self.edits.items()]

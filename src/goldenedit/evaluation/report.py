@@ -163,7 +163,8 @@ def shown(text: Text, names: tuple[str, str] = ("before", "after")) -> str:
     Args:
         names: What the base model's and the edited model's text are called.
     """
-    mark = "" if not text.answers else " (says it)" if text.says else " (does not say it)"
+    mark = "" if not text.answers else " (says it" if text.says else " (does not say it"
+    mark += "" if not mark else ", an error)" if text.says and not text.holds else ")"
     question = text.question if len(text.question) <= _LONG else f"...{text.question[3 - _LONG :]}"
     width = max(map(len, names)) + 1
     lines = [f"{text.kind.replace('_', ' ')}: {question!r}"]
