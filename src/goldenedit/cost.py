@@ -196,6 +196,25 @@ def product_speed(d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> 
     return 2 * _ROWS * d_in * d_out * calls / seconds
 
 
+PHASES = {  # phases that may take long, by what they do
+    "layer selection": "Finding the layer",
+    "key statistics": "Measuring the model on other text",
+    "MLP statistics": "Measuring the model on other text",
+    "output gradients": "Measuring the model on other text",
+    "spare neurons": "Looking for neurons that are hardly used",
+    "first marker": "Finding what markers of subjects start from",
+    "wordings": "Asking the base model about the subjects",
+    "markers": "Marking the subjects",
+    "gates": "Teaching when to answer",
+    "values": "Teaching the answers",
+    "training": "Training",
+    "verification": "Asking the model",
+    "audit": "Making the change that the listed facts explain",
+    "evaluation: base model": "Asking the base model",
+    "evaluation: comparison": "Comparing with the base model",
+    "evaluation: answers": "Asking the edited model",
+}
+
 _phases: ContextVar[dict[str, Cost] | None] = ContextVar("phases", default=None)
 _announce: ContextVar[Callable[[str], None] | None] = ContextVar("announce", default=None)
 
@@ -227,6 +246,24 @@ def announcing(announce: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _announce.reset(token)
+
+
+@contextmanager
+def showing_phases() -> Iterator[None]:
+    """Show which phase runs in a line like a progress bar, where progress bars are shown; not inside `announcing`."""
+    if _announce.get() is not None:
+        yield
+        return
+    from transformers.utils.logging import tqdm  # which imports much
+
+    with tqdm(total=0, bar_format="{desc} ... {elapsed}", leave=False) as line:
+
+        def show(phase: str) -> None:
+            if (text := PHASES.get(phase)) is not None:
+                line.set_description_str(text)
+
+        with announcing(show):
+            yield
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cache import cache_key
 from goldenedit.config import EditConfig
-from goldenedit.cost import phase
+from goldenedit.cost import phase, showing_phases
 from goldenedit.editing.batch import changes_of_batch, check_harm
 from goldenedit.editing.calls import (
     RECHECKED,
@@ -226,6 +226,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     @alone
     @outside_inference_mode()
+    @showing_phases()
     def edit(
         self,
         prompt: str | Sequence[str] | Facts | None = None,
