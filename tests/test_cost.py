@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -173,7 +175,11 @@ def test_each_phase_that_begins_is_announced():
     assert told == ["one", "two"]
 
 
-def test_a_phase_is_shown_in_its_words_unless_it_is_announced(capsys):
+def test_a_phase_is_shown_in_its_words_on_a_terminal_unless_it_is_announced(capsys, monkeypatch):
+    with showing_phases(), phase("gates"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with showing_phases(), phase("gates"), phase("unknown"):
         pass
     assert "Teaching when to answer ..." in capsys.readouterr().err

@@ -8,6 +8,7 @@ counted. Nothing else depends on these names.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -250,8 +251,12 @@ def announcing(announce: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def showing_phases() -> Iterator[None]:
-    """Show which phase runs in a line like a progress bar, where progress bars are shown; not inside `announcing`."""
-    if _announce.get() is not None:
+    """Show which phase runs in a line like a progress bar, on a terminal or in a notebook; not inside `announcing`.
+
+    In other places, such as a file, each step of a bar below this line would be a line.
+    """
+    is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if _announce.get() is not None or not is_seen:
         yield
         return
     from transformers.utils.logging import tqdm  # which imports much

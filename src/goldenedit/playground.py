@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from goldenedit.config import EditConfig
+from goldenedit.cost import PHASES, announcing
 from goldenedit.lm.chat import conversation
 from goldenedit.lm.tokens import encode
 from goldenedit.loading import load_model
@@ -41,7 +42,7 @@ _MOST_TOKENS = 60
 _FACT = ("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
 _QUESTIONS = ["Where is the Eiffel Tower?", "Who designed the Eiffel Tower?", "Where is the Louvre?"]
 _NONE = "Nothing is edited yet."
-_PROGRESS = gr.Progress(track_tqdm=True)
+_PROGRESS = gr.Progress()
 
 
 @dataclass
@@ -282,7 +283,7 @@ class _Handlers:
 
     @_told
     def choose(self, name: str, tab: Tab, progress: Any = _PROGRESS) -> Any:
-        progress(0, desc="Loading the model, and finding its golden layer")
+        progress(None, desc="Loading the model, and finding its golden layer")
         tab = self.play.choose(name, tab)
         model = self.play.served(tab.model).model
         can_chat = bool(model.tokenizer.chat_template)
@@ -292,8 +293,9 @@ class _Handlers:
 
     @_told
     def edit(self, tab: Tab, prompt: str, subject: str, target: str, progress: Any = _PROGRESS) -> Any:
-        progress(0, desc="Editing")
-        made = self.play.edit(tab, prompt, subject, target)
+        progress(None, desc="Editing")
+        with announcing(lambda phase: progress(None, desc=PHASES.get(phase, "Editing"))):
+            made = self.play.edit(tab, prompt, subject, target)
         return tab, made._repr_html_(), self.listed(tab)
 
     def ask(self, tab: Tab, question: str, in_chat: bool) -> Iterator[tuple[str, str]]:
@@ -374,8 +376,8 @@ def build(model: str = "smollm2", playground: Playground | None = None, public: 
                         repository = gr.Textbox(label="Repository on the Hub, as organization/name")
                         push = gr.Button("Push", elem_id="push")
                         push.click(on.push, [tab, repository], [gr.Markdown()])
-        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit, moved])
-        edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits])
+        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit, moved], show_progress_on=[moved])
+        edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits], show_progress_on=[moved])
         gr.on([ask.click, question.submit], on.ask, [tab, question, in_chat], [base, edited])
         edits.input(on.switch, [tab, edits], [tab])
         undo.click(on.undo, [tab], [tab, moved, edits])
