@@ -197,7 +197,7 @@ def product_speed(d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> 
     return 2 * _ROWS * d_in * d_out * calls / seconds
 
 
-PHASES = {  # phases that may take long, by what they do
+PHASES = {  # phases that may take long, in their order, by what they do
     "layer selection": "Finding the layer",
     "key statistics": "Measuring the model on other text",
     "MLP statistics": "Measuring the model on other text",
@@ -205,8 +205,8 @@ PHASES = {  # phases that may take long, by what they do
     "spare neurons": "Looking for neurons that are hardly used",
     "first marker": "Finding what markers of subjects start from",
     "wordings": "Asking the base model about the subjects",
-    "markers": "Marking the subjects",
     "gates": "Teaching when to answer",
+    "markers": "Marking the subjects",
     "values": "Teaching the answers",
     "training": "Training",
     "verification": "Asking the model",

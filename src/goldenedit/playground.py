@@ -275,6 +275,19 @@ def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _telling(progress: Any) -> Callable[[str], None]:
+    """Return a function that shows which phase of an edit begins, and how many of the phases are over."""
+    phases, over = list(PHASES), 0
+
+    def tell(phase: str) -> None:
+        nonlocal over
+        if phase in PHASES:
+            over = max(over, phases.index(phase))
+            progress(over / len(phases), desc=PHASES[phase])
+
+    return tell
+
+
 class _Handlers:
     """What the buttons of the page call, with the values of its parts."""
 
@@ -283,7 +296,7 @@ class _Handlers:
 
     @_told
     def choose(self, name: str, tab: Tab, progress: Any = _PROGRESS) -> Any:
-        progress(None, desc="Loading the model, and finding its golden layer")
+        progress(0, desc="Loading the model, and finding its golden layer")
         tab = self.play.choose(name, tab)
         model = self.play.served(tab.model).model
         can_chat = bool(model.tokenizer.chat_template)
@@ -293,8 +306,8 @@ class _Handlers:
 
     @_told
     def edit(self, tab: Tab, prompt: str, subject: str, target: str, progress: Any = _PROGRESS) -> Any:
-        progress(None, desc="Editing")
-        with announcing(lambda phase: progress(None, desc=PHASES.get(phase, "Editing"))):
+        progress(0, desc="Editing")
+        with announcing(_telling(progress)):
             made = self.play.edit(tab, prompt, subject, target)
         return tab, made._repr_html_(), self.listed(tab)
 
