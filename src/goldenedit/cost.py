@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -253,15 +254,16 @@ def announcing(announce: Callable[[str], None]) -> Iterator[None]:
 def showing_phases() -> Iterator[None]:
     """Show which phase runs in a line like a progress bar, on a terminal or in a notebook; not inside `announcing`.
 
-    In other places, such as a file, each step of a bar below this line would be a line.
+    Elsewhere, as in a file or in a notebook without ipywidgets, each step of a bar below this line would be a line.
     """
-    is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    has_widgets = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+    is_seen = sys.stderr.isatty() or has_widgets
     if _announce.get() is not None or not is_seen:
         yield
         return
     from transformers.utils.logging import tqdm  # which imports much
 
-    with tqdm(total=0, bar_format="{desc} ... {elapsed}", leave=False) as line:
+    with tqdm(total=0, desc="Editing", bar_format="{desc} ... {elapsed}", leave=False) as line:
 
         def show(phase: str) -> None:
             if (text := PHASES.get(phase)) is not None:

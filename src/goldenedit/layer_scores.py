@@ -189,8 +189,13 @@ class LayerSelection:
             inside = scores[self.within_fence() & scores.isfinite()]
             low, high = min(0.0, inside.min().item()), inside.max().item()
         emphasized = self.layers if golden is None or len(self.layers) < 2 else [*self.layers, golden]
+        outside = [] if golden is None else (~self.within_fence() & scores.isfinite()).nonzero()[:, 0].tolist()
         rows = [
-            (layer, "-" if score is None else f"{score:.4g}", "" if score is None else _bar(score, low, high))
+            (
+                layer,
+                "-" if score is None else f"{score:.4g}",
+                "outside the fence" if layer in outside else "" if score is None else _bar(score, low, high),
+            )
             for layer, score in enumerate(self.scores)
         ]
         return html.table(("layer", "score", ""), rows, str(self), emphasized)
