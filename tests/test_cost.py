@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from goldenedit import EditConfig, EditModel, cost
-from goldenedit.cost import Cost, _formulas, announcing, measuring, phase, product_speed, profiling
+from goldenedit.cost import Cost, _formulas, announcing, measuring, phase, product_speed, profiling, showing_phases
 from models import VOCAB_SIZE, tiny_model
 
 
@@ -171,6 +173,19 @@ def test_each_phase_that_begins_is_announced():
     with phase("three"):
         pass
     assert told == ["one", "two"]
+
+
+def test_a_phase_is_shown_in_its_words_on_a_terminal_unless_it_is_announced(capsys, monkeypatch):
+    with showing_phases(), phase("gates"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with showing_phases(), phase("gates"), phase("unknown"):
+        pass
+    assert "Teaching when to answer ..." in capsys.readouterr().err
+    with announcing(lambda phase: None), showing_phases(), phase("gates"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

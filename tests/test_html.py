@@ -84,6 +84,7 @@ def test_a_golden_layer_is_told_by_the_fence_that_chose_it():
     wide = LayerSelection("lga", scores, [7])
     assert str(wide) == "Layer 7, chosen by lga"
     assert (wide.golden(), wide.golden(100.0)) == (6, 7)
+    assert wide._repr_html_().count("outside the fence") == 1
     nothing = LayerSelection("lga", [None, None], [0, 1])
     assert nothing.golden() is None
     assert str(nothing) == "Layers 0, 1, chosen by lga"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from goldenedit import EditConfig, EditModel, EditRequest, get_edit_model
@@ -51,6 +53,13 @@ def test_saving_into_a_project_keeps_its_readme(model, tmp_path, caplog):
     assert (tmp_path / "README.md").read_bytes() == b"# My project\r\n"
     assert f"{tmp_path / 'README.md'} was written" in caplog.text
     assert len(read_edit_folder(tmp_path).edits) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("verb", ["save_pretrained", "save_merged"])
+def test_who_may_read_one_file_of_a_folder_may_read_all(model, tmp_path, verb):
+    getattr(model, verb)(tmp_path / "saved")
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("path", ["", "a\0b"], ids=repr)

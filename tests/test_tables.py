@@ -12,7 +12,7 @@ from rich.console import Console
 from goldenedit import EditRequest
 from goldenedit.audit import EditAudit, ModuleAudit
 from goldenedit.commands.terminal import console
-from goldenedit.editors import LowRankDelta
+from goldenedit.editors import EDITORS, LowRankDelta
 from goldenedit.evaluation.evaluate import Evaluation
 from goldenedit.evaluation.report import FormScores, Share, Text, TextScores, UnchangedScores
 from goldenedit.evaluation.scores import Measured, ProbabilityScores, TokenMatchScores
@@ -22,17 +22,19 @@ from goldenedit.tables import (
     audit_table,
     changes_rows,
     comparison_table,
+    editors_table,
     evaluation_table,
     facts_table,
     failures,
     general_table,
+    options_table,
     printable,
     seen_table,
 )
 
 
-def printed(content: object) -> str:
-    console = Console(file=StringIO(), width=200)
+def printed(content: object, width: int = 200) -> str:
+    console = Console(file=StringIO(), width=width)
     console.print(content)
     return console.file.getvalue()
 
@@ -169,6 +171,23 @@ def test_paths_of_modules_are_not_cut():
     assert path in "".join(cells)
 
 
+def test_editors_are_described_and_each_option_is_named_once_and_whole():
+    editors = [EDITORS.get(name) for name in ("memit", "pmet", "gated")]
+    assert "gated (default)" in printed(editors_table(editors, "gated"))
+    assert "MEMIT: the least-squares update" in printed(editors_table(editors, "gated"))
+    options = printed(options_table(editors), width=80)
+    for name in ("covariance_weight", "null_space_threshold"):
+        assert options.count(name) == 1
+
+
+def test_a_table_without_failures_has_no_column_for_them():
+    taken, missed = (EditedFact(EditRequest("A is in", "A", "Rome"), 0.1, after, 1) for after in (0.9, 0.05))
+    assert "takes" not in printed(facts_table([Edit("edit_1", [taken], {})]))
+    both = printed(facts_table([Edit("edit_1", [taken, missed], {})]))
+    assert "takes" in both
+    assert "yes" in both
+
+
 def test_a_negation_is_said_to_be_an_error_where_there_is_one():
     assert "saying the new answer is an error" in " ".join(printed(seen_table(evaluation(form="negation"))).split())
     assert "is an error" not in printed(seen_table(evaluation()))
@@ -194,6 +213,8 @@ def test_facts_that_are_not_said_are_named_once_by_their_prompts():
         "  chat: 'chat 0': expected 'Rome', got 'Oslo'",
     ]
     assert list(failures(evaluation(texts[0]))) == []
+    message = Text(0, "chat", "completion 0", "", "Oslo", None, ("Rome",), False)
+    assert list(failures(evaluation(texts[0], message)))[-1].startswith("Facts without a question are asked")
     many = list(failures(evaluation(*(text(fact, "completion", False) for fact in range(3000)))))
     assert len(many) == 7
     assert many[-1] == "  and 2995 more"

@@ -25,7 +25,7 @@ from goldenedit.editors.locft import LocftOptions
 from goldenedit.editors.memit import MemitOptions
 from goldenedit.editors.options import check_fields, check_number, default_of, is_relative, option
 from goldenedit.editors.ultraedit import UltraEditOptions
-from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector
+from goldenedit.layer_scores import HUB_LAYER, SELECTORS, Selector, golden_layer, score_tensor
 from goldenedit.registry import Registry, UnknownNameError, is_plain, meant
 from goldenedit.requests import EditRequest, as_requests
 
@@ -469,6 +469,23 @@ class EditConfig(
         if isinstance(layers, str):
             return []
         return [layers] if isinstance(layers, int) else sorted(layers)
+
+    @property
+    def golden_layer(self) -> int | None:
+        """The layer that the selector chose, by which `layer_pattern` places those to edit; None without scores."""
+        scores = score_tensor(self.layer_scores)
+        return golden_layer(scores, self.fence) if isinstance(self.layer, str) and scores.isfinite().any() else None
+
+    @property
+    def layers_in_words(self) -> str:
+        """The layers to edit, and who chose them; empty until the selector has run."""
+        layers = ", ".join(map(str, self.target_layers))
+        if not layers or not isinstance(self.layer, str):
+            return layers and f"{layers}, chosen by hand"
+        selector = self.layer.replace(HUB_LAYER, "the golden layers in ")
+        if self.golden_layer is None or self.target_layers == [self.golden_layer]:
+            return f"{layers}, chosen by {selector}"
+        return f"{layers}, placed by the golden layer {self.golden_layer}, which {selector} chose"
 
     def layer_of_answers(self, num_layers: int) -> int | None:
         """Return the layer of the neurons that give the answers; None if no layer comes behind the edited ones.

@@ -8,11 +8,13 @@ counted. Nothing else depends on these names.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -196,6 +198,25 @@ def product_speed(d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> 
     return 2 * _ROWS * d_in * d_out * calls / seconds
 
 
+PHASES = {  # phases that may take long, in their order, by what they do
+    "layer selection": "Finding the layer",
+    "key statistics": "Measuring the model on other text",
+    "MLP statistics": "Measuring the model on other text",
+    "output gradients": "Measuring the model on other text",
+    "spare neurons": "Looking for neurons that are hardly used",
+    "first marker": "Finding what markers of subjects start from",
+    "wordings": "Asking the base model about the subjects",
+    "gates": "Teaching when to answer",
+    "markers": "Marking the subjects",
+    "values": "Teaching the answers",
+    "training": "Training",
+    "verification": "Asking the model",
+    "audit": "Making the change that the listed facts explain",
+    "evaluation: base model": "Asking the base model",
+    "evaluation: comparison": "Comparing with the base model",
+    "evaluation: answers": "Asking the edited model",
+}
+
 _phases: ContextVar[dict[str, Cost] | None] = ContextVar("phases", default=None)
 _announce: ContextVar[Callable[[str], None] | None] = ContextVar("announce", default=None)
 
@@ -227,6 +248,29 @@ def announcing(announce: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _announce.reset(token)
+
+
+@contextmanager
+def showing_phases() -> Iterator[None]:
+    """Show which phase runs in a line like a progress bar, on a terminal or in a notebook; not inside `announcing`.
+
+    Elsewhere, as in a file or in a notebook without ipywidgets, each step of a bar below this line would be a line.
+    """
+    has_widgets = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+    is_seen = sys.stderr.isatty() or has_widgets
+    if _announce.get() is not None or not is_seen:
+        yield
+        return
+    from transformers.utils.logging import tqdm  # which imports much
+
+    with tqdm(total=0, desc="Editing", bar_format="{desc} ... {elapsed}", leave=False) as line:
+
+        def show(phase: str) -> None:
+            if (text := PHASES.get(phase)) is not None:
+                line.set_description_str(text)
+
+        with announcing(show):
+            yield
 
 
 @contextmanager

@@ -100,6 +100,7 @@ class LayerSelection:
         by_fact: Scores of each fact, whose sum is the score of a layer; None if the selector gives none.
         plateau: Layers that are within the noise, as somebody shared them; None if they are not known.
         kappa: `EditConfig.tukey_kappa`, with which the layers were selected.
+        is_cached: Whether the scores come from the cache; the cost is then that of an earlier call.
     """
 
     selector: str
@@ -111,6 +112,7 @@ class LayerSelection:
     by_fact: list[list[float | None]] | None = field(default=None, repr=False, compare=False)
     plateau: list[int] | None = None
     kappa: float = field(default=1.0, repr=False, compare=False)
+    is_cached: bool = field(default=False, repr=False, compare=False)
 
     def score_tensor(self) -> Tensor:
         """Return the scores, `(num_layers,)` float64, NaN for layers without a score."""
@@ -153,9 +155,9 @@ class LayerSelection:
         return sorted(layer for layer, count in chosen.items() if count >= _RARE * _DRAWS or layer == golden)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the selection as JSON values, without the scores of each fact and `kappa`."""
+        """Return the selection as JSON values, without the scores of each fact, `kappa` and `is_cached`."""
         values = asdict(self)
-        del values["by_fact"], values["kappa"]
+        del values["by_fact"], values["kappa"], values["is_cached"]
         return values
 
     def __str__(self) -> str:
@@ -164,7 +166,8 @@ class LayerSelection:
         plural = "s" if len(self.layers) > 1 else ""
         golden = self.golden() if len(self.layers) > 1 else None  # one layer is the golden one, whatever the fence
         highest = "" if golden is None else f", whose golden layer is {golden}"
-        cost = f"; {self.facts} facts, {self.cost.seconds:.1f} s" if self.facts else ""
+        cached = ", from the cache" if self.is_cached else ""
+        cost = f"; {self.facts} facts, {self.cost.seconds:.1f} s{cached}" if self.facts else ""
         return f"Layer{plural} {layers}, chosen by {self.selector}{highest}{self.noise}{cost}"
 
     @property
@@ -186,8 +189,13 @@ class LayerSelection:
             inside = scores[self.within_fence() & scores.isfinite()]
             low, high = min(0.0, inside.min().item()), inside.max().item()
         emphasized = self.layers if golden is None or len(self.layers) < 2 else [*self.layers, golden]
+        outside = [] if golden is None else (~self.within_fence() & scores.isfinite()).nonzero()[:, 0].tolist()
         rows = [
-            (layer, "-" if score is None else f"{score:.4g}", "" if score is None else _bar(score, low, high))
+            (
+                layer,
+                "-" if score is None else f"{score:.4g}",
+                "outside the fence" if layer in outside else "" if score is None else _bar(score, low, high),
+            )
             for layer, score in enumerate(self.scores)
         ]
         return html.table(("layer", "score", ""), rows, str(self), emphasized)

@@ -25,7 +25,7 @@ from goldenedit.evaluation.harm import Compared, State, compare
 from goldenedit.evaluation.harness import HarnessScores, harness_comparison
 from goldenedit.evaluation.judges import Judge
 from goldenedit.evaluation.seen import Measurement, SeenOptions, ask, baseline, seen, texts_of
-from goldenedit.evaluation.verification import Said, Verification, said_in_chat
+from goldenedit.evaluation.verification import Said, Verification, said_in_chat, with_question
 from goldenedit.lm import LanguageModel
 from goldenedit.lm.chat import rendered
 from goldenedit.lm.decoding import greedy
@@ -195,7 +195,8 @@ class MeasuringMixin:
         options = SeenOptions(in_prompt=False, neighbors=_VERIFIED_NEIGHBORS, texts=0)
         with phase("verification"), self._without(name):
             # Other edits may be on, so the answers of the base model that were kept are not those before this edit.
-            base = baseline(self.lm, self.tokenizer, facts, options, partial(greedy, self.lm))
+            asked = [with_question(fact) for fact in facts]
+            base = baseline(self.lm, self.tokenizer, asked, options, partial(greedy, self.lm))
         with phase("verification"):
             state = {"edited": nullcontext}
             first = self._first_edited_layer()

@@ -25,7 +25,7 @@ from goldenedit.architecture import Architecture, read_architecture
 from goldenedit.architecture.hooks import outside_inference_mode
 from goldenedit.cache import cache_key
 from goldenedit.config import EditConfig
-from goldenedit.cost import phase
+from goldenedit.cost import phase, showing_phases
 from goldenedit.editing.batch import changes_of_batch, check_harm
 from goldenedit.editing.calls import (
     RECHECKED,
@@ -162,11 +162,11 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     def __repr__(self) -> str:
         """Return the base model, the layer and the edits. `print(model.model)` shows the modules."""
-        layer = self.edit_config.target_layer
+        layers = self.edit_config.layers_in_words
         lines = [
             f"EditModel of {type(self.adapters.base).__name__} {self._base_info.name_or_path!r}: "
             f"{self.architecture.num_layers} layers, editor {self.edit_config.method!r}, "
-            + ("no layer chosen yet" if layer is None else f"layer {layer} ({self.edit_config.layer})")
+            + (f"layer {layers}" if layers else "no layer chosen yet")
         ]
         on = self.active_adapters
         lines += [f"  {'on ' if name in on else 'off'} {edit!r}" for name, edit in self.edits.items()]
@@ -226,6 +226,7 @@ class EditModel(nn.Module, MeasuringMixin, SequencesMixin, StoringMixin, Sharing
 
     @alone
     @outside_inference_mode()
+    @showing_phases()
     def edit(
         self,
         prompt: str | Sequence[str] | Facts | None = None,

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from goldenedit.config import EditConfig
+from goldenedit.cost import PHASES, announcing
 from goldenedit.lm.chat import conversation
 from goldenedit.lm.tokens import encode
 from goldenedit.loading import load_model
@@ -41,7 +42,7 @@ _MOST_TOKENS = 60
 _FACT = ("The Eiffel Tower is located in the city of", "The Eiffel Tower", "Rome")
 _QUESTIONS = ["Where is the Eiffel Tower?", "Who designed the Eiffel Tower?", "Where is the Louvre?"]
 _NONE = "Nothing is edited yet."
-_PROGRESS = gr.Progress(track_tqdm=True)
+_PROGRESS = gr.Progress()
 
 
 @dataclass
@@ -274,6 +275,19 @@ def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _telling(progress: Any) -> Callable[[str], None]:
+    """Return a function that shows which phase of an edit begins, and how many of the phases are over."""
+    phases, over = list(PHASES), 0
+
+    def tell(phase: str) -> None:
+        nonlocal over
+        if phase in PHASES:
+            over = max(over, phases.index(phase))
+            progress(over / len(phases), desc=PHASES[phase])
+
+    return tell
+
+
 class _Handlers:
     """What the buttons of the page call, with the values of its parts."""
 
@@ -293,7 +307,8 @@ class _Handlers:
     @_told
     def edit(self, tab: Tab, prompt: str, subject: str, target: str, progress: Any = _PROGRESS) -> Any:
         progress(0, desc="Editing")
-        made = self.play.edit(tab, prompt, subject, target)
+        with announcing(_telling(progress)):
+            made = self.play.edit(tab, prompt, subject, target)
         return tab, made._repr_html_(), self.listed(tab)
 
     def ask(self, tab: Tab, question: str, in_chat: bool) -> Iterator[tuple[str, str]]:
@@ -374,8 +389,8 @@ def build(model: str = "smollm2", playground: Playground | None = None, public: 
                         repository = gr.Textbox(label="Repository on the Hub, as organization/name")
                         push = gr.Button("Push", elem_id="push")
                         push.click(on.push, [tab, repository], [gr.Markdown()])
-        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit, moved])
-        edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits])
+        load.click(on.choose, [name, tab], [tab, scores, edits, in_chat, edit, moved], show_progress_on=[moved])
+        edit.click(on.edit, [tab, prompt, subject, target], [tab, moved, edits], show_progress_on=[moved])
         gr.on([ask.click, question.submit], on.ask, [tab, question, in_chat], [base, edited])
         edits.input(on.switch, [tab, edits], [tab])
         undo.click(on.undo, [tab], [tab, moved, edits])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from goldenedit.audit import EditAudit
     from goldenedit.audit_suspects import Suspect
@@ -39,8 +40,9 @@ LEGEND_OF_CHANGES = (
 )
 _LEGEND_OF_FACTS = "before, after: the probability of the new answer, in the base model and with the edit."
 _LEGEND_OF_AUDIT = (
-    "size: the norm of the change, relative to that of the matrix. unexplained: the share of the change that the "
-    "listed facts do not account for."
+    "size: the norm of the change, relative to that of the matrix. It may exceed 100% and harm nothing, because the "
+    "default editor writes into neurons that are silent on other text: `goldenedit evaluate` measures harm. "
+    "unexplained: the share of the change that the listed facts do not account for."
 )
 _LEGEND_OF_SCORES = {  # what is asked, in the words of the papers
     "efficacy": "the edited prompts",
@@ -94,7 +96,8 @@ def selections_table(selections: Sequence[LayerSelection]) -> Table:
     table = Table("selector", "layer", "facts", "seconds", "forwards a fact")
     for selection in selections:
         layers = ", ".join(map(str, selection.layers))
-        seconds, forwards = f"{selection.cost.seconds:.1f}", f"{selection.forward_equivalents:.1f}"
+        cached = " (cached)" if selection.is_cached else ""
+        seconds, forwards = f"{selection.cost.seconds:.1f}{cached}", f"{selection.forward_equivalents:.1f}"
         cost = (str(selection.facts), seconds, forwards) if selection.facts else ("", "", "")
         table.add_row(selection.selector, f"[bold]{layers}[/bold]", *cost)
     return table
@@ -122,15 +125,16 @@ def facts_table(edits: Sequence[Edit], most: int | None = None) -> Table:
     left_out = 0 if most is None else max(len(facts) - most, 0)
     if left_out:
         facts = sorted(facts, key=lambda named: named[1].takes)[:most]
-    table = Table("edit", "prompt", "new answer", "before", "after", "")
+    has_failures = any(fact.failure is not None for _, fact in facts)
+    table = Table("edit", "prompt", "new answer", "before", "after", *(["takes"] if has_failures else []))
     legend = [_LEGEND_OF_FACTS]
     if any(fact.weakest_note for _, fact in facts):
         legend.append("weakest: that of its least likely token.")
     for name, fact in facts:
         row = (name, fact.request.shown, fact.request.target_new)
         probabilities = (f"{fact.probability_before:.3f}", f"{fact.probability_after:.3f}{fact.weakest_note}")
-        style, mark = (None, "") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
-        table.add_row(*map(printable, row), *probabilities, mark, style=style)
+        style, mark = (None, "yes") if fact.failure is None else ("yellow", f"does not take: {fact.failure}")
+        table.add_row(*map(printable, row), *probabilities, *([mark] if has_failures else []), style=style)
     if left_out:
         legend.insert(0, f"and {left_out} more.")
     table.caption, table.caption_justify = " ".join(legend), "left"
@@ -218,10 +222,10 @@ def failures(evaluation: Evaluation) -> Iterator[str]:
     """
     asked = [text for text in evaluation.texts if text.answers]
     # The edited prompt comes before the chat.
-    prompts = _first_of_facts(text for text in asked if text.kind in ("completion", "chat"))
-    missed = [text for text in prompts if not text.holds]
+    asked_first = _first_of_facts(text for text in asked if text.kind in ("completion", "chat"))
+    missed = [text for text in asked_first if not text.holds]
     if missed:
-        yield f"The edited model does not say {len(missed)} of {len(prompts)} facts:"
+        yield f"The edited model does not say {len(missed)} of {len(asked_first)} facts:"
         yield from _named(missed, with_form=False)
     known = {text.fact for text in missed}
     others = (text for text in asked if text.kind in _ASKED and text.fact not in known)
@@ -229,6 +233,12 @@ def failures(evaluation: Evaluation) -> Iterator[str]:
     if elsewhere:
         yield f"It does not say {len(elsewhere)} of the others where they are asked in another form:"
         yield from _named(elsewhere, with_form=True)
+    prompts = {text.question for text in asked if text.kind == "completion"}
+    if any(text.kind == "chat" and text.question in prompts for text in asked if not text.holds):
+        yield (
+            "Facts without a question are asked in a chat by their prompt, as it stands. Add a column `question` to "
+            "the facts to ask as people do."
+        )
 
 
 def _first_of_facts(texts: Iterable[Text]) -> list[Text]:
@@ -295,29 +305,46 @@ def _bounds(interval: tuple[float, float], digits: int = 2) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
-def editors_table(editors: Sequence[Editor]) -> Table:
-    """Return the editors with their papers and options."""
+def editors_table(editors: Sequence[Editor], default: str) -> Table:
+    """Return the editors with their papers, and what they are. `default` is the name of the default one."""
+    table = Table("editor", "paper", "what it is")
+    for editor in editors:
+        name = f"{editor.name} (default)" if editor.name == default else editor.name
+        table.add_row(name, editor.paper, printable(_summary(editor.function)))
+    return table
+
+
+def options_table(editors: Sequence[Editor]) -> Table:
+    """Return the options of editors. Editors with the same option and default share a row."""
     from goldenedit.editors.options import default_of
 
-    table = Table("editor", "paper", "option", "default", "what it does")
+    named: dict[tuple[str, str, str], list[str]] = {}
     for editor in editors:
-        rows = [
-            (name, str(default_of(entry, True)), str(entry.metadata.get("help", "")))
-            for name, entry in editor.fields.items()
-        ]
-        for index, row in enumerate(rows or [("", "", "")]):
-            table.add_row(*((editor.name, editor.paper) if index == 0 else ("", "")), *map(printable, row))
+        for name, entry in editor.fields.items():
+            row = name, str(default_of(entry, True)), str(entry.metadata.get("help", ""))
+            named.setdefault(row, []).append(editor.name)
+    table = Table(caption="Options: `--set option=value`, or `EditConfig(option=value)`.", caption_justify="left")
+    table.add_column("option", no_wrap=True)
+    for column in ("default", "of", "what it is"):
+        table.add_column(column)
+    for (name, default, text), names in sorted(named.items()):
+        table.add_row(*map(printable, (name, default, ", ".join(names), text)))
     return table
 
 
-def selectors_table(selectors: Sequence[Selector]) -> Table:
-    """Return the layer selectors with their papers."""
-    table = Table("layer selector", "paper", "what it does")
+def selectors_table(selectors: Sequence[Selector], default: str) -> Table:
+    """Return the layer selectors with their papers, and what they are. `default` is the name of the default one."""
+    table = Table("layer selector", "paper", "what it is")
     for selector in selectors:
-        table.add_row(
-            selector.name, selector.paper, printable((selector.function.__doc__ or "").strip().split("\n")[0])
-        )
+        name = f"{selector.name} (default)" if selector.name == default else selector.name
+        table.add_row(name, selector.paper, printable(_summary(selector.function)))
     return table
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    """Return the first paragraph of the documentation of a function's module or, without one, of the function."""
+    text = getattr(sys.modules.get(function.__module__), "__doc__", None) or function.__doc__ or ""
+    return " ".join(text.strip().partition("\n\n")[0].split())
 
 
 def changes_rows(edits: Sequence[Edit]) -> Iterator[tuple[str, str]]:

@@ -198,6 +198,8 @@ def test_locate_names_a_layer_and_draws_the_scores(capsys, folder, facts, tmp_pa
     assert code == 0
     assert "█" in output
     assert "forwards a fact" in output
+    assert "cached" not in output
+    assert "(cached)" in run(capsys, "locate", folder, "--proxy", facts, "--loss", loss)[1]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

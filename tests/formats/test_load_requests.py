@@ -98,6 +98,13 @@ def test_other_columns_of_a_table_are_ignored_and_named_once(tmp_path, caplog):
     assert "ignored: fact_id, targets" in warning
 
 
+def test_a_misspelled_column_is_named_if_the_one_that_it_stands_for_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"line 2: The column 'targets' is unknown\. Did you mean 'target'"):
+        read(tmp_path, "prompt,subject,targets\nA is in,A,Rome\n")
+    with pytest.raises(ValueError, match=r"line 2: The field 'subject' is missing or empty"):
+        read(tmp_path, "prompt,subject,place,target\nA is in,,x,Rome\n")
+
+
 def test_other_fields_beside_those_of_easyedit_are_named(caplog):
     load_requests([FACT | {"locality_prompt": "The sky is", "locality_ground_truth": "blue", "image": "x.png"}])
     assert "ignored: image." in caplog.text

@@ -161,6 +161,18 @@ def test_the_selector_and_the_covariance_are_said():
     assert "| editor | rome |" in card
 
 
+def test_the_golden_layer_is_named_where_others_are_edited():
+    content = edit_folder()
+    scores = [1.0, 4.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 90.0]
+    config = EditConfig(layer="lga", target_layer=[3, 4], layer_scores=scores)
+    card = render_card(made_by(content, config))
+    assert "| layer | 3, 4, placed by the golden layer 1, which lga chose |" in card
+    assert "The golden layer, 1, has the highest but for outliers, which are outside the fence." in card
+    assert "| 9 | 90, outside the fence |" in card
+    alone = render_card(made_by(content, EditConfig(layer="lga", target_layer=1, layer_scores=scores)))
+    assert "| layer | 1, chosen by lga |" in alone
+
+
 def test_a_card_tells_what_storing_a_dense_change_costs_and_no_covariance_that_was_not_used():
     content = edit_folder()
     content = made_by(content, replace(content.config, method="ft-m"))

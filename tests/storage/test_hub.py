@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -358,8 +359,16 @@ def test_a_private_repository_is_not_for_others(hub, folder, token, error):
     assert hub.downloads() == []
 
 
+def test_a_misspelled_folder_is_named(hub, folder, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"Did you mean {str(folder)!r}?")):
+        find_folder(f"{folder}s")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(RepositoryNotFoundError, match=re.escape("Did you mean 'edit'?")):
+        find_folder("edits")
+
+
 def test_what_is_not_there_is_called_by_its_kind(hub, folder):
-    with pytest.raises(RepositoryNotFoundError, match=f"There is no folder '{REPO}' here, and the Hub says: 404"):
+    with pytest.raises(RepositoryNotFoundError, match=f"There is no folder '{REPO}' here. The Hub: 404"):
         find_folder(REPO)
     with pytest.raises(RepositoryNotFoundError, match="401"):
         find_folder(REPO, token=False)

@@ -13,6 +13,17 @@ from goldenedit.commands.terminal import Report, console, reporting
 from goldenedit.tables import printable
 from goldenedit.units import size_of
 
+_WHAT = {  # the kinds of results, in words
+    "cells": "trial edits of sweeps",
+    "key_statistics": "other text at the inputs of down projections",
+    "layer_scores": "scores of layer selectors",
+    "markers": "what markers of subjects start from",
+    "mlp_moments": "other text at the inputs of MLPs",
+    MODELS: "packaged models",
+    "output_gradients": "gradients of the loss on other text",
+    "spare_neurons": "neurons that are hardly used",
+}
+
 cache_app = typer.Typer(help="Show and delete results that are kept on disk.", no_args_is_help=True)
 
 
@@ -21,13 +32,15 @@ cache_app = typer.Typer(help="Show and delete results that are kept on disk.", n
 def show() -> Report:
     """List what is kept on disk, by kind."""
     entries = cache_entries()
-    table = Table("kind", "results", "size", "last used")
+    table = Table("kind", "what it is", "results", "size", "last used")
     kinds: list[dict[str, object]] = []
     now = time.time()
     for kind in sorted({entry.kind for entry in entries}):
         of_kind = [entry for entry in entries if entry.kind == kind]
         days = (now - max(entry.used for entry in of_kind)) / 86_400
-        table.add_row(kind, str(len(of_kind)), size_of(sum(entry.size for entry in of_kind)), _ago(days))
+        table.add_row(
+            kind, _WHAT.get(kind, ""), str(len(of_kind)), size_of(sum(entry.size for entry in of_kind)), _ago(days)
+        )
         kinds.append({"kind": kind, "results": len(of_kind), "bytes": sum(entry.size for entry in of_kind)})
     console.print(table)
     most = cache_limit()

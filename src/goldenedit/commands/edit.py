@@ -204,7 +204,10 @@ def ask_in_chat(edit_model: EditModel, facts: Sequence[EditedFact]) -> dict[str,
             console.print(f"  and {len(missed) - _NAMED} more", style="yellow")
         console.print(_REMEDY)
     else:
-        console.print(f"Asked in a chat for {of_all}, the model says {'it' if len(said) == 1 else 'all of them'}.")
+        text = f"Asked in a chat for {of_all}, the model says all of them."
+        if len(said) == 1:
+            text = f"Asked in a chat {said[0].question!r}, the model says it."
+        console.print(printable(text))
     return {"asked": len(said), "says": len(said) - len(missed), "missed": [asdict(answer) for answer in missed]}
 
 

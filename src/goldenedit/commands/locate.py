@@ -14,6 +14,7 @@ from goldenedit.commands.terminal import Report, console, load_together, reporti
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
+    from goldenedit import EditModel
     from goldenedit.layer_scores import LayerSelection
     from goldenedit.storage.atlas import GoldenLayers
 
@@ -65,6 +66,7 @@ def locate(
             continue
         count = sweep if selector == "all" and name == "sweep" else size
         wrapped = EditModel(base, replace(config, layer=name, proxy_size=count), tokenizer)
+        _tell_start(wrapped, count)
         try:
             with telling():
                 wrapped.select_layer()
@@ -75,10 +77,14 @@ def locate(
             continue
         assert wrapped.layer_selection is not None
         selections.append(wrapped.layer_selection)
+        console.print(printable(f"{wrapped.layer_selection}."))  # now, because the next one may take long
         if push is not None:
             records.append(wrapped.golden_layers())
     _tell(selections, kappa)
-    found = [{**selection.to_dict(), "within_noise": selection.within_noise()} for selection in selections]
+    found = [
+        {**selection.to_dict(), "within_noise": selection.within_noise(), "is_cached": selection.is_cached}
+        for selection in selections
+    ]
     result: dict[str, object] = {"selections": found}
     if plot is not None and is_first:
         from goldenedit.plots import plot_selections
@@ -95,10 +101,21 @@ def locate(
     return Report(result, [f"{name}\t{chosen}" if selector == "all" else chosen for name, chosen in layers.items()])
 
 
+def _tell_start(model: EditModel, facts: int) -> None:
+    """Say which selector starts and, of a sweep, what it will take."""
+    name = model.edit_config.layer
+    text = f"{name} ..."
+    if name == "sweep":
+        layers = len(model.architecture.down_projections)
+        text = (
+            f"sweep: {facts} facts, each edited at each of {layers} layers, which takes as long as {facts * layers} "
+            "edits. What is done is kept: if you stop it, the same command goes on ..."
+        )
+    console.print(text, style="dim")
+
+
 def _tell(selections: Sequence[LayerSelection], kappa: float) -> None:
-    """Print what selectors found: the scores of a single one as bars, the layers and costs, and each in words."""
+    """Print what selectors found: the layers and costs, and the scores of a single one as bars."""
     if len(selections) == 1 and selections[0].scores is not None:
         console.print(tables.layer_chart(selections[0], kappa))
     console.print(tables.selections_table(selections))
-    for selection in selections:
-        console.print(printable(f"{selection}."))

@@ -108,13 +108,15 @@ def show_fit(planned: Plan, memory: int, accelerator: int | None = None) -> None
 
 
 def plan_table(planned: Plan) -> Table:
-    """Return memory and operations of each phase."""
+    """Return memory and operations of each phase, which is called as `edit` tells it."""
+    from goldenedit.cost import PHASES
+
     table = Table("phase", "memory beside the weights", "operations", show_footer=True)
     totals = ("peak with the weights, total", size_of(planned.peak_bytes), flops_of(planned.flops))
     for column, total in zip(table.columns, totals, strict=True):
         column.footer = total
     for phase in planned.phases:
-        table.add_row(phase.name, size_of(phase.bytes), flops_of(phase.flops))
+        table.add_row(PHASES.get(phase.name, phase.name.capitalize()), size_of(phase.bytes), flops_of(phase.flops))
     return table
 
 

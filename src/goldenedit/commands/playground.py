@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from goldenedit.commands.terminal import console
+from goldenedit.storage.connection import failing_at_once
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -27,7 +28,8 @@ def playground(
         from goldenedit.loading import load_config
         from goldenedit.playground import build, theme
 
-        load_config(model)  # a name of no model is an error now, and not on the page
+        with failing_at_once():
+            load_config(model)  # a name of no model is an error now, and not on the page
         page = build(model, public=host not in _LOCAL)
     _, url, _ = page.queue().launch(
         theme=theme(), server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True

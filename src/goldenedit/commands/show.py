@@ -65,9 +65,8 @@ def show(
     summary.add_row("base model", printable(name))
     summary.add_row("fingerprint", printable(content.base_model.fingerprint))
     for config in content.configs:
-        selector = config.layer if isinstance(config.layer, str) else "hand"
         summary.add_row("editor", printable(config.method))
-        summary.add_row("layer", printable(f"{config.target_layer}, chosen by {selector}"))
+        summary.add_row("layer", printable(config.layers_in_words))
         summary.add_row("key covariance", printable(config.covariance))
     for name, changes in tables.changes_rows(content.edits):
         summary.add_row(name, changes)
@@ -189,13 +188,16 @@ def show_audit(model: EditModel) -> list[EditAudit]:
 @reporting
 def editors() -> Report:
     """List all editors and layer selectors, including those of installed packages."""
+    from goldenedit import EditConfig
     from goldenedit.editors import EDITORS
     from goldenedit.editors.options import default_of
     from goldenedit.layer_selection import SELECTORS
 
     known, selectors = EDITORS.available(), SELECTORS.available()
-    console.print(tables.editors_table(known))
-    console.print(tables.selectors_table(selectors))
+    config = EditConfig()
+    console.print(tables.editors_table(known, config.method))
+    console.print(tables.selectors_table(selectors, str(config.layer)))
+    console.print(tables.options_table(known))
     values = {
         "editors": [
             {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from goldenedit.storage.connection import failing_at_once
 from goldenedit.tables import printable
 
 if TYPE_CHECKING:
@@ -26,25 +27,6 @@ console = Console(emoji=False)  # texts may have words between colons
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what names the result, such as its folder.")]
-
-_TOLD = {  # phases that may take long, by what they do
-    "layer selection": "Finding the layer",
-    "key statistics": "Measuring the model on other text",
-    "MLP statistics": "Measuring the model on other text",
-    "output gradients": "Measuring the model on other text",
-    "spare neurons": "Looking for neurons that are hardly used",
-    "first marker": "Finding what markers of subjects start from",
-    "wordings": "Asking the base model about the subjects",
-    "markers": "Marking the subjects",
-    "gates": "Teaching when to answer",
-    "values": "Teaching the answers",
-    "training": "Training",
-    "verification": "Asking the model",
-    "audit": "Making the change that the listed facts explain",
-    "evaluation: base model": "Asking the base model",
-    "evaluation: comparison": "Comparing with the base model",
-    "evaluation: answers": "Asking the edited model",
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,7 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*arguments: Any, as_json: bool, quiet: bool, **options: Any) -> None:
-        with _printing(as_json, quiet):
+        with _printing(as_json, quiet), failing_at_once():
             report = command(*arguments, **options)
         if os.environ.get("RANK", "0") != "0":
             return  # another process of a launcher than the first
@@ -140,12 +122,12 @@ def _without_bars() -> Iterator[None]:
 @contextmanager
 def telling() -> Iterator[None]:
     """Print a line when a phase begins that may take long, once for each kind of phase."""
-    from goldenedit.cost import announcing
+    from goldenedit.cost import PHASES, announcing
 
     told: set[str] = set()
 
     def tell(phase: str) -> None:
-        text = _TOLD.get(phase)
+        text = PHASES.get(phase)
         if text is not None and text not in told:
             told.add(text)
             console.print(f"{text} ...", style="dim")

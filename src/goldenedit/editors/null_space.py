@@ -1,4 +1,4 @@
-"""Null-space insertion, the default: detectors that respond to a subject in all its wordings and hardly to other text.
+"""Null-space insertion: detectors that respond to a subject in all its wordings and hardly to other text.
 
 A rank-one change `v d^T` adds `(d . k) v` at a token with key `k`. To second order, its harm to other text is
 `(v^T G v) (d^T C d)` with the second moments `C` of keys and `G` of output gradients. `G` is the concern of the value

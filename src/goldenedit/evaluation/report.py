@@ -163,13 +163,18 @@ def shown(text: Text, names: tuple[str, str] = ("before", "after")) -> str:
     Args:
         names: What the base model's and the edited model's text are called.
     """
-    mark = "" if not text.answers else " (says it)" if text.says else " (does not say it)"
-    question = text.question if len(text.question) <= _LONG else f"...{text.question[3 - _LONG :]}"
+    mark = "" if not text.answers else " (says it" if text.says else " (does not say it"
+    mark += "" if not mark else ", an error)" if text.says and not text.holds else ")"
     width = max(map(len, names)) + 1
-    lines = [f"{text.kind.replace('_', ' ')}: {question!r}"]
+    lines = [f"{text.kind.replace('_', ' ')}: {cut_to_end(text.question)!r}"]
     for name, written, note in zip(names, (text.base, text.edited), ("", mark), strict=True):
         lines.append(f"    {name + ':':{width}} {written!r}{note}")
     return "\n".join(lines)
+
+
+def cut_to_end(question: str) -> str:
+    """Return the end of a long prompt, which is what asks."""
+    return question if len(question) <= _LONG else f"...{question[3 - _LONG :]}"
 
 
 def text_scores(

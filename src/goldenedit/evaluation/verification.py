@@ -8,7 +8,7 @@ from typing import Any
 
 from goldenedit import html
 from goldenedit.evaluation.forms import Asked, asked_forms
-from goldenedit.evaluation.report import Text, shown
+from goldenedit.evaluation.report import Text, cut_to_end, shown
 from goldenedit.evaluation.seen import fits, has_ended
 from goldenedit.evaluation.verdicts import answer_of, contains
 from goldenedit.lm import LanguageModel
@@ -42,7 +42,7 @@ def said_in_chat(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Sai
     A fact without a question is asked by the one that its prompt answers, where English has a simple rule for it. Facts
     that a chat cannot ask for are left out: all of them if there is no chat template.
     """
-    with_questions = [_with_question(request) for request in requests]
+    with_questions = [with_question(request) for request in requests]
     asked: list[Asked] = [text for text in asked_forms(lm.tokenizer, with_questions, ["chat"]) if fits(lm, text.prompt)]
     answers = [answer_of(text.text) for text in greedy(lm, [text.prompt for text in asked], ends=has_ended)]
     return [
@@ -51,7 +51,8 @@ def said_in_chat(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Sai
     ]
 
 
-def _with_question(request: EditRequest) -> EditRequest:
+def with_question(request: EditRequest) -> EditRequest:
+    """Return a request with the question that its prompt answers, if it has none and English has a simple rule."""
     if request.messages is not None or request.question is not None:
         return request
     return replace(request, question=question_from(request.text, request.subject_start, request.subject_end))
@@ -123,10 +124,16 @@ class Verification:
     def _repr_html_(self) -> str:
         """Return the texts before and after the edit as a table, for notebooks."""
         rows = [
-            (text.kind.replace("_", " "), text.question, text.base, text.edited, "" if text.holds else "no")
+            (
+                text.kind.replace("_", " "),
+                cut_to_end(text.question),
+                text.base,
+                text.edited,
+                "yes" if text.holds else "no",
+            )
             for text in (*self.asked, *(text for text in self.others if not text.holds))[:_SHOWN]
         ]
-        return html.table(("form", "question", "before", "after", "holds"), rows, self.summary)
+        return html.table(("form", "asked", "before", "after", "as it should be"), rows, self.summary)
 
 
 def _moved(texts: Sequence[Text], kind: str) -> str:

@@ -40,6 +40,14 @@ def with_lists(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: [value] if name in lists and isinstance(value, str) else value for name, value in row.items()}
 
 
+def check_columns(row: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an unknown column that looks like a misspelled one, if that one is missing."""
+    there = {SYNONYMS.get(name, name) for name in row}
+    for name in unknown_fields(row):
+        if (meant := _meant(name)) and SYNONYMS.get(meant, meant) not in there:
+            raise ValueError(f"The column {name!r} is unknown. Did you mean {meant!r}? Rename or remove it.")
+
+
 def read(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the request. Unknown fields are left out, unless they look like misspelled ones."""
     for name in unknown_fields(record):

@@ -91,9 +91,15 @@ def _fields(record: Record, form: Format | None) -> list[dict[str, Any]]:
         raise content
     if form is None or not isinstance(content, Mapping):
         raise ValueError(f"A record must map names of fields to values, got {shortened(content)}.")
-    if record.is_row and form in (plain.FORMAT, flat.FORMAT):
-        content = plain.with_lists(plain.known_fields(content) if form == plain.FORMAT else content)
-    return form.read(content)
+    if not record.is_row or form not in (plain.FORMAT, flat.FORMAT):
+        return form.read(content)
+    if form == flat.FORMAT:
+        return form.read(plain.with_lists(content))
+    try:
+        return form.read(plain.with_lists(plain.known_fields(content)))
+    except ValueError:
+        plain.check_columns(content)  # a column of the user's own may be a misspelled one
+        raise
 
 
 def _unknown(record: Mapping[str, Any]) -> str:

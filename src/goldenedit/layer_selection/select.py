@@ -113,7 +113,7 @@ def _scored(lm: LanguageModel, config: EditConfig, selector: Selector) -> LayerS
     path = cache_dir() / "layer_scores" / f"{key}.json"
     cached = next((selection for selection in lm.processes.gather(_read(path)) if selection is not None), None)
     if cached is not None:
-        return cached
+        return replace(cached, is_cached=True)
     words = set(selector.depends_on)
     is_edited = "edit" in words and config.editor.learns == "values"
     # Edits need statistics and contexts too, so they are no cost of the selector.

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from goldenedit.config import EditConfig
 from goldenedit.editors import EDITORS, Editor
-from goldenedit.layer_scores import HUB_LAYER, score_tensor, tukey_filter
+from goldenedit.layer_scores import score_tensor, tukey_filter
 from goldenedit.packaged import PACKAGED_MODELS, packaged_name
 from goldenedit.storage.card_results import card_results, eval_results
 from goldenedit.storage.folder import CARD, EDIT_CONFIG, EDITS, BaseModel, EditFolder, EditFolderError, card_digest
@@ -73,7 +73,8 @@ def render_card(
         is_weakest_shown=any(fact.weakest_note for fact in facts[:_SHOWN]),
         layers=", ".join(map(str, content.target_layers)),
         scores=[] if scored is None else _scores(scored),
-        selector=None if scored is None else _selector(scored),
+        selector=None if scored is None else str(scored.layer),
+        golden=None if scored is None else scored.golden_layer,
         target_layers=content.target_layers,
         rank=rank,
         parameters=f"{parameters:,}",
@@ -145,7 +146,7 @@ def _recipe(config: EditConfig) -> dict[str, str | None]:
     return {
         "editor": config.method,
         "constants": ", ".join(f"{name} {value}" for name, value in _constants(config)),
-        "layer": f"{', '.join(map(str, config.target_layers))}, chosen by {_selector(config)}",
+        "layer": config.layers_in_words,
         "covariance": covariance,
     }
 
@@ -200,9 +201,3 @@ def _constants(config: EditConfig) -> Iterator[tuple[str, Any]]:
         if getattr(config, name) is not None:
             yield name, getattr(config, name)
     yield "seed", config.seed
-
-
-def _selector(config: EditConfig) -> str:
-    if not isinstance(config.layer, str):
-        return "hand"
-    return config.layer.replace(HUB_LAYER, "the golden layers in ")

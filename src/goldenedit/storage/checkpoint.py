@@ -46,5 +46,8 @@ def write_checkpoint(
             delattr(model.config, name)
         model.config.__dict__.update(original)
     tokenizer.save_pretrained(folder)
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)  # safetensors lets nobody but the owner read them
     facts = json.dumps(facts_of(content.edits), indent=2, ensure_ascii=False) + "\n"
     (folder / EDITS).write_text(facts, encoding="utf-8", newline="\n")

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from goldenedit.packaged import packaged_name
+from goldenedit.registry import meant
 from goldenedit.storage.atlas import (
     GOLDEN_LAYERS,
     GoldenLayers,
@@ -299,7 +300,7 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except ValueError as error:
         raise FileNotFoundError(
-            f"{repo_id} is not a local folder, and not a valid name of a repository on the Hub."
+            f"{repo_id} is not a local folder, and not a valid name of a repository on the Hub.{_meant_folder(repo_id)}"
         ) from error
 
 
@@ -316,12 +317,17 @@ def _raising_connection_errors() -> Iterator[None]:
 
 @contextmanager
 def _telling_of_folder(name: str) -> Iterator[None]:
-    """Add to errors of the Hub that there is no folder of this name either."""
+    """Add to errors of the Hub that there is no folder of this name either, and which edit may be meant."""
     try:
         yield
     except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        error.args = (f"There is no folder {name!r} here, and the Hub says: {error}", *error.args[1:])
+        error.args = (f"There is no folder {name!r} here.{_meant_folder(name)} The Hub: {error}", *error.args[1:])
         raise
+
+
+def _meant_folder(name: str) -> str:
+    """Return a sentence on the edit beside a missing folder that may be meant; or nothing."""
+    return meant(name, (str(path.parent) for path in Path(name).parent.glob(f"*/{EDIT_CONFIG}")))
 
 
 def _arguments(download: DownloadOptions) -> dict[str, Any]:
