@@ -285,7 +285,7 @@ def test_the_command_prints_the_plan(capsys, tmp_path, tokenizer):
     assert code == 0
     assert "3 layers, of which 0 to 2 can be edited" in " ".join(output.split())
     assert "Weights in float32" in output
-    assert re.search(r"values .* [kM]B .* [MG]FLOP", output)
+    assert re.search(r"Teaching the answers .* [kM]B .* [MG]FLOP", output)
     assert "fits into" in output
     assert "less than a minute" in " ".join(output.split())
 
