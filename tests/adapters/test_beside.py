@@ -369,8 +369,7 @@ def test_biases_are_merged_where_there_are_some_and_refused_elsewhere(tokenizer)
     with model.adapters.merged() as plain:
         assert_near(logits(plain), edited, 1e-4)
     assert torch.equal(logits(model), edited)
-    # Merging rounds the weights of 30 layers: 2e-5 to 1e-4, by the adapter that is trained.
-    assert_near(logits(model.merge_and_unload()), edited, 1e-3)
+    assert_near(logits(model.merge_and_unload()), edited, 1e-4)
 
     model = get_edit_model(users_model("lora with biases"), fast_config(), tokenizer)
     model.edit(TOWER)
@@ -707,7 +706,7 @@ def test_an_edit_beside_a_trained_lora_of_a_real_model(tmp_path):
     folder = packaged_model("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # what a merge rounds depends on the adapter: 2e-5 with this one, 4e-5 to 8e-5 with others
     user = get_peft_model(base, lora_config(["q_proj", "v_proj"]), "mine")
     batch = tokenizer("Ahoy, matey! Welcome aboard the ship.", return_tensors="pt")
     optimizer = torch.optim.AdamW([weight for weight in user.parameters() if weight.requires_grad], lr=3e-3)
@@ -732,5 +731,4 @@ def test_an_edit_beside_a_trained_lora_of_a_real_model(tmp_path):
     stock.base_model.set_adapter(["default", "edit"])
     edited = logits(model)
     assert_near(logits(stock), edited, 1e-4)
-    # Merging rounds the weights of 30 layers: 2e-5 to 1e-4, by the adapter that is trained.
-    assert_near(logits(model.merge_and_unload()), edited, 1e-3)
+    assert_near(logits(model.merge_and_unload()), edited, 1e-4)
