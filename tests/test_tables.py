@@ -22,7 +22,7 @@ from goldenedit.tables import (
     audit_table,
     changes_rows,
     comparison_table,
-    editors_table,
+    described_table,
     evaluation_table,
     facts_table,
     failures,
@@ -173,8 +173,8 @@ def test_paths_of_modules_are_not_cut():
 
 def test_editors_are_described_and_each_option_is_named_once_and_whole():
     editors = [EDITORS.get(name) for name in ("memit", "pmet", "gated")]
-    assert "gated (default)" in printed(editors_table(editors, "gated"))
-    assert "MEMIT: the least-squares update" in printed(editors_table(editors, "gated"))
+    assert "gated (default)" in printed(described_table("editor", editors, "gated"))
+    assert "MEMIT: the least-squares update" in printed(described_table("editor", editors, "gated"))
     options = printed(options_table(editors), width=80)
     for name in ("covariance_weight", "null_space_threshold"):
         assert options.count(name) == 1

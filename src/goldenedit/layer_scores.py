@@ -184,12 +184,13 @@ class LayerSelection:
         if self.scores is None:
             return html.table((), (), str(self))
         scores = self.score_tensor()
-        low, high = 0.0, 1.0
+        low, high, outside = 0.0, 1.0, list[int]()
         if (golden := self.golden()) is not None:  # outliers would make all other bars short
-            inside = scores[self.within_fence() & scores.isfinite()]
+            within, known = self.within_fence(), scores.isfinite()
+            inside = scores[within & known]
             low, high = min(0.0, inside.min().item()), inside.max().item()
+            outside = (~within & known).nonzero()[:, 0].tolist()
         emphasized = self.layers if golden is None or len(self.layers) < 2 else [*self.layers, golden]
-        outside = [] if golden is None else (~self.within_fence() & scores.isfinite()).nonzero()[:, 0].tolist()
         rows = [
             (
                 layer,

@@ -305,12 +305,12 @@ def _bounds(interval: tuple[float, float], digits: int = 2) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
-def editors_table(editors: Sequence[Editor], default: str) -> Table:
-    """Return the editors with their papers, and what they are. `default` is the name of the default one."""
-    table = Table("editor", "paper", "what it is")
-    for editor in editors:
-        name = f"{editor.name} (default)" if editor.name == default else editor.name
-        table.add_row(name, editor.paper, printable(_summary(editor.function)))
+def described_table(kind: str, members: Sequence[Editor] | Sequence[Selector], default: str) -> Table:
+    """Return editors or layer selectors with their papers, and what they are. `default` names the default one."""
+    table = Table(kind, "paper", "what it is")
+    for member in members:
+        name = f"{member.name} (default)" if member.name == default else member.name
+        table.add_row(name, member.paper, printable(_summary(member.function)))
     return table
 
 
@@ -329,15 +329,6 @@ def options_table(editors: Sequence[Editor]) -> Table:
         table.add_column(column)
     for (name, default, text), names in sorted(named.items()):
         table.add_row(*map(printable, (name, default, ", ".join(names), text)))
-    return table
-
-
-def selectors_table(selectors: Sequence[Selector], default: str) -> Table:
-    """Return the layer selectors with their papers, and what they are. `default` is the name of the default one."""
-    table = Table("layer selector", "paper", "what it is")
-    for selector in selectors:
-        name = f"{selector.name} (default)" if selector.name == default else selector.name
-        table.add_row(name, selector.paper, printable(_summary(selector.function)))
     return table
 
 

@@ -195,8 +195,8 @@ def editors() -> Report:
 
     known, selectors = EDITORS.available(), SELECTORS.available()
     config = EditConfig()
-    console.print(tables.editors_table(known, config.method))
-    console.print(tables.selectors_table(selectors, str(config.layer)))
+    console.print(tables.described_table("editor", known, config.method))
+    console.print(tables.described_table("layer selector", selectors, str(config.layer)))
     console.print(tables.options_table(known))
     values = {
         "editors": [

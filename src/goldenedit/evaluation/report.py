@@ -163,8 +163,10 @@ def shown(text: Text, names: tuple[str, str] = ("before", "after")) -> str:
     Args:
         names: What the base model's and the edited model's text are called.
     """
-    mark = "" if not text.answers else " (says it" if text.says else " (does not say it"
-    mark += "" if not mark else ", an error)" if text.says and not text.holds else ")"
+    mark = ""
+    if text.answers:
+        says = "does not say it" if not text.says else "says it" if text.holds else "says it, an error"
+        mark = f" ({says})"
     width = max(map(len, names)) + 1
     lines = [f"{text.kind.replace('_', ' ')}: {cut_to_end(text.question)!r}"]
     for name, written, note in zip(names, (text.base, text.edited), ("", mark), strict=True):
